@@ -1,0 +1,345 @@
+"""Groups of rollouts and the update: rescue, substitution, advantages, the clipped loss, the optimizer step.
+
+    rollouts of a problem + their rewards = a Group, which moves only as a whole
+    Sinks.rescue    an all-wrong group gets one correct response from an earlier visit
+    substitute      groups without a signal are overwritten by whole groups that have one
+    advantages      (r - mean) / (std + 1e-6) inside the group
+    PolicyLoss      clip 0.2 below, 0.28 above, dual clip 3.0; no KL term, no entropy term, no reference model
+    optimizer_step  packed micro-batches, the mean over all response tokens of the global batch
+
+Old log-probs are the sampler's own, so the ratio also shows any difference between the two forwards. With one
+optimizer step per batch it is 1 up to rounding; the clips act on rescued rollouts.
+
+Source: RECIPE.md sections 4 and 5; GRPO (arXiv 2402.03300) equation 3; DAPO (arXiv 2503.14476) equation 8 for
+clip-higher and the token mean; dual clip (arXiv 1912.09729) equation 5.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_filter import Problem
+from model import Packed, Transformer
+from rollout import Rollout
+
+ADVANTAGE_EPSILON = 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------- groups
+
+
+@dataclass
+class Group:
+    """One problem with its rollouts and what they earned."""
+
+    problem: Problem
+    rollouts: list[Rollout]
+    rewards: np.ndarray  # float64 (G,), the weighted sum that is learned from
+    correct: np.ndarray  # bool (G,), whether the answer is right
+    rescued: int | None = None  # which rollout came from the sink
+
+    @property
+    def informative(self) -> bool:
+        """Rewards that differ give advantages that are not all zero."""
+        return bool(np.ptp(self.rewards) > 0)
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """Group-relative advantages (G,) -> (G,): the standard deviation has Bessel's correction."""
+    if len(rewards) < 2:
+        raise ValueError("a group needs at least 2 rollouts to compare")
+    return (rewards - rewards.mean()) / (rewards.std(ddof=1) + ADVANTAGE_EPSILON)
+
+
+@dataclass
+class Sinks:
+    """For every problem the newest correct response seen, with its reward: Rollout Rescue's memory."""
+
+    held: dict[str, tuple[Rollout, float]] = field(default_factory=dict)
+
+    def remember(self, groups: Sequence[Group]) -> None:
+        """Keep one correct response of each group that has one; it replaces an older one."""
+        for group in groups:
+            if group.correct.any():
+                newest = int(np.flatnonzero(group.correct)[-1])
+                self.held[group.problem.id] = (group.rollouts[newest], float(group.rewards[newest]))
+
+    def rescue(self, groups: Sequence[Group], seed: int, step: int) -> list[Group]:
+        """Groups in which nothing is right get their sink's response in place of a random one of their own.
+
+        The response keeps the log-probs and the temperature of the policy that wrote it: it is off-policy, and
+        the ratio says so. Returns new groups; which of them were rescued is in Group.rescued.
+        """
+        return [self._rescue_one(group, seed, step) for group in groups]
+
+    def _rescue_one(self, group: Group, seed: int, step: int) -> Group:
+        if group.correct.any() or group.problem.id not in self.held:
+            return group
+        response, reward = self.held[group.problem.id]
+        name = [seed, step, *group.problem.id.encode()]  # counted randomness: the batch's order changes nothing
+        place = int(np.random.default_rng(name).integers(len(group.rollouts)))
+        rollouts, rewards, correct = list(group.rollouts), group.rewards.copy(), group.correct.copy()
+        rollouts[place], rewards[place], correct[place] = response, reward, True
+        return Group(group.problem, rollouts, rewards, correct, rescued=place)
+
+
+@dataclass(frozen=True)
+class Substitution:
+    """The batch after Informative Substitution."""
+
+    groups: list[Group]
+    substituted: int
+    skip_update: bool  # too few informative groups to learn from
+
+
+def substitute(groups: Sequence[Group], seed: int, step: int, least_share: float = 1 / 3) -> Substitution:
+    """Overwrite every group without a signal by a random informative one of the batch, problem, rewards and all.
+
+    Only when informative groups exceed `least_share` of the batch; otherwise the update is to be skipped.
+    Without replacement when there are enough informative groups, else with (RECIPE.md section 4).
+    """
+    informative = [group for group in groups if group.informative]
+    empty = len(groups) - len(informative)
+    if len(informative) <= least_share * len(groups):
+        return Substitution(list(groups), 0, skip_update=True)
+    random = np.random.default_rng([seed, step])
+    drawn = random.choice(len(informative), size=empty, replace=empty > len(informative))
+    spare = iter(drawn.tolist())
+    filled = [group if group.informative else informative[next(spare)] for group in groups]
+    return Substitution(filled, empty, skip_update=False)
+
+
+# ------------------------------------------------------------------------------------------------------- loss
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """A prompt and a response to learn from; every response token carries the sequence's advantage."""
+
+    tokens: np.ndarray  # int32 (P + R,)
+    prompt_length: int
+    advantage: float = 1.0
+    old_logprobs: np.ndarray | None = None  # float32 (R,), at `temperature`; None in supervised fine-tuning
+    temperature: float = 1.0
+    rescued: bool = False
+
+    @property
+    def response_length(self) -> int:
+        """Tokens that the loss looks at, end-of-sequence included."""
+        return len(self.tokens) - self.prompt_length
+
+
+def training_sequences(groups: Sequence[Group]) -> list[TrainingSequence]:
+    """All rollouts of a batch with their advantages."""
+    sequences = []
+    for group in groups:
+        for i, (rollout, advantage) in enumerate(zip(group.rollouts, advantages(group.rewards), strict=True)):
+            tokens = np.concatenate([rollout.prompt, rollout.tokens])
+            sequence = TrainingSequence(
+                tokens, len(rollout.prompt), float(advantage), rollout.logprobs, rollout.temperature
+            )
+            sequences.append(replace(sequence, rescued=i == group.rescued))
+    return sequences
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The response tokens of one micro-batch, N in all; every field but `tokens` and `context` is (N,)."""
+
+    tokens: Tensor  # int64 (T,), prompts and responses
+    context: Packed
+    predict: Tensor  # int64, the position whose hidden state predicts each response token
+    targets: Tensor  # int64
+    advantages: Tensor
+    old_logprobs: Tensor
+    temperature: Tensor
+    rescued: Tensor  # bool
+
+
+def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBatch:
+    """Lay sequences end to end, longest first, and list their response tokens."""
+    sequences = sorted(sequences, key=lambda sequence: -len(sequence.tokens))
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    starts = np.cumsum([0, *lengths[:-1]])
+    # the token at position p is predicted from position p - 1
+    predict = [
+        start + np.arange(s.prompt_length - 1, len(s.tokens) - 1) for start, s in zip(starts, sequences, strict=True)
+    ]
+    tokens = np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64)
+    predict = np.concatenate(predict)
+
+    def per_token(value: Callable[[TrainingSequence], float | np.ndarray], dtype: type) -> Tensor:
+        columns = [np.broadcast_to(np.asarray(value(s), dtype=dtype), s.response_length) for s in sequences]
+        return torch.from_numpy(np.concatenate(columns)).to(device)
+
+    return TokenBatch(
+        tokens=torch.from_numpy(tokens).to(device),
+        context=Packed(lengths, device),
+        predict=torch.from_numpy(predict).to(device),
+        targets=torch.from_numpy(tokens[predict + 1]).to(device),
+        advantages=per_token(lambda s: s.advantage, np.float32),
+        old_logprobs=per_token(lambda s: 0.0 if s.old_logprobs is None else s.old_logprobs, np.float32),
+        temperature=per_token(lambda s: s.temperature, np.float32),
+        rescued=per_token(lambda s: s.rescued, np.bool_),
+    )
+
+
+TokenLoss = Callable[[Tensor, TokenBatch], Tensor]  # log-probs (N,) and their batch -> losses (N,)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The POLARIS objective, token by token, to be averaged over all response tokens of the batch.
+
+    The ratio is clipped to [1 - clip_low, 1 + clip_high], the loss of a bad token to dual_clip x |advantage|.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0
+
+    def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        """New log-probs (N,) -> losses (N,)."""
+        ratio = (logprobs - batch.old_logprobs).exp()
+        advantage = batch.advantages
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+        # a bad token that became much likelier has an unbounded surrogate: dual clip bounds it
+        return -torch.where(advantage < 0, torch.maximum(surrogate, self.dual_clip * advantage), surrogate)
+
+    def sums(self, logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
+        """What the metrics are made of, summed over the batch's tokens; `largest_difference` is a maximum."""
+        difference = (logprobs - batch.old_logprobs).double()
+        ratio = difference.exp()
+        good, bad, own = batch.advantages > 0, batch.advantages < 0, ~batch.rescued
+        return {
+            "clipped_low": (bad & (ratio < 1 - self.clip_low)).sum(),
+            "clipped_high": (good & (ratio > 1 + self.clip_high)).sum(),
+            "dual_clipped": (bad & (ratio > self.dual_clip)).sum(),
+            "own_ratio": (ratio * own).sum(),
+            "own_difference": (difference.abs() * own).sum(),
+            "rescued_ratio": (ratio * batch.rescued).sum(),
+            "rescued_tokens": batch.rescued.sum(),
+            "largest_difference": (difference.abs() * own).max(),
+        }
+
+
+def supervised_loss(logprobs: Tensor, batch: TokenBatch) -> Tensor:
+    """Cross-entropy of the worked solution's tokens."""
+    return -logprobs
+
+
+# ----------------------------------------------------------------------------------------------------- update
+
+
+def cut_into_micro_batches(lengths: Sequence[int], most_tokens: int, ranks: int = 1) -> list[list[int]]:
+    """Deal sequences into equally many micro-batches per rank, of at most `most_tokens` and alike in size.
+
+    Returns ranks x k lists of indices, micro-batch i for rank i % ranks. A sequence longer than most_tokens gets a
+    micro-batch of its own; some may be empty when there are few sequences.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    per_rank = max(1, math.ceil(sum(lengths) / (most_tokens * ranks)))
+    while True:
+        batches: list[list[int]] = [[] for _ in range(per_rank * ranks)]
+        loads = [0] * len(batches)
+        for i in order:  # the longest first, each to the emptiest
+            emptiest = loads.index(min(loads))
+            batches[emptiest].append(i)
+            loads[emptiest] += lengths[i]
+        if all(load <= most_tokens or len(batch) == 1 for load, batch in zip(loads, batches, strict=True)):
+            return batches
+        per_rank += 1
+
+
+@dataclass
+class RatioStats:
+    """New policy / sampler, token by token, over the batch of one step."""
+
+    clip_low_share: float
+    clip_high_share: float
+    dual_clip_share: float
+    ratio_mean: float  # of on-policy tokens
+    logprob_diff_mean: float  # |trainer - sampler| of on-policy tokens
+    logprob_diff_max: float
+    rescued_ratio_mean: float | None  # of tokens of rescued rollouts
+
+
+@dataclass
+class UpdateStats:
+    """One optimizer step over the whole batch, on all ranks."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    tokens: int  # response tokens
+    stepped: bool  # False: the loss or the gradient was not finite, and nothing was changed
+    ratios: RatioStats | None = None  # None in supervised fine-tuning
+
+
+def optimizer_step(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    sequences: Sequence[TrainingSequence],
+    loss: TokenLoss,
+    most_tokens: int,
+    max_grad_norm: float = 1.0,
+) -> UpdateStats:
+    """One step on the mean loss over every response token of the global batch.
+
+    All ranks call it with the same sequences and take their share of the micro-batches; how the batch is cut, and
+    over how many ranks, does not change the gradient. A non-finite gradient leaves the weights as they are.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    total = sum(sequence.response_length for sequence in sequences)
+    batches = cut_into_micro_batches([len(sequence.tokens) for sequence in sequences], most_tokens, ranks)
+    loss_sum, ratio_sums = torch.zeros((), dtype=torch.float64, device=model.device), []
+    optimizer.zero_grad(set_to_none=True)
+    for indices in batches[rank::ranks]:
+        # a rank without work still takes part in the collectives of forward and backward, with weight zero
+        batch = pack([sequences[i] for i in indices or [0]], model.device)
+        logprobs = model(batch.tokens, batch.context, batch.predict, batch.targets, batch.temperature)
+        summed = loss(logprobs, batch).sum() * (1.0 if indices else 0.0)
+        (summed * ranks / total).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
+        loss_sum += summed.detach()
+        if indices and isinstance(loss, PolicyLoss):
+            ratio_sums.append(loss.sums(logprobs.detach(), batch))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if ranks > 1:
+        dist.all_reduce(loss_sum)
+    stepped = math.isfinite(norm) and math.isfinite(float(loss_sum))
+    if stepped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    ratios = ratio_stats(ratio_sums, total, model.device, ranks) if isinstance(loss, PolicyLoss) else None
+    return UpdateStats(float(loss_sum) / total, norm, total, stepped, ratios)
+
+
+def ratio_stats(parts: list[dict[str, Tensor]], total: int, device: torch.device, ranks: int) -> RatioStats:
+    """Add up what every micro-batch of every rank has seen of `total` tokens."""
+    names = (
+        "clipped_low", "clipped_high", "dual_clipped", "own_ratio", "own_difference", "rescued_ratio", "rescued_tokens",
+    )  # fmt: skip
+    sums = torch.tensor(
+        [sum(float(part[name]) for part in parts) for name in names], dtype=torch.float64, device=device
+    )
+    largest = torch.tensor(max((float(part["largest_difference"]) for part in parts), default=0.0), device=device)
+    if ranks > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    low, high, dual, own_ratio, own_difference, rescued_ratio, rescued = sums.tolist()
+    own = max(total - rescued, 1)
+    return RatioStats(
+        clip_low_share=low / total,
+        clip_high_share=high / total,
+        dual_clip_share=dual / total,
+        ratio_mean=own_ratio / own,
+        logprob_diff_mean=own_difference / own,
+        logprob_diff_max=float(largest),
+        rescued_ratio_mean=rescued_ratio / rescued if rescued else None,
+    )

@@ -1,0 +1,648 @@
+"""The transformer, written by hand: one decoder for the Qwen3, Qwen2 and Llama families.
+
+    python model.py MODEL OUT --yarn 1.5          # export a checkpoint whose config carries the scaling
+
+Tokens flow as one packed row of T tokens, several sequences end to end and no padding. How tokens of one
+sequence see each other is the business of an attention context: `Packed` here (training), the paged KV cache
+of rollout.py (sampling). The rest of the network is the same code for both.
+
+Parameters carry their Hugging Face names, so a checkpoint is loaded and saved without a table of names.
+Shapes: T tokens, S sequences, L longest sequence, C hidden size, H query heads, K key/value heads, D head
+dimension, V vocabulary, N predicted positions.
+"""
+
+import argparse
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from yarn import (
+    Rope,
+    RopeError,
+    Yarn,
+    attention_factor,
+    frequencies,
+    rope_from_config,
+    rope_to_config,
+    rotate,
+    rotation,
+)
+
+try:  # optional: the fastest kernels where they are installed
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+try:  # torch's own variable-length flash attention, CUDA only; older versions lack what is needed here
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not {"enable_gqa", "block_table", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys():
+        varlen_attn = None
+except ImportError:
+    varlen_attn = None
+
+SHARD_BYTES = 5 * 2**30
+LOGPROB_CHUNK = 1024  # positions whose logits exist at once; 1,024 x 152K float32 is 0.6 GiB
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "generation_config.json", "tokenizer.model",
+)  # fmt: skip
+
+
+class ModelError(ValueError):
+    """A model that cannot be used, in one sentence: what, where, what to do."""
+
+
+# --------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What fixes the shape and the arithmetic of a model. `source` is the config.json it was read from."""
+
+    model_type: str  # qwen3 | qwen2 | llama
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int  # the window in tokens, prompt + response, with the scaling in `rope`
+    rope: Rope
+    source: dict
+
+    @property
+    def qk_norm(self) -> bool:
+        """Qwen3 normalises each head's queries and keys."""
+        return self.model_type == "qwen3"
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Qwen2 (and DeepSeek-R1-Distill-Qwen) adds a bias to queries, keys and values."""
+        return self.model_type == "qwen2"
+
+
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+
+
+def parse_config(source: dict, where: str | Path = "config.json") -> ModelConfig:
+    """Read a Hugging Face config; anything that would compute another model raises ModelError."""
+
+    def refuse(what: str) -> ModelError:
+        return ModelError(f"{where}: {what}")
+
+    kind = source.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise refuse(f"model_type {kind!r} is not supported (known: {', '.join(ARCHITECTURES)})")
+    if source.get("quantization_config"):
+        raise refuse("the weights are quantised: give the folder of the unquantised model")
+    if source.get("use_sliding_window") or "sliding_attention" in (source.get("layer_types") or ()):
+        raise refuse("sliding-window attention is in use, which is not supported")
+    if source.get("hidden_act", "silu") != "silu":
+        raise refuse(f"hidden_act {source['hidden_act']!r} is not supported (only silu)")
+    if kind != "qwen2" and (source.get("attention_bias") or source.get("mlp_bias")):
+        raise refuse("attention_bias / mlp_bias are not supported")
+    try:
+        heads = source["num_attention_heads"]
+        head_dim = source.get("head_dim") or source["hidden_size"] // heads
+        rope, notes = rope_from_config(source, head_dim)
+        config = ModelConfig(
+            model_type=kind,
+            vocab_size=source["vocab_size"],
+            hidden_size=source["hidden_size"],
+            intermediate_size=source["intermediate_size"],
+            num_hidden_layers=source["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=source.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            rms_norm_eps=source.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=bool(source.get("tie_word_embeddings", False)),
+            max_position_embeddings=source["max_position_embeddings"],
+            rope=rope,
+            source=source,
+        )
+    except KeyError as missing:
+        raise refuse(f"the key {missing} is missing") from None
+    except RopeError as error:
+        raise refuse(str(error)) from None
+    for note in notes:
+        print(f"{where}: {note}", file=sys.stderr)
+    if heads % config.num_key_value_heads or head_dim % 2:
+        raise refuse(f"{heads} heads cannot share {config.num_key_value_heads} key/value heads of {head_dim}")
+    return config
+
+
+def config_to_json(config: ModelConfig) -> dict:
+    """The config.json that makes transformers compute this very model."""
+    return config.source | {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        "head_dim": config.head_dim,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        **rope_to_config(config.rope),
+    }
+
+
+def extend_window(
+    config: ModelConfig, factor: float, original_window: int | None = None, attention_factor: float = 1.0
+) -> ModelConfig:
+    """The same model with YaRN: a window of factor x original tokens (the config's own window if not given)."""
+    if factor <= 1:
+        raise ModelError(f"a YaRN factor must be above 1, not {factor}")
+    if config.rope.scaling is not None:
+        raise ModelError(f"the model already carries {type(config.rope.scaling).__name__}: extend the unscaled one")
+    original = original_window or config.max_position_embeddings
+    rope = replace(config.rope, scaling=Yarn(factor, original, attention_factor))
+    return replace(config, rope=rope, max_position_embeddings=round(factor * original))
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+class AttentionContext(Protocol):
+    """How the T tokens of one forward see each other, and what came before them."""
+
+    positions: Tensor  # (T,) int64, each token's place in its own sequence
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, D), k and v (T, K, D), already rotated -> (T, H, D)."""
+        ...
+
+
+@dataclass(frozen=True)
+class PaddedRun:
+    """Neighbouring sequences of like size, as rows of one padded rectangle for SDPA."""
+
+    rows: int
+    gather: Tensor  # (rows x longest,) the token in each cell; padding repeats a sequence's last token
+    keep: Tensor  # (tokens of the run,) the cells that hold tokens
+
+
+class Packed:
+    """Sequences laid end to end; a token sees itself and what precedes it in its own sequence."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+        self.lengths = list(lengths)
+        self.longest = max(self.lengths)
+        sizes = torch.tensor(self.lengths)
+        self.cumulative = F.pad(sizes.cumsum(0), (1, 0)).to(device, torch.int32)  # (S + 1,)
+        self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)  # (T,)
+        self.device = device
+        self._runs: list[PaddedRun] | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention inside each sequence: (T, H, D) -> (T, H, D)."""
+        return packed_attention(q, k, v, self)
+
+    @property
+    def runs(self) -> list[PaddedRun]:
+        """The same sequences cut into padded rectangles, made once and used by every layer."""
+        if self._runs is None:
+            self._runs = padded_runs(self.lengths, self.device)
+        return self._runs
+
+
+def padded_runs(lengths: list[int], device: torch.device | str, most_padding: float = 0.25) -> list[PaddedRun]:
+    """Cut packed sequences into runs in which at most this share of the cells is padding."""
+    runs, first, offset = [], 0, 0
+    while first < len(lengths):
+        last, tokens, longest = first, 0, 0
+        while last < len(lengths):
+            wider = max(longest, lengths[last])
+            if (tokens + lengths[last]) < (1 - most_padding) * wider * (last - first + 1):
+                break
+            last, tokens, longest = last + 1, tokens + lengths[last], wider
+        sizes = torch.tensor(lengths[first:last])[:, None]  # (rows, 1)
+        starts = offset + sizes.cumsum(0) - sizes
+        column = torch.arange(longest)[None]  # (1, longest)
+        gather = (starts + torch.minimum(column, sizes - 1)).flatten()
+        keep = (column < sizes).flatten().nonzero().squeeze(1)
+        runs.append(PaddedRun(last - first, gather.to(device), keep.to(device)))
+        first, offset = last, offset + tokens
+    return runs
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    """Causal attention of packed sequences: q (T, H, D), k and v (T, K, D) -> (T, H, D).
+
+    CUDA in half precision: flash-attn when installed, else torch's variable-length flash attention.
+    Everything else: SDPA on padded runs; right padding needs no mask, since no token sees what follows it.
+    """
+    if q.is_cuda and q.dtype != torch.float32:
+        ends, longest = packed.cumulative, packed.longest
+        if flash_attn_varlen_func is not None:
+            return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+        if varlen_attn is not None:
+            return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    outputs = []
+    for run in packed.runs:
+        q_run, k_run, v_run = (
+            x.index_select(0, run.gather).unflatten(0, (run.rows, -1)).transpose(1, 2) for x in (q, k, v)
+        )  # (rows, H, longest, D)
+        grouped = q.shape[1] != k.shape[1]
+        attended = F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=True, enable_gqa=grouped)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, run.keep))  # (t, H, D)
+    return torch.cat(outputs)
+
+
+# -------------------------------------------------------------------------------------------------- the model
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square, in float32, then by a learned weight (arXiv 1910.07467, equation 4)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        attended = context.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(attended.flatten(-2))  # (T, H, D) -> (T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer. With `recompute`, backward repeats its forward instead of storing it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.recompute = False
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # nothing in a layer is random, so that no random state need be kept
+            return checkpoint(self._forward, x, cos, sin, context, layer, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, cos, sin, context, layer)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, last norm: what Hugging Face checkpoints call `model`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A causal language model. Built without useful weights: `load_weights` or `initialise` gives it some."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.set_rope(config.rope)
+
+    def set_rope(self, rope: Rope) -> None:
+        """Use these rotary frequencies from now on (evaluation switches YaRN on and off on one set of weights)."""
+        with torch.device("cpu"):  # also when the parameters are being made on the meta device
+            self.inverse_frequencies = frequencies(rope)
+        self.attention_factor = attention_factor(rope)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    def hidden(self, tokens: Tensor, context: AttentionContext) -> Tensor:
+        """Tokens (T,) -> last hidden states (T, C), after the final norm."""
+        if self.inverse_frequencies.device != tokens.device:
+            self.inverse_frequencies = self.inverse_frequencies.to(tokens.device)
+        cos, sin = rotation(self.inverse_frequencies, context.positions, self.attention_factor)
+        x = self.model.embed_tokens(tokens)  # (T, C)
+        for i, layer in enumerate(self.model.layers):
+            # FSDP's hooks hang on __call__: training wants them, sampling reads weights that are gathered already
+            x = layer(x, cos, sin, context, i) if torch.is_grad_enabled() else layer.forward(x, cos, sin, context, i)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (N, C) -> logits (N, V) in the compute dtype."""
+        return self.lm_head(hidden)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        context: AttentionContext,
+        predict: Tensor,
+        targets: Tensor,
+        temperature: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Log-probs, float32 (N,), of `targets` (N,) after the packed positions `predict` (N,).
+
+        They are of logits / temperature (a number, or one per target), and no more than LOGPROB_CHUNK rows of
+        logits exist at once: backward computes them again.
+        """
+        hidden = self.hidden(tokens, context).index_select(0, predict)
+        temperature = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(len(targets))
+        chunks = zip(*(x.split(LOGPROB_CHUNK) for x in (hidden, targets, temperature)), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._logprobs(*chunk) for chunk in chunks])
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(self._logprobs, *chunk, **again) for chunk in chunks])
+
+    def _logprobs(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+        scaled = self.logits(hidden).float() / temperature[:, None]  # (n, V)
+        return scaled.gather(1, targets[:, None]).squeeze(1) - scaled.logsumexp(1)
+
+
+def initialise(model: Transformer, seed: int) -> None:
+    """Fresh weights: normal, 0.02 wide, the two projections into the residual stream narrower by sqrt(2 layers)."""
+    generator = torch.Generator().manual_seed(seed)
+    narrow = 0.02 / (2 * model.config.num_hidden_layers) ** 0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, narrow if into_residual else 0.02, generator=generator)
+
+
+# ----------------------------------------------------------------------------------------- loading and saving
+
+
+def resolve_folder(name: str | Path) -> Path:
+    """A local folder as it is; a hub id is downloaded (config, tokenizer, safetensors) and its folder returned."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
+        raise ModelError(f"{name}: no such model folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download  # only here, so that local models need no hub
+
+    try:
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # the hub client's errors derive from these
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{name}: not a local folder, and the hub did not give it ({reason})") from None
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of a Hugging Face model folder."""
+    path = folder / "config.json"
+    try:
+        return parse_config(json.loads(path.read_text()), path)
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face model folder") from None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from None
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Which safetensors file of a folder holds which tensor."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.exists():
+            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        path = folder / "model.safetensors"
+        with safe_open(path, "pt") as tensors:
+            return dict.fromkeys(tensors.keys(), path)
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no model.safetensors and no index of shards: convert the weights first") from None
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ModelError(f"{folder}: the weights cannot be read ({error}): download them again") from None
+
+
+def load_weights(model: Transformer, folder: Path) -> None:
+    """Copy a folder's tensors into a model, sharded or not, one tensor at a time. Strict: see ModelError."""
+    files = weight_files(folder)
+    parameters = dict(model.named_parameters())
+    surplus = {name for name in files.keys() - parameters.keys() if not name.endswith("rotary_emb.inv_freq")}
+    if model.config.tie_word_embeddings:
+        surplus.discard("lm_head.weight")  # some tied checkpoints carry a copy; compared below
+    if missing := sorted(parameters.keys() - files.keys()):
+        raise ModelError(f"{folder}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
+    if surplus:
+        raise ModelError(f"{folder}: the tensor {min(surplus)} is not part of this model (and {len(surplus) - 1} more)")
+
+    by_file: dict[Path, list[str]] = {}
+    for name in sorted(files.keys() & (parameters.keys() | {"lm_head.weight"})):
+        by_file.setdefault(files[name], []).append(name)
+    embedding = "model.embed_tokens.weight"
+    for path, names in by_file.items():
+        try:
+            with safe_open(path, "pt") as tensors:
+                for name in names:
+                    tensor = tensors.get_tensor(name)
+                    if name not in parameters:  # the copy that a tied checkpoint carries
+                        with safe_open(files[embedding], "pt") as others:
+                            if not torch.equal(tensor, others.get_tensor(embedding)):
+                                raise ModelError(f"{path}: tie_word_embeddings is true but {name} is another tensor")
+                        continue
+                    copy_into(parameters[name], tensor, name, path)
+        except (FileNotFoundError, SafetensorError) as error:
+            raise ModelError(f"{path}: the weights cannot be read ({error}): download them again") from None
+
+
+def copy_into(parameter: nn.Parameter, tensor: Tensor, name: str, path: Path) -> None:
+    """Fill a parameter, or this rank's shard of it, from a whole tensor."""
+    if tensor.shape != parameter.shape:
+        raise ModelError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config says {tuple(parameter.shape)}")
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            tensor = distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+        parameter.copy_(tensor)
+
+
+def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """An unsharded model from a folder or hub id, on one device (evaluation, tests, export)."""
+    folder = resolve_folder(name)
+    with torch.device("meta"):
+        model = Transformer(read_config(folder))
+    model.to_empty(device=device).to(dtype)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # to_empty gives each its own storage
+    load_weights(model, folder)
+    return model
+
+
+def save(
+    model: Transformer, folder: Path, dtype: torch.dtype = torch.float32, tokenizer_from: Path | None = None
+) -> None:
+    """Write a folder that transformers loads with the same logits. Every rank calls it; rank 0 writes.
+
+    The folder appears whole or not at all, and an existing one is never overwritten. Tensors are gathered one at
+    a time into files of at most SHARD_BYTES, so that no rank holds a whole large model twice.
+    """
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    if writes:
+        if folder.exists():
+            raise ModelError(f"{folder}: exists already; give another name")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    shards: list[dict[str, int]] = []
+    waiting: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        if writes and waiting:
+            shards.append({name: tensor.nbytes for name, tensor in waiting.items()})
+            save_file(waiting, unfinished / f"shard-{len(shards)}", metadata={"format": "pt"})
+        waiting.clear()
+
+    for name, parameter in model.named_parameters():
+        whole = parameter.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()  # a collective: every rank takes part, rank 0 keeps the result
+        if not writes:
+            continue
+        waiting[name] = whole.to("cpu", dtype).contiguous()
+        if sum(tensor.nbytes for tensor in waiting.values()) > SHARD_BYTES:
+            flush()
+    flush()
+    if not writes:
+        return
+    name_shards(unfinished, shards)
+    source = config_to_json(model.config) | {"dtype": str(dtype).removeprefix("torch.")}
+    source.pop("torch_dtype", None)
+    (unfinished / "config.json").write_text(json.dumps(source, indent=2) + "\n")
+    for file in TOKENIZER_FILES if tokenizer_from else ():
+        if (tokenizer_from / file).exists():
+            shutil.copy(tokenizer_from / file, unfinished / file)
+    unfinished.rename(folder)
+
+
+def name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
+    """Give the written shards their Hugging Face names, and more than one of them an index."""
+    if len(shards) == 1:
+        (folder / "shard-1").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, tensors in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    total = sum(size for tensors in shards for size in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------- many devices
+
+
+def shard(model: Transformer, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """Split every parameter over the mesh (FSDP2); float32 master weights, forward and backward in compute_dtype."""
+    # inputs are left alone: a temperature of 1.45 cast to bfloat16 would be scored as 1.453
+    policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+@contextmanager
+def gathered(model: Transformer) -> Iterator[None]:
+    """Sampling reads whole weights: gather all of them once, so that no collective runs until this block ends."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.unshard()
+    try:
+        # not inference_mode: its tensors break the backward that follows
+        with torch.no_grad():
+            yield
+    finally:
+        for module in modules:
+            module.reshard()
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+def main() -> None:
+    """Export a checkpoint, with YaRN when asked."""
+    parser = argparse.ArgumentParser(description="Export a model folder, with a longer window through YaRN.")
+    parser.add_argument("model", help="a model folder or hub id")
+    parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
+    parser.add_argument("--yarn", type=float, metavar="FACTOR", help="lengthen the window by this factor")
+    parser.add_argument("--original-window", type=int, metavar="TOKENS", help="the window to lengthen (the config's)")
+    parser.add_argument("--attention-factor", type=float, default=1.0, help="YaRN's scale of cos and sin (1.0 = off)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    arguments = parser.parse_args()
+    try:
+        model = load(arguments.model)
+        if arguments.yarn is not None:
+            model.config = extend_window(
+                model.config, arguments.yarn, arguments.original_window, arguments.attention_factor
+            )
+        save(model, arguments.out, getattr(torch, arguments.dtype), resolve_folder(arguments.model))
+    except ModelError as error:
+        sys.exit(f"model.py: {error}")
+    print(f"wrote {arguments.out}: window {model.config.max_position_embeddings:,} tokens, {model.config.rope}")
+
+
+if __name__ == "__main__":
+    main()

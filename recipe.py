@@ -1,0 +1,316 @@
+"""Every number of a run: typed dataclasses, read from TOML.
+
+    load_recipe("recipes/tiny.toml", ["stage.1.temperature=1.2"])
+
+An unknown key is an error that names the nearest known one; a value of the wrong type is an error too. What a
+recipe leaves out has the default below, and what was resolved is written into the run's folder.
+"""
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+from arithmetic import World
+from data_filter import INSTRUCTION
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run, in one sentence: what, where, what to do."""
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """The KV cache of one process. A page as long as a whole sequence suits a CPU; a GPU wants 256."""
+
+    rows: int = 64  # sequences decoded at once
+    page_tokens: int = 256
+    cache_tokens: int = 1_000_000  # of all sequences together
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """The reward is the weighted sum of its parts; POLARIS uses the right answer alone."""
+
+    correct: float = 1.0
+    format: float = 0.0
+    steps: float = 0.0
+    workers: int = 2  # processes for symbolic answers
+    time_limit_seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """The held-out problems, looked at through the run."""
+
+    data: str = ""  # empty: no held-out evaluation
+    samples: int = 8  # responses per problem
+    temperature: float = 1.0
+    top_k: int = 0
+    max_response_tokens: int = 1024
+    problems: int = 0  # the first so many; 0: all
+    every_steps: int = 0  # within rl stages; 0: only between stages
+    problems_within_stage: int = 0  # the first so many of these evaluations; 0: as many as between stages
+
+
+@dataclass(frozen=True)
+class FinalSettings:
+    """The evaluation at the end: longer than trained, with and without YaRN."""
+
+    data: str = ""  # empty: none
+    samples: int = 8
+    temperature: float = 1.4
+    top_k: int = 20
+    max_response_tokens: int = 90_000
+    yarn_factor: float = 1.5
+    yarn_original_window: int = 65_536  # a choice: POLARIS does not state it
+    yarn_attention_factor: float = 1.0  # off, as the recipe has it
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The search upward for the temperature that restores the diversity score of the stage before."""
+
+    step: float = 0.05
+    most: float = 2.0  # where the search ends
+    problems: int = 64
+    samples: int = 8
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What is kept of a run."""
+
+    checkpoint_every_steps: int = 20
+    checkpoints_kept: int = 2
+    rollouts_written: int = 4  # whole rollouts per step, for people to read
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class SftStage:
+    """Supervised fine-tuning on worked solutions: `problem` + `solution`, or `messages`."""
+
+    kind: str = "sft"
+    data: str = ""
+    steps: int = 0
+    batch_sequences: int = 64
+    max_tokens: int = 1024  # of one sequence; a longer one is an error
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    decay_share: float = 0.0  # of the steps, at the end, over which the rate falls to a tenth
+    adam_beta2: float = 0.95
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class RlStage:
+    """One stage of reinforcement learning. The defaults are the POLARIS recipe's."""
+
+    kind: str = "rl"
+    data: str = ""  # empty: what the stage before has left
+    steps: int = 0
+    batch_problems: int = 128
+    group_size: int = 8
+    temperature: float | str = 1.4  # a number, or "match": restore the diversity of the stage before
+    max_prompt_tokens: int = 1024
+    max_response_tokens: int = 39_936
+    filter_before: bool = False  # sample every problem and drop the always solved (RECIPE section 1)
+    drop_at: float = 1.0  # by that filter
+    drop_above: float = 0.9  # after the stage
+    drop_window: str = "stage"  # by the visits of the stage just ended, or of "all" stages
+    rescue: bool = True
+    substitute: bool = True
+    informative_share: float = 1 / 3  # fewer informative groups than this: no update
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run."""
+
+    name: str
+    model: str  # a folder or a hub id; world/... is what `world` writes into the run's folder
+    stage: tuple[SftStage | RlStage, ...]
+    seed: int = 0
+    max_position_embeddings: int = 0  # the model's window; 0: as its config says
+    thinking: bool = True  # whether a response must close its thinking block
+    instruction: str = INSTRUCTION  # appended to a problem that does not carry it
+    micro_batch_tokens: int = 65_536  # of one forward and backward; a longer sequence goes alone
+    recompute_activations: bool = True
+    world: World | None = None
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    final: FinalSettings = field(default_factory=FinalSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply overrides of the form `stage.0.temperature=1.2`. Raises RecipeError."""
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(str(p) for p in Path(__file__).parent.glob("recipes/*.toml")))
+        raise RecipeError(f"{path}: no such recipe file (there are {known})") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML ({error})") from None
+    for override in overrides:
+        _apply(table, override)
+    recipe = _build(Recipe, table, "")
+    _check(recipe)
+    return recipe
+
+
+def _apply(table: dict, override: str) -> None:
+    """Set one value in the parsed TOML; what it names is checked with everything else."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {override}: write NAME=VALUE, such as stage.0.temperature=1.2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *path, last = name.split(".")
+    here: object = table
+    for part in path:
+        if isinstance(here, list):
+            if not part.isdigit() or int(part) >= len(here):
+                raise RecipeError(f"--set {override}: there is no number {part}; the recipe has {len(here)}")
+            here = here[int(part)]
+        elif isinstance(here, dict):
+            here = here.setdefault(part, {})
+    if not isinstance(here, dict):
+        raise RecipeError(f"--set {override}: {'.'.join(path)} is not a table")
+    here[last] = value
+
+
+def _build(kind: type, table: object, where: str) -> typing.Any:
+    """A dataclass from a TOML table; `where` is its dotted name, for errors."""
+    if not isinstance(table, dict):
+        raise RecipeError(f"{where}: expected a table, not {table!r}")
+    known = {f.name: f for f in fields(kind)}
+    types_of = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    for key in table:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+            raise RecipeError(f"unknown key {prefix}{key}: {hint}")
+    for f in fields(kind):
+        if f.name not in table and f.default is f.default_factory:  # neither is given: both are MISSING
+            raise RecipeError(f"the key {prefix}{f.name} is missing")
+    return kind(**{key: _convert(value, types_of[key], prefix + key) for key, value in table.items()})
+
+
+def _convert(value: object, kind: typing.Any, where: str) -> typing.Any:
+    """A TOML value as the type that the field has."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    if kind == tuple[SftStage | RlStage, ...]:
+        if not isinstance(value, list) or not value:
+            raise RecipeError("a recipe needs at least one [[stage]]")
+        return tuple(_build_stage(stage, f"stage.{i}") for i, stage in enumerate(value))
+    if kind == tuple[int, int]:
+        if isinstance(value, list | tuple) and len(value) == 2 and all(type(x) is int for x in value):
+            return tuple(value)
+        raise RecipeError(f"{where} must be two whole numbers, not {value!r}")
+    for option in options:
+        if is_dataclass(option):
+            return _build(option, value, where)
+        if type(value) is option or (option is float and type(value) is int):
+            return option(value)
+    names = " or ".join(option.__name__ for option in options)
+    raise RecipeError(f"{where} must be of type {names}, not {value!r}")
+
+
+def _build_stage(table: object, where: str) -> SftStage | RlStage:
+    kinds = {"sft": SftStage, "rl": RlStage}
+    kind = table.get("kind") if isinstance(table, dict) else None
+    if kind not in kinds:
+        raise RecipeError(f"{where}.kind must be sft or rl, not {kind!r}")
+    return _build(kinds[kind], table, where)
+
+
+LEAST = {  # the smallest value that makes sense, by field name, wherever it stands
+    "seed": 0, "rows": 1, "page_tokens": 1, "cache_tokens": 1, "workers": 1, "samples": 1, "problems": 0,
+    "steps": 1, "every_steps": 0, "problems_within_stage": 0, "max_response_tokens": 1, "max_prompt_tokens": 1,
+    "checkpoint_every_steps": 1, "checkpoints_kept": 1, "rollouts_written": 0, "batch_sequences": 1,
+    "batch_problems": 1, "group_size": 2, "max_tokens": 2, "micro_batch_tokens": 1, "learning_rate": 0.0,
+}  # fmt: skip
+
+
+def _check_least(settings: typing.Any, where: str) -> None:
+    """No number below the smallest that makes sense, in this table and those inside it."""
+    for f in fields(settings):
+        value, name = getattr(settings, f.name), f"{where}{f.name}"
+        if is_dataclass(value):
+            _check_least(value, f"{name}.")
+        elif f.name in LEAST and type(value) is type(LEAST[f.name]) and value < LEAST[f.name]:
+            raise RecipeError(f"{name} must be at least {LEAST[f.name]}, not {value}")
+
+
+def _check(recipe: Recipe) -> None:
+    """What the types cannot say."""
+    _check_least(recipe, "")
+    first_rl = True
+    for i, stage in enumerate(recipe.stage):
+        where = f"stage.{i}"
+        _check_least(stage, f"{where}.")
+        if isinstance(stage, SftStage):
+            if not stage.data:
+                raise RecipeError(f"{where}.data is missing: a file of worked solutions")
+            continue
+        if stage.drop_window not in ("stage", "all"):
+            raise RecipeError(f'{where}.drop_window must be "stage" or "all", not {stage.drop_window!r}')
+        if isinstance(stage.temperature, str) and (stage.temperature != "match" or first_rl):
+            what = "the first rl stage needs a number" if first_rl else "write a number or match"
+            raise RecipeError(f"{where}.temperature is {stage.temperature!r}: {what}")
+        if not isinstance(stage.temperature, str) and stage.temperature <= 0:
+            raise RecipeError(f"{where}.temperature must be above 0: training samples the policy itself")
+        if first_rl and not stage.data:
+            raise RecipeError(f"{where}.data is missing: the first rl stage needs problems")
+        if (
+            recipe.max_position_embeddings
+            and stage.max_prompt_tokens + stage.max_response_tokens > recipe.max_position_embeddings
+        ):
+            raise RecipeError(
+                f"{where}: {stage.max_prompt_tokens} + {stage.max_response_tokens} tokens exceed "
+                f"max_position_embeddings = {recipe.max_position_embeddings}"
+            )
+        first_rl = False
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML, every value spelt out; reading it back gives the same recipe."""
+    table = asdict(recipe)
+    stages = table.pop("stage")
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    lines = [f"{key} = {_literal(value)}" for key, value in table.items() if value is not None and key not in tables]
+    for name, values in [*tables.items(), *(("[stage]", stage) for stage in stages)]:
+        lines += ["", f"[{name}]", *(f"{key} = {_literal(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return repr(value)

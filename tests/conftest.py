@@ -1,0 +1,89 @@
+"""What the tests share: the repository on the path, no network, and tiny models that transformers built."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no test may reach the network
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # on models this small, threads only cost
+
+WINDOW = 256
+VOCABULARY = 97
+SCALINGS = {
+    "plain": {"rope_type": "default"},
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.0,
+        "beta_fast": 16.0,
+        "beta_slow": 1.0,
+    },
+    "warm yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.25,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
+
+
+def tiny_reference(family: str, tied: bool = True, scaling: str = "plain", **overrides):
+    """A transformers model of a family with random weights, in which no bias is zero and no norm is one."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    config_class, model_class = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[family]
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": WINDOW,
+        "tie_word_embeddings": tied,
+        "rope_parameters": {"rope_theta": 10_000.0, **SCALINGS[scaling]},
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if family != "qwen2":
+        sizes["head_dim"] = 16  # not hidden_size / heads, as in Qwen3
+    generator = torch.Generator().manual_seed(1)
+    model = model_class(config_class(**sizes | overrides)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            center = 1.0 if name.endswith("norm.weight") else 0.0
+            parameter.copy_(center + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A function from (family, tied, scaling) to a saved folder; each is made once."""
+    made: dict[tuple, Path] = {}
+
+    def make(family: str = "qwen3", tied: bool = True, scaling: str = "plain") -> Path:
+        key = family, tied, scaling
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("-".join(map(str, key)).replace(" ", "-"))
+            tiny_reference(*key).save_pretrained(made[key])
+        return made[key]
+
+    return make

@@ -1,0 +1,269 @@
+"""page.py against a synthetic run: three stages, a diverged step, missing keys, hostile model text, a cut last line."""
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import page
+import report
+
+HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\x00\ud800"
+VOID = {"meta", "br", "hr", "link", "img", "input"}
+
+
+def synthetic_rows(steps: tuple[int, int, int] = (60, 150, 150)) -> list[dict]:
+    draw, rows, step = random.Random(0), [], 0
+
+    def evaluation(accuracy: float, name: str = "held-out", final: bool = False) -> dict:
+        half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / 400)
+        types = {"addition": 1.3, "subtraction": 1.1, "multiplication": 0.85, HOSTILE if final else "two steps": 0.7}
+        return dict(kind="eval", step=step, stage=0, name=name, final=final, n=1600, problems=200, temperature=1.4,
+                    avg=accuracy, low=accuracy - half, high=accuracy + half, length_mean=90.0, truncated_share=0.04,
+                    no_box_share=0.02, by_type={t: min(1.0, accuracy * share) for t, share in types.items()})
+
+    for _ in range(steps[0]):
+        step += 1
+        rows.append(dict(kind="sft", step=step, stage=0, lr=3e-4, tokens=16384, seconds=1.8,
+                         loss=2.5 * math.exp(-step / 25) + draw.gauss(0.4, 0.03),
+                         grad_norm=math.exp(draw.gauss(0, 0.3)), tokens_per_s=draw.gauss(9000, 300)))
+    rows.append(evaluation(0.412))
+    for stage in (1, 2):
+        counts = [310, 220, 190, 170, 160, 190, 240, 380]
+        rows.append(dict(kind="filter", step=step, stage=stage, label=f"before stage {stage}", rule="drop 8/8",
+                         before=[*counts, 900], after=[*counts, 0], kept=1860, dropped=900))
+        curve = [dict(temperature=t / 10, accuracy=0.45 / (1 + math.exp((t - 15) * 1.1)),
+                      distinct4=1 / (1 + math.exp((11 - t) / 2))) for t in range(4, 19)]
+        rows.append(dict(kind="temperature", step=step, stage=stage, label=f"for stage {stage}", curve=curve,
+                         target_distinct4=0.62 if stage == 2 else None, chosen=1.1 + stage / 10))
+        limit = 96 + 64 * (stage - 1)
+        for i in range(steps[stage]):
+            step += 1
+            done = (step - steps[0]) / (steps[1] + steps[2])
+            none, every = draw.randint(8, 24) - int(8 * done), draw.randint(2, 10) + int(20 * done)
+            reward, skipped = 0.35 + 0.35 * done + draw.gauss(0, 0.04), int(i == 40)
+            rows.append(dict(
+                kind="rl", step=step, stage=stage, epoch=step // 50, problems=1860, groups=128, tokens=90_000, lr=1e-6,
+                reward_mean=reward, accuracy=reward - 0.02, reward_correct=reward - 0.02, reward_steps=None,
+                verdicts={"correct": int(64 * reward), "wrong": 64 - int(64 * reward)}, temperature=1.1 + stage / 10,
+                response_length_mean=60 + 50 * done + draw.gauss(0, 4), response_length_max=min(limit, 110 + 60 * done),
+                max_response_tokens=limit, truncated_share=abs(draw.gauss(0.05, 0.02)),
+                distinct4=0.66 - 0.1 * (i / steps[stage]) + draw.gauss(0, 0.01), solve_none=none, solve_all=every,
+                zero_variance=none + every, rescued=draw.randint(0, 5), substituted=none + every, skipped=skipped,
+                loss=None if skipped else draw.gauss(0, 0.01), ratio_mean=1 + draw.gauss(0, 1e-5),
+                grad_norm=None if skipped else math.exp(draw.gauss(-1, 0.4)),
+                rescued_ratio_mean=None if i % 3 else 1 + draw.gauss(0.1, 0.05),
+                logprob_diff_mean=abs(draw.gauss(2e-6, 4e-7)), logprob_diff_max=abs(draw.gauss(3e-5, 8e-6)),
+                entropy=1.1 - 0.3 * done + draw.gauss(0, 0.02), peak_memory_gib=11.4,
+                sample_tokens_per_s=draw.gauss(21000, 900), update_tokens_per_s=draw.gauss(14000, 500), seconds=10.7,
+                seconds_sample=4.1 + draw.gauss(0, 0.2), seconds_grade=0.3, seconds_update=6.2 + draw.gauss(0, 0.2)))
+            if i % 25 == 24:
+                rows.append(evaluation(0.412 + 0.22 * done + draw.gauss(0, 0.01)))
+    diverged = next(row for row in rows if row["kind"] == "rl" and row["step"] == steps[0] + 100)
+    diverged.update(loss=math.nan, grad_norm=math.inf)
+    del diverged["entropy"], diverged["distinct4"], diverged["verdicts"]
+    rows += [evaluation(0.634, final=True), evaluation(0.587, "beyond window, no YaRN", True),
+             evaluation(0.641, "beyond window, YaRN " + HOSTILE, True)]
+    return rows
+
+
+def synthetic_run(folder: Path, steps: tuple[int, int, int] = (60, 150, 150)) -> list[dict]:
+    rows = synthetic_rows(steps)
+    metrics = report.Metrics(folder)
+    for row in rows:
+        metrics.write(row)
+        if row["kind"] == "rl":
+            metrics.write_rollouts([dict(
+                step=row["step"], stage=row["stage"], problem=f"add-{i}", prompt="What is 3 + 4?", verdict="correct",
+                response=HOSTILE + "\nLet me think.\n7" * 20, reward=float(i % 2), tokens=90, ended="stop")
+                for i in range(2)])
+    metrics.close()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "rl", "step": 99999, "rew')
+    (folder / "recipe.toml").write_text(
+        'name = "arithmetic <b>tiny</b>"\n[[stage]]\nname = "worked solutions"\n'
+        '[[stage]]\nname = "short"\n[[stage]]\nname = "long"\n')
+    return rows
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[list[dict], str, str]:
+    folder = tmp_path_factory.mktemp("run")
+    rows = synthetic_run(folder)
+    path = page.write_report(folder)
+    assert path == folder / "report.html" and not list(folder.glob("*.tmp"))
+    return rows, path.read_text(), (folder / "curves.svg").read_text()
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that closes another one; collects tags and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def parse(text: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(text)
+    parser.close()
+    assert not parser.open
+    return parser
+
+
+def charts_of(text: str) -> dict[str, ElementTree.Element]:
+    trees = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text)]
+    return {tree.find("title").text: tree for tree in trees}
+
+
+def test_the_page_is_well_formed_and_has_every_section(run):
+    _, text, _ = run
+    texts, charts = parse(text).texts, charts_of(text)
+    for section in ("Final evaluation", "Stages", "Curves", "Difficulty", "Temperature searches",
+                    "Whole rollouts to read",
+                    "Recipe", "Glossary"):
+        assert section in texts
+    titles = {chart.title for chart in page.CHARTS} | {"Difficulty before stage 1", "Temperature for stage 2"}
+    assert titles <= charts.keys() and "No data for" not in text
+    assert all("nan" not in value and "inf" not in value for tree in charts.values() for node in tree.iter()
+               for key, value in node.attrib.items() if key in ("d", "points", "x", "y"))
+
+
+def test_curves_svg_stands_alone(run):
+    _, _, svg = run
+    root = ElementTree.fromstring(svg)
+    assert len(root.findall("{http://www.w3.org/2000/svg}svg")) == 6
+    assert svg.count("http") == 1 and "<script" not in svg
+
+
+def test_model_text_cannot_leave_its_element_and_nothing_is_fetched(run):
+    _, text, svg = run
+    tags = parse(text).tags
+    assert not {tag for tag, _ in tags} & {"script", "img", "link", "iframe", "object"}
+    assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
+    assert "&lt;/script&gt;&lt;img" in text and "<b>tiny" not in text + svg and "\x00" not in text
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_tables_and_headline_carry_the_metrics(run):
+    rows, text, _ = run
+    cells = re.findall(r"<td>(.*?)</td>", text)
+    for row in (row for row in rows if row["kind"] == "eval" and row["final"]):
+        assert {f"{100 * row[key]:.1f}%" for key in ("avg", "low", "high")} <= set(cells)
+    for stage in (1, 2):
+        part = [row for row in rows if row["kind"] == "rl" and row["stage"] == stage]
+        ends = [sum(row["reward_mean"] for row in some) / 10 for some in (part[:10], part[-10:])]
+        assert f"{ends[0]:.3g} → {ends[1]:.3g}" in cells
+        assert f"{sum(row['rescued'] for row in part):.3g}" in cells
+        assert f"{part[0]['step']:,}–{part[-1]['step']:,}" in cells
+    assert "RL 1: short" in cells and "41.2% → 63.4%" in text and "+22.2 points" in text
+    assert "[36.4%, 46.0%] → [58.7%, 68.1%] do not overlap" in text
+
+
+def test_a_diverged_step_is_said_and_left_as_a_gap(run):
+    _, text, _ = run
+    assert "2 values are not finite, left as gaps: loss at step 160, grad_norm at step 160." in text
+    loss = charts_of(text)["RL loss"].find("path[@class='faint c0']").get("d")
+    assert loss.count("M") == 4  # the two skipped steps and the diverged one
+
+
+def test_a_curve_is_drawn_where_its_numbers_say():
+    svg = ElementTree.fromstring(page.line_chart("t", {"a": [(0, 0.0), (5, 0.5), (10, 1.0)]}, "share"))
+    points = [tuple(map(float, p)) for p in re.findall(r"[ML]([\d.]+) ([\d.]+)",
+                                                       svg.find("path[@class='c0']").get("d"))]
+    top = min(y for _, y in points)
+    assert points[1:] == [(page.LEFT, page.FLOOR), ((page.LEFT + page.RIGHT) / 2, (page.FLOOR + top) / 2), (page.RIGHT,
+                                                                                                            top)]
+
+
+def test_the_band_spans_the_interval_and_skips_unknown_ends():
+    band = [(0, 0.0, 0.5), (5, None, None), (10, 0.5, 1.0)]
+    svg = ElementTree.fromstring(page.line_chart("t", {"avg": [(0, 0.25), (5, 0.5), (10, 0.75)]}, "share", band=band))
+    corners = [tuple(map(float, corner.split(","))) for corner in svg.find("polygon").get("points").split()]
+    middle = (page.FLOOR + corners[2][1]) / 2
+    assert corners == [(page.LEFT, page.FLOOR), (page.RIGHT, middle), (page.RIGHT, corners[2][1]), (page.LEFT, middle)]
+
+
+def test_smoothing_matches_the_obvious_average_and_stops_at_a_stage():
+    draw = random.Random(1)
+    points = [(x, None if x == 50 else draw.random() + (x >= 200)) for x in range(300)]
+    half = 300 // 60
+    for x, y in page._smooth(points, [200]):
+        near = [v for u, v in points if abs(u - x) <= half and (u >= 200) == (x >= 200) and v is not None]
+        assert y is None if x == 50 else y == pytest.approx(sum(near) / len(near))
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (1.4, 1.5), (3, 3), (-2e-6, 5e-6), (0, 0), (-1e29, 1e29), (5,
+                                                                                                              52224)])
+def test_axis_spans_the_values_with_few_ticks(low, high):
+    for kind in ("level", "amount"):
+        ticks = page._axis(low, high, kind)
+        assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
+
+
+@pytest.mark.parametrize("kind", ["amount", "share", "level", "log"])
+def test_extreme_values_are_drawn_or_left_out_but_never_raise(kind):
+    values = [5e-324, -5e-324, 1e308, 10**400, True, math.nan, -math.inf, 0, "1"]
+    for value in values:
+        ElementTree.fromstring(page.line_chart("t", {"a": [(0, page._number(value)), (1, 1e-29)]}, kind))
+
+
+def test_a_long_run_is_thinned_without_losing_its_spikes(tmp_path):
+    rows = synthetic_rows((10, 5000, 5000))
+    next(row for row in rows if row["step"] == 1777 and row["kind"] == "rl")["truncated_share"] = 0.97
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page.write_report(tmp_path).read_text()
+    faint = charts_of(text)["Truncated share"].find("path[@class='faint c0']").get("d")
+    heights = [float(y) for y in re.findall(r" ([\d.]+)", faint)]
+    assert len(text) < 3_000_000 and len(heights) <= 2 * page.BINS + 1
+    assert min(heights) < 0.1 * page.FLOOR + 0.9 * 60  # 0.97 of an axis that ends at 100%, at y = 60
+
+
+@pytest.mark.parametrize("rows", [
+    [], [dict(kind="rl", step=1, stage=0)], [dict(kind="sft", step=1, stage=0, loss=None)],
+    [dict(kind="eval", step=0, stage=0)],
+    [dict(kind="eval", step=0, stage=0, name="a"), dict(kind="rl", step=1, stage=1, verdicts={}),
+     dict(kind="eval", step=1, stage=1, name="a", final=True)],
+    [dict(kind="filter", step=0, stage=0, before=[0] * 9),
+     dict(kind="temperature", step=0, stage=0, curve=[{"temperature": None}])]])
+def test_a_page_of_missing_data_names_what_it_left_out(tmp_path, rows):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page.write_report(tmp_path).read_text()
+    parse(text)
+    ElementTree.fromstring((tmp_path / "curves.svg").read_text())
+    assert "No data for: Held-out accuracy, " in text
+
+
+def test_first_and_last_rollouts_are_shown_without_a_half_written_one(tmp_path):
+    lines = [json.dumps(dict(step=step, response=f"answer {step} " + "x" * 40_000)) for step in range(10)]
+    (tmp_path / "rollouts.jsonl").write_text("\n".join(lines) + '\n{"step": 10, "resp')
+    shown = page._rollouts(tmp_path / "rollouts.jsonl")
+    assert re.findall(r"answer (\d+)", shown) == ["0", "1", "2", "8", "9"]
+    assert "10,009 characters more" in shown
+
+
+def test_the_command_line_refuses_a_folder_that_is_no_run(tmp_path):
+    done = subprocess.run([sys.executable, page.__file__, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "usage: python page.py RUN, a folder with a metrics.jsonl" in done.stderr

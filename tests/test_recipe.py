@@ -1,0 +1,290 @@
+"""recipe.py: what a recipe file may say, what it is told when it may not, and the published numbers."""
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from arithmetic import World
+from recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted(ROOT.glob("recipes/*.toml"))
+SMALL = """
+name = "small"
+model = "some/model"
+max_position_embeddings = 4096
+[eval]
+data = "held-out.jsonl"
+[[stage]]
+kind = "sft"
+data = "solutions.jsonl"
+steps = 3
+[[stage]]
+kind = "rl"
+data = "problems.jsonl"
+steps = 5
+temperature = 1
+max_prompt_tokens = 96
+max_response_tokens = 4000
+[[stage]]
+kind = "rl"
+steps = 7
+temperature = "match"
+max_response_tokens = 3000
+"""
+
+
+def load(tmp_path, text=SMALL, overrides=()):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def refusal(tmp_path, text=SMALL, overrides=()):
+    """The sentence with which a recipe is refused."""
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def test_values_arrive_in_their_places_and_the_rest_has_defaults(tmp_path):
+    recipe = load(tmp_path)
+    assert (recipe.name, recipe.seed, recipe.eval.data, recipe.eval.samples) == ("small", 0, "held-out.jsonl", 8)
+    assert recipe.world is None
+    assert [type(stage) for stage in recipe.stage] == [SftStage, RlStage, RlStage]
+    assert [stage.steps for stage in recipe.stage] == [3, 5, 7]
+    assert recipe.stage[1] == RlStage(
+        data="problems.jsonl", steps=5, temperature=1.0, max_prompt_tokens=96, max_response_tokens=4000
+    )
+
+
+def test_a_whole_number_where_a_float_belongs_becomes_one(tmp_path):
+    recipe = load(tmp_path, overrides=["eval.temperature=1", "stage.1.clip_low=1"])
+    for value in (recipe.stage[1].temperature, recipe.eval.temperature, recipe.stage[1].clip_low):
+        assert type(value) is float and value == 1.0
+
+
+def test_a_pair_of_numbers_in_the_world(tmp_path):
+    assert load(tmp_path, overrides=["world.sft_terms=[2, 4]"]).world == World(sft_terms=(2, 4))
+    for wrong in ("[2]", "[2, 3, 4]", "[2, 3.5]", "3", "[2, true]"):
+        assert refusal(tmp_path, overrides=[f"world.sft_terms={wrong}"]).startswith(
+            "world.sft_terms must be two whole numbers"
+        )
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("sead=1", "unknown key sead: did you mean seed?"),
+        ("eval.sample=4", "unknown key eval.sample: did you mean samples?"),
+        ("world.hidden=4", "unknown key world.hidden: did you mean hidden_size?"),
+        ("stage.1.temprature=1.2", "unknown key stage.1.temprature: did you mean temperature?"),
+        ("stage.0.group_size=8", "unknown key stage.0.group_size"),  # a key of the other kind of stage
+        ("evaluation.samples=4", "unknown key evaluation"),
+    ],
+)
+def test_an_unknown_key_names_itself_and_the_nearest(tmp_path, override, message):
+    assert refusal(tmp_path, overrides=[override]).startswith(message)
+
+
+def test_an_unknown_key_like_none_lists_the_known(tmp_path):
+    message = refusal(tmp_path, overrides=["run.zzzz=1"])
+    assert "unknown key run.zzzz: known are " in message and "checkpoint_every_steps" in message
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("seed=0.5", "seed must be of type int, not 0.5"),
+        ("seed=true", "seed must be of type int, not True"),  # bool is an int to Python
+        ("thinking=1", "thinking must be of type bool, not 1"),
+        ("name=3", "name must be of type str, not 3"),
+        ("eval.samples=many", "eval.samples must be of type int, not 'many'"),
+        ("eval.temperature=hot", "eval.temperature must be of type float, not 'hot'"),
+        ("stage.1.temperature=true", "stage.1.temperature must be of type float or str, not True"),
+        ("stage.1.rescue=no", "stage.1.rescue must be of type bool, not 'no'"),
+        ("eval=3", "eval: expected a table, not 3"),
+        ("world=big", "world: expected a table, not 'big'"),
+        ("stage=3", "a recipe needs at least one [[stage]]"),
+        ("stage=[]", "a recipe needs at least one [[stage]]"),
+        ("stage=[3]", "stage.0.kind must be sft or rl, not None"),
+        ("stage.2.kind=ppo", "stage.2.kind must be sft or rl, not 'ppo'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(tmp_path, override, message):
+    assert refusal(tmp_path, overrides=[override]) == message
+
+
+@pytest.mark.parametrize("key", ["name", "model", "stage"])
+def test_a_missing_key_is_named(tmp_path, key):
+    text = SMALL.split("[[stage]]")[0] if key == "stage" else re.sub(rf"(?m)^{key} = .*$", "", SMALL)
+    assert refusal(tmp_path, text) == f"the key {key} is missing"
+
+
+def test_a_missing_file_lists_the_recipes_there_are(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "absent.toml")
+    assert str(caught.value).startswith(f"{tmp_path / 'absent.toml'}: no such recipe file")
+    assert SHIPPED and all(path.name in str(caught.value) for path in SHIPPED)
+
+
+def test_what_is_no_toml_file_is_refused(tmp_path):
+    message = refusal(tmp_path, 'name = "unfinished')
+    assert message.startswith(f"{tmp_path / 'recipe.toml'}: not valid TOML (")
+    (tmp_path / "weights").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "weights", tmp_path):  # not text, and a folder
+        with pytest.raises(RecipeError, match=re.escape(str(path))):
+            load_recipe(path)
+
+
+# ------------------------------------------------------------------------------------------------- --set
+
+
+def test_set_reaches_scalars_tables_and_stages(tmp_path):
+    overrides = [
+        "seed=7", "name=renamed", 'instruction=""', "eval.samples=3", "search.most=1.5", "stage.1.temperature=1.25",
+        "stage.2.temperature=1.3", "stage.0.data=elsewhere/a=b.jsonl", "thinking=false",
+    ]  # fmt: skip
+    recipe = load(tmp_path, overrides=overrides)
+    assert (recipe.seed, recipe.name, recipe.instruction, recipe.thinking) == (7, "renamed", "", False)
+    assert (recipe.eval.samples, recipe.eval.data, recipe.search.most) == (3, "held-out.jsonl", 1.5)
+    assert [stage.temperature for stage in recipe.stage[1:]] == [1.25, 1.3]
+    assert recipe.stage[0].data == "elsewhere/a=b.jsonl"
+
+
+def test_the_later_of_two_sets_holds(tmp_path):
+    assert load(tmp_path, overrides=["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("seed", "--set seed: write NAME=VALUE, such as stage.0.temperature=1.2"),
+        ("stage.3.steps=1", "--set stage.3.steps=1: there is no number 3; the recipe has 3"),
+        ("stage.-1.steps=1", "--set stage.-1.steps=1: there is no number -1; the recipe has 3"),
+        ("stage.first.steps=1", "--set stage.first.steps=1: there is no number first; the recipe has 3"),
+        ("stage.0=1", "--set stage.0=1: stage is not a table"),
+        ("name.value=1", "--set name.value=1: name is not a table"),
+        ("stage.1.temperature.a.b=1", "--set stage.1.temperature.a.b=1: stage.1.temperature.a is not a table"),
+    ],
+)
+def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
+    assert refusal(tmp_path, overrides=[override]) == message
+
+
+# ------------------------------------------------------------------------------------- what types cannot say
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("stage.1.temperature=match", "stage.1.temperature is 'match': the first rl stage needs a number"),
+        ("stage.2.temperature=same", "stage.2.temperature is 'same': write a number or match"),
+        ("stage.1.temperature=0", "stage.1.temperature must be above 0"),
+        ("stage.2.temperature=-1.0", "stage.2.temperature must be above 0"),
+        ("stage.1.group_size=1", "stage.1.group_size must be at least 2"),
+        ("stage.0.steps=0", "stage.0.steps must be at least 1, not 0"),
+        ("stage.2.steps=0", "stage.2.steps must be at least 1, not 0"),
+        ('stage.0.data=""', "stage.0.data is missing: a file of worked solutions"),
+        ('stage.1.data=""', "stage.1.data is missing: the first rl stage needs problems"),
+        ("stage.1.max_response_tokens=4001", "stage.1: 96 + 4001 tokens exceed max_position_embeddings = 4096"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(tmp_path, override, message):
+    assert refusal(tmp_path, overrides=[override]).startswith(message)
+
+
+def test_a_window_of_zero_is_the_models_own(tmp_path):
+    load(tmp_path, overrides=["max_position_embeddings=0", "stage.1.max_response_tokens=1000000"])
+
+
+# ----------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_survives_being_written_and_read(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert load(tmp_path, to_toml(recipe)) == recipe
+
+
+def test_what_is_written_spells_out_every_key(tmp_path):
+    recipe = load(tmp_path, overrides=["world.seed=3"])
+    written = to_toml(recipe)
+    for table in (recipe, recipe.eval, recipe.final, recipe.run, recipe.world, *recipe.stage):
+        for f in fields(table):
+            assert re.search(rf"(?m)^(\[*{f.name}\]*$|{f.name} = )", written), f.name
+
+
+@pytest.mark.parametrize("text", ['say "\\boxed{}"', "two\nlines\r\n\ttab", "delete \x7f, bell \x07", "écrit ∑ 🙂", ""])
+def test_any_text_survives_being_written_and_read(tmp_path, text):
+    recipe = replace(load(tmp_path), instruction=text)
+    assert load(tmp_path, to_toml(recipe)) == recipe
+
+
+@pytest.mark.parametrize("number", [1e-6, 1e22, 0.1 + 0.2, 5e-324, 1.0])
+def test_any_number_survives_being_written_and_read(tmp_path, number):
+    recipe = load(tmp_path)
+    recipe = replace(recipe, stage=(replace(recipe.stage[0], learning_rate=number), *recipe.stage[1:]))
+    assert load(tmp_path, to_toml(recipe)) == recipe
+
+
+# ------------------------------------------------------------------------------------ the published recipe
+
+PUBLISHED = {  # temperatures, response lengths, the window (0: the model's own), rescue
+    "polaris-1.7b": ([1.5, 1.55, 1.55], [39_936, 48_128, 52_224], 131_072, False),
+    "polaris-4b": ([1.4, 1.45, 1.5], [39_936, 48_128, 52_224], 131_072, False),
+    "polaris-7b": ([0.7, 1.0, 1.1], [15_360, 23_552, 31_744], 0, True),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_polaris_recipes_have_the_published_numbers(name):
+    temperatures, lengths, window, rescue = PUBLISHED[name]
+    recipe = load_recipe(ROOT / f"recipes/{name}.toml")
+    assert [stage.temperature for stage in recipe.stage] == temperatures
+    assert [stage.max_response_tokens for stage in recipe.stage] == lengths
+    assert recipe.max_position_embeddings == window
+    assert recipe.thinking and recipe.world is None
+    assert recipe.instruction == "Let's think step by step and output the final answer within \\boxed{}."
+    for stage in recipe.stage:
+        assert isinstance(stage, RlStage)
+        assert (stage.group_size, stage.batch_problems, stage.max_prompt_tokens) == (8, 128, 1024)
+        assert (stage.clip_low, stage.clip_high, stage.dual_clip) == (0.2, 0.28, 3.0)
+        assert (stage.learning_rate, stage.warmup_steps, stage.adam_beta2) == (1e-6, 0, 0.999)
+        assert (stage.weight_decay, stage.max_grad_norm) == (0.01, 1.0)
+        assert (stage.drop_at, stage.drop_above) == (1.0, 0.9)
+        assert (stage.rescue, stage.substitute, stage.informative_share) == (rescue, True, 1 / 3)
+    assert [stage.filter_before for stage in recipe.stage] == [True, False, False]
+    assert [bool(stage.data) for stage in recipe.stage] == [True, False, False]  # later ones take what is left
+    assert (recipe.reward.correct, recipe.reward.format, recipe.reward.steps) == (1.0, 0.0, 0.0)
+    assert recipe.search.step == 0.05
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_polaris_recipes_evaluate_as_published(name):
+    recipe = load_recipe(ROOT / f"recipes/{name}.toml")
+    final = recipe.final
+    assert (final.temperature, final.top_k, final.max_response_tokens, final.samples) == (1.4, 20, 90_000, 32)
+    assert (final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor) == (1.5, 65_536, 1.0)
+    assert final.yarn_factor * final.yarn_original_window == 96 * 1024  # "up to 96K", and room for every response
+    assert (recipe.eval.temperature, recipe.eval.top_k) == (1.4, 20)
+
+
+def test_the_4b_takes_700_steps():
+    assert sum(stage.steps for stage in load_recipe(ROOT / "recipes/polaris-4b.toml").stage) == 700
+
+
+def test_the_defaults_are_the_recipes():
+    """A recipe that leaves a number out gets the published one."""
+    stage, final = RlStage(), Recipe("a", "b", ()).final
+    written = load_recipe(ROOT / "recipes/polaris-4b.toml")
+    same = {f.name for f in fields(RlStage)} - {"data", "steps", "filter_before", "rescue"}
+    assert all(getattr(stage, name) == getattr(written.stage[0], name) for name in same)
+    assert final == replace(written.final, data="", samples=8)

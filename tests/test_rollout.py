@@ -1,0 +1,541 @@
+"""The sampler draws what it should, the same whatever the batch, and accounts for every token and page."""
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY, WINDOW
+
+import rollout
+from model import Packed, load
+from rollout import (
+    CacheLimits,
+    Prompt,
+    RolloutError,
+    SamplerStats,
+    Sampling,
+    counted_uniform,
+    distinct_ngrams,
+    generate,
+    sample,
+    sequence_key,
+)
+
+AMPLE = CacheLimits(tokens=100_000, page_size=16, rows=100)
+STOP = (3, 14, 15, 92, 65)  # with 97 tokens, a sampled response lasts some twenty of them
+LENGTHS = (1, 30, 7, 16, 17, 33)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load(checkpoint("qwen3", tied=False))
+
+
+def make_prompts(n: int = 2, lengths=LENGTHS) -> list[Prompt]:
+    generator = random.Random(5)
+    return [Prompt(f"p{i}", [generator.randrange(VOCABULARY) for _ in range(k)], n) for i, k in enumerate(lengths)]
+
+
+def run(model, prompts, sampling, limits=AMPLE, stats=None) -> dict:
+    """Rollouts by (problem, index); each asked for comes exactly once."""
+    with torch.no_grad():
+        rollouts = list(generate(model, prompts, sampling, limits, stats))
+    found = {(r.problem_id, r.index): r for r in rollouts}
+    wanted = {(p.problem_id, i) for p in prompts for i in range(p.first, p.first + p.n)}
+    assert len(rollouts) == len(wanted) and found.keys() == wanted
+    return found
+
+
+def assert_same(ours: dict, expected: dict) -> None:
+    assert ours.keys() == expected.keys()
+    for key, rollout_ in ours.items():
+        assert rollout_.tokens.tolist() == expected[key].tokens.tolist(), key
+        assert rollout_.finish_reason == expected[key].finish_reason
+        np.testing.assert_allclose(rollout_.logprobs, expected[key].logprobs, atol=1e-5)
+
+
+@torch.no_grad()
+def full_logits(model, tokens) -> torch.Tensor:
+    """Logits (T, V) from a forward without any cache."""
+    return model.logits(model.hidden(torch.as_tensor(np.array(tokens), dtype=torch.int64), Packed([len(tokens)])))
+
+
+def warm(**changes) -> Sampling:
+    return replace(Sampling(temperature=1.0, max_new_tokens=32, stop_tokens=STOP, seed=11), **changes)
+
+
+# ------------------------------------------------------------------------------------------------------- greedy
+
+
+@pytest.mark.parametrize("scaling", ["plain", "warm yarn"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_greedy_tokens_equal_transformers_generate(checkpoint, family, scaling):
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoint(family, False, scaling)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompts = make_prompts(n=1)  # over 4 rows: a batch is left over, and rows are filled again
+    greedy = warm(temperature=0.0, max_new_tokens=25)
+    ours = run(load(folder), prompts, greedy, CacheLimits(tokens=1_000, page_size=16, rows=4))
+    for prompt in prompts:
+        tokens = torch.tensor([prompt.tokens])
+        expected = theirs.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=25,
+            eos_token_id=list(STOP), pad_token_id=0,
+        )  # fmt: skip
+        mine = ours[prompt.problem_id, 0]
+        assert mine.tokens.tolist() == expected[0, len(prompt.tokens) :].tolist()
+        assert mine.prompt.tolist() == list(prompt.tokens)
+        assert mine.finish_reason == ("stop" if mine.tokens[-1] in STOP else "length")
+
+
+def test_greedy_responses_of_one_prompt_are_equal_and_scored_without_temperature(model):
+    ours = run(model, make_prompts(n=3), warm(temperature=0.0))
+    for (problem, _), found in ours.items():
+        assert found.tokens.tolist() == ours[problem, 0].tokens.tolist()
+        check_logprobs(model, found, 1.0)
+
+
+# ----------------------------------------------------------------------------- the same whatever the circumstances
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return run(model, make_prompts(), warm())
+
+
+def test_samples_differ_within_a_group_and_end_both_ways(expected):
+    assert len({tuple(r.tokens.tolist()) for r in expected.values()}) == len(expected)
+    assert {r.finish_reason for r in expected.values()} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 100])
+def test_slot_limit_changes_nothing(model, expected, rows):
+    assert_same(run(model, make_prompts(), warm(), replace(AMPLE, rows=rows)), expected)
+
+
+def test_order_of_the_prompts_changes_nothing(model, expected):
+    assert_same(run(model, make_prompts()[::-1], warm()), expected)
+
+
+def test_a_prompt_alone_draws_what_it_draws_in_company(model, expected):
+    for prompt in make_prompts():
+        alone = run(model, [prompt], warm())
+        assert_same(alone, {key: r for key, r in expected.items() if key[0] == prompt.problem_id})
+
+
+def test_later_rollouts_of_a_problem_are_those_of_one_larger_request(model, expected):
+    tail = run(model, [replace(prompt, n=1, first=1) for prompt in make_prompts()], warm())
+    assert_same(tail, {key: r for key, r in expected.items() if key[1] == 1})
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16, 65, 10_000])
+def test_page_size_changes_nothing(model, expected, page_size):
+    assert_same(run(model, make_prompts(), warm(), replace(AMPLE, page_size=page_size)), expected)
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_whole_slot_pages_in_a_tight_cache_change_nothing(model, expected, rows):
+    """Two slots and a half: one row decodes while another prompt is held, and rows move into gaps."""
+    assert_same(run(model, make_prompts(), warm(), CacheLimits(tokens=165, page_size=65, rows=rows)), expected)
+
+
+@pytest.mark.parametrize("page_size, tokens", [(16, 96), (8, 100), (4, 72), (1, 66)])
+def test_preemption_changes_nothing(model, expected, page_size, tokens):
+    stats = SamplerStats()
+    ours = run(model, make_prompts(), warm(), CacheLimits(tokens, page_size, rows=100), stats)
+    assert stats.preemptions > 0
+    assert_same(ours, expected)
+
+
+def test_prefills_cut_into_several_forwards_change_nothing(model, expected, monkeypatch):
+    monkeypatch.setattr(rollout, "LARGEST_PREFILL", 20)
+    assert_same(run(model, make_prompts(), warm()), expected)
+
+
+@pytest.mark.parametrize("change", [{"seed": 12}, {"step": 1}])
+def test_another_seed_or_step_draws_other_tokens(model, expected, change):
+    other = run(model, make_prompts(), warm(**change))
+    same = sum(other[key].tokens.tolist() == expected[key].tokens.tolist() for key in expected)
+    assert same <= 1
+
+
+def test_random_limits_and_prompts_never_change_what_is_drawn(model):
+    """Pages of any size, budgets just above the least, few rows, groups of any size, against an ample cache."""
+    dice = random.Random(20)
+    preempted = 0
+    for case in range(20):
+        prompts, sampling, limits = random_request(dice)
+        stats = SamplerStats()
+        try:
+            assert_same(run(model, prompts, sampling, limits, stats), run(model, prompts, sampling))
+        except BaseException:
+            print(f"case {case}: {limits} {sampling} {[(len(p.tokens), p.n) for p in prompts]}")
+            raise
+        preempted += stats.preemptions > 0
+    assert preempted >= 3
+
+
+def random_request(dice: random.Random) -> tuple[list[Prompt], Sampling, CacheLimits]:
+    """Some prompts, and limits that only just hold the longest of their sequences."""
+    lengths = [dice.randint(1, dice.choice([2, 20, 45])) for _ in range(dice.randint(1, 6))]
+    prompts = [
+        Prompt(f"p{i}", [dice.randrange(VOCABULARY) for _ in range(n)], dice.randint(1, 4))
+        for i, n in enumerate(lengths)
+    ]
+    stop = tuple(dice.sample(range(VOCABULARY), dice.choice([0, 1, 5, 20])))
+    sampling = warm(max_new_tokens=dice.choice([1, 2, 9, 30]), stop_tokens=stop, seed=dice.randrange(1000))
+    page_size = dice.randint(1, 40)
+    least = (math.ceil((max(lengths) + sampling.max_new_tokens) / page_size) + 1) * page_size
+    return prompts, sampling, CacheLimits(least + dice.choice([0, 1, 10, 60]), page_size, dice.randint(1, 10))
+
+
+# --------------------------------------------------------------------------------------- what a rollout carries
+
+
+def check_logprobs(model, found, temperature: float) -> None:
+    sequence = np.concatenate([found.prompt, found.tokens])
+    logits = full_logits(model, sequence)[len(found.prompt) - 1 : -1]
+    naive = (logits / temperature).log_softmax(1)[torch.arange(len(found.tokens)), torch.as_tensor(found.tokens).long()]
+    np.testing.assert_allclose(found.logprobs, naive.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
+def test_logprobs_are_those_of_a_full_forward_at_the_sampling_temperature(model, temperature):
+    for found in run(model, make_prompts(), warm(temperature=temperature)).values():
+        assert found.temperature == temperature and found.logprobs.dtype == np.float32
+        assert len(found.logprobs) == len(found.tokens)
+        check_logprobs(model, found, temperature)
+
+
+def test_logprobs_after_preemption_are_those_of_a_full_forward(model):
+    stats = SamplerStats()
+    rollouts = run(model, make_prompts(), warm(temperature=1.4), CacheLimits(96, 16, 100), stats)
+    assert stats.preemptions > 0
+    for found in rollouts.values():
+        check_logprobs(model, found, 1.4)
+
+
+def test_logprobs_with_cuts_are_those_before_the_cut(model):
+    for found in run(model, make_prompts(), warm(temperature=1.4, top_k=5, top_p=0.9)).values():
+        check_logprobs(model, found, 1.4)
+
+
+def test_a_response_ends_with_the_stop_token_it_sampled_or_at_the_limit(expected):
+    for found in expected.values():
+        assert not set(found.tokens[:-1].tolist()) & set(STOP)
+        if found.finish_reason == "stop":
+            assert found.tokens[-1] in STOP and len(found.tokens) <= 32
+        else:
+            assert found.finish_reason == "length" and found.tokens[-1] not in STOP and len(found.tokens) == 32
+
+
+def test_a_stop_token_drawn_last_is_a_stop_and_not_a_cut(model, expected):
+    key, found = next((key, r) for key, r in expected.items() if r.finish_reason == "stop" and len(r.tokens) > 1)
+    again = run(model, make_prompts(), warm(max_new_tokens=len(found.tokens)))[key]
+    assert again.tokens.tolist() == found.tokens.tolist() and again.finish_reason == "stop"
+
+
+def test_one_new_token(model, expected):
+    for key, found in run(model, make_prompts(), warm(max_new_tokens=1)).items():
+        assert found.tokens.tolist() == expected[key].tokens[:1].tolist()
+        assert found.finish_reason == ("stop" if found.tokens[0] in STOP else "length")
+
+
+def test_without_stop_tokens_every_response_fills_its_length(model):
+    for found in run(model, make_prompts(), warm(stop_tokens=())).values():
+        assert len(found.tokens) == 32 and found.finish_reason == "length"
+
+
+def test_a_sequence_may_fill_the_window_to_its_last_token(model):
+    prompt = Prompt("p", list(range(90)), 2)
+    for found in run(model, [prompt], warm(max_new_tokens=WINDOW - 90, stop_tokens=())).values():
+        assert len(found.tokens) == WINDOW - 90
+        check_logprobs(model, found, 1.0)
+
+
+def test_prompts_may_be_numpy_arrays(model, expected):
+    prompts = [replace(prompt, tokens=np.array(prompt.tokens, dtype=np.int32)) for prompt in make_prompts()]
+    assert_same(run(model, prompts, warm(), CacheLimits(96, 16, 100)), expected)
+
+
+def test_no_prompts_no_rollouts(model):
+    assert run(model, [], warm()) == {}
+    assert run(model, [Prompt("p", [1], 0)], warm()) == {}
+
+
+# ----------------------------------------------------------------------------------------- prefills, rows, pages
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("page_size", [16, 10_000])
+def test_a_prompt_is_prefilled_once_for_all_its_responses(model, rows, page_size):
+    stats = SamplerStats()
+    prompts = make_prompts(n=4)
+    run(model, prompts, warm(max_new_tokens=8), CacheLimits(100_000, page_size, rows), stats)
+    assert stats.prefilled_tokens == sum(len(prompt.tokens) - 1 for prompt in prompts)
+    assert stats.preemptions == 0
+
+
+def test_finished_rows_leave_at_once_and_waiting_ones_take_their_place(model):
+    stats = SamplerStats()
+    rollouts = run(model, make_prompts(), warm(), replace(AMPLE, rows=4), stats)
+    lengths = [len(r.tokens) for r in rollouts.values()]
+    assert stats.decoded_tokens == sum(lengths)  # nothing is decoded past its end
+    assert stats.decode_steps < sum(lengths) / 4 + 32  # no row idles before the last one has begun
+
+
+def test_rollouts_are_yielded_as_they_finish(model):
+    stats = SamplerStats()
+    seen = []
+    with torch.no_grad():
+        for found in generate(model, make_prompts(), warm(), AMPLE, stats):
+            assert len(found.tokens) == stats.decode_steps  # all rows began together
+            seen.append(len(found.tokens))
+    assert seen == sorted(seen) and seen[0] < seen[-1]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        AMPLE,
+        CacheLimits(96, 16, 100),
+        CacheLimits(66, 1, 5),
+        CacheLimits(165, 65, 100),
+        CacheLimits(100_000, 10_000, 3),
+    ],
+)
+def test_every_page_comes_back(model, limits):
+    with torch.no_grad():
+        sampler = rollout._Sampler(model, make_prompts(), warm(), limits, SamplerStats(), lambda: False)
+        assert len(list(sampler.run())) == 2 * len(LENGTHS)
+    assert sorted(sampler.cache.free) == list(range(sampler.cache.pages))
+    assert set(sampler.cache.users) == {0}
+    assert sampler.cache.pages * sampler.page_size <= limits.tokens
+
+
+@pytest.mark.parametrize("limits", [CacheLimits(96, 16, 100), CacheLimits(120, 7, 100), CacheLimits(165, 65, 100)])
+def test_pages_in_use_are_counted_at_every_step(model, limits):
+    """Each page's users are the rows that list it and the prompt that holds it; free pages have none."""
+    with torch.no_grad():
+        sampler = rollout._Sampler(model, make_prompts(), warm(), limits, SamplerStats(), lambda: False)
+        retire = sampler._retire
+
+        def checked(finished):
+            retire(finished)
+            users = [0] * sampler.cache.pages
+            prefixes = {id(row.prefix): row.prefix for row in sampler.waiting}
+            for pages in [row.pages for row in sampler.rows] + [p.pages or [] for p in prefixes.values()]:
+                for page in pages:
+                    users[page] += 1
+            assert users == sampler.cache.users
+            assert sorted(sampler.cache.free) == [page for page, n in enumerate(users) if n == 0]
+
+        sampler._retire = checked
+        assert len(list(sampler.run())) == 2 * len(LENGTHS)
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "prompt, sampling, limits, said",
+    [
+        (Prompt("p7", [], 1), warm(), AMPLE, "problem p7: the prompt is empty"),
+        (Prompt("p7", [1] * 225, 1), warm(), AMPLE, "exceeds the model's window of 256"),
+        (Prompt("p7", [1] * 20, 1), warm(), CacheLimits(79, 16, 4), "exceed the cache of 79 tokens"),
+        (Prompt("p7", [1] * 20, 1), warm(), CacheLimits(103, 60, 4), "exceed the cache of 103 tokens"),
+        (Prompt("p7", [1], 1), warm(temperature=-1.0), AMPLE, "cannot sample"),
+        (Prompt("p7", [1], 1), warm(max_new_tokens=0), AMPLE, "cannot sample"),
+        (Prompt("p7", [1], 1), warm(top_p=0.0), AMPLE, "cannot sample"),
+        (Prompt("p7", [1], 1), warm(top_p=1.5), AMPLE, "cannot sample"),
+        (Prompt("p7", [1], 1), warm(top_k=-1), AMPLE, "cannot sample"),
+        (Prompt("p7", [1], 1), warm(), replace(AMPLE, rows=0), "cannot sample"),
+        (Prompt("p7", [1], 1), warm(), replace(AMPLE, page_size=0), "cannot sample"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_before_any_work(model, prompt, sampling, limits, said):
+    with pytest.raises(RolloutError, match="^[^\n]+$") as error:
+        generate(model, [Prompt("fine", [1], 1), prompt], sampling, limits)  # not even begun
+    assert said in str(error.value)
+
+
+def test_least_cache_that_is_accepted_is_enough(model):
+    prompt = Prompt("p", [1] * 20, 5)
+    run(model, [prompt], warm(stop_tokens=()), CacheLimits(80, 16, 4))  # 52 tokens: four pages and a spare
+
+
+def test_a_page_larger_than_any_sequence_needs_no_larger_cache(model, expected):
+    """Regression: the check counted pages of the size asked for, the sampler of the longest sequence."""
+    assert_same(run(model, make_prompts(), warm(), CacheLimits(tokens=500, page_size=10_000, rows=9)), expected)
+
+
+# -------------------------------------------------------------------------------------------- drawing one token
+
+
+def exact_probabilities(logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> list[float]:
+    """By sorting and adding up, in Python floats."""
+    weights = [math.exp(x / temperature) for x in logits.tolist()]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])
+    order = order[: top_k or len(order)]
+    total = sum(weights[i] for i in order)
+    kept, mass = [], 0.0
+    for i in order:
+        if mass >= top_p:
+            break
+        kept.append(i)
+        mass += weights[i] / total
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
+
+
+CUTS = [(0, 1.0), (5, 1.0), (0, 0.8), (6, 0.7), (1, 1.0), (0, 1e-6), (1_000, 0.999)]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+@pytest.mark.parametrize("top_k, top_p", CUTS)
+def test_draws_follow_the_exact_distribution(temperature, top_k, top_p):
+    """Pearson's chi-square over 20,000 counted draws, far inside five standard deviations of its mean."""
+    draws, size = 20_000, 12
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(8)) * 1.5
+    exact = exact_probabilities(logits, temperature, top_k, top_p)
+    sampling = warm(temperature=temperature, top_k=top_k, top_p=top_p)
+    keys = torch.tensor([sequence_key(0, 0, "p", i) for i in range(draws)])
+    tokens, logprobs = sample(logits.expand(draws, -1), sampling, counted_uniform(keys, torch.zeros_like(keys)))
+    counts = tokens.bincount(minlength=size).tolist()
+    statistic = 0.0
+    for count, probability in zip(counts, exact, strict=True):
+        if probability == 0:
+            assert count == 0
+        else:
+            statistic += (count - draws * probability) ** 2 / (draws * probability)
+    freedom = sum(p > 0 for p in exact) - 1
+    assert statistic <= freedom + 5 * math.sqrt(2 * freedom)
+    assert torch.allclose(logprobs, (logits / temperature).log_softmax(0)[tokens], atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (4, 1.0), (0, 0.5), (3, 0.9)])
+def test_sampled_tokens_stay_within_the_cut(model, top_k, top_p):
+    rollouts = run(model, make_prompts(), warm(temperature=1.2, top_k=top_k, top_p=top_p))
+    for found in rollouts.values():
+        logits = full_logits(model, np.concatenate([found.prompt, found.tokens]))[len(found.prompt) - 1 : -1]
+        for row, token in zip(logits, found.tokens, strict=True):
+            assert exact_probabilities(row, 1.2, top_k, top_p)[token] > 0
+
+
+def test_each_row_is_drawn_from_its_own_logits_with_its_own_uniform():
+    generator = torch.Generator().manual_seed(4)
+    logits, uniform = torch.randn(50, 20, generator=generator), torch.rand(50, generator=generator, dtype=torch.float64)
+    for sampling in (warm(), warm(top_k=5, top_p=0.8), warm(temperature=0.0)):
+        together = sample(logits, sampling, uniform)
+        for i in range(50):
+            alone = sample(logits[i : i + 1], sampling, uniform[i : i + 1])
+            assert torch.equal(together[0][i], alone[0][0]) and torch.allclose(together[1][i], alone[1][0], atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 7}, {"top_p": 0.99999}])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_extreme_uniforms_never_draw_a_token_without_probability(cut, scale):
+    size = 1_000
+    logits = torch.randn(64, size, generator=torch.Generator().manual_seed(6)) * scale
+    logits[:, :3] = -math.inf
+    logits[:, 500:] = -math.inf  # so that rounding at the upper end would land on one of these
+    for uniform in (0.0, 2.0**-53, 0.5, 1 - 2.0**-24, 1 - 2.0**-25, 1 - 2.0**-53):
+        tokens, logprobs = sample(logits, warm(**cut), torch.full((64,), uniform, dtype=torch.float64))
+        assert logprobs.isfinite().all() and tokens.max() < 500 and tokens.min() >= 3
+
+
+def test_uniform_zero_and_the_largest_take_the_first_and_the_last_token():
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, 0.0, -math.inf]])
+    ends = [sample(logits, warm(), torch.tensor([u], dtype=torch.float64))[0].item() for u in (0.0, 1 - 2.0**-53)]
+    assert ends == [1, 3]
+
+
+def test_bfloat16_logits_are_scored_in_float32():
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(2)).bfloat16()
+    tokens, logprobs = sample(logits, warm(), torch.full((8,), 0.3, dtype=torch.float64))
+    assert logprobs.dtype == torch.float32
+    assert torch.allclose(logprobs, logits.float().log_softmax(1)[torch.arange(8), tokens], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ counted randomness
+
+
+def splitmix64(key: int, count: int) -> float:
+    """The reference generator in Python integers: its output number `count` from the state `key`."""
+    mask = 2**64 - 1
+    z = (key + (count + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+
+def test_splitmix64_reference_gives_the_published_first_number():
+    assert splitmix64(1234567, 0) == (6457827717110365317 >> 11) * 2.0**-53
+
+
+def test_counted_uniform_equals_splitmix64():
+    dice = random.Random(1)
+    keys = [0, 1, -1, 2**63 - 1, -(2**63)] + [dice.randrange(-(2**63), 2**63) for _ in range(500)]
+    counts = [dice.choice([0, 1, 2, 131_071, dice.randrange(10**6)]) for _ in keys]
+    ours = counted_uniform(torch.tensor(keys), torch.tensor(counts))
+    assert ours.dtype == torch.float64
+    assert ours.tolist() == [splitmix64(key, count) for key, count in zip(keys, counts, strict=True)]
+    assert 0 <= ours.min() and ours.max() < 1
+
+
+def test_counted_uniforms_are_even_along_keys_and_along_counts():
+    keys = torch.tensor([sequence_key(1, 2, "p", i) for i in range(10_000)])
+    along_keys = counted_uniform(keys, torch.zeros_like(keys))
+    along_counts = counted_uniform(keys[:1].expand(10_000), torch.arange(10_000))
+    for uniforms in (along_keys, along_counts):
+        counts = (uniforms * 20).long().bincount(minlength=20)
+        assert ((counts - 500) ** 2 / 500).sum() < 19 + 5 * math.sqrt(2 * 19)
+        pairs = (uniforms[:-1] * 4).long() * 4 + (uniforms[1:] * 4).long()
+        counts = pairs.bincount(minlength=16)
+        assert ((counts - 625) ** 2 / 625).sum() < 15 + 5 * math.sqrt(2 * 15)
+
+
+def test_sequence_keys_tell_apart_whatever_differs():
+    numbers = (0, 1, 11)
+    keys = {sequence_key(*x) for x in itertools.product(numbers, numbers, ("a", "b", "1"), numbers)}
+    assert len(keys) == 81 and all(-(2**63) <= key < 2**63 for key in keys)
+
+
+# --------------------------------------------------------------------------------------------------- diversity
+
+
+@pytest.mark.parametrize(
+    "texts_by_problem, score, left_out",
+    [
+        ([["a b c d"]], 1.0, 0),
+        ([["a b c d", "a b c d"]], 1 / 2, 0),
+        ([["a b c d e", "a b c d f"]], 3 / 4, 0),  # abcd bcde abcd bcdf
+        ([["a a a a a a a"]], 1 / 4, 0),
+        ([["a b c d", "too short here"]], 1.0, 0),  # a rollout of fewer than four tokens adds nothing
+        ([["a b c d", "a b c d"], ["no", "grams at all", ""]], 1 / 2, 1),  # a problem without any is left out
+        ([["a b c d", "a b c d"], ["a b c d"]], 3 / 4, 0),  # the mean over problems, not over n-grams
+        ([["a  b\tc\nd"], ["a b c d", "a b c d"]], 3 / 4, 0),  # whitespace of any kind; problems share nothing
+        ([["a b c"]], None, 1),
+        ([], None, 0),
+    ],
+)
+def test_distinct_four_grams_by_hand(texts_by_problem, score, left_out):
+    found, out = distinct_ngrams(texts_by_problem)
+    assert found == (None if score is None else pytest.approx(score)) and out == left_out
+
+
+def test_distinct_ngrams_of_another_length():
+    assert distinct_ngrams([["a b a b a"]], n=2) == (pytest.approx(2 / 4), 0)
+
+
+def test_an_abandoned_call_ends_before_the_next_token(checkpoint):
+    model, asked = load(checkpoint()), iter([False, False, False, True])
+    stats = SamplerStats()
+    with torch.no_grad():
+        done = list(generate(model, make_prompts(), warm(), AMPLE, stats, lambda: next(asked)))
+    assert stats.decode_steps == 3 and all(len(response.tokens) <= 3 for response in done)

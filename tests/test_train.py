@@ -1,0 +1,229 @@
+"""The whole recipe in miniature, as a user starts it: one process, two, interrupted and resumed, and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+# a model of 0.1M parameters that learns in seconds to write the format, and now and then a right answer
+MINIATURE = [
+    "world.sft_problems=2400", "world.sft_terms=[2, 3]", "world.train_terms=[3, 3]", "world.beyond_terms=[3, 3]",
+    "world.train_problems=32", "world.held_out_problems=16", "world.beyond_problems=8", "world.hidden_size=64",
+    "world.layers=2", "stage.0.steps=150", "stage.0.batch_sequences=16", "stage.1.steps=4", "stage.1.batch_problems=8",
+    "stage.2.steps=2", "stage.2.batch_problems=8", "stage.3.steps=2", "stage.3.batch_problems=8", "search.problems=8",
+    "search.samples=2", "search.most=1.1", "eval.samples=2", "eval.every_steps=2", "final.samples=2",
+    "reward.format=0.1", "reward.steps=0.5", "run.checkpoint_every_steps=2", "stage.1.informative_share=0.0",
+]  # fmt: skip
+# what must not depend on how a run was interrupted or laid out; times and rates may
+DETERMINISTIC = (
+    "kind", "step", "stage", "loss", "grad_norm", "reward_mean", "accuracy", "response_length_mean", "distinct4",
+    "temperature", "rescued", "substituted", "zero_variance", "avg", "kept", "chosen",
+)  # fmt: skip
+
+
+def command(out, *arguments, processes=0):
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    starter = starter if processes else [sys.executable]
+    overrides = [word for value in MINIATURE for word in ("--set", value)]
+    return [
+        *starter,
+        str(ROOT / "train.py"),
+        *(overrides if out else []),
+        *(["--out", str(out)] if out else []),
+        *arguments,
+    ]
+
+
+def run(*arguments, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(*arguments, capture_output=True, text=True, timeout=300, env=environment, **options)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def deterministic(folder):
+    return [{key: row[key] for key in DETERMINISTIC if key in row} for row in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run in one process, started with plain python."""
+    out = tmp_path_factory.mktemp("runs")
+    done = run(command(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out / "tiny", done.stdout
+
+
+def test_one_command_goes_from_a_raw_model_to_a_report(finished):
+    folder, output = finished
+    assert output.rstrip().endswith("report.html")
+    for name in (
+        "recipe.toml",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "report.html",
+        "curves.svg",
+        "stage-3/model.safetensors",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    rows = metrics(folder)
+    assert [row["step"] for row in rows if row["kind"] in ("sft", "rl")] == list(range(1, 159))
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("rl", "eval", "filter", "temperature")}
+    assert len(kinds["rl"]) == 8 and len(kinds["temperature"]) == 3 and len(kinds["filter"]) == 4
+    assert {row["name"] for row in kinds["eval"]} == {
+        "held-out",
+        "beyond the window, no YaRN",
+        "beyond the window, YaRN",
+    }
+    assert any(row["grad_norm"] > 0 for row in kinds["rl"] if not row["skipped"])
+
+
+def test_sampler_and_trainer_agree_in_float32_at_every_step(finished):
+    rows = [row for row in metrics(finished[0]) if row["kind"] == "rl" and not row["skipped"]]
+    assert rows and all(row["logprob_diff_max"] < 1e-4 for row in rows)
+    assert all(abs(row["ratio_mean"] - 1) < 1e-4 for row in rows if row["rescued_ratio_mean"] is None)
+
+
+def test_temperature_never_falls_and_is_what_the_step_sampled_at(finished):
+    rows = metrics(finished[0])
+    chosen = [row["chosen"] for row in rows if row["kind"] == "temperature"]
+    assert chosen == sorted(chosen)
+    for stage, temperature in enumerate(chosen, 1):
+        assert {row["temperature"] for row in rows if row["kind"] == "rl" and row["stage"] == stage} == {temperature}
+
+
+def test_exported_model_is_loaded_by_transformers(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished[0] / "stage-3"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": " 3 + 4 - 2"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    assert "</think> \\boxed{" in tokenizer.decode(tokens[0])
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path):
+    folder = tmp_path / "tiny"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command(tmp_path), env=environment, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:  # the notice of a machine that is taken away, in the second step of RL
+            time.sleep(0.01)
+            if (folder / "metrics.jsonl").exists() and '"step": 151,' in (folder / "metrics.jsonl").read_text():
+                process.send_signal(signal.SIGTERM)
+                break
+        output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0 and "go on with" in output, output[-2000:]
+    assert not (folder / "report.html").exists()
+    done = run(command(None, "--resume", str(folder)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert deterministic(folder) == deterministic(finished[0])
+    resumed, straight = (load_file(f / "stage-3" / "model.safetensors") for f in (folder, finished[0]))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_two_processes_make_the_steps_of_one(finished, tmp_path):
+    # both begin RL from the very same weights: those that the finished run had after fine-tuning
+    folder = finished[0]
+    recipe = tmp_path / "rl.toml"
+    recipe.write_text(
+        f"""name = "rl"
+model = "{folder / "stage-0"}"
+instruction = ""
+micro_batch_tokens = 300
+reward = {{ format = 0.1, steps = 0.5 }}
+sampler = {{ rows = 20, page_tokens = 16, cache_tokens = 4000 }}
+[[stage]]
+kind = "rl"
+data = "{folder / "world" / "train.jsonl"}"
+steps = 2
+batch_problems = 8
+temperature = 1.0
+max_prompt_tokens = 64
+max_response_tokens = 48
+informative_share = 0.0
+learning_rate = 1e-3
+"""
+    )
+    rows = []
+    for processes in (0, 2):
+        out = tmp_path / str(processes)
+        done = run([*command(None, processes=processes), str(recipe), "--out", str(out)])
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows.append([row for row in metrics(out / "rl") if row["kind"] == "rl"])
+    for one, two in zip(*rows, strict=True):
+        assert not one["skipped"] and one["grad_norm"] > 0
+        for key in ("reward_mean", "response_length_mean", "distinct4", "rescued", "substituted"):
+            assert one[key] == pytest.approx(two[key], abs=1e-9), key
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(monkeypatch, capsys, arguments):
+    """The exit status and the error lines of a run that must not start; in this process, which saves the imports."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["no-such.toml"], "no such recipe file"),
+        (["--set", "model=no-such-model"], "no such model folder"),
+        (["--set", "stage.1.data=no-such.jsonl"], "no-such.jsonl"),
+        (["--set", "stage.1.temprature=1.0"], "did you mean temperature?"),
+        (["--set", "stage.1.max_prompt_tokens=5"], "raise max_prompt_tokens"),
+        (["--set", "stage.1.max_response_tokens=100000"], "exceed the model's window"),
+        (["--set", "stage.1.batch_problems=999"], "cannot fill a batch of 999"),
+    ],
+)
+def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, says):
+    says_this = refused(monkeypatch, capsys, [*command(tmp_path)[1:], *arguments])
+    assert says_this.startswith("train.py: ") and says in says_this
+    assert "\n" not in says_this
+
+
+def test_a_row_without_an_answer_names_the_row(monkeypatch, capsys, tmp_path):
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": "1 + 2"}\n')
+    override = ["--set", f"stage.1.data={data}"]
+    assert "bad.jsonl, row 2 has no answer" in refused(monkeypatch, capsys, [*command(tmp_path)[1:], *override])
+
+
+def test_errors_reach_the_shell(tmp_path):
+    done = run([sys.executable, str(ROOT / "train.py"), "no-such.toml", "--out", str(tmp_path)])
+    assert done.returncode == 1 and done.stderr.startswith("train.py: no-such.toml: no such recipe file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
+    done = run(command(tmp_path, "--set", "stage.1.batch_problems=7", processes=2))
+    assert done.returncode != 0 and "cannot be divided among 2 processes" in done.stderr
+
+
+def test_a_second_run_gets_its_own_folder(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "keep").write_text("mine")
+    assert train.new_folder(tmp_path, "tiny") == tmp_path / "tiny-2"
+    assert train.new_folder(tmp_path, "tiny") == tmp_path / "tiny-3"
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["keep"]

@@ -1,0 +1,266 @@
+"""Rotary frequencies equal transformers' and a hand computation, and the attention_factor trap is closed."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from yarn import (
+    Llama3Scaling,
+    Rope,
+    RopeError,
+    Yarn,
+    attention_factor,
+    frequencies,
+    rope_from_config,
+    rope_to_config,
+    rotate,
+    rotation,
+    yarn_ramp,
+)
+
+WINDOW = 131_072
+ROPES = {
+    "plain qwen3": Rope(1e6, 128),
+    "plain smollm2": Rope(1e5, 64),
+    "polaris": Rope(1e6, 128, Yarn(1.5, 65_536)),
+    "qwen3's own window": Rope(1e6, 128, Yarn(1.5, 40_960)),
+    "paper's temperature": Rope(1e6, 128, Yarn(4.0, 32_768, attention_factor=0.1 * math.log(4) + 1)),
+    "other betas": Rope(1e4, 64, Yarn(3.0, 2_048, 0.9, beta_fast=16.0, beta_slow=0.5)),
+    "tiny heads": Rope(1e4, 8, Yarn(2.0, 64)),
+    "llama 3.2": Rope(5e5, 64, Llama3Scaling(32.0, 8_192, 1.0, 4.0)),
+    "llama 3.1": Rope(5e5, 128, Llama3Scaling(8.0, 8_192, 1.0, 4.0)),
+    "odd llama": Rope(1e4, 64, Llama3Scaling(1.7, 2_048, 1.0, 8.0)),
+}
+YARN = {"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 65_536}
+
+
+def transformers_rotary(config_keys: dict, family: str = "qwen3", head_dim: int = 128):
+    """transformers' own rotary embedding, given the keys of a config.json."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    config_class, rotary = {
+        "qwen3": (Qwen3Config, Qwen3RotaryEmbedding),
+        "qwen2": (Qwen2Config, Qwen2RotaryEmbedding),
+        "llama": (LlamaConfig, LlamaRotaryEmbedding),
+    }[family]
+    sizes = {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "head_dim": head_dim}
+    keys = json.loads(json.dumps(config_keys))
+    return rotary(config_class.from_dict({"max_position_embeddings": WINDOW} | sizes | keys))
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_cos_and_sin_equal_transformers_at_every_position_to_131072(name):
+    rope = ROPES[name]
+    family = "llama" if isinstance(rope.scaling, Llama3Scaling) else "qwen3"
+    reference = transformers_rotary(rope_to_config(rope), family, rope.head_dim)
+    inverse = frequencies(rope)
+    for positions in torch.arange(WINDOW).split(16_384):
+        cos, sin = rotation(inverse, positions, attention_factor(rope))
+        expected_cos, expected_sin = reference(torch.zeros(1), positions[None])
+        for ours, theirs in ((cos, expected_cos), (sin, expected_sin)):
+            assert torch.equal(torch.cat((ours, ours), 1), theirs[0])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("style", ["old", "new", "both"])
+def test_exported_config_makes_transformers_compute_the_very_same(name, family, style):
+    """Regression: frequencies one bit off turned by 1e-4 radians too much at position 100,000."""
+    rope = ROPES[name]
+    keys = rope_to_config(rope)
+    dropped = {"old": ["rope_parameters"], "new": ["rope_scaling", "rope_theta"], "both": []}[style]
+    reference = transformers_rotary({k: v for k, v in keys.items() if k not in dropped}, family, rope.head_dim)
+    assert torch.equal(reference.inv_freq, frequencies(rope))
+    assert reference.attention_scaling == attention_factor(rope)
+
+
+def ramp_by_hand(theta, head_dim, original, beta_fast, beta_slow):
+    """The reference ramp in Python floats, by search instead of logarithms: pairs ordered from fast to slow."""
+
+    def rotations(pair: float) -> float:
+        return original * theta ** (-2 * pair / head_dim) / (2 * math.pi)
+
+    pairs = range(head_dim)
+    low = max((i for i in pairs if rotations(i) >= beta_fast), default=0)  # the last that turns often enough
+    high = min((i for i in pairs if rotations(i) <= beta_slow), default=head_dim - 1)
+    ramp = []
+    for i in range(head_dim // 2):
+        if i <= low:
+            ramp.append(0.0)
+        elif i >= high:
+            ramp.append(1.0)
+        else:
+            ramp.append((i - low) / (high - low))
+    return ramp
+
+
+@pytest.mark.parametrize(
+    "theta, head_dim, original, beta_fast, beta_slow",
+    [(1e6, 128, 65_536, 32, 1), (1e6, 128, 40_960, 32, 1), (1e4, 64, 2_048, 32, 1), (1e5, 64, 4_096, 16, 0.5)],
+)
+def test_ramp_equals_the_hand_computation(theta, head_dim, original, beta_fast, beta_slow):
+    ramp = yarn_ramp(theta, head_dim, original, beta_fast, beta_slow)
+    by_hand = ramp_by_hand(theta, head_dim, original, beta_fast, beta_slow)
+    assert ramp.tolist() == pytest.approx(by_hand, abs=1e-6)
+    assert 0 in by_hand and 1 in by_hand and any(0 < x < 1 for x in by_hand)
+
+
+def test_yarn_frequencies_equal_the_hand_computation():
+    rope = ROPES["polaris"]
+    ramp = ramp_by_hand(1e6, 128, 65_536, 32, 1)
+    plain = [1e6 ** (-2 * i / 128) for i in range(64)]
+    by_hand = [p / 1.5 * r + p * (1 - r) for p, r in zip(plain, ramp, strict=True)]
+    assert frequencies(rope).tolist() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_ramp_of_the_polaris_setting_in_numbers():
+    """Worked out on paper: pair_index(32) = 26.83 -> 26, pair_index(1) = 42.88 -> 43 (theta 1e6, d 128, 65,536)."""
+    ramp = yarn_ramp(1e6, 128, 65_536, 32, 1)
+    assert ramp[26] == 0 and ramp[43] == 1
+    assert ramp[27:43].tolist() == pytest.approx([i / 17 for i in range(1, 17)])
+
+
+def test_ramp_without_a_pair_between_the_betas_is_a_step():
+    assert set(yarn_ramp(1e4, 2, 16, 32, 1).tolist()) <= {0.0, 1.0}
+
+
+def test_llama3_frequencies_equal_the_hand_computation():
+    by_hand = []
+    for i in range(32):
+        plain = 5e5 ** (-2 * i / 64)
+        wavelength = 2 * math.pi / plain
+        if wavelength < 8_192 / 4:
+            by_hand.append(plain)
+        elif wavelength > 8_192 / 1:
+            by_hand.append(plain / 32)
+        else:
+            smooth = (8_192 / wavelength - 1) / (4 - 1)
+            by_hand.append((1 - smooth) * plain / 32 + smooth * plain)
+    assert frequencies(ROPES["llama 3.2"]).tolist() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_rotate_turns_each_pair_by_its_angle():
+    x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
+    angle = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)) * 6
+    turned = rotate(x, angle.cos(), angle.sin())
+    as_complex = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(5, 1, 4), angle[:, None])
+    assert torch.allclose(turned, torch.cat((as_complex.real, as_complex.imag), -1), atol=1e-6)
+
+
+def test_angles_are_float32_so_that_neighbours_stay_apart_at_position_40000():
+    cos, _ = rotation(frequencies(ROPES["plain qwen3"]), torch.tensor([40_000, 40_001]))
+    assert cos.dtype == torch.float32 and abs(cos[0, 0] - cos[1, 0]) > 0.1
+
+
+# ------------------------------------------------------------------------------------------- the YaRN trap
+
+
+def test_attention_factor_1_means_off():
+    rope, notes = rope_from_config({"rope_theta": 1e6, "rope_scaling": YARN | {"attention_factor": 1.0}}, 128)
+    assert rope == ROPES["polaris"] and notes == []
+    assert attention_factor(rope) == 1.0
+    cos, sin = rotation(frequencies(rope), torch.arange(100), attention_factor(rope))
+    assert torch.allclose(cos**2 + sin**2, torch.ones(()), atol=1e-6)
+
+
+def test_yarn_defaults_to_attention_temperature_off():
+    assert Yarn(1.5, 65_536).attention_factor == 1.0
+
+
+def test_attn_factor_alone_is_read_as_attention_factor_and_says_so():
+    published = {"rope_type": "yarn", "attn_factor": 1.0, "factor": 1.5}
+    rope, notes = rope_from_config({"max_position_embeddings": 65_536, "rope_scaling": published}, 128)
+    assert rope.scaling == Yarn(1.5, 65_536, attention_factor=1.0)
+    assert len(notes) == 1 and "attn_factor" in notes[0] and "1.0405" in notes[0]
+    # what transformers makes of the same keys, which is why the note is shown
+    theirs = transformers_rotary({"max_position_embeddings": 65_536, "rope_scaling": published})
+    assert theirs.attention_scaling == pytest.approx(1.0405, abs=1e-4)
+
+
+def test_attention_factor_wins_over_attn_factor():
+    keys = YARN | {"attention_factor": 1.1, "attn_factor": 1.0}
+    rope, notes = rope_from_config({"rope_scaling": keys}, 128)
+    assert rope.scaling.attention_factor == 1.1 and notes == []
+
+
+@pytest.mark.parametrize("factor, expected", [(1.5, 0.1 * math.log(1.5) + 1), (4.0, 0.1 * math.log(4) + 1), (1.0, 1.0)])
+def test_without_either_key_the_papers_value_is_applied_and_says_so(factor, expected):
+    rope, notes = rope_from_config({"rope_scaling": YARN | {"factor": factor}}, 128)
+    assert rope.scaling.attention_factor == pytest.approx(expected)
+    assert transformers_rotary({"rope_scaling": YARN | {"factor": factor}}).attention_scaling == pytest.approx(expected)
+    assert len(notes) == 1 and f"{expected:.4f}" in notes[0]
+
+
+# ---------------------------------------------------------------------------------------- reading configs
+
+
+def test_old_style_scaling_with_type_is_read():
+    rope, _ = rope_from_config(
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 1.5, "attention_factor": 1.0,
+                                             "original_max_position_embeddings": 65_536}}, 128
+    )  # fmt: skip
+    assert rope == ROPES["polaris"]
+
+
+def test_type_and_rope_type_together_are_read():
+    both = YARN | {"type": "yarn", "attention_factor": 1.0}
+    assert rope_from_config({"rope_theta": 1e6, "rope_scaling": both}, 128)[0] == ROPES["polaris"]
+
+
+def test_new_style_parameters_with_theta_inside_are_read():
+    parameters = YARN | {"attention_factor": 1.0, "rope_theta": 1e6}
+    assert rope_from_config({"rope_parameters": parameters}, 128)[0] == ROPES["polaris"]
+
+
+@pytest.mark.parametrize("config", [{}, {"rope_scaling": None}, {"rope_parameters": {"rope_type": "default"}}])
+def test_no_scaling_is_plain_rope_at_the_default_theta(config):
+    assert rope_from_config(config, 64) == (Rope(10_000.0, 64), [])
+
+
+def test_original_window_defaults_to_the_models_window():
+    rope, _ = rope_from_config({"max_position_embeddings": 4_096, "rope_scaling": {"type": "yarn", "factor": 2.0}}, 64)
+    assert rope.scaling.original_max_position_embeddings == 4_096
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("dropped", [["rope_parameters"], ["rope_scaling", "rope_theta"], []])
+def test_round_trip_through_old_and_new_keys(name, dropped):
+    keys = json.loads(json.dumps(rope_to_config(ROPES[name])))
+    for key in dropped:
+        del keys[key]
+    assert rope_from_config(keys, ROPES[name].head_dim) == (ROPES[name], [])
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, "'longrope' is not supported"),
+        ({"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}}, "mscale, mscale_all_dim"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate"),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 64}}, "lacks 'factor'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64,
+                           "low_freq_factor": 1.0}}, "lacks 'high_freq_factor'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+    ],
+)  # fmt: skip
+def test_what_is_not_computed_is_refused_with_a_sentence(config, said):
+    with pytest.raises(RopeError, match="^[^\n]+$") as error:
+        rope_from_config(config, 64)
+    assert said in str(error.value)
+
+
+def test_scaling_added_beside_new_style_parameters_is_not_silently_ignored():
+    """Regression: rope_parameters hid a rope_scaling that a user had added by hand; transformers prefers the latter."""
+    config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN}
+    with pytest.raises(RopeError, match="disagree about rope_type"):
+        rope_from_config(config, 128)

@@ -1,0 +1,796 @@
+"""The POLARIS recipe, from a model to a better one: read it straight down.
+
+    torchrun train.py                                            # the laptop world, from nothing to a report
+    torchrun --nproc-per-node 8 train.py recipes/polaris-4b.toml
+    python train.py recipes/tiny.toml --set stage.1.temperature=1.1
+    torchrun train.py --resume runs/tiny                         # go on where a run stopped
+
+A recipe is a list of stages. An `sft` stage imitates worked solutions. An `rl` stage learns from the answer alone:
+
+    filter      once, before training: drop the problems that the model always solves
+    temperature the recipe's, or the one that restores the diversity of the stage before
+    each step   8 rollouts of each problem -> rewards -> rescue -> substitute -> advantages -> one update
+    drop        after the stage: problems solved more than 9 times in 10
+
+At the end the model is evaluated longer than it was trained, with and without YaRN, and report.html is written.
+Departures from the official code are listed in the README.
+"""
+
+import argparse
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+import transformers
+
+import device as devices
+from arithmetic import write_world
+from attempts import Attempt, AttemptStats, Respondent, encode, encode_chat, load_tokenizer, stop_tokens
+from checkpoint import CheckpointError, RunState, load_weights_and_optimizer, read_state, save_checkpoint
+from data_filter import (
+    DATA_FILES,
+    DataError,
+    DataOrder,
+    Filtered,
+    History,
+    Problem,
+    Visit,
+    draw_histogram,
+    drop_easy,
+    existing_file,
+    filter_mirrored_j,
+    has_chats,
+    read_chats,
+    read_problems,
+    require_batch,
+    zero_variance_share,
+)
+from device import Device, Interrupted, StopRequest
+from eval import Evaluation, evaluate, match_diversity, measure_temperature, print_evaluation
+from grpo import (
+    Group,
+    PolicyLoss,
+    Substitution,
+    TrainingSequence,
+    UpdateStats,
+    optimizer_step,
+    substitute,
+    supervised_loss,
+    training_sequences,
+)
+from model import (
+    ModelConfig,
+    ModelError,
+    Transformer,
+    extend_window,
+    load_weights,
+    read_config,
+    resolve_folder,
+    save,
+    shard,
+)
+from page import write_report
+from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
+from report import Metrics, console_line
+from reward import Grader
+from rollout import CacheLimits, RolloutError, Sampling, cache_bytes_per_token, check_requests, distinct_ngrams
+
+# samples drawn for a purpose other than a training step are counted from a place of their own
+EVALUATION_DRAW, ESTIMATE_DRAW, SEARCH_DRAW = -1, -2, -3
+ESTIMATE_SLICE = 512  # problems whose pass rates are estimated, and saved, at a time
+BEFORE_STAGE = -0.5  # an estimate before stage k is filed between the visits of stages k - 1 and k
+
+
+@dataclass
+class Run:
+    """What all parts of a run need."""
+
+    recipe: Recipe
+    folder: Path
+    device: Device
+    model: Transformer
+    model_folder: Path  # where the tokenizer came from
+    respondent: Respondent
+    metrics: Metrics
+    state: RunState
+    stop: StopRequest
+    resume_from: Path | None  # a checkpoint whose weights and optimizer the first stage to run loads
+    sft_sequences: dict[int, list[TrainingSequence]] = field(default_factory=dict)  # by stage
+    stage_began: float = 0.0  # for the ETA: when, and at which of its steps, the stage began in this launch
+    stage_first_step: int = 0
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its work."""
+
+
+# ------------------------------------------------------------------------------------------------------ the run
+
+
+def train(run: Run) -> None:
+    """Stages in order, then the last evaluation and the report."""
+    state = run.state
+    for index in range(state.stage, len(run.recipe.stage)):
+        stage = run.recipe.stage[index]
+        run.stage_began, run.stage_first_step = time.perf_counter(), state.stage_step
+        if isinstance(stage, SftStage):
+            sft_stage(run, index, stage)
+        else:
+            rl_stage(run, index, stage)
+        export = run.folder / f"stage-{index}"
+        if not run.device.share(export.exists()):
+            save(run.model, export, run.device.compute_dtype, tokenizer_from=run.model_folder)
+        if isinstance(stage, RlStage):
+            drop_and_hand_on(run, index, stage)
+        state.stage, state.stage_step, state.position, state.prepared = index + 1, 0, 0, False
+    final_evaluation(run)
+
+
+def sft_stage(run: Run, index: int, stage: SftStage) -> None:
+    """Imitate worked solutions: cross-entropy on the assistant's tokens, packed, the mean over all of them."""
+    state = run.state
+    sequences = run.sft_sequences[index]
+    run.device.say(f"stage {index}: sft on {len(sequences):,} solutions, {stage.steps} steps")
+    optimizer = make_optimizer(run, stage)
+    while state.stage_step < stage.steps:
+        begun = time.perf_counter()
+        epoch_order = [run.recipe.seed, index]
+        batch = sft_batch(sequences, stage.batch_sequences, state.stage_step, epoch_order)
+        set_learning_rate(optimizer, learning_rate(stage, state.stage_step))
+        update = optimizer_step(
+            run.model, optimizer, batch, supervised_loss, run.recipe.micro_batch_tokens, stage.max_grad_norm
+        )
+        seconds = time.perf_counter() - begun
+        row = {
+            "kind": "sft",
+            "loss": update.loss,
+            "grad_norm": update.grad_norm,
+            "nonfinite": int(not update.stepped),
+            "lr": learning_rate(stage, state.stage_step),
+            "tokens": sum(len(sequence.tokens) for sequence in batch),
+            "seconds": seconds,
+        }
+        row["tokens_per_s"] = row["tokens"] / seconds
+        end_step(run, index, stage, row, optimizer)
+
+
+def rl_stage(run: Run, index: int, stage: RlStage) -> None:
+    """Learn from verifiable rewards: see the top of this file."""
+    state, recipe = run.state, run.recipe
+    problems = stage_problems(run, index, stage)
+    if not state.prepared:
+        if stage.filter_before:
+            problems = estimate_and_filter(run, index, stage, problems)
+        choose_temperature(run, index, stage, problems)
+        held_out_evaluation(run, index, f"before stage {index}")
+        state.problem_ids, state.prepared = [problem.id for problem in problems], True
+    order = DataOrder(problems, stage.batch_problems, recipe.seed, index)
+    loss = PolicyLoss(stage.clip_low, stage.clip_high, stage.dual_clip)
+    sink_is_used = any(isinstance(later, RlStage) and later.rescue for later in recipe.stage[index:])
+    optimizer = make_optimizer(run, stage)
+    run.device.say(
+        f"stage {index}: rl on {len(problems):,} problems, {stage.steps} steps of {stage.batch_problems} x "
+        f"{stage.group_size}, temperature {state.temperature:g}, {stage.max_response_tokens:,} tokens"
+    )
+    while state.stage_step < stage.steps:
+        begun = time.perf_counter()
+        # sample and grade: 8 rollouts of each problem of the batch
+        batch = order.batch(state.position)
+        sampling = training_sampling(run, stage, state.temperature, draw=state.step)
+        try:
+            if recipe.eval.every_steps and state.stage_step and state.stage_step % recipe.eval.every_steps == 0:
+                held_out_evaluation(run, index, f"after step {state.step}", within_stage=True)
+            attempts, work = run.respondent.attempt(batch, stage.group_size, sampling)
+        except Interrupted:  # nothing of this step has been recorded or learned
+            save_and_stop(run, optimizer)
+        groups = make_groups(recipe, batch, attempts)
+        row = describe(groups, attempts, work)  # of the original rewards: before rescue and substitution
+        record_visits(run, index, groups)
+        write_rollouts(run, groups, attempts)
+
+        # give a signal to groups that have none
+        if sink_is_used:
+            state.sinks.remember(groups)
+        if stage.rescue:
+            groups = state.sinks.rescue(groups, recipe.seed, state.step)
+        row["rescued"] = sum(group.rescued is not None for group in groups)
+        substitution = Substitution(groups, 0, skip_update=False)
+        if stage.substitute:
+            substitution = substitute(groups, recipe.seed, state.step, stage.informative_share)
+        row["substituted"] = substitution.substituted
+
+        # learn: one optimizer step on the whole batch
+        set_learning_rate(optimizer, learning_rate(stage, state.stage_step))
+        update, update_begun = None, time.perf_counter()
+        if not substitution.skip_update:
+            sequences = training_sequences(substitution.groups)
+            update = optimizer_step(
+                run.model, optimizer, sequences, loss, recipe.micro_batch_tokens, stage.max_grad_norm
+            )
+        state.position += stage.batch_problems
+        row |= describe_update(update, time.perf_counter() - update_begun)
+        row |= {
+            "temperature": state.temperature,
+            "lr": learning_rate(stage, state.stage_step),
+            "seconds": time.perf_counter() - begun,
+            "problems": len(problems),
+            "epoch": state.position / len(problems),
+            "max_response_tokens": stage.max_response_tokens,
+            "peak_memory_gib": run.device.peak_memory_gib(),
+        }
+        end_step(run, index, stage, row, optimizer)
+
+
+def final_evaluation(run: Run) -> None:
+    """Held-out problems once more, then longer responses than training allowed, with and without YaRN."""
+    recipe, final = run.recipe, run.recipe.final
+    held_out_evaluation(run, len(recipe.stage) - 1, "after training", final=True)
+    if final.data:
+        problems = problems_of(data_path(run, final.data))
+        trained = run.model.config
+        extended = final_config(trained, recipe)
+        # without scaling, the same positions: rotary angles have no end, only an untrained part
+        unscaled = replace(trained, max_position_embeddings=extended.max_position_embeddings)
+        for name, config in {"beyond the window, no YaRN": unscaled, "beyond the window, YaRN": extended}.items():
+            run.model.config = config
+            run.model.set_rope(config.rope)
+            sampling = evaluation_sampling(run, final)
+            found, _ = evaluate(run.respondent, name, problems, final.samples, sampling, label=name)
+            report_evaluation(run, len(recipe.stage) - 1, found, final=True)
+        run.model.config = trained
+        run.model.set_rope(trained.rope)
+
+
+# ----------------------------------------------------------------------------------------- preparing an rl stage
+
+
+def stage_problems(run: Run, index: int, stage: RlStage) -> list[Problem]:
+    """The stage's own data, or what the stage before has left of its data."""
+    own = [earlier.data for earlier in run.recipe.stage[: index + 1] if isinstance(earlier, RlStage) and earlier.data]
+    problems = problems_of(data_path(run, own[-1]))
+    state = run.state
+    if index == state.stage and state.problem_ids and (state.prepared or not stage.data):
+        by_id = {problem.id: problem for problem in problems}
+        problems = [by_id[problem_id] for problem_id in state.problem_ids]
+    return problems
+
+
+def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Problem]) -> list[Problem]:
+    """Pass rates of the model about to be trained, 8 rollouts each; the always solved are dropped.
+
+    Estimates are kept slice by slice in pass-rates-INDEX.jsonl, and an interrupted run goes on with the next slice.
+    """
+    path = run.folder / f"pass-rates-{index}.jsonl"
+    known: History = run.device.share(History.load(path) if run.device.is_main and path.exists() else History())
+    sampling = training_sampling(run, stage, run_temperature(run, stage), draw=ESTIMATE_DRAW)
+    missing = [problem for problem in problems if not known.visits(problem.id)]
+    for start in range(0, len(missing), ESTIMATE_SLICE):
+        part = missing[start : start + ESTIMATE_SLICE]
+        try:
+            attempts, _ = run.respondent.attempt(part, stage.group_size, sampling, label="pass rates")
+        except Interrupted:
+            raise Stopped(f"stopped while estimating; go on with: torchrun train.py --resume {run.folder}") from None
+        for problem, group in zip(part, attempts, strict=True):
+            rewards = tuple(attempt.grade.correct for attempt in group)
+            known.append(Visit(problem.id, index + BEFORE_STAGE, run.state.step, rewards))
+        if run.device.is_main:
+            known.save(path)
+        done = len(problems) - len(missing) + start + len(part)
+        run.device.say(f"pass rates: {done:,}/{len(problems):,} problems")
+    for problem in problems:
+        for visit in known.visits(problem.id):
+            run.state.history.append(visit)
+    filtered = filter_mirrored_j(problems, run.state.history, stage.drop_at, group_size=stage.group_size)
+    report_filter(run, index, f"before stage {index}", f"pass rate below {stage.drop_at:g}", filtered)
+    require_batch(filtered, stage.batch_problems)
+    rates = [run.state.history.estimate(problem.id) for problem in filtered.kept]
+    share = zero_variance_share(rates, stage.group_size)
+    run.device.say(f"expected share of groups without a signal: {share:.0%}")
+    return filtered.kept
+
+
+def run_temperature(run: Run, stage: RlStage) -> float:
+    """The stage's own temperature, or the one before while a search is still to come."""
+    return run.state.temperature if isinstance(stage.temperature, str) else float(stage.temperature)
+
+
+def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Problem]) -> None:
+    """Set the stage's temperature: the recipe's own, or the one that restores the diversity of the first stage.
+
+    Diversity is measured in every stage on the same problems and with the same limit, those of the first.
+    """
+    search, state = run.recipe.search, run.state
+    if not state.probe_ids:
+        probe = DataOrder(problems, min(search.problems, len(problems)), run.recipe.seed, index).batch(0)
+        state.probe_ids, state.probe_tokens = [problem.id for problem in probe], stage.max_response_tokens
+    probe = probe_problems(run)
+    sampling = training_sampling(run, stage, run_temperature(run, stage), draw=SEARCH_DRAW)
+    sampling = replace(sampling, max_new_tokens=state.probe_tokens)
+    target = state.diversity if stage.temperature == "match" else None
+    if target is None:
+        curve = [measure_temperature(run.respondent, probe, search.samples, sampling)]
+        state.temperature, state.diversity = curve[0].temperature, curve[0].distinct4
+    else:
+        state.temperature, curve = match_diversity(
+            run.respondent, probe, search.samples, sampling, target, search.step, search.most
+        )
+    chosen = next(point for point in curve if point.temperature == state.temperature)
+    restored = "" if target is None else f" (to restore {target:.3f})"
+    run.device.say(
+        f"stage {index}: temperature {state.temperature:g}, distinct-4 {chosen.distinct4 or 0:.3f}{restored}"
+    )
+    row = {"kind": "temperature", "step": state.step, "stage": index, "label": f"before stage {index}"}
+    row |= {"target_distinct4": target, "chosen": state.temperature, "curve": [asdict(point) for point in curve]}
+    run.metrics.write(row)
+
+
+def probe_problems(run: Run) -> list[Problem]:
+    """The problems on which diversity is measured, wherever they come from."""
+    sources = [stage.data for stage in run.recipe.stage if isinstance(stage, RlStage) and stage.data]
+    by_id = {problem.id: problem for source in sources for problem in problems_of(data_path(run, source))}
+    return [by_id[problem_id] for problem_id in run.state.probe_ids]
+
+
+def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
+    """Drop what the model has learned; the rest is the next stage's data."""
+    problems = stage_problems(run, index, stage)
+    filtered = drop_easy(
+        problems, run.state.history, index, stage.drop_above, stage.drop_window, group_size=stage.group_size
+    )
+    report_filter(run, index, f"after stage {index}", f"accuracy above {stage.drop_above:g}", filtered)
+    run.state.problem_ids = [problem.id for problem in filtered.kept]
+    later = [s for s in run.recipe.stage[index + 1 :] if isinstance(s, RlStage)]
+    if later and not later[0].data:
+        require_batch(filtered, later[0].batch_problems)
+
+
+def report_filter(run: Run, index: int, label: str, rule: str, filtered: Filtered) -> None:
+    """Show a filter's two histograms, and keep them for the report."""
+    run.device.say(f"{label}: kept {len(filtered.kept):,}, dropped {len(filtered.dropped):,} (rule: {rule})")
+    run.device.say(draw_histogram(filtered.before, filtered.after))
+    row = {"kind": "filter", "step": run.state.step, "stage": index, "label": label, "rule": rule}
+    row |= {"before": filtered.before, "after": filtered.after}
+    run.metrics.write(row | {"kept": len(filtered.kept), "dropped": len(filtered.dropped)})
+
+
+# ----------------------------------------------------------------------------------------------- inside a step
+
+
+def training_sampling(run: Run, stage: RlStage, temperature: float, draw: int) -> Sampling:
+    """Training samples the policy itself: no top-k, no top-p, logits / temperature."""
+    return Sampling(temperature, stage.max_response_tokens, run.respondent.stop_tokens, run.recipe.seed, draw)
+
+
+def make_groups(recipe: Recipe, problems: list[Problem], attempts: list[list[Attempt]]) -> list[Group]:
+    """One group per problem; the reward is the weighted sum of its parts."""
+    weights, groups = recipe.reward, []
+    for problem, group in zip(problems, attempts, strict=True):
+        parts = np.array([(a.grade.correct, a.grade.format, a.grade.steps) for a in group])  # (G, 3)
+        rewards = parts @ np.array([weights.correct, weights.format, weights.steps])
+        groups.append(Group(problem, [attempt.rollout for attempt in group], rewards, parts[:, 0] > 0))
+    return groups
+
+
+def record_visits(run: Run, index: int, groups: list[Group]) -> None:
+    """Every problem's pass rate follows the training, from the original rewards."""
+    for group in groups:
+        solved = tuple(float(right) for right in group.correct)
+        run.state.history.append(Visit(group.problem.id, index, run.state.step, solved))
+
+
+def describe(groups: list[Group], attempts: list[list[Attempt]], work: AttemptStats) -> dict:
+    """The batch as it was sampled, in numbers."""
+    flat = [attempt for group in attempts for attempt in group]
+    lengths = np.array([len(attempt.rollout.tokens) for attempt in flat])
+    solved = np.array([group.correct.mean() for group in groups])
+    diversity, left_out = distinct_ngrams([[attempt.text for attempt in group] for group in attempts])
+    return {
+        "kind": "rl",
+        "reward_mean": float(np.mean([group.rewards.mean() for group in groups])),
+        "accuracy": float(solved.mean()),
+        "reward_correct": float(np.mean([attempt.grade.correct for attempt in flat])),
+        "reward_format": float(np.mean([attempt.grade.format for attempt in flat])),
+        "reward_steps": float(np.mean([attempt.grade.steps for attempt in flat])),
+        "verdicts": dict(Counter(attempt.grade.verdict for attempt in flat)),
+        "response_length_mean": float(lengths.mean()),
+        "response_length_max": int(lengths.max()),
+        "truncated_share": float(np.mean([attempt.rollout.finish_reason == "length" for attempt in flat])),
+        "distinct4": diversity,
+        "distinct4_left_out": left_out,
+        "entropy": float(-np.concatenate([attempt.rollout.logprobs for attempt in flat]).mean()),
+        "groups": len(groups),
+        "solve_none": int((solved == 0).sum()),
+        "solve_all": int((solved == 1).sum()),
+        "zero_variance": sum(not group.informative for group in groups),
+        "tokens": int(lengths.sum()),
+        "seconds_sample": work.sample_seconds,
+        "seconds_grade": work.grade_seconds,
+        "sample_tokens_per_s": work.tokens / work.sample_seconds,
+        "preemptions": work.preemptions,
+    }
+
+
+def describe_update(update: UpdateStats | None, seconds: float) -> dict:
+    """The optimizer step in numbers; None is a batch with too few informative groups, which is skipped."""
+    if update is None:
+        return {"skipped": 1, "nonfinite": 0, "seconds_update": seconds}
+    return {
+        "skipped": 0,
+        "nonfinite": int(not update.stepped),
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "update_tokens_per_s": update.tokens / seconds,
+        "seconds_update": seconds,
+    } | asdict(update.ratios)
+
+
+def end_step(run: Run, index: int, stage: SftStage | RlStage, row: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Count the step, write its line, save where the recipe says so, stop when asked."""
+    state, settings = run.state, run.recipe.run
+    state.step, state.stage_step = state.step + 1, state.stage_step + 1
+    row = {"kind": row["kind"], "step": state.step, "stage": index} | row
+    run.metrics.write(row)
+    state.metrics_position = list(run.metrics.position)
+    left = stage.steps - state.stage_step
+    per_step = (time.perf_counter() - run.stage_began) / (state.stage_step - run.stage_first_step)
+    run.device.say(console_line(row, sum(s.steps for s in run.recipe.stage), per_step * left))
+    if row["nonfinite"]:
+        run.device.say(f"warning: step {state.step}: the gradient is not finite; the weights were left as they are")
+    if any(run.device.gather(run.stop.asked)):
+        save_and_stop(run, optimizer)
+    if left == 0 or state.stage_step % settings.checkpoint_every_steps == 0:
+        save_checkpoint(run.folder, run.model, optimizer, state, run.device, settings.checkpoints_kept)
+
+
+def save_and_stop(run: Run, optimizer: torch.optim.Optimizer) -> NoReturn:
+    """Save the last whole step and leave in order."""
+    kept = run.recipe.run.checkpoints_kept
+    save_checkpoint(run.folder, run.model, optimizer, run.state, run.device, kept)
+    step = run.state.step
+    raise Stopped(f"stopped after step {step}; go on with: torchrun train.py --resume {run.folder}")
+
+
+def write_rollouts(run: Run, groups: list[Group], attempts: list[list[Attempt]]) -> None:
+    """A few whole rollouts of this step, for people to read."""
+    rows = []
+    for group, tried in list(zip(groups, attempts, strict=True))[: run.recipe.run.rollouts_written]:
+        attempt = tried[0]
+        rows.append(
+            {
+                "step": run.state.step + 1,
+                "problem_id": group.problem.id,
+                "problem_text": group.problem.text,
+                "answers": list(group.problem.answers),
+                "response": attempt.text,
+                "verdict": attempt.grade.verdict,
+                "reward": float(group.rewards[0]),
+                "group_accuracy": float(group.correct.mean()),
+                "tokens": len(attempt.rollout.tokens),
+                "finish_reason": attempt.rollout.finish_reason,
+                "temperature": attempt.rollout.temperature,
+            }
+        )
+    run.metrics.write_rollouts(rows)
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+def held_out_evaluation(run: Run, index: int, label: str, within_stage: bool = False, final: bool = False) -> None:
+    """avg@k on problems that are never trained on."""
+    settings = run.recipe.eval
+    if not settings.data:
+        return
+    most = (settings.problems_within_stage if within_stage else 0) or settings.problems or None
+    problems = problems_of(data_path(run, settings.data))[:most]
+    sampling = evaluation_sampling(run, settings)
+    found, _ = evaluate(run.respondent, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
+    report_evaluation(run, index, found, final)
+
+
+def evaluation_sampling(run: Run, settings: EvalSettings | FinalSettings) -> Sampling:
+    """How evaluations sample: with the recipe's own top-k, and from draws that training never uses."""
+    return Sampling(
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_response_tokens,
+        stop_tokens=run.respondent.stop_tokens,
+        seed=run.recipe.seed,
+        step=EVALUATION_DRAW,
+        top_k=settings.top_k,
+    )
+
+
+def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> None:
+    """Show an evaluation and keep it for the report."""
+    if run.device.is_main:
+        print_evaluation(found)
+    run.metrics.write({"kind": "eval", "step": run.state.step, "stage": index, "final": final} | asdict(found))
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning data
+
+
+def sft_sequences(run: Run, stage: SftStage) -> list[TrainingSequence]:
+    """Worked solutions, or chats, as tokens; the loss is on the assistant's part alone, end-of-sequence included."""
+    ending = encode(run.respondent.tokenizer, run.respondent.tokenizer.eos_token)
+    sequences = []
+    for name, prompt, reply in sft_rows(run, stage):
+        response = encode(run.respondent.tokenizer, reply) + ending
+        if len(prompt) + len(response) > stage.max_tokens:
+            raise DataError(
+                f"{name} in {stage.data}: {len(prompt) + len(response)} tokens exceed the stage's "
+                f"max_tokens = {stage.max_tokens}: raise it or remove the row"
+            )
+        sequences.append(TrainingSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
+    if len(sequences) < stage.batch_sequences:
+        raise DataError(f"{stage.data}: {len(sequences)} solutions cannot fill a batch of {stage.batch_sequences}")
+    return sequences
+
+
+def sft_rows(run: Run, stage: SftStage) -> Iterator[tuple[str, list[int], str]]:
+    """What to learn from: a name for errors, the prompt's tokens, the assistant's reply."""
+    tokenizer, path = run.respondent.tokenizer, data_path(run, stage.data)
+    if has_chats(path):
+        for number, messages in enumerate(read_chats(path), 1):
+            for turn, message in enumerate(messages):
+                if message["role"] == "assistant":  # every reply is learned, after all that came before it
+                    yield f"row {number}", encode_chat(tokenizer, messages[:turn]), message["content"]
+        return
+    for problem in problems_of(path):
+        if not problem.solution:
+            raise DataError(f"problem {problem.id} in {stage.data} has no worked solution to learn from")
+        yield f"problem {problem.id}", list(run.respondent.prompt(problem, 1).tokens), problem.solution
+
+
+def sft_batch(sequences: list[TrainingSequence], size: int, step: int, seed: list[int]) -> list[TrainingSequence]:
+    """The batch of a step: epochs are permutations drawn from the seed, so that the step alone says what it is."""
+    per_epoch = len(sequences) // size
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.default_rng([*seed, epoch]).permutation(len(sequences))
+    return [sequences[i] for i in order[place * size : (place + 1) * size]]
+
+
+def learning_rate(stage: SftStage | RlStage, step: int) -> float:
+    """Constant, after a linear warm-up; an sft stage may fall linearly to a tenth at its end."""
+    rate = stage.learning_rate * min(1.0, (step + 1) / max(stage.warmup_steps, 1))
+    if isinstance(stage, RlStage) or not stage.decay_share:
+        return rate
+    return rate * max(0.1, min(1.0, (stage.steps - step) / (stage.decay_share * stage.steps)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of every parameter."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def make_optimizer(run: Run, stage: SftStage | RlStage) -> torch.optim.Optimizer:
+    """AdamW, new in each stage; when the run resumes inside a stage, with the moments (and weights) it had."""
+    betas = (0.9, stage.adam_beta2)
+    optimizer = torch.optim.AdamW(
+        run.model.parameters(), stage.learning_rate, betas=betas, weight_decay=stage.weight_decay
+    )
+    if run.resume_from is not None:
+        load_weights_and_optimizer(run.resume_from, run.model, optimizer, run.device)
+        run.resume_from = None
+        for group in optimizer.param_groups:  # the recipe's word counts, not the checkpoint's
+            group |= {"betas": betas, "weight_decay": stage.weight_decay}
+    return optimizer
+
+
+def data_path(run: Run, source: str) -> str:
+    """A recipe's data: world/... is what this run has written; anything else is a file or a hub data set."""
+    return str(run.folder / source) if source.startswith("world/") else source
+
+
+@cache
+def problems_of(path: str) -> list[Problem]:
+    """The problems of a file or hub data set, read once per run."""
+    return read_problems(path)
+
+
+# -------------------------------------------------------------------------------------------------- starting up
+
+
+def check_recipe(recipe: Recipe, device: Device) -> None:
+    """What can be found wrong before anything is written or loaded."""
+    for index, stage in enumerate(recipe.stage):
+        if isinstance(stage, RlStage) and stage.batch_problems % device.ranks:
+            raise RecipeError(
+                f"stage.{index}.batch_problems = {stage.batch_problems} cannot be divided among "
+                f"{device.ranks} processes: use a multiple of {device.ranks}"
+            )
+    for source in [stage.data for stage in recipe.stage] + [recipe.eval.data, recipe.final.data]:
+        if source.endswith(DATA_FILES) and not source.startswith("world/"):
+            existing_file(Path(source))
+    if not recipe.model.startswith("world/"):
+        config = model_config(resolve_folder(recipe.model), recipe)
+        if recipe.final.data:
+            final_config(config, recipe)
+
+
+def model_config(folder: Path, recipe: Recipe) -> ModelConfig:
+    """The model's config with the recipe's window, in which every stage must fit."""
+    config = read_config(folder)
+    if recipe.max_position_embeddings:
+        config = replace(config, max_position_embeddings=recipe.max_position_embeddings)
+    for index, stage in enumerate(recipe.stage):
+        if isinstance(stage, SftStage):
+            continue
+        if stage.max_prompt_tokens + stage.max_response_tokens > config.max_position_embeddings:
+            raise RecipeError(
+                f"stage.{index}: {stage.max_prompt_tokens} + {stage.max_response_tokens} tokens exceed the model's "
+                f"window of {config.max_position_embeddings}: set max_position_embeddings in the recipe"
+            )
+    return config
+
+
+def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """The config of the last evaluation: YaRN, and a window as long as it makes it."""
+    final = recipe.final
+    return extend_window(config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor)
+
+
+def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
+    """The model, split over all processes before any weight is read, so that no process holds all of it."""
+    with torch.device("meta"):
+        model = Transformer(model_config(folder, recipe))
+    for layer in model.model.layers:
+        layer.recompute = recipe.recompute_activations
+    shard(model, device.mesh, device.compute_dtype)
+    model.to_empty(device=device.device)
+    load_weights(model, folder)
+    return model
+
+
+def check_inputs(run: Run) -> None:
+    """Find before the first step what a later stage or evaluation would stumble over: rows, prompts, lengths."""
+    respondent, recipe = run.respondent, run.recipe
+    for index, stage in enumerate(recipe.stage):
+        if index < run.state.stage:
+            continue
+        if isinstance(stage, SftStage):
+            run.sft_sequences[index] = sft_sequences(run, stage)
+            continue
+        problems = stage_problems(run, index, stage)
+        DataOrder(problems, stage.batch_problems, recipe.seed, index)
+        prompts = [respondent.prompt(problem, 1, stage.max_prompt_tokens) for problem in problems]
+        check_requests(run.model, prompts, training_sampling(run, stage, 1.0, 0), respondent.limits)
+    windows = {recipe.eval: run.model.config}
+    if recipe.final.data:
+        windows[recipe.final] = final_config(run.model.config, recipe)
+    trained = run.model.config
+    for settings, config in windows.items():
+        if settings.data:
+            run.model.config = config
+            prompts = [respondent.prompt(problem, 1) for problem in problems_of(data_path(run, settings.data))]
+            check_requests(run.model, prompts, evaluation_sampling(run, settings), respondent.limits)
+    run.model.config = trained
+
+
+def new_name(parent: Path, name: str, ending: str = "") -> Path:
+    """NAME, or NAME-2 and so on when that is taken: nothing is ever overwritten."""
+    numbered = (parent / f"{name}{f'-{number}' if number > 1 else ''}{ending}" for number in count(1))
+    return next(path for path in numbered if not path.exists())
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """A new folder runs/NAME, or runs/NAME-2 and so on."""
+    while True:
+        try:
+            folder = new_name(parent, name)
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another run took the name in the meantime
+            continue
+
+
+def versions() -> str:
+    """What the run was made with, as TOML comments."""
+    here = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    parts = [
+        f"python {platform.python_version()}",
+        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}",
+    ]
+    return f"# {', '.join(parts)}, commit {commit or 'unknown'}\n"
+
+
+def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Path, Path | None, RunState]:
+    """A new run's folder, or an old one with the place where it stopped."""
+    if arguments.resume is None:
+        recipe = load_recipe(arguments.recipe, arguments.set)
+        check_recipe(recipe, device)
+        folder = device.share(new_folder(arguments.out, recipe.name) if device.is_main else None)
+        if device.is_main and recipe.world:
+            write_world(recipe.world, folder / "world")
+        found = None
+    else:
+        folder = arguments.resume
+        recipe = load_recipe(folder / "recipe.toml", arguments.set)
+        check_recipe(recipe, device)
+        found = read_state(folder)
+        place = (
+            f"resuming {folder} after step {found[1].step}" if found else f"{folder} has no checkpoint: beginning again"
+        )
+        device.say(place)
+    if device.is_main:
+        path = folder / "recipe.toml"
+        if path.exists() and arguments.set:  # what the earlier part of the run was made with stays on record
+            path.rename(new_name(folder, "recipe-before", ".toml"))
+        if not path.exists():
+            path.write_text(versions() + to_toml(recipe))
+    device.share(None)  # nobody reads the world before it is written
+    return recipe, folder, *(found or (None, RunState()))
+
+
+def start_run(arguments: argparse.Namespace, device: Device) -> Run:
+    """Everything that a run needs, in the order in which it can go wrong."""
+    recipe, folder, resume_from, state = open_run(arguments, device)
+    model_folder = folder / recipe.model if recipe.model.startswith("world/") else resolve_folder(recipe.model)
+    model = build_model(model_folder, recipe, device)
+    tokenizer = load_tokenizer(model_folder, model)
+    sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
+    grader = Grader(reward.workers, reward.time_limit_seconds, thinking=recipe.thinking)
+    limits = CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows)
+    stops = stop_tokens(tokenizer, model, model_folder)
+    respondent = Respondent(model, tokenizer, stops, limits, grader, device, recipe.instruction, stop)
+    metrics = Metrics(folder, recipe.run.tensorboard, enabled=device.is_main)
+    if arguments.resume is not None:
+        metrics.cut_back_to(state.metrics_position)
+    run = Run(recipe, folder, device, model, model_folder, respondent, metrics, state, stop, resume_from)
+    check_inputs(run)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, device.compute_dtype) / 2**30
+    device.say(
+        f"{recipe.name}: {parameters:,} parameters, {device.ranks} processes, "
+        f"at most {cache_gib:.2f} GiB of cache each, {folder}"
+    )
+    return run
+
+
+def main() -> None:
+    """Run a recipe, or go on with one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", type=Path, default=Path(__file__).parent / "recipes" / "tiny.toml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="such as stage.1.temperature=1.1"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="the folder of a run to go on with")
+    arguments = parser.parse_args()
+    run, status = None, 0
+    try:
+        run = start_run(arguments, devices.start())
+        train(run)
+        run.metrics.close()
+        if run.device.is_main:
+            print(f"report in {write_report(run.folder)}")
+    except Stopped as stopped:
+        run.device.say(stopped)
+    except Interrupted:  # between stages: what the last checkpoint holds is all there is
+        run.device.say(f"stopped; go on with: torchrun train.py --resume {run.folder}")
+    except (RecipeError, ModelError, DataError, RolloutError, CheckpointError, ImportError, OSError) as error:
+        status = f"train.py: {error}"
+    finally:
+        if run is not None:
+            run.respondent.grader.close()
+        devices.stop()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
