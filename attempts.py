@@ -6,7 +6,8 @@ attempts are exchanged, so that every process sees all of them in the same order
 
 import json
 import time
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from reward import Grade, Grader
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate
 
 SECONDS_BETWEEN_LINES = 10.0
+MOST_PADDING = 1024  # rows by which an embedding may exceed its tokenizer, to a round number (Qwen2.5: 399)
+LEAST_FAILURES = 5  # fewer failures of the grader than this stop nothing, whatever their share
 
 
 @dataclass
@@ -36,10 +39,25 @@ class Attempt:
 class AttemptStats:
     """What making them took, over all processes; the seconds are the slowest process's."""
 
-    tokens: int
-    sample_seconds: float
-    grade_seconds: float  # waited for after sampling had ended; most grading hides behind it
-    preemptions: int
+    tokens: int = 0
+    sample_seconds: float = 0.0
+    grade_seconds: float = 0.0  # of this process: the exact path, and the wait after sampling; workers hide behind it
+    preemptions: int = 0
+
+
+class GraderError(Exception):
+    """The grader fails too often for its verdicts to be believed."""
+
+
+def check_grader(verdicts: Mapping[str, int], most_failed_share: float) -> None:
+    """Raise GraderError when more than a share of these verdicts are the grader's own failures."""
+    failed, graded = verdicts.get("grader failed", 0), sum(verdicts.values())
+    if failed >= LEAST_FAILURES and failed > most_failed_share * graded:
+        raise GraderError(
+            f"the grader failed on {failed} of {graded} answers ({failed / graded:.1%}, more than the "
+            f"{most_failed_share:.1%} allowed): see that math-verify imports and that its workers have the memory they "
+            f"need (python bench/grader.py), or raise reward.most_failed_share"
+        )
 
 
 def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
@@ -51,6 +69,11 @@ def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
     if len(tokenizer) > model.config.vocab_size:
         raise ModelError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}"
+        )
+    if len(tokenizer) < model.config.vocab_size - MOST_PADDING:
+        raise ModelError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: more than "
+            f"padding explains; take the tokenizer that belongs to the model"
         )
     if not tokenizer.chat_template:
         raise ModelError(f"{folder}: the tokenizer has no chat template; add a chat_template.jinja to the folder")
@@ -95,6 +118,7 @@ class Respondent:
     device: Device
     instruction: str
     stop: StopRequest | None = None  # where given, sampling is abandoned when it asks for it
+    most_failed_share: float = 0.02  # of answers on which the grader itself may fail before that stops the run
 
     def prompt(self, problem: Problem, n: int, most_tokens: int | None = None) -> Prompt:
         """A problem's prompt; raises DataError when it is longer than the stage allows."""
@@ -111,39 +135,63 @@ class Respondent:
         """Whether this process was told to stop."""
         return self.stop is not None and self.stop.asked
 
+    def stream(
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        stats: AttemptStats,
+        label: str | None = None,
+    ) -> Iterator[Attempt]:
+        """This process's attempts, each as soon as it is sampled and graded; `stats` is filled in at the end.
+
+        A label shows progress. Once the run was asked to stop no more are sampled.
+        """
+        answers = {problem.id: problem.answers for problem in problems}
+        total, done = sum(prompt.n for prompt in prompts), 0
+        finished_tokens = 0
+        sampler, waiting = SamplerStats(), deque()  # sampled, the verdict still to come
+        started = last_line = time.perf_counter()
+
+        def graded() -> Attempt:
+            rollout, text, ticket = waiting.popleft()
+            return Attempt(rollout, text, self.grader.collect([ticket])[0])
+
+        with gathered(self.model):
+            for rollout in generate(self.model, prompts, sampling, self.limits, sampler, self.asked_to_stop):
+                text = self.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+                begun = time.perf_counter()
+                waiting.append((rollout, text, self.grader.submit(text, answers[rollout.problem_id])))
+                now, done, finished_tokens = time.perf_counter(), done + 1, finished_tokens + len(rollout.tokens)
+                stats.grade_seconds += now - begun
+                while waiting and self.grader.ready(waiting[0][2]):
+                    yield graded()
+                if label and now - last_line > SECONDS_BETWEEN_LINES:
+                    last_line, speed = now, sampler.decoded_tokens / (now - started)
+                    # the first to finish are the shortest
+                    typical = finished_tokens / done if 10 * done > total else sampling.max_new_tokens
+                    left = max(0.0, total * typical - sampler.decoded_tokens) / speed
+                    self.device.say(f"{label}: {done}/{total} responses  {speed:,.0f} tok/s  ETA {format_eta(left)}")
+        sampled = time.perf_counter()
+        if self.device.device.type == "cuda":
+            torch.cuda.empty_cache()  # the cache's memory is the update's now
+        while waiting:
+            yield graded()
+        stats.grade_seconds += time.perf_counter() - sampled
+        stats.sample_seconds += sampled - started
+        stats.tokens += sampler.decoded_tokens
+        stats.preemptions += sampler.preemptions
+
     def attempt(
         self, problems: Sequence[Problem], n: int, sampling: Sampling, label: str | None = None
     ) -> tuple[list[list[Attempt]], AttemptStats]:
         """n attempts at each problem, in the order given, the same on every process. A label shows progress.
 
-        Raises Interrupted, on every process, when the run was asked to stop.
+        Raises, on every process, Interrupted when the run was asked to stop, GraderError when the grader fails often.
         """
         share = problems[self.device.rank :: self.device.ranks]
-        by_id = {problem.id: problem for problem in share}
-        prompts = [self.prompt(problem, n) for problem in share]
-        stats, waiting = SamplerStats(), []
-        started = last_line = time.perf_counter()
-        with gathered(self.model):
-            for rollout in generate(self.model, prompts, sampling, self.limits, stats, self.asked_to_stop):
-                text = self.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
-                ticket = self.grader.submit(text, by_id[rollout.problem_id].answers)
-                waiting.append((rollout, text, ticket))
-                now = time.perf_counter()
-                if label and now - last_line > SECONDS_BETWEEN_LINES:
-                    last_line, total = now, len(share) * n
-                    left = (now - started) / len(waiting) * (total - len(waiting))
-                    speed = stats.decoded_tokens / (now - started)
-                    self.device.say(
-                        f"{label}: {len(waiting)}/{total} responses  {speed:,.0f} tok/s  ETA {format_eta(left)}"
-                    )
-        sampled = time.perf_counter()
-        if self.device.device.type == "cuda":
-            torch.cuda.empty_cache()  # the cache's memory is the update's now
-        grades = self.grader.collect([ticket for *_, ticket in waiting])
-        graded = time.perf_counter()
-        mine = [Attempt(rollout, text, grade) for (rollout, text, _), grade in zip(waiting, grades, strict=True)]
-        work = AttemptStats(stats.decoded_tokens, sampled - started, graded - sampled, stats.preemptions)
-
+        work = AttemptStats()
+        mine = list(self.stream(share, [self.prompt(problem, n) for problem in share], sampling, work, label))
         if any(self.device.gather(self.asked_to_stop())):
             raise Interrupted
         groups: dict[str, list[Attempt]] = {problem.id: [] for problem in problems}
@@ -153,11 +201,16 @@ class Respondent:
                 groups[attempt.rollout.problem_id].append(attempt)
         for group in groups.values():
             group.sort(key=lambda attempt: attempt.rollout.index)
-        works = [work for _, work in everyone]
-        total = AttemptStats(
-            tokens=sum(work.tokens for work in works),
-            sample_seconds=max(work.sample_seconds for work in works),
-            grade_seconds=max(work.grade_seconds for work in works),
-            preemptions=sum(work.preemptions for work in works),
-        )
-        return list(groups.values()), total
+        verdicts = Counter(attempt.grade.verdict for group in groups.values() for attempt in group)
+        check_grader(verdicts, self.most_failed_share)
+        return list(groups.values()), whole_work([work for _, work in everyone])
+
+
+def whole_work(works: Sequence[AttemptStats]) -> AttemptStats:
+    """The work of all processes: sums of what they made, the longest of what they took."""
+    return AttemptStats(
+        tokens=sum(work.tokens for work in works),
+        sample_seconds=max(work.sample_seconds for work in works),
+        grade_seconds=max(work.grade_seconds for work in works),
+        preemptions=sum(work.preemptions for work in works),
+    )

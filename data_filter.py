@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -48,12 +48,13 @@ class Problem:
 def read_problems(source: str | Path, on_bad_row: str = "stop") -> list[Problem]:
     """The problems of a local .parquet, .json or .jsonl file, or of a Hugging Face dataset "owner/name[:split]".
 
-    on_bad_row: "stop" raises at the first row that cannot be used, "skip" leaves such rows out and
-    says how many. Of rows with the same id and text the first is kept, and the count is printed.
+    on_bad_row: "stop" raises at the first row that cannot be used; "skip" leaves such rows out and says how many;
+    "keep" keeps problems without an answer, says how many, and stops at other faults: an evaluation may have to count
+    them. Of rows with the same id and text the first is kept, and the count is printed.
     Ids begin with the file's stem (the dataset's name), so that sources can be mixed. Raises DataError.
     """
-    if on_bad_row not in ("stop", "skip"):
-        raise DataError(f'on_bad_row is {on_bad_row!r}; it must be "stop" or "skip".')
+    if on_bad_row not in ("stop", "skip", "keep"):
+        raise DataError(f'on_bad_row is {on_bad_row!r}; it must be "stop", "skip" or "keep".')
     path, hub_id = Path(source), HUB_ID.fullmatch(str(source))
     if hub_id and path.suffix not in DATA_FILES and not path.parent.is_dir():
         stem, files = hub_id["name"], download(f"{hub_id['owner']}/{hub_id['name']}", hub_id["split"])
@@ -140,15 +141,17 @@ def read_file(path: Path, stem: str, on_bad_row: str) -> list[Problem]:
     rows = list(parquet_rows(path) if path.suffix == ".parquet" else json_rows(path))
     if not rows:
         raise DataError(f"{path} holds no rows; put at least one problem into it.")
-    schema = schema_of(next((row for _, row in rows if isinstance(row, dict)), {}), path)
+    schema = schema_of([row for _, row in rows if isinstance(row, dict)], path)
     problems, bad = [], []
     for number, row in rows:
         problem = schema(row) if isinstance(row, dict) else None
         reason = fault(problem) if problem else row
-        if reason and on_bad_row == "stop":
+        kept = on_bad_row == "keep" and problem is not None and problem.text.strip()
+        if reason and not kept and on_bad_row != "skip":
             raise DataError(f'{path}, row {number} {reason}; mend the row, or read with on_bad_row="skip".')
         if reason:
             bad.append(f"row {number} {reason}")
+        if reason and not kept:
             continue
         # an id that names its source already was written by write_problems, and stays
         settled = not problem.id or (schema is from_own and "/" in problem.id)
@@ -156,7 +159,9 @@ def read_file(path: Path, stem: str, on_bad_row: str) -> list[Problem]:
     if not problems:
         raise DataError(f"{path} holds no usable row: {bad[0]}, and so on for all {len(bad)}; mend the file.")
     if bad:
-        print(f"{path}: left out {len(bad)} unusable rows (first: {bad[0]})", file=sys.stderr)
+        what = "kept, as problems that nothing can solve," if on_bad_row == "keep" else "left out"
+        some = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
+        print(f"{path}: {what} {len(bad)} unusable rows ({some})", file=sys.stderr)
     return problems
 
 
@@ -230,21 +235,35 @@ def from_gsm8k(row: dict) -> Problem:
     return problem_of({**row, "solution": solution}, row.get("id"), row.get("question"), answer)
 
 
+def from_questions(row: dict) -> Problem:
+    """question and plain answer, as Minerva on the hub."""
+    return problem_of(row, row.get("id"), row.get("question"), row.get("answer"))
+
+
+def from_olympiad(row: dict) -> Problem:
+    """OlympiadBench: question, and the list of accepted answers."""
+    return problem_of(row, row.get("id"), row.get("question"), row.get("final_answer"))
+
+
 SCHEMAS = {
     ("problem", "answers"): from_own,
     ("prompt", "reward_model"): from_verl,
     ("problem", "answer"): from_math,
-    ("question", "answer"): from_gsm8k,
+    ("question", "final_answer"): from_olympiad,
+    ("question", "answer"): from_questions,
 }
 
 
-def schema_of(row: dict, path: Path) -> Callable[[dict], Problem]:
+def schema_of(rows: Sequence[dict], path: Path) -> Callable[[dict], Problem]:
     """The reader of rows with these columns; DataError shows the columns where none is known."""
+    first = rows[0] if rows else {}
     for columns, schema in SCHEMAS.items():
-        if row.keys() >= set(columns) or not row:
-            return schema
+        if first.keys() >= set(columns) or not first:
+            # one marked solution makes a GSM8K file, in which a row without the mark has no answer
+            marked = schema is from_questions and any("####" in str(row.get("answer")) for row in rows)
+            return from_gsm8k if marked else schema
     known = ", or ".join(" + ".join(columns) for columns in SCHEMAS)
-    raise DataError(f"{path} has the columns {', '.join(row)}, which is no known schema; rename them to {known}.")
+    raise DataError(f"{path} has the columns {', '.join(first)}, which is no known schema; rename them to {known}.")
 
 
 def problem_of(row: dict, own_id, text, answers) -> Problem:
@@ -254,7 +273,7 @@ def problem_of(row: dict, own_id, text, answers) -> Problem:
         text=text if isinstance(text, str) else "",
         answers=accepted(answers),
         type=str(row.get("type") or row.get("subject") or ""),
-        difficulty=figure(row.get("difficulty")),
+        difficulty=figure(row["difficulty"] if row.get("difficulty") is not None else row.get("level")),
         solution=str(row.get("solution") or "").strip(),
     )
 
@@ -277,8 +296,8 @@ def accepted(value) -> tuple[str, ...]:
 
 
 def figure(value) -> float | None:
-    """A difficulty as a number ("3/8", as POLARIS writes it, is 0.375), or None."""
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)(?:/([1-9]\d*))?", str(value))
+    """A difficulty as a number ("3/8", as POLARIS writes it, is 0.375; "Level 5", as MATH does, is 5), or None."""
+    match = re.fullmatch(r"(?:Level )?(-?\d+(?:\.\d+)?)(?:/([1-9]\d*))?", str(value))
     return float(match[1]) / float(match[2] or 1) if match else None
 
 

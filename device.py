@@ -105,10 +105,10 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Ctrl-C, or a machine taken away: save the last whole step and leave. A second signal is obeyed at once."""
+    """Ctrl-C, or a machine taken away: save what is whole and leave. A second signal is obeyed at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, saved: str = "the last whole step is being saved") -> None:
+        self.asked, self.saved = False, saved
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -116,7 +116,7 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping: the last whole step is being saved; once more to stop at once", file=sys.stderr, flush=True)
+        print(f"\nstopping: {self.saved}; once more to stop at once", file=sys.stderr, flush=True)
 
     def agreed(self, device: Device) -> bool:
         """Whether any process was asked to stop: all of them leave at the same step."""

@@ -7,17 +7,18 @@ Drawn from metrics.jsonl, rollouts.jsonl and recipe.toml; can be rebuilt at any 
 
 import html
 import json
-import math
-import re
 import sys
 import tomllib
 from collections import deque
-from collections.abc import Callable
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from charts import BINS, bar_chart, clean, format_number, line_chart, number, panels, svg
 from report import format_eta, read_metrics, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Chart(NamedTuple):
@@ -35,63 +36,27 @@ class Chart(NamedTuple):
 CHARTS = [
     Chart("Held-out accuracy", "avg", "share", "Problems never trained on; the band is the 95% interval.", "eval"),
     Chart("Held-out accuracy by type", "by_type", "share", "A line for each type of problem, at most 12.", "eval"),
-    Chart(
-        "Reward and accuracy",
-        "reward_mean accuracy",
-        "amount",
-        "Before rescue and substitution. Quickly above 0.7: the problems are too easy.",
-    ),
-    Chart(
-        "Response length",
-        "response_length_mean response_length_max max_response_tokens",
-        "amount",
-        "Tokens; the dashed line is the stage's limit.",
-    ),
+    Chart("Reward and accuracy", "reward_mean accuracy", "amount", "Quickly above 0.7: the problems are too easy."),
+    Chart("Response length", "response_length_mean response_length_max max_response_tokens", "amount", "In tokens."),
     Chart("Truncated share", "truncated_share", "share", "Rollouts cut at the limit before they ended."),
     Chart("SFT loss", "loss", "amount", "Cross-entropy on worked solutions, nats per token.", "sft"),
-    Chart(
-        "Distinct-4",
-        "distinct4",
-        "level",
-        "Diversity of a problem's rollouts; a stage begins at the temperature that gives the last one's back.",
-    ),
+    Chart("Distinct-4", "distinct4", "level", "Diversity; a stage begins at the temperature that gives it back."),
     Chart("Temperature", "temperature", "level", "Of the sampler and of the loss, raised from stage to stage."),
     Chart("Entropy", "entropy", "amount", "Nats per sampled token at the sampling temperature."),
-    Chart(
-        "Groups without a signal",
-        "solve_none solve_all zero_variance",
-        "groups",
-        "Share of the batch's groups, before rescue and substitution.",
-    ),
-    Chart(
-        "Rescued and substituted",
-        "rescued substituted",
-        "amount",
-        "Groups per step that got an earlier correct rollout, or were replaced by an informative group.",
-    ),
+    Chart("Groups without a signal", "solve_none solve_all zero_variance", "groups", "Of the batch, as sampled."),
+    Chart("Rescued and substituted", "rescued substituted", "amount", "Groups per step that got another response."),
     Chart("Groups at a glance", "solve_none solve_all rescued substituted", "groups", "The same as shares, together."),
-    Chart(
-        "Sampler-trainer mismatch",
-        "logprob_diff_mean logprob_diff_max",
-        "log",
-        "|log-prob of the sampler - of the trainer| per on-policy token. Log axis; an exact 0 is a gap.",
-    ),
+    Chart("Sampler-trainer mismatch", "logprob_diff_mean logprob_diff_max", "log", "Per token."),
     Chart("RL loss", "loss", "amount", "Near 0 on policy in value, not in gradient: a group's advantages sum to 0."),
     Chart("Gradient norm", "grad_norm", "log", "Before clipping. Log axis.", "steps"),
     Chart("Importance ratio", "ratio_mean rescued_ratio_mean", "level", "1 on policy, not so for rescued rollouts."),
-    Chart(
-        "Tokens per second",
-        "sample_tokens_per_s update_tokens_per_s tokens_per_s",
-        "log",
-        "Of each phase by itself. Log axis.",
-        "steps",
-    ),
+    Chart("Tokens per second", "sample_tokens_per_s update_tokens_per_s tokens_per_s", "log", "By phase.", "steps"),
     Chart("Seconds by phase", "seconds_sample seconds_grade seconds_update", "amount", "Of one step."),
 ]
-PANELS = (
+PANELS = (  # of curves.svg
     "Held-out accuracy by type",
     "Reward and accuracy",
-    "Response length",  # of curves.svg
+    "Response length",
     "Distinct-4",
     "Temperature",
     "Groups at a glance",
@@ -148,16 +113,6 @@ GLOSSARY = {
     "sample_, update_, tokens_per_s; seconds": "throughput of sampling, of the update, of SFT; wall time of the step",
 }
 
-# Okabe and Ito's palette, told apart with any colour vision
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-CHART_CSS = """.chart{font:11px system-ui,sans-serif}.chart text{fill:#636c76}.chart .ink{fill:#1f2328}
-.chart .name{font-size:13px;font-weight:600}.chart path{fill:none;stroke-width:1.75;stroke-linejoin:round}
-.chart path{stroke-linecap:round}.chart .grid{stroke:#e6e8eb;stroke-width:1}
-.chart .rule{stroke:#8c959f;stroke-width:1;stroke-dasharray:3 3}.chart .faint{stroke-width:1;opacity:.3}
-.chart .dots{stroke-width:5.5}.band{opacity:.16}.chart .again{stroke-dasharray:1.5 3.5}
-.hollow{fill:none;stroke:#636c76}""" + "".join(
-    f".c{i}{{stroke:{colour}}}.chart .f{i}{{fill:{colour}}}" for i, colour in enumerate(COLOURS)
-)
 PAGE_CSS = """*{box-sizing:border-box}body{background:#f6f7f9;color:#1f2328;font:15px/1.5 system-ui,sans-serif}
 body{margin:0 auto;max-width:1440px;padding:28px 24px 80px}h1{font-size:28px;margin:0;overflow-wrap:anywhere}
 h2{font-size:20px;margin:44px 0 10px}h3{font-size:13px;margin:12px 0 2px}p{margin:6px 0;max-width:90ch}
@@ -171,189 +126,58 @@ figure svg{display:block;width:100%;height:auto}details{margin:8px 0}summary{cur
 th,td{padding:5px 0 5px 9px;text-align:right;white-space:nowrap;border-bottom:1px solid #e6e8eb}th{font-weight:500}
 tr:last-child td{border-bottom:0}th:first-child,td:first-child{text-align:left;padding-left:0}
 pre,dt{font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}dd{margin:0}
-pre{white-space:pre-wrap;margin:0}dl{display:grid;grid-template-columns:minmax(120px,340px) 1fr;gap:4px 18px}"""
-
-WIDTH, HEIGHT, LEFT, RIGHT, FLOOR = 420, 284, 54, 408, 250  # of a chart, in its own pixels
-BINS = 300  # a longer series is drawn as the lowest and the highest value of so many bins
-Points = list[tuple[float, float | None]]  # (x, y), where y None is a gap
+pre{white-space:pre-wrap;margin:0}figure text{font-family:system-ui,sans-serif!important}
+dl{display:grid;grid-template-columns:minmax(120px,340px) 1fr;gap:4px 18px}"""
 
 
-def _number(value: object) -> float | None:
-    if not isinstance(value, int | float) or not abs(value) < 1e30:  # NaN, too, is not below
-        return None
-    return float(value) if abs(value) > 1e-30 else 0.0  # beyond these, axes would overflow
+def html_text(value: object) -> str:
+    """Escaped, and without the characters that HTML does not allow."""
+    return html.escape(clean(value))
 
 
-def _text(value: object) -> str:
-    # control characters and lone surrogates are legal in JSON but not in HTML or XML
-    return html.escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(value)))
+def html_page(title: str, body: str) -> str:
+    """The whole document around `body`, which is HTML. Nothing in it can run or be fetched, whatever a model wrote."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html_text(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="viewport" '
+        f'content="width=device-width,initial-scale=1"><style>{PAGE_CSS}</style></head><body>{body}</body></html>\n'
+    )
 
 
-def _format(value: float | None, percent: bool = False, digits: int = 3) -> str:
-    if value is None:
-        return "–"
-    if percent:
-        return f"{100 * value:.{digits}g}%"
-    size, unit = next((p for p in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if abs(value) >= p[0]), (1, ""))
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value / size:.{digits}g}".replace("e-0", "e-") + unit
+def html_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table, with its cells escaped."""
+    top, *body = (
+        "<tr>" + "".join(f"<{tag}>{html_text(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in [("th", head), *(("td", row) for row in rows)]
+    )
+    return f'<div class="table"><table><thead>{top}</thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def html_figures(figures: "list[tuple[str, Figure | None, str]]") -> str:
+    """A grid of (title, figure, caption), and a line that names those without a figure."""
+    drawn = [
+        f"<figure>{svg(figure)}<figcaption>{html_text(caption)}</figcaption></figure>"
+        for _, figure, caption in figures
+        if figure
+    ]
+    empty = ", ".join(title for title, figure, _ in figures if not figure) or "this part"
+    said = f'<p class="muted">No data for: {html_text(empty)}.</p>' * (not drawn or len(drawn) < len(figures))
+    return f'<div class="figures">{"".join(drawn)}</div>{said}'
+
+
+def folded(summary: str, texts: dict[str, str], most_characters: int | None = None) -> str:
+    """A line that opens to show `texts` under their titles, each up to so many characters; by default all of them."""
+    parts = []
+    for title, text in texts.items():
+        cut = len(text) - len(text[:most_characters])
+        more = f"<p>… and {cut:,} characters more, not shown</p>" * bool(cut)
+        parts.append(f"<h3>{html_text(title)}</h3><pre>{html_text(text[:most_characters])}</pre>{more}")
+    return f"<details><summary>{html_text(summary)}</summary>{''.join(parts)}</details>"
 
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
-
-
-def _axis(low: float, high: float, kind: str) -> list[float]:
-    """Nice ticks (1, 2 or 5 times a power of ten) from below `low` to above `high`."""
-    if kind == "log":
-        first = math.floor(math.log10(low))
-        return [10.0**e for e in range(first, max(math.ceil(math.log10(high)), first + 1) + 1)]
-    if kind != "level":
-        low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-5 * max(abs(low), abs(high)):  # a constant
-        low, high = low - abs(low) / 10, high + (abs(high) / 10 or 1.0)
-    unit = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= (high - low) / 5 * 0.999)
-    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    return [float(f"{step * i:.12g}") for i in range(first, last + 1)]
-
-
-def _smooth(points: Points, breaks: list[float]) -> Points:
-    """A centred moving average over 1/30 of the points, that never averages across a stage's beginning."""
-    half, smoothed = max(2, len(points) // 60), []
-    for start, end in zip([-math.inf, *breaks], [*breaks, math.inf], strict=True):
-        part = [p for p in points if start <= p[0] < end]
-        sums = [0.0, *accumulate(y or 0.0 for _, y in part)]
-        counts = [0, *accumulate(y is not None for _, y in part)]
-        for i, (x, y) in enumerate(part):
-            a, b = max(0, i - half), min(len(part), i + half + 1)
-            smoothed.append((x, None if y is None else (sums[b] - sums[a]) / (counts[b] - counts[a])))
-    return smoothed
-
-
-def _thin(points: Points) -> Points:
-    """The lowest and the highest point of each bin, so that no spike is lost."""
-    if len(points) <= 2 * BINS:
-        return points
-    edges, thin = [i * len(points) // BINS for i in range(BINS + 1)], []
-    for start, end in zip(edges, edges[1:], strict=False):
-        known = [(y, x) for x, y in points[start:end] if y is not None]
-        thin += sorted({(x, y) for y, x in (min(known), max(known))}) if known else [(points[start][0], None)]
-    return thin
-
-
-def _frame(title: str, ticks: list[float], py: Callable, percent: bool, x_label: str, marks: list[str]) -> str:
-    grid = [
-        f'<path class="grid" d="M{LEFT} {py(t):.1f}H{RIGHT}"/><text x="{LEFT - 6}" y="{py(t) + 4:.1f}" '
-        f'text-anchor="end">{_format(t, percent, 6)}</text>'
-        for t in ticks
-    ]
-    return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><title>{_text(title)}</title>'
-        f'<text class="name ink" x="6" y="15">{_text(title)}</text>{"".join(grid + marks)}'
-        f'<text x="{RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{_text(x_label)}</text></svg>'
-    )
-
-
-def line_chart(
-    title: str,
-    series: dict[str, Points],
-    kind: str = "amount",
-    rules: list[tuple[float, str]] = (),
-    x_label: str = "step",
-    smooth: bool = True,
-    band: list[tuple] = (),
-) -> str:
-    """Lines as one SVG element; "" where no series has a value to draw. `kind` is that of a `Chart`.
-
-    `rules`: (x, label) of vertical lines, where stages begin. `band`: (x, low, high). `smooth`: series of 30 values
-    and more are drawn faint, with a moving average on top."""
-    xs = [x for points in series.values() for x, _ in points]  # also of gaps, so that charts align
-    if kind == "log":  # 0 has no place on it
-        series = {label: [(x, y if y and y > 0 else None) for x, y in points] for label, points in series.items()}
-    series = {label: points for label, points in series.items() if any(y is not None for _, y in points)}
-    if not series:
-        return ""
-    outline = [(x, low) for x, low, _ in band] + [(x, high) for x, _, high in reversed(band)]
-    values = [y for points in [*series.values(), outline] for _, y in points if y is not None]
-    ticks, percent = _axis(min(values), max(values), kind), kind in ("share", "groups")
-    scale = math.log10 if kind == "log" else float
-    x0, x1 = (min(xs), max(xs)) if min(xs) < max(xs) else (xs[0] - 0.5, xs[0] + 0.5)
-    low, high, top = scale(ticks[0]), scale(ticks[-1]), 60 + 14 * ((len(series) - 1) // 2)
-
-    def px(x: float) -> float:
-        return LEFT + (x - x0) / (x1 - x0) * (RIGHT - LEFT)
-
-    def py(y: float) -> float:
-        return FLOOR - (scale(y) - low) / (high - low) * (FLOOR - top)
-
-    def path(style: str, points: Points) -> str:
-        parts, pen = [], ""
-        for x, y in points:
-            at = "" if y is None else f"{px(x):.1f} {py(y):.2f}"
-            parts.append(at and (f"L{at}" if pen else f"M{at}L{at}"))  # a lone point shows as a dot
-            pen = at
-        return f'<path class="{style}" d="{"".join(parts)}"/>'
-
-    corners = " ".join(f"{px(x):.1f},{py(y):.2f}" for x, y in outline if y is not None)
-    marks = [f'<polygon class="band f0" points="{corners}"/>'] if corners else []
-    free = 0.0
-    for x, label in (rule for rule in rules if x0 <= rule[0] <= x1):
-        marks.append(f'<path class="rule" d="M{px(x):.1f} {top - 12}V{FLOOR}"/>')
-        if px(x) >= free:  # labels of short stages would overlap
-            marks.append(f'<text x="{px(x) + 3:.1f}" y="{top - 4}">{_text(label)}</text>')
-            free = px(x) + 7 * len(label)
-    for i, (label, points) in enumerate(series.items()):
-        known, drawn = [p for p in points if p[1] is not None], _thin(points)
-        dashed = label in ("max_response_tokens", "target")
-        style, dot = ("rule", "") if dashed else (f"c{i % 6}" + " again" * (i >= 6), f"f{i % 6}")
-        if smooth and len(known) >= 30:
-            marks.insert(0, path(f"faint {style}", drawn))
-            points = _smooth(points, [x for x, _ in rules])
-        marks.append(path(style, _thin(points)))
-        if len(known) <= 40 and not dashed:
-            marks += [path(f"dots {style}", [p]) for p in known]
-        last = _format([y for _, y in points if y is not None][-1], percent)
-        marks.append(
-            f'<text x="{8 + i % 2 * 200}" y="{33 + i // 2 * 14}"><tspan class="{dot}">'
-            f'{"●○"[i >= 6]}</tspan><tspan class="ink"> {_text(label[:24])} {last}</tspan></text>'
-        )
-    marks += [
-        f'<text x="{px(t):.1f}" y="{FLOOR + 15}" text-anchor="middle">{_format(t, digits=6)}</text>'
-        for t in _axis(x0, x1, "level")
-        if x0 <= t <= x1 and (x_label != "step" or t == round(t))
-    ]
-    return _frame(title, ticks, py, percent, x_label, marks)
-
-
-def bar_chart(title: str, groups: dict[str, list[float]], x_label: str) -> str:
-    """Counts of 0, 1, 2, ... as bars side by side, the first group hollow, the others filled; "" without a count."""
-    groups = {label: [_number(count) or 0.0 for count in counts] for label, counts in groups.items()}
-    most = max((count for counts in groups.values() for count in counts), default=0)
-    if not most:
-        return ""
-    slots, ticks, marks = max(map(len, groups.values())), _axis(0.0, most, "amount"), []
-    slot = (RIGHT - LEFT) / slots
-    bar = slot * 0.8 / len(groups)
-
-    def py(y: float) -> float:
-        return FLOOR - y / ticks[-1] * (FLOOR - 50)
-
-    for g, (label, values) in enumerate(groups.items()):
-        style, x = f"f{g - 1}" if g else "hollow", 8 + 137 * g
-        marks += [
-            f'<rect class="{style}" x="{LEFT + slot * (i + 0.1) + g * bar:.1f}" y="{py(v):.1f}" '
-            f'width="{bar - 1:.1f}" height="{FLOOR - py(v):.1f}"/>'
-            for i, v in enumerate(values)
-        ]
-        marks.append(
-            f'<rect class="{style}" x="{x}" y="24" width="9" height="9"/>'
-            f'<text class="ink" x="{x + 14}" y="33">{_text(label)} {sum(values):,.0f}</text>'
-        )
-    marks += [
-        f'<text x="{LEFT + slot * (i + 0.5):.1f}" y="{FLOOR + 15}" text-anchor="middle">{i}</text>'
-        for i in range(slots)
-    ]
-    return _frame(title, ticks, py, False, x_label, marks)
 
 
 def _stages(rows: list[dict]) -> dict[str, list[dict]]:
@@ -376,63 +200,48 @@ def _held_out(rows: list[dict]) -> list[dict]:
     return [row for row in evals if row.get("name") == ("held-out" if "held-out" in names else names[0])]
 
 
-def _curve(chart: Chart, rows: list[dict], rules: list[tuple[float, str]]) -> str:
-    series, band = {}, []
+def _curve(chart: Chart, rows: list[dict], rules: list[tuple[float, str]]) -> dict:
+    """The arguments of `line_chart`."""
+    series, band = {}, {}
     for key in chart.metrics.split():
         for part in sorted({part for row in rows if isinstance(row.get(key), dict) for part in row[key]}) or [None]:
             points = series[part or key] = []
             for row in rows:
-                value = _number(row.get(key) if part is None else (row.get(key) or {}).get(part))
-                whole = _number(row.get("groups")) if chart.kind == "groups" else 1.0
+                value = number(row.get(key) if part is None else (row.get(key) or {}).get(part))
+                whole = number(row.get("groups")) if chart.kind == "groups" else 1.0
                 points.append((row["step"], value / whole if value is not None and whole else None))
         if key == "avg":
-            band = [(row["step"], _number(row.get("low")), _number(row.get("high"))) for row in rows]
-    shown = dict(islice(series.items(), 12))  # as many labels as fit
-    return line_chart(chart.title, shown, chart.kind, rules, smooth=chart.of != "eval", band=band)
+            band = {key: [(row["step"], row.get("low"), row.get("high")) for row in rows]}
+    drawn = dict(islice(series.items(), 12))  # as many labels as fit
+    smooth = chart.of != "eval"
+    return dict(title=chart.title, series=drawn, kind=chart.kind, rules=rules, smooth=smooth, band=band)
 
 
-def _difficulty(row: dict) -> tuple[str, str, str]:
+def _difficulty(row: dict) -> "tuple[str, Figure | None, str]":
     groups = {key: row[key] for key in ("before", "after") if row.get(key)}
     title, most = f"Difficulty {row.get('label', '')}", max(map(len, groups.values()), default=1) - 1
     caption = f"{row.get('rule', '')}: kept {row.get('kept', '?')}, dropped {row.get('dropped', '?')}."
     return title, bar_chart(title, groups, f"rollouts right of {most}"), caption
 
 
-def _search(row: dict) -> tuple[str, str, str]:
+def _search(row: dict) -> "tuple[str, Figure | None, str]":
     title, target = f"Temperature {row.get('label', '')}", row.get("target_distinct4")
-    chosen, curve = _number(row.get("chosen")), [c | {"target": target} for c in row.get("curve") or []]
-    curve = sorted((c for c in curve if _number(c.get("temperature")) is not None), key=lambda c: c["temperature"])
+    chosen, curve = number(row.get("chosen")), [c | {"target": target} for c in row.get("curve") or []]
+    curve = sorted((c for c in curve if number(c.get("temperature")) is not None), key=lambda c: c["temperature"])
     series = {
-        key: [(c["temperature"], _number(c.get(key))) for c in curve] for key in ("accuracy", "distinct4", "target")
+        key: [(c["temperature"], number(c.get(key))) for c in curve] for key in ("accuracy", "distinct4", "target")
     }
-    rules = [(chosen, f"chosen {_format(chosen)}")] if chosen is not None else []
+    rules = [(chosen, f"chosen {format_number(chosen)}")] if chosen is not None else []
     caption = "To give back the last stage's diversity." if target else "Exploration begins where accuracy falls."
     return title, line_chart(title, series, "amount", rules, "temperature", smooth=False), caption
 
 
-def _figures(figures: list[tuple[str, str, str]]) -> str:
-    drawn = [f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>" for _, svg, caption in figures if svg]
-    empty = [title for title, svg, _ in figures if not svg]
-    return (
-        f'<div class="figures">{"".join(drawn)}</div>'
-        + f'<p class="muted">No data for: {_text(", ".join(empty) or "this part")}.</p>' * bool(empty or not drawn)
-    )
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    top, *body = (
-        "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in row) + "</tr>"
-        for tag, row in [("th", head), *(("td", row) for row in rows)]
-    )
-    return f'<div class="table"><table><thead>{top}</thead><tbody>{"".join(body)}</tbody></table></div>'
-
-
 def _values(rows: list[dict], key: str) -> list[float]:
-    return [value for row in rows if (value := _number(row.get(key))) is not None]
+    return [value for row in rows if (value := number(row.get(key))) is not None]
 
 
 def _cell(rows: list[dict], key: str, what: str) -> str:
-    values, show = _values(rows, key), _share if "%" in what else _format
+    values, show = _values(rows, key), _share if "%" in what else format_number
     if not values or "last" in what or what == "sum":
         return show(None if not values else sum(values) if what == "sum" else values[-1])
     return " → ".join(show(sum(ten) / len(ten)) for ten in (values[:10], values[-10:]))
@@ -445,7 +254,7 @@ def _headline(rows: list[dict], stages: dict[str, list[dict]], name: str) -> str
     gain = ("Held-out accuracy", "–", "needs an evaluation before RL and one after")
     if before and held[-1] is not before[-1]:
         (a, a_low, a_high), (b, b_low, b_high) = (
-            [_number(row.get(key)) for key in ("avg", "low", "high")] for row in (before[-1], held[-1])
+            [number(row.get(key)) for key in ("avg", "low", "high")] for row in (before[-1], held[-1])
         )
         change = "gain not known"
         if None not in (a, a_low, a_high, b, b_low, b_high):
@@ -458,21 +267,23 @@ def _headline(rows: list[dict], stages: dict[str, list[dict]], name: str) -> str
     cards = [
         gain,
         ("Steps", f"{len(steps):,}", f"in {len(stages)} stages"),
-        ("Tokens", _format(sum(_values(steps, "tokens"))), "sampled and trained on"),
+        ("Tokens", format_number(sum(_values(steps, "tokens"))), "sampled and trained on"),
         ("Wall time", format_eta(sum(_values(steps, "seconds"))), "in steps, without evaluation"),
-        ("Peak memory", _format(max(_values(steps, "peak_memory_gib"), default=None)), "GiB on one device"),
+        ("Peak memory", format_number(max(_values(steps, "peak_memory_gib"), default=None)), "GiB on one device"),
     ]
     shown = "".join(f'<div class="card">{a}<b>{b}</b><span class="muted">{c}</span></div>' for a, b, c in cards)
     broken = [
         f"{key} at step {row['step']}"
         for row in rows
         for key, value in row.items()
-        if isinstance(value, float) and _number(value) is None
+        if isinstance(value, float) and number(value) is None
     ]
     listed = ", ".join(broken[:6]) + ", …" * (len(broken) > 6)
-    alarm = f'<p class="alarm">{len(broken):,} values are not finite, left as gaps: {_text(listed)}.</p>' * bool(broken)
+    alarm = f'<p class="alarm">{len(broken):,} values are not finite, left as gaps: {html_text(listed)}.</p>' * bool(
+        broken
+    )
     chain = " → ".join(f"{label} ({len(part):,} steps)" for label, part in stages.items()) or "no step yet"
-    return f'<h1>{_text(name)}</h1><p class="muted">{chain}</p>{alarm}<div class="cards">{shown}</div>'
+    return f'<h1>{html_text(name)}</h1><p class="muted">{chain}</p>{alarm}<div class="cards">{shown}</div>'
 
 
 def _rollouts(path: Path, each: int = 3) -> str:
@@ -481,32 +292,12 @@ def _rollouts(path: Path, each: int = 3) -> str:
         return ""
     with path.open("rb") as file:
         lines = [*islice(file, each), *deque(file, maxlen=each)]
-    folded = []
+    rollouts = []
     for row in (json.loads(line) for line in lines if line.endswith(b"\n")):  # else half-written
         long = {key: str(v) for key, v in row.items() if key in ("prompt", "response") or len(str(v)) > 80}
         summary = " · ".join(f"{key} {value}" for key, value in row.items() if key not in long)
-        texts = [
-            f"<h3>{_text(key)}</h3><pre>{_text(text[:30_000])}</pre>"
-            + f"<p>… and {len(text) - 30_000:,} characters more in rollouts.jsonl</p>" * (len(text) > 30_000)
-            for key, text in long.items()
-        ]
-        folded.append(f"<details><summary>{_text(summary)}</summary>{''.join(texts)}</details>")
-    return "".join(folded)
-
-
-def _curves_svg(charts: dict[str, str], name: str) -> str:
-    panels, width, height = [], 380, 380 * HEIGHT // WIDTH
-    for i, title in enumerate(PANELS):
-        x, y = 20 + i % 3 * (width + 10), 66 + i // 3 * (height + 40)
-        empty = f'<svg><title>{title}</title><text x="6" y="15">{title}: no data yet</text></svg>'
-        place = f'<svg x="{x}" y="{y}" width="{width}" height="{height}"'
-        panels.append((charts[title] or empty).replace("<svg", place, 1))
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" width="1200" height="680" viewBox="0 0 1200 680" class="chart">'
-        f"<title>Training curves of {_text(name)}</title><style>{CHART_CSS}</style>"
-        '<rect width="1200" height="680" rx="10" fill="#fff"/><text class="ink" x="26" y="38" '
-        f'style="font-size:19px;font-weight:600">{_text(name)}</text>{"".join(panels)}</svg>'
-    )
+        rollouts.append(folded(summary, long, 30_000))
+    return "".join(rollouts)
 
 
 def write_report(folder: Path) -> Path:
@@ -525,7 +316,8 @@ def write_report(folder: Path) -> Path:
         **{kind: [r for r in rows if r["kind"] == kind] for kind in ("sft", "rl", "filter", "temperature")},
     }
     rules = [(steps[0]["step"], label) for label, steps in stages.items()]
-    curves = [(chart.title, _curve(chart, rows_of[chart.of], rules), chart.caption) for chart in CHARTS]
+    curves = {chart.title: _curve(chart, rows_of[chart.of], rules) for chart in CHARTS}
+    figures = [(chart.title, line_chart(**curves[chart.title]), chart.caption) for chart in CHARTS]
 
     stage_rows = []
     for label, steps in stages.items():
@@ -546,28 +338,24 @@ def write_report(folder: Path) -> Path:
     final_rows = [[row.get("name"), *(_cell([row], key, what) for _, key, what in columns)] for row in final]
     terms = "".join(f"<dt>{key}</dt><dd>{sentence}</dd>" for key, sentence in GLOSSARY.items())
     sections = {
-        "Final evaluation": _table(["Evaluation", *(title for title, _, _ in columns)], final_rows),
-        "Stages": _table(["Stage", "Steps", *(title for title, _, _ in STAGE_COLUMNS), "Time"], stage_rows)
+        "Final evaluation": html_table(["Evaluation", *(title for title, _, _ in columns)], final_rows),
+        "Stages": html_table(["Stage", "Steps", *(title for title, _, _ in STAGE_COLUMNS), "Time"], stage_rows)
         + '<p class="muted">Arrows: mean of the first ten steps → mean of the last ten.</p>',
         "Curves": '<p class="muted">Faint: every step. Bold, and the value above: a centred moving average over 1/30 '
         "of the steps, within a stage. Vertical rules: a stage begins. Gaps: no value, or a skipped update. "
-        f"Beyond {2 * BINS} steps: the lowest and the highest value of each of {BINS} bins.</p>" + _figures(curves),
-        "Difficulty": _figures([_difficulty(row) for row in rows_of["filter"]]),
-        "Temperature searches": _figures([_search(row) for row in rows_of["temperature"]]),
+        f"Beyond {2 * BINS} steps: the lowest and the highest value of each of {BINS} bins.</p>"
+        + html_figures(figures),
+        "Difficulty": html_figures([_difficulty(row) for row in rows_of["filter"]]),
+        "Temperature searches": html_figures([_search(row) for row in rows_of["temperature"]]),
         "Whole rollouts to read": _rollouts(folder / "rollouts.jsonl"),
-        "Recipe": f"<details><summary>recipe.toml, as resolved</summary><pre>{_text(recipe_text)}</pre></details>",
+        "Recipe": folded("recipe.toml, as resolved", {"recipe.toml": recipe_text}),
         "Glossary": f"<dl>{terms}</dl>",
     }
     body = _headline(rows, stages, name) + "".join(f"<h2>{title}</h2>{part}" for title, part in sections.items())
-    policy = "default-src 'none'; style-src 'unsafe-inline'"  # no script and nothing fetched, whatever a model wrote
-    page = (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{_text(name)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="viewport" '
-        f'content="width=device-width,initial-scale=1"><style>{PAGE_CSS}{CHART_CSS}</style></head>'
-        f"<body>{body}</body></html>\n"
-    )
-    write_atomically(folder / "curves.svg", [_curves_svg({title: svg for title, svg, _ in curves}, name).encode()])
-    write_atomically(folder / "report.html", [page.encode()])
+    together = svg(panels(name, [curves[title] for title in PANELS]))
+    alone = together.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    write_atomically(folder / "curves.svg", [alone.encode()])
+    write_atomically(folder / "report.html", [html_page(name, body).encode()])
     return folder / "report.html"
 
 

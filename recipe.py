@@ -41,6 +41,7 @@ class RewardSettings:
     steps: float = 0.0
     workers: int = 2  # processes for symbolic answers
     time_limit_seconds: float = 5.0
+    most_failed_share: float = 0.02  # of answers on which the grader itself may fail before that stops the run
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class SearchSettings:
 
     step: float = 0.05
     most: float = 2.0  # where the search ends
-    problems: int = 64
+    problems: int = 64  # at most
     samples: int = 8
+    margin: float = 0.0  # half width of distinct-4's 95% interval that is enough; 0: all problems are asked
 
 
 @dataclass(frozen=True)

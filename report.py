@@ -140,7 +140,7 @@ def format_eta(seconds: float) -> str:
 
 
 def console_line(row: dict, total_steps: int, eta_s: float) -> str:
-    """One line for an "rl" or "sft" row; the columns of both line up. tok/s is of the whole step."""
+    """One line for an "rl" or "sft" row; the columns of both line up. tok/s and grade are of the whole step."""
 
     def cell(value: float | None, width: int, spec: str) -> str:
         if value is None:
@@ -166,4 +166,6 @@ def console_line(row: dict, total_steps: int, eta_s: float) -> str:
         blank = len("len 123456  trunc 12.3%_  d4 0.123  T 1.23  zerovar 1234/1234  rescued 123 subst 1234")
         cells += [f"loss   {cell(row.get('loss'), 6, '.3f')}", " " * blank]
         speed = row.get("tokens_per_s")
-    return "  ".join([*cells, f"{cell(speed, 7, '.0f')} tok/s", f"eta {format_eta(eta_s):>7}"])
+    waited = row["seconds_grade"] / row["seconds"] if "seconds_grade" in row and row.get("seconds") else None
+    grading = f"grade {cell(waited, 5, '.1%')}" if row["kind"] == "rl" else " " * len("grade 12.3%")
+    return "  ".join([*cells, f"{cell(speed, 6, '.0f')} tok/s {grading}", f"eta {format_eta(eta_s):>7}"])

@@ -35,7 +35,7 @@ import transformers
 
 import device as devices
 from arithmetic import write_world
-from attempts import Attempt, AttemptStats, Respondent, encode, encode_chat, load_tokenizer, stop_tokens
+from attempts import Attempt, AttemptStats, GraderError, Respondent, encode, encode_chat, load_tokenizer, stop_tokens
 from checkpoint import CheckpointError, RunState, load_weights_and_optimizer, read_state, save_checkpoint
 from data_filter import (
     DATA_FILES,
@@ -56,7 +56,7 @@ from data_filter import (
     zero_variance_share,
 )
 from device import Device, Interrupted, StopRequest
-from eval import Evaluation, evaluate, match_diversity, measure_temperature, print_evaluation
+from eval import evaluate, print_evaluation
 from grpo import (
     Group,
     PolicyLoss,
@@ -82,13 +82,18 @@ from model import (
 from page import write_report
 from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
 from report import Metrics, console_line
+from responses import respond
 from reward import Grader
 from rollout import CacheLimits, RolloutError, Sampling, cache_bytes_per_token, check_requests, distinct_ngrams
+from scores import Evaluation, Response
+from temperature import match_diversity, measure_temperature
 
 # samples drawn for a purpose other than a training step are counted from a place of their own
 EVALUATION_DRAW, ESTIMATE_DRAW, SEARCH_DRAW = -1, -2, -3
 ESTIMATE_SLICE = 512  # problems whose pass rates are estimated, and saved, at a time
 BEFORE_STAGE = -0.5  # an estimate before stage k is filed between the visits of stages k - 1 and k
+# what a person can put right: one sentence, no traceback
+EXPECTED_ERRORS = (RecipeError, ModelError, DataError, RolloutError, GraderError, CheckpointError, ImportError, OSError)
 
 
 @dataclass
@@ -193,6 +198,9 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
             attempts, work = run.respondent.attempt(batch, stage.group_size, sampling)
         except Interrupted:  # nothing of this step has been recorded or learned
             save_and_stop(run, optimizer)
+        except GraderError:
+            save_checkpoint(run.folder, run.model, optimizer, state, run.device, recipe.run.checkpoints_kept)
+            raise
         groups = make_groups(recipe, batch, attempts)
         row = describe(groups, attempts, work)  # of the original rewards: before rescue and substitution
         record_visits(run, index, groups)
@@ -314,15 +322,19 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
         probe = DataOrder(problems, min(search.problems, len(problems)), run.recipe.seed, index).batch(0)
         state.probe_ids, state.probe_tokens = [problem.id for problem in probe], stage.max_response_tokens
     probe = probe_problems(run)
-    sampling = training_sampling(run, stage, run_temperature(run, stage), draw=SEARCH_DRAW)
-    sampling = replace(sampling, max_new_tokens=state.probe_tokens)
-    target = state.diversity if stage.temperature == "match" else None
+
+    def answer(problems: list[Problem], temperature: float) -> list[list[Response]]:
+        sampling = training_sampling(run, stage, temperature, draw=SEARCH_DRAW)
+        sampling = replace(sampling, max_new_tokens=state.probe_tokens)
+        return respond(run.respondent, "temperature", problems, search.samples, sampling)
+
+    start, target = run_temperature(run, stage), state.diversity if stage.temperature == "match" else None
     if target is None:
-        curve = [measure_temperature(run.respondent, probe, search.samples, sampling)]
+        curve = [measure_temperature(answer, probe, start, search.margin)]
         state.temperature, state.diversity = curve[0].temperature, curve[0].distinct4
     else:
         state.temperature, curve = match_diversity(
-            run.respondent, probe, search.samples, sampling, target, search.step, search.most
+            answer, probe, target, start, search.step, search.most, search.margin, run.device.say
         )
     chosen = next(point for point in curve if point.temperature == state.temperature)
     restored = "" if target is None else f" (to restore {target:.3f})"
@@ -747,7 +759,9 @@ def start_run(arguments: argparse.Namespace, device: Device) -> Run:
     grader = Grader(reward.workers, reward.time_limit_seconds, thinking=recipe.thinking)
     limits = CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows)
     stops = stop_tokens(tokenizer, model, model_folder)
-    respondent = Respondent(model, tokenizer, stops, limits, grader, device, recipe.instruction, stop)
+    respondent = Respondent(
+        model, tokenizer, stops, limits, grader, device, recipe.instruction, stop, reward.most_failed_share
+    )
     metrics = Metrics(folder, recipe.run.tensorboard, enabled=device.is_main)
     if arguments.resume is not None:
         metrics.cut_back_to(state.metrics_position)
@@ -783,7 +797,7 @@ def main() -> None:
         run.device.say(stopped)
     except Interrupted:  # between stages: what the last checkpoint holds is all there is
         run.device.say(f"stopped; go on with: torchrun train.py --resume {run.folder}")
-    except (RecipeError, ModelError, DataError, RolloutError, CheckpointError, ImportError, OSError) as error:
+    except EXPECTED_ERRORS as error:
         status = f"train.py: {error}"
     finally:
         if run is not None:

@@ -180,8 +180,31 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, capsys, row, messag
 
 
 def test_gsm8k_row_without_its_mark_has_no_answer(tmp_path):
+    rows = [{"question": "q", "answer": "a long way to 72"}, {"question": "r", "answer": "so\n#### 72"}]
     with pytest.raises(DataError, match="row 1 has no answer"):
-        read_problems(write_rows(tmp_path / "s.jsonl", [{"question": "q", "answer": "a long way to 72"}]))
+        read_problems(write_rows(tmp_path / "s.jsonl", rows))
+
+
+def test_benchmarks_of_the_hub_have_plain_or_several_answers_and_levels(tmp_path):
+    minerva = write_rows(tmp_path / "minerva.jsonl", [{"question": "q", "answer": r"\frac{1}{2}"}])
+    assert read_problems(minerva)[0].answers == (r"\frac{1}{2}",)
+    olympiad = write_rows(tmp_path / "olympiad.jsonl", [{"question": "q", "final_answer": ["2", "3"], "answer": "x"}])
+    assert read_problems(olympiad)[0].answers == ("2", "3")
+    math = write_rows(tmp_path / "math.jsonl", [good(1) | {"level": "Level 5", "subject": "Algebra"}])
+    (problem,) = read_problems(math)
+    assert (problem.difficulty, problem.type) == (5.0, "Algebra")
+
+
+def test_a_problem_without_an_answer_is_kept_only_when_asked(tmp_path, capsys):
+    rows = [good(1), {"problem": "p2", "answer": ""}, {"problem": "p3", "answer": None}, good(4)]
+    path = write_rows(tmp_path / "s.jsonl", rows)
+    assert [p.answers for p in read_problems(path, on_bad_row="keep")] == [("1",), (), (), ("4",)]
+    assert "kept, as problems that nothing can solve, 2 unusable rows (row 2 has no answer, row 3" in (
+        capsys.readouterr().err
+    )
+    rows[1]["problem"] = " "
+    with pytest.raises(DataError, match="row 2 has no problem text"):
+        read_problems(write_rows(tmp_path / "t.jsonl", rows), on_bad_row="keep")
 
 
 def test_missing_file_names_the_nearest(tmp_path):

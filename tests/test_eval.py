@@ -1,161 +1,27 @@
-"""eval.py: honest intervals, figures by hand, the search on the diversity curve, and the command line."""
+"""eval.py and responses.py: the command line, what it writes, going on after a stop, curves, comparing, regrading."""
 
 import json
-import math
-from types import SimpleNamespace
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import eval as evaluation
+import responses
 from arithmetic import World, write_world
-from attempts import Attempt
 from data_filter import Problem, read_problems
-from eval import TemperaturePoint, interval, match_diversity, summarise
-from reward import Grade
-from rollout import Rollout, Sampling
+from eval import length_curve
+from reward import Grader
+from scores import Response, interval
 
-
-def attempt(problem_id, index, verdict, answer, text, tokens, finish_reason="stop"):
-    tokens = np.arange(tokens, dtype=np.int32)
-    rollout = Rollout(
-        problem_id, index, np.zeros(3, np.int32), tokens, np.zeros(len(tokens), np.float32), finish_reason, 0.7
-    )
-    return Attempt(rollout, text, Grade(verdict, float(verdict == "right"), 0.0, 0.0, answer))
-
-
-# ---------------------------------------------------------------------------------------------- intervals
-
-
-def test_an_interval_by_hand():
-    # mean 0.5, deviations -0.5, 0, 0.5: standard deviation 0.5, of the mean 0.5 / sqrt(3)
-    low, high = interval([0.0, 0.5, 1.0])
-    assert (low, high) == (0.0, 1.0)  # 0.5 +- 0.566 is cut off
-    low, high = interval([0.4, 0.5, 0.6, 0.5])
-    half = 1.959964 * math.sqrt(0.02 / 3) / 2
-    assert (low, high) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
-
-
-def test_one_problem_says_nothing_about_the_next():
-    assert interval([0.75]) == (0.0, 1.0)
-
-
-def answers_of(random, problems, n):
-    """Right or wrong (P, n): problems differ in difficulty, so that the answers to one are alike."""
-    return random.random((problems, n)) < random.beta(0.6, 0.6, size=(problems, 1))
-
-
-def test_the_interval_is_a_bootstrap_over_problems():
-    random = np.random.default_rng(1)
-    right = answers_of(random, 60, 8)
-    draws = random.integers(0, 60, (8000, 60))  # whole problems, with all their answers
-    means = right[draws].mean(axis=(1, 2))
-    low, high = interval(right.mean(axis=1))
-    width = 2 * 1.959964 * means.std() * math.sqrt(60 / 59)
-    assert high - low == pytest.approx(width, rel=0.04)
-    assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.01)
-    independent = 2 * 1.959964 * math.sqrt(right.mean() * (1 - right.mean()) / right.size)
-    assert high - low > 1.5 * independent  # which answers counted one by one would claim
-
-
-def test_the_interval_holds_the_truth_19_times_in_20():
-    random = np.random.default_rng(2)
-    held = 0
-    for _ in range(2000):
-        low, high = interval(answers_of(random, 60, 8).mean(axis=1))
-        held += low <= 0.5 <= high
-    assert abs(held / 2000 - 0.95) < 0.02  # 4 standard errors of 2,000 trials, and a little for the normal form
-
-
-# ------------------------------------------------------------------------------------------------ figures
-
-
-def test_figures_by_hand():
-    problems = [Problem("p/a", "?", ("1",), "algebra"), Problem("p/b", "?", ("2",), "geometry"),
-                Problem("p/c", "?", ("3",), "algebra"), Problem("p/d", "?", ("3",))]  # fmt: skip
-    groups = [
-        [attempt("p/a", 0, "right", "1", "a b c d", 4), attempt("p/a", 1, "right", "1", "a b c d", 6)],
-        [attempt("p/b", 0, "right", "2", "a b c d e", 10), attempt("p/b", 1, "wrong", "7", "short", 2)],
-        [attempt("p/c", 0, "no answer", None, "", 30, "length"), attempt("p/c", 1, "wrong", "4", "x", 8)],
-        [attempt("p/d", 0, "timed out", "5", "", 1), attempt("p/d", 1, "grader failed", "6", "", 3, "length")],
-    ]
-    found = summarise("made up", problems, groups, 0.7)
-    assert (found.name, found.problems, found.n, found.temperature) == ("made up", 4, 2, 0.7)
-    assert found.avg == 3 / 8
-    assert (found.low, found.high) == interval([1.0, 0.5, 0.0, 0.0])
-    assert found.by_type == {"algebra": 0.5, "geometry": 0.5}  # a problem without a type is in none
-    assert found.tokens == 64 and found.length_mean == 8.0
-    assert found.truncated_share == 2 / 8
-    assert found.no_box_share == 1 / 8
-    assert found.distinct4 == (1 / 2 + 2 / 2) / 2  # the two problems that have a 4-gram
-    assert found.verdicts == {"right": 3, "wrong": 2, "no answer": 1, "timed out": 1, "grader failed": 1}
-
-
-def test_no_diversity_without_a_4_gram():
-    found = summarise("short", [Problem("p", "?", ("1",))], [[attempt("p", 0, "wrong", "2", "one two three", 3)]], 1.0)
-    assert found.distinct4 is None and (found.low, found.high) == (0.0, 1.0)
-
-
-# --------------------------------------------------------------------------------- temperature by diversity
-
-
-@pytest.fixture
-def search(monkeypatch):
-    """Run match_diversity over a made-up curve; returns what it chose, what it measured and what it said."""
-
-    def run(diversity, start, target, **settings):
-        measured, said = [], []
-
-        def measure(respondent, problems, n, sampling):
-            assert (problems, n, sampling.max_new_tokens, sampling.seed) == (["some"], 4, 50, 3)
-            measured.append(sampling.temperature)
-            return TemperaturePoint(sampling.temperature, 0.5, diversity(sampling.temperature))
-
-        monkeypatch.setattr(evaluation, "measure_temperature", measure)
-        respondent = SimpleNamespace(device=SimpleNamespace(say=said.append))
-        sampling = Sampling(start, 50, (0,), seed=3)
-        chosen, curve = match_diversity(respondent, ["some"], 4, sampling, target, **settings)
-        assert [point.temperature for point in curve] == measured
-        assert [point.distinct4 for point in curve] == [diversity(temperature) for temperature in measured]
-        return chosen, measured, said
-
-    return run
-
-
-def test_the_first_temperature_that_restores_the_diversity(search):
-    chosen, measured, said = search(lambda t: t / 2, 1.0, 0.62)
-    assert (chosen, measured, said) == (1.25, [1.0, 1.05, 1.1, 1.15, 1.2, 1.25], [])
-
-
-def test_reaching_the_target_exactly_is_enough(search):
-    assert search(lambda t: {1.4: 0.5, 1.45: 0.6, 1.5: 0.7}[t], 1.4, 0.6)[:2] == (1.45, [1.4, 1.45])
-
-
-def test_the_search_never_goes_below_its_start(search):
-    assert search(lambda t: 0.9, 1.4, 0.1)[:2] == (1.4, [1.4])
-
-
-def test_the_step_and_the_end_are_parameters(search):
-    chosen, measured, _ = search(lambda t: t / 2, 0.7, 5.0, step=0.1, most=1.0)
-    assert (chosen, measured) == (1.0, [0.7, 0.8, 0.9, 1.0])
-    assert search(lambda t: t / 2, 0.7, 5.0, step=0.2, most=1.0)[1] == [0.7, 0.9]  # never beyond the end
-
-
-def test_the_most_diverse_is_taken_when_none_restores_it(search):
-    curve = {1.0: 0.3, 1.05: 0.5, 1.1: None, 1.15: 0.4}
-    chosen, measured, said = search(curve.get, 1.0, 0.8, most=1.15)
-    assert (chosen, measured) == (1.05, [1.0, 1.05, 1.1, 1.15])
-    assert said == ["warning: no temperature up to 1.15 restores distinct-4 = 0.800; going on with 1.05 (0.500)"]
-
-
-def test_a_start_beyond_the_end_is_measured_all_the_same(search):
-    """Guards: a stage that stood above search.most measured nothing, and the search failed with it."""
-    chosen, measured, said = search(lambda t: 0.4, 1.6, 0.5, most=1.5)
-    assert (chosen, measured, len(said)) == (1.6, [1.6], 1)
-
-
-def test_nothing_to_measure_keeps_the_start(search):
-    assert search(lambda t: None, 1.0, 0.5, most=1.1)[0] == 1.0
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = ["--temperature", "1", "--top-k", "0", "--instruction", ""]
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -175,22 +41,34 @@ def command(world, tmp_path, monkeypatch):
 
     def run(*arguments, model=world / "model", data=("held-out",), out="out"):
         files = [word for name in data for word in ("--data", str(world / f"{name}.jsonl"))]
-        settings = ["--temperature", "1", "--top-k", "0", "--instruction", "", "--out", str(tmp_path / out)]
+        settings = [*OPTIONS, "--out", str(tmp_path / out)]
         monkeypatch.setattr("sys.argv", ["eval.py", str(model), *files, *settings, *map(str, arguments)])
-        evaluation.main()
-        folder = tmp_path / out
-        rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
-        return json.loads((folder / "results.json").read_text()), rows
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            evaluation.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return read_out(tmp_path / out)
 
     return run
 
 
-def test_the_files_that_it_writes_agree(command, world, capsys):
+def read_out(folder):
+    """The results of a folder, and the rows of all its response files."""
+    files = sorted((folder / "responses").glob("*"))
+    assert all(file.suffix == ".jsonl" for file in files)  # no part is left
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return json.loads((folder / "results.json").read_text()), rows
+
+
+def test_the_files_that_it_writes_agree(command, world, tmp_path, capsys):
     results, rows = command("-n", 3, "--max-tokens", 7, "--limit", 4, data=("held-out", "train"))
     printed = capsys.readouterr().out
-    assert [result["name"] for result in results] == [str(world / f"{name}.jsonl") for name in ("held-out", "train")]
+    results = results["evaluations"]
+    assert [result["name"] for result in results] == ["held-out", "train"]
     for result in results:
-        problems = read_problems(result["name"])[:4]
+        problems = read_problems(world / f"{result['name']}.jsonl")[:4]
         mine = [row for row in rows if row["data"] == result["name"]]
         ids = [(row["problem_id"], row["sample"]) for row in mine]
         assert ids == [(problem.id, sample) for problem in problems for sample in range(3)]
@@ -203,8 +81,13 @@ def test_the_files_that_it_writes_agree(command, world, capsys):
         assert sum(result["verdicts"].values()) == 12
         assert all(1 <= row["tokens"] <= 7 for row in mine)
         assert result["by_type"] == {f"{terms} terms": 0.0 for terms in range(3, 7)}  # the first four problems'
-        assert f"{result['name']}: avg@3 0.0 (95% 0.0 to 0.0) over 4 problems" in printed
+        assert f"{result['name']}: avg@3 0.0 (95% 0.0 to 49.0) over 4 problems" in printed
+        assert result["tokens_per_s"] > 0 and result["peak_memory_gib"] > 0
     assert len(rows) == 24
+    assert printed.splitlines()[-1].startswith(f"{world / 'model'} (measured here)")  # the table of the recipe ends it
+    assert "81.2" in printed and f"results in {tmp_path / 'out'}, report in " in printed
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page and rows[0]["text"].split()[0] in page
 
 
 def test_a_seed_fixes_the_responses_and_the_temperature_is_used(command):
@@ -212,7 +95,7 @@ def test_a_seed_fixes_the_responses_and_the_temperature_is_used(command):
     same = [command(*options, "--seed", seed, out=f"out-{i}")[1] for i, seed in enumerate((1, 1, 2))]
     assert same[0] == same[1] != same[2]
     _, greedy = command(*options, "--temperature", 0, out="greedy")
-    assert all(greedy[i]["response"] == greedy[i + 1]["response"] for i in (0, 2))
+    assert all(greedy[i]["text"] == greedy[i + 1]["text"] for i in (0, 2))
 
 
 def test_an_instruction_is_part_of_the_prompt(command):
@@ -258,8 +141,324 @@ def test_nothing_to_evaluate_is_refused(command, arguments, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_earlier_results_is_left_alone(command, tmp_path):
+def test_a_folder_of_something_else_is_left_alone(command, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(SystemExit, match=r"eval.py: .*out exists already; give another --out"):
+    (tmp_path / "out" / "precious").write_text("mine")
+    with pytest.raises(SystemExit, match=r"eval.py: .*out exists already and holds no evaluation; give another --out"):
         command("--max-tokens", 6)
-    assert not list((tmp_path / "out").iterdir())
+    assert os.listdir(tmp_path / "out") == ["precious"]
+
+
+def test_the_command_line_says_what_it_cannot_do(monkeypatch, capsys):
+    for words, sentence in [
+        ("m", "a model and at least one --data are needed"),
+        ("m --data d --curve temperature", '--curve is "temperature FROM:TO:STEP" or "length"'),
+        ("m --data d --curve temperature 1:2", "needs FROM:TO:STEP, such as 0.6:1.7:0.1, not 1:2"),
+        ("m --data d --curve temperature 1:1:0.1", "needs FROM:TO:STEP"),
+        ("m --data d --curve length --match 0.5", "two things to do"),
+    ]:
+        monkeypatch.setattr("sys.argv", ["eval.py", *words.split()])
+        with pytest.raises(SystemExit):
+            evaluation.main()
+        assert sentence in capsys.readouterr().err
+
+
+def test_an_unknown_benchmark_and_an_unknown_schema(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["eval.py", "no-model", "--data", "aime26"])
+    with pytest.raises(SystemExit, match="aime26 is no file, .* known are aime24, aime25, "):
+        evaluation.main()
+    (tmp_path / "odd.jsonl").write_text('{"prob": 1, "ans": 2}\n')
+    monkeypatch.setattr("sys.argv", ["eval.py", "no-model", "--data", str(tmp_path / "odd.jsonl")])
+    with pytest.raises(SystemExit, match="has the columns prob, ans, which is no known schema"):
+        evaluation.main()
+
+
+def test_a_problem_without_an_answer_counts_unless_it_is_to_be_left_out(command, world, tmp_path, capsys):
+    rows = [{"problem": "1+1=", "answer": ""}, {"problem": "1+2=", "answer": "3"}]
+    (world / "gap.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept, _ = command("-n", 1, "--max-tokens", 4, data=("gap",), out="kept")
+    said = capsys.readouterr()
+    assert "kept, as problems that nothing can solve, 1 unusable rows (row 1 has no answer)" in said.err
+    assert "1 problems have no answer and count as wrong" in said.out
+    assert (kept["evaluations"][0]["problems"], kept["evaluations"][0]["unanswerable"]) == (2, 1)
+    skipped, _ = command("-n", 1, "--max-tokens", 4, "--skip-bad-rows", data=("gap",), out="skipped")
+    assert (skipped["evaluations"][0]["problems"], skipped["evaluations"][0]["unanswerable"]) == (1, 0)
+    assert "left out 1 unusable rows (row 1 has no answer)" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused(command, world, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(world / "model", other)
+    config = json.loads((other / "config.json").read_text())
+    weights = load_file(other / "model.safetensors")
+    wide = {
+        k: (v.repeat(2000 // v.shape[0] + 1, 1) if v.shape[0] == config["vocab_size"] else v)
+        for k, v in weights.items()
+    }
+    save_file(wide, other / "model.safetensors")
+    rows = next(v.shape[0] for k, v in wide.items() if "embed" in k)
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    with pytest.raises(
+        SystemExit, match=f"the tokenizer has {config['vocab_size']} tokens, the model {rows}: more than"
+    ):
+        command("--max-tokens", 4, model=other)
+
+
+# ---------------------------------------------------------------------------------------------- going on after a stop
+
+
+def strip(results):
+    """What does not depend on the machine's mood."""
+    return [
+        {k: v for k, v in r.items() if k not in ("tokens_per_s", "peak_memory_gib")} for r in results["evaluations"]
+    ]
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(command, tmp_path, monkeypatch, capsys):
+    options = ["-n", 4, "--max-tokens", 12, "--rows", 3]
+    whole, rows = command(*options, out="whole")
+    seen, asked = [], evaluation.Respondent.asked_to_stop
+    monkeypatch.setattr(evaluation.Respondent, "asked_to_stop", lambda self: len(seen) > 40 or seen.append(1))
+    with pytest.raises(SystemExit) as stopped:
+        command(*options, out="cut")
+    assert stopped.value.code == 130 and "stopped; the same command goes on" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation.Respondent, "asked_to_stop", asked)
+    (part,) = (tmp_path / "cut" / "responses").glob("*.part")
+    done = part.read_text().splitlines()
+    assert 0 < len(done) < len(rows)
+    part.rename(part.with_name("held-out.3.part"))  # as if four processes had run
+    part.write_text(done[0][: len(done[0]) // 2])  # and this one had died in the middle of a line
+
+    again, rows_again = command(*options, out="cut")
+    assert f"held-out: {len(done)} responses are there already" in capsys.readouterr().out
+    assert rows_again == rows and strip(again) == strip(whole)
+    finished = (tmp_path / "cut" / "responses" / "held-out.jsonl").stat().st_mtime_ns
+    command(*options, out="cut")
+    assert (tmp_path / "cut" / "responses" / "held-out.jsonl").stat().st_mtime_ns == finished  # nothing left to do
+
+
+def test_more_samples_are_added_to_those_that_are_there(command, tmp_path):
+    command("-n", 2, "--max-tokens", 6, "--limit", 3, out="grown")
+    grown = command("-n", 5, "--max-tokens", 6, "--limit", 3, out="grown")
+    fresh = command("-n", 5, "--max-tokens", 6, "--limit", 3, out="fresh")
+    assert grown[1] == fresh[1] and strip(grown[0]) == strip(fresh[0])
+    fewer, _ = command("-n", 2, "--max-tokens", 6, "--limit", 3, out="grown")
+    assert fewer["evaluations"][0]["n"] == 2
+
+
+def test_other_settings_are_not_mixed_in(command):
+    command("-n", 1, "--max-tokens", 6, "--limit", 2)
+    with pytest.raises(SystemExit, match="holds an evaluation with max_tokens = 6, not 7; give another --out"):
+        command("-n", 1, "--max-tokens", 7, "--limit", 2)
+    with pytest.raises(SystemExit, match="holds an evaluation with problems = "):
+        command("-n", 1, "--max-tokens", 6, "--limit", 3)
+
+
+def test_a_broken_line_is_named(command, tmp_path):
+    command("-n", 1, "--max-tokens", 6, "--limit", 2)
+    path = tmp_path / "out" / "responses" / "held-out.jsonl"
+    path.write_text(path.read_text() + '{"data": 1}\n')
+    with pytest.raises(SystemExit, match="held-out.jsonl, line 3 is no response of an evaluation"):
+        command("-n", 1, "--max-tokens", 6, "--limit", 2)
+
+
+def test_a_signal_keeps_what_is_finished(world, tmp_path):
+    arguments = [sys.executable, str(ROOT / "eval.py"), str(world / "model"), "--data", str(world / "held-out.jsonl")]
+    arguments += [*OPTIONS, "-n", "300", "--max-tokens", "60", "--rows", "8", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    part, deadline = tmp_path / "out" / "responses" / "held-out.0.part", time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopping: the responses that are finished are kept" in err and "the same command goes on" in out
+    kept = responses.read_responses(part)
+    assert 0 < len(kept) < 6 * 300
+
+
+def test_two_processes_write_what_one_writes(world, command, tmp_path):
+    single = command("-n", 3, "--max-tokens", 10)
+    arguments = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "eval.py"),
+    ]
+    arguments += [str(world / "model"), "--data", str(world / "held-out.jsonl"), *OPTIONS]
+    arguments += ["-n", "3", "--max-tokens", "10", "--out", str(tmp_path / "two")]
+    run = subprocess.run(
+        arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    double = read_out(tmp_path / "two")
+    assert double[1] == single[1] and strip(double[0]) == strip(single[0])
+    assert run.stdout.count("(measured here)") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Instead of the model's responses, ones with an accuracy and a diversity that depend on the temperature."""
+    calls = []
+
+    def respond(self, name, problems, n, sampling, budgets=(), key=""):
+        calls.append((key, len(problems)))
+        t = sampling.temperature
+        share, distinct = (
+            float(np.interp(t, [1.0, 1.2], [1.0, 0.0])),
+            round(100 * t / 2.6),
+        )  # half of 100 4-grams at 1.3
+        text = " ".join(["x"] * (104 - distinct) + [f"y{i}" for i in range(distinct - 1)])
+        random = np.random.default_rng(0)
+
+        def response(problem, i):
+            verdict = "right" if random.random() < share else "wrong"
+            return Response(name, problem.id, i, 9, "stop", verdict, "1", text if i == 0 else "")
+
+        return [[response(problem, i) for i in range(n)] for problem in problems]
+
+    monkeypatch.setattr(evaluation.Recorder, "respond", respond)
+    return calls
+
+
+def run_only(command, tmp_path, *arguments, **options):
+    """For what leaves no responses behind: the results alone."""
+    try:
+        return command(*arguments, **options)[0]
+    except FileNotFoundError:
+        return json.loads((tmp_path / options.get("out", "out") / "results.json").read_text())
+
+
+def test_the_temperature_curve_finds_the_zones_and_draws_them(command, made_up, tmp_path, capsys):
+    results = run_only(command, tmp_path, "-n", 4, "--max-tokens", 8, "--curve", "temperature", "0.8:1.2:0.1")
+    curve = results["temperature"]["held-out"]
+    assert [point["temperature"] for point in curve["points"]] == [0.8, 0.9, 1.0, 1.1, 1.2]
+    assert curve["points"][0]["accuracy"] == 1.0 and curve["points"][4]["accuracy"] == 0.0
+    assert 1.0 < curve["zones"]["robust_end"] < 1.05 and curve["zones"]["start"] == pytest.approx(1.0)
+    said = capsys.readouterr().out
+    assert "held-out: robust generation up to 1.0" in said and "start training at 1" in said
+    assert (tmp_path / "out" / "temperature-held-out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "controlled exploration" in page and "performance collapse" in page
+
+
+def test_match_takes_a_score_or_a_run(command, made_up, tmp_path, capsys, monkeypatch):
+    results = run_only(command, tmp_path, "-n", 4, "--max-tokens", 8, "--match", "0.5", "--margin", "0", out="score")
+    found = results["match"]["held-out"]
+    assert found["chosen"] == 1.3 and found["points"][-1]["distinct4"] == 0.5
+    assert [point["temperature"] for point in found["points"]] == [1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3]
+    assert "held-out: temperature 1.3 for distinct-4 = 0.500" in capsys.readouterr().out
+
+    run = tmp_path / "run"
+    run.mkdir()
+    row = {"kind": "temperature", "step": 0, "stage": 1, "target_distinct4": None, "chosen": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(row | {"curve": [{"temperature": 1.0, "distinct4": 0.5}]}) + "\n")
+    assert (
+        run_only(command, tmp_path, "-n", 4, "--max-tokens", 8, "--match", str(run), out="as-run")["match"]["held-out"][
+            "target"
+        ]
+        == 0.5
+    )
+    with pytest.raises(SystemExit, match="--match nowhere: neither a number nor a folder"):
+        command("-n", 4, "--max-tokens", 8, "--match", "nowhere", out="none")
+
+
+def test_match_refuses_a_diversity_measured_otherwise(command, tmp_path):
+    command("-n", 2, "--max-tokens", 8, "--limit", 2, out="before")
+    with pytest.raises(SystemExit, match="measured its diversity with another n .2, not 3."):
+        command("-n", 3, "--max-tokens", 8, "--limit", 2, "--match", tmp_path / "before", out="other")
+    command("-n", 2, "--max-tokens", 8, "--limit", 2, "--match", tmp_path / "before", out="same")
+
+
+def test_the_length_curve_cuts_responses_by_hand():
+    problems = [Problem("a", "?", ("5",)), Problem("b", "?", ("7",))]
+    text = r"<think>x</think> \boxed{5} and then nonsense \boxed{6}"
+    early = text.index(" and")
+    groups = [
+        [
+            Response("s", "a", 0, 90, "stop", "wrong", "6", text, {"30": early, "60": early + 4}),
+            Response("s", "a", 1, 20, "stop", "right", "5", r"</think> \boxed{5}", {}),
+        ],
+        [
+            Response("s", "b", 0, 60, "stop", "right", "7", r"<think>long</think> \boxed{7}", {"30": 9}),
+            Response(
+                "s", "b", 1, 100, "length", "no answer", None, "<think>" + "x" * 93, {"30": 30, "60": 60, "90": 90}
+            ),
+        ],
+    ]
+    with Grader() as grader:
+        curve = length_curve(problems, groups, [30, 60, 90, 100], grader)
+    assert [point.accuracy for point in curve] == [0.5, 0.75, 0.5, 0.5]
+    assert (curve[1].low, curve[1].high) == interval([1.0, 0.5])
+
+
+def test_cuts_are_where_the_first_tokens_end(command, world, tmp_path):
+    command("-n", 2, "--max-tokens", 32, "--limit", 3, "--curve", "length", "--yarn", 1.5, "--original-window", 96)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    plain = responses.read_responses(tmp_path / "out" / "responses" / "held-out-no-YaRN.jsonl")
+    scaled = responses.read_responses(tmp_path / "out" / "responses" / "held-out-YaRN.jsonl")
+    assert len(plain) == len(scaled) == 6 and [r.text for r in plain] != [r.text for r in scaled]
+    for response in plain:
+        assert sorted(map(int, response.cuts)) == [b for b in range(2, 33, 2) if b < response.tokens]
+        tokens = tokenizer(response.text, add_special_tokens=False).input_ids
+        for budget, characters in response.cuts.items():
+            head = tokenizer.decode(tokens[: int(budget)], skip_special_tokens=True)
+            assert response.text[:characters] == head[:characters]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {setting: len(points) for setting, points in results["length"]["held-out"].items()} == {
+        "no YaRN": 16,
+        "YaRN": 16,
+    }
+    assert (tmp_path / "out" / "length-held-out.png").exists()
+
+
+# ------------------------------------------------------------------------------------------- comparing and regrading
+
+
+def test_compare_pairs_problems(command, tmp_path, monkeypatch, capsys):
+    for out, right in (("a", 0), ("b", 2)):
+        command("-n", 2, "--max-tokens", 4, out=out)
+        path = tmp_path / out / "responses" / "held-out.jsonl"
+        rows = responses.read_responses(path)
+        rows = [Response(**asdict(r) | {"verdict": "right" if i < right else "wrong"}) for i, r in enumerate(rows)]
+        responses.write_responses(path, rows)
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["eval.py", "--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    evaluation.main()
+    line = capsys.readouterr().out.splitlines()[-1].split()
+    assert line[:4] == ["held-out", "0.0", "16.7", "+16.7"] and line[-4:] == ["1", "0", "5", "0"]
+    monkeypatch.setattr("sys.argv", ["eval.py", "--compare", str(tmp_path / "a"), str(tmp_path)])
+    with pytest.raises(SystemExit, match="is no evaluation: it has no settings.json"):
+        evaluation.main()
+
+
+def test_regrade_grades_stored_responses_again(command, tmp_path, monkeypatch, capsys):
+    command("-n", 2, "--max-tokens", 4)
+    path = tmp_path / "out" / "responses" / "held-out.jsonl"
+    rows = responses.read_responses(path)
+    golds = {
+        problem.id: problem.answers[0] for problem in read_problems(tmp_path / "out" / "problems" / "held-out.jsonl")
+    }
+    boxed = [Response(**asdict(r) | {"text": rf"</think> \boxed{{{golds[r.problem_id]}}}"}) for r in rows[:3]]
+    responses.write_responses(path, boxed + rows[3:])
+    monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
+    evaluation.main()
+    results, again = read_out(tmp_path / "new")
+    assert [row["verdict"] for row in again] == ["right"] * 3 + ["no answer"] * 9
+    assert results["evaluations"][0]["avg"] == 0.25
+    assert "held-out: 12 responses graded again; 3 no answer -> right" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="new exists already; give another --out"):
+        evaluation.main()

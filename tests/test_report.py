@@ -65,7 +65,7 @@ def test_format_eta(seconds, text):
 def test_console_lines_align_and_fit():
     rl = dict(kind="rl", step=123, stage=1, reward_mean=0.512, response_length_mean=1234.5, truncated_share=0.031,
               distinct4=0.7123, temperature=1.4, zero_variance=12, groups=128.0, rescued=1.0, substituted=12,
-              tokens=90_000, seconds=10.0)
+              tokens=90_000, seconds=10.0, seconds_grade=0.123)
     extreme = dict(rl, step=10_000, stage=12, reward_mean=-123456.0, response_length_mean=98304.0, truncated_share=1.0,
                    zero_variance=128, rescued=128, substituted=1000, tokens=9e9)
     lines = [report.console_line(row, 10_000, 7860) for row in (
@@ -75,7 +75,7 @@ def test_console_lines_align_and_fit():
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 160
     assert len({line.index(" tok/s") for line in lines}) == 1
     assert lines[0].split() == ("1 rl 123/10000 reward 0.512 len 1234 trunc 3.1% d4 0.712 T 1.40 zerovar 12/128 "
-                                "rescued 1 subst 12 9000 tok/s eta 2h 11m").split()
+                                "rescued 1 subst 12 9000 tok/s grade 1.2% eta 2h 11m").split()
     assert "update skipped" in lines[2] and "nan" in lines[3] and "loss    2.310" in lines[5]
 
 

@@ -41,79 +41,6 @@ def hasty_grader(tmp_path_factory):
     os.chdir(here)
 
 
-# gold, answer, whether it is right, why
-GOLDEN = [
-    ("142.0", "142", True, "a trailing .0 is nothing (the AMC23 golds are floats)"),
-    ("1234", "1,234", True, "thousands separator"),
-    (r"\$32,\!348", "32348", True, "dollar sign and LaTeX thousands separator"),
-    ("9.6\n", " 9.60 ", True, "Minerva golds end in newlines"),
-    (r"$\frac{25}{2}$", "12.5", True, "Olympiad golds carry dollar delimiters"),
-    ("7/2", r"3\frac{1}{2}", True, "mixed number"),
-    ("-7/2", r"-3\frac{1}{2}", True, "the sign of a mixed number covers its fraction"),
-    (r"\frac43", r"\dfrac{4}{3}", True, "bare digits after \\frac"),
-    ("0.0000001", "0.0000002", False, "math-verify rounds to six decimals"),
-    (r"0.0000001 \text{ m}", r"0.0000002 \text{ m}", False, "the same, where a unit leads to the worker"),
-    (r"\sqrt{2}", "1.414214", True, "six figures of a closed form are enough"),
-    ("1/3", "0.333333", False, "two plain numbers are compared exactly"),
-    ("1e-5", "0.00001", True, "scientific notation with e"),
-    ("1e-5", "10^{-5}", True, "math-verify reads e as Euler's number"),
-    (r"7 \times 10^{37}\n".replace(r"\n", "\n"), "7e37", True, "scientific notation in LaTeX"),
-    (r"2.26 \times 10^{-10}", r"3.5 \times 10^{-10}", False, "small numbers are not all 0"),
-    ("0.5", r"50\%", True, "a percentage is its value"),
-    ("50", r"50\%", True, "or its figure"),
-    (r"50\%", "5000", False, "but no other reading"),
-    ("5", "2+3", False, "an unevaluated sum leaves the work to the grader"),
-    ("5", "10-5", False, "so does a difference"),
-    ("6", r"2 \times 3", False, "and a product"),
-    ("6", "2(3)", False, "written by juxtaposition too"),
-    ("5", r"2+3 \text{ cm}", False, "or with a unit"),
-    ("5", "x = 2+3", False, "or behind an equals sign"),
-    ("11", "5 6", False, "two numbers are not a mixed number"),
-    (r"\frac{14}{3}", r"\frac{28}{6}", True, "a fraction may be unreduced"),
-    ("1024", "2^{10}", True, "a power is an answer"),
-    ("10", r"\binom{5}{2}", True, "a binomial is an answer"),
-    ("120", "5!", True, "a factorial is an answer"),
-    ("2", r"\sqrt{4}", True, "a root is an answer"),
-    ("1,2,3", "1,2,3", True, "a bare list"),
-    ("1,2,3", "3, 2, 1", True, "in any order"),
-    ("1,2,3", "n=2,3,4", False, "a named list of other numbers"),
-    ("3", "1,2,3", False, "a list earns no single number"),
-    ("5", r"5 \text{ or } 6", False, "nor does a hedge"),
-    ("2021", r"\pm 2021", False, "two values for one"),
-    ("3", "x = 3", True, "a named value"),
-    ("x=3", "3", True, "the name in the gold"),
-    ("A", r"\text{(A)}", True, "a choice in parentheses"),
-    ("A", "B", False, "another choice"),
-    (r"\text{even}", "even", True, "a word in \\text"),
-    ("90", r"90^\circ", True, "the degree sign may be there"),
-    (r"336^\circ", "336", True, "or be missing (AIME25)"),
-    ("12", r"12 \text{ cm}", True, "so may the unit"),
-    ("2t", "2", False, "t is a variable here, not a tonne"),
-    (r"\frac{1}{2}", r"rubbish ### \frac{1}{2}", False, "no picking of a number out of rubbish"),
-    ("(3,2)", "(2,3)", False, "a point is ordered"),
-    ("(1,2)", "[1,2]", False, "open is not closed"),
-    (r"x<3", r"(-\infty,3)", True, "gold first: the other way round it fails"),
-    (r"2\sqrt{3}", r"\sqrt{12}", True, "equal radicals"),
-    ("p - q", "q - p", False, "opposite sign"),
-    ("6 - 5i", "-5i + 6", True, "complex number"),
-    (
-        r"\begin{pmatrix}1\\2\end{pmatrix}",
-        r"\begin{pmatrix} \frac{2}{2} \\ 2 \end{pmatrix}",
-        True,
-        "a row break before a space is no spacing command",
-    ),
-    ("5", "", False, "an empty box"),
-    ("5", "?", False, "no mathematics at all"),
-]
-
-
-@pytest.mark.parametrize("gold, answer, right, why", GOLDEN, ids=[case[3] for case in GOLDEN])
-def test_golden(grader, gold, answer, right, why):
-    (grade,) = grader.grade([(boxed(answer), [gold])])
-    assert grade.verdict == ("right" if right else "wrong")
-    assert grade.correct == float(right) and grade.answer == answer
-
-
 def test_any_accepted_answer_counts(grader):
     golds = ["6630.65\n", "6630\n"]
     verdicts = [g.verdict for g in grader.grade([(boxed(a), golds) for a in ("6630", "6630.65", "6631")])]
@@ -187,7 +114,8 @@ def test_steps(text, earned):
 
 
 @pytest.mark.parametrize(
-    "equation", ["2x + 3 = 7", "x - 3 + 5 = 8", "2^3 + 5 = 14", "(3+5)*2 - 6 = 11", "3 + 5 = 9x", "2**3 = 9", "2 x -3 = 7"]
+    "equation",
+    ["2x + 3 = 7", "x - 3 + 5 = 8", "2^3 + 5 = 14", "(3+5)*2 - 6 = 11", "3 + 5 = 9x", "2**3 = 9", "2 x -3 = 7"],
 )
 def test_an_equation_is_no_step(equation):
     """A part of it, read alone, would be a false step: beside a true one the share shows it."""
@@ -301,7 +229,9 @@ def test_order_is_kept_and_plain_numbers_start_no_worker():
         plain = [(boxed(str(i)), [str(i % 3)]) for i in range(6)]
         assert [g.correct for g in grader.grade(plain)] == [1, 1, 1, 0, 0, 0]
         assert not grader._threads and grader._slots == [None, None]
-        mixed = [(boxed(a), [g]) for a, g in [("1+x", "x+1"), ("3", "4"), ("2x", "x"), ("7", "7"), ("y^2", r"y \cdot y")]]
+        mixed = [
+            (boxed(a), [g]) for a, g in [("1+x", "x+1"), ("3", "4"), ("2x", "x"), ("7", "7"), ("y^2", r"y \cdot y")]
+        ]
         tickets = [grader.submit(*item) for item in mixed]
         assert [g.answer for g in grader.collect(tickets[::-1])] == ["y^2", "7", "2x", "3", "1+x"]
         assert [g.correct for g in grader.grade(mixed)] == [1, 0, 0, 1, 1]
@@ -368,11 +298,12 @@ def test_exact_path_grades_2000_answers_a_second():
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real problems are not here")
-def test_real_golds_match_themselves(grader):
-    """All of them by the exact path; one in a hundred of the symbolic ones by math-verify as well."""
+def test_real_golds_match_themselves(grader, monkeypatch):
+    """All of them as text; one in a hundred of the symbolic ones with that shortcut switched off."""
     golds = [str(row["answer"]) for file in sorted(DATA.glob("*.json")) for row in json.loads(file.read_text())]
     golds = [gold for gold in golds if gold]  # two of them are empty
     assert len(golds) > 8000
     assert all(grade.verdict == "right" for grade in grader.grade([(boxed(gold), [gold]) for gold in golds]))
+    monkeypatch.setattr(reward, "_same_text", lambda gold, answer: False)
     symbolic = [reward._tidy(gold) for gold in sorted(set(golds)) if number(gold) is None][::100]
-    assert [gold for gold in symbolic if not reward._matches(gold, gold)] == []
+    assert [gold for gold in symbolic if not reward._compare(gold, gold, reward._ask_math_verify)] == []

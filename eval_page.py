@@ -1,0 +1,177 @@
+"""One self-contained HTML page of an evaluation: figures, pictures, and whole responses beside their verdicts."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import charts
+from data_filter import Problem
+from page import folded, html_figures, html_page, html_table, html_text
+from report import write_atomically
+from scores import Estimate, Evaluation, Response
+
+RESPONSES_SHOWN = 6  # of each verdict of each set, drawn at random but always the same
+ZONES = ("robust generation", "controlled exploration", "performance collapse")
+
+
+def write_evaluation_page(
+    out: Path,
+    model: str,
+    evaluations: Sequence[Evaluation],
+    sets: dict[str, list[Problem]],
+    groups: dict[str, list[list[Response]]],
+    table: list[list[str]],
+    curves: dict,
+) -> Path:
+    """Write OUT/report.html (and a PNG of each temperature and length curve); returns the page's path.
+
+    `table` is RECIPE.md section 6 with this model; `curves` is that part of results.json: temperature, match, length.
+    """
+    sections = [f"<h1>{html_text(model)}</h1>"]
+    if evaluations:
+        sections += ["<h2>Beside the published results</h2>", html_table(table[0], table[1:])]
+        sections.append('<p class="muted">avg@k in percent; [95% interval over problems], @n of this measurement.</p>')
+    figures = [temperature_figure(name, curve) for name, curve in curves.get("temperature", {}).items()]
+    figures += [temperature_figure(name, curve) for name, curve in curves.get("match", {}).items()]
+    figures += [length_figure(name, settings) for name, settings in curves.get("length", {}).items()]
+    for title, figure, _ in figures:
+        if figure is not None:
+            charts.png(figure, out / f"{title.lower().replace(' ', '-').replace('/', '-')}.png")
+    if figures:
+        sections += ["<h2>Curves</h2>", html_figures(figures)]
+    for found in evaluations:
+        sections.append(f"<h2>{html_text(found.name)}</h2>")
+        sections.append(figures_table(found))
+        sections.append(html_figures([k_figure(found), length_bands_figure(found)]))
+        sections.append(groupings(found))
+        sections.append(responses_to_read(found.name, sets[found.name], groups[found.name]))
+    write_atomically(out / "report.html", [html_page(f"Evaluation of {model}", "".join(sections)).encode()])
+    return out / "report.html"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent with one decimal."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def figures_table(found: Evaluation) -> str:
+    """The figures of a set in one row."""
+    cells = {
+        f"avg@{found.n}": percent(found.avg),
+        "95% over problems": f"{percent(found.low)} to {percent(found.high)}",
+        "problems": f"{found.problems:,}",
+        "without an answer": f"{found.unanswerable:,}",
+        "temperature": f"{found.temperature:g}",
+        "mean tokens": f"{found.length_mean:,.0f}",
+        "truncated": percent(found.truncated_share),
+        "no box": percent(found.no_box_share),
+        "distinct-4": "–" if found.distinct4 is None else f"{found.distinct4:.3f}",
+        "tokens/s": "–" if found.tokens_per_s is None else f"{found.tokens_per_s:,.0f}",
+        "peak GiB": "–" if found.peak_memory_gib is None else f"{found.peak_memory_gib:.2f}",
+        **{verdict: f"{count:,}" for verdict, count in found.verdicts.items()},
+    }
+    return html_table(list(cells), [list(cells.values())])
+
+
+def k_figure(found: Evaluation) -> tuple:
+    """pass@k and maj@k against k."""
+
+    def points(figures: dict[str, Estimate]) -> list[tuple[float, float]]:
+        return [(float(k), figure.value) for k, figure in figures.items()]
+
+    series = {"pass@k": points(found.pass_at), "maj@k": points(found.maj_at)}
+    band = {
+        title: [(float(k), figure.low, figure.high) for k, figure in figures.items()]
+        for title, figures in (("pass@k", found.pass_at), ("maj@k", found.maj_at))
+    }
+    title = "pass@k and maj@k"
+    figure = charts.line_chart(title, series, "share", x_label="k", smooth=False, band=band)
+    return title, figure, "Bands: 95% intervals, problems being the sampling unit. A tie of votes is worth its share."
+
+
+def length_bands_figure(found: Evaluation) -> tuple:
+    """Accuracy by response length."""
+    known = [band for band in found.by_length if band.accuracy is not None]
+    middle = [(band.above + (band.up_to or found.by_length[-1].above * 1.5)) / 2 for band in known]
+    series = {"accuracy": list(zip(middle, (band.accuracy for band in known), strict=True))}
+    band = {"accuracy": [(x, b.low, b.high) for x, b in zip(middle, known, strict=True)]}
+    title = "Accuracy by response length"
+    figure = charts.line_chart(title, series, "share", x_label="tokens", smooth=False, band=band)
+    return (
+        title,
+        figure,
+        "Of responses whose length lies in a band of the trained length: "
+        + "; ".join(
+            f"{band.above:,.0f} to {f'{band.up_to:,.0f}' if band.up_to else 'the end'}: {band.responses:,} responses"
+            for band in found.by_length
+        ),
+    )
+
+
+def groupings(found: Evaluation) -> str:
+    """Accuracy by type and by difficulty, where the data has them."""
+    parts = []
+    for title, grouped in (("type", found.by_type), ("difficulty", found.by_difficulty)):
+        if grouped:
+            parts.append(html_table([f"accuracy by {title}", *grouped], [["", *map(percent, grouped.values())]]))
+    return "".join(parts)
+
+
+def temperature_figure(name: str, curve: dict) -> tuple:
+    """Accuracy and distinct-4 against temperature, with the zones or the target where there are such."""
+    points = sorted(curve["points"], key=lambda point: point["temperature"])
+    xs = [point["temperature"] for point in points]
+    series = {key: [(p["temperature"], p[key]) for p in points] for key in ("accuracy", "distinct4")}
+    band = {
+        key: [
+            (p["temperature"], max(0.0, p[key] - p[f"{key}_half"]), min(1.0, p[key] + p[f"{key}_half"]))
+            for p in points
+            if p[key] is not None
+        ]
+        for key in series
+    }
+    zones, rules, found = [], [], curve.get("zones")
+    if "target" in curve:
+        series["target"] = [(x, curve["target"]) for x in xs]
+        rules = [(curve["chosen"], f"chosen {curve['chosen']:g}")]
+    if found:
+        edges = [xs[0], found["robust_end"] or xs[-1], found["exploration_end"] or xs[-1], xs[-1]]
+        zones = [(a, b, zone) for a, b, zone in zip(edges, edges[1:], ZONES, strict=False) if b > a]
+        rules = [(found["start"], f"start {found['start']:g}")]
+    title = f"Temperature {name}"
+    figure = charts.line_chart(
+        title, series, "amount", rules, x_label="temperature", smooth=False, band=band, zones=zones
+    )
+    return title, figure, "Bands: 95% intervals, problems being the sampling unit."
+
+
+def length_figure(name: str, settings: dict) -> tuple:
+    """Accuracy when responses are cut, against the budget, a line for each setting."""
+    series = {setting: [(p["budget"], p["accuracy"]) for p in points] for setting, points in settings.items()}
+    band = {setting: [(p["budget"], p["low"], p["high"]) for p in points] for setting, points in settings.items()}
+    title = f"Length {name}"
+    figure = charts.line_chart(title, series, "share", x_label="tokens", smooth=False, band=band)
+    return title, figure, "Responses are cut at the budget, not sampled again. Bands: 95% intervals over problems."
+
+
+def responses_to_read(name: str, problems: Sequence[Problem], groups: Sequence[Sequence[Response]]) -> str:
+    """A few whole responses of every verdict."""
+    by_verdict: dict[str, list[tuple[Problem, Response]]] = {}
+    for problem, group in zip(problems, groups, strict=True):
+        for response in group:
+            by_verdict.setdefault(response.verdict, []).append((problem, response))
+    parts = []
+    for verdict, found in sorted(by_verdict.items()):
+        chosen = random.Random(0).sample(found, min(RESPONSES_SHOWN, len(found)))
+        parts.append(
+            f"<h3>{html_text(verdict)}: {len(chosen)} of {len(found):,} responses, "
+            f"all in responses/{html_text(name)}.jsonl</h3>"
+        )
+        for problem, response in chosen:
+            summary = (
+                f"{verdict} · {response.problem_id} sample {response.sample} · answer {response.answer} · "
+                f"accepted {' | '.join(problem.answers) or 'none'} · {response.tokens:,} tokens · "
+                f"{response.finish_reason}"
+            )
+            parts.append(folded(summary, {"problem": problem.text, "response": response.text}))
+    return "".join(parts)

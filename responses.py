@@ -1,0 +1,167 @@
+"""Responses on disk: each is written with its verdict as it finishes, and none is sampled twice.
+
+A set's responses lie in FOLDER/responses/NAME.jsonl. While they are being made every process appends to a part of its
+own, NAME.RANK.part; when all are there the main process orders them. What was interrupted goes on from the parts,
+with however many processes, and ends with the same file: a sample depends on its own number alone.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from attempts import Attempt, AttemptStats, Respondent, check_grader
+from data_filter import DataError, Problem
+from device import Interrupted
+from report import write_atomically
+from rollout import Prompt, Sampling
+from scores import Response
+
+
+def response_of(name: str, attempt: Attempt, cuts: dict[str, int] | None = None) -> Response:
+    """What is kept of an attempt: without its tokens and log-probs."""
+    rollout, grade = attempt.rollout, attempt.grade
+    return Response(
+        data=name,
+        problem_id=rollout.problem_id,
+        sample=rollout.index,
+        tokens=len(rollout.tokens),
+        finish_reason=rollout.finish_reason,
+        verdict=grade.verdict,
+        answer=grade.answer,
+        text=attempt.text,
+        cuts=cuts,
+    )
+
+
+def respond(
+    respondent: Respondent, name: str, problems: Sequence[Problem], n: int, sampling: Sampling, label: str | None = None
+) -> list[list[Response]]:
+    """n responses to every problem, in order, on every process; nothing is written."""
+    attempts, _ = respondent.attempt(problems, n, sampling, label)
+    return [[response_of(name, attempt) for attempt in group] for group in attempts]
+
+
+def read_responses(path: Path) -> list[Response]:
+    """The responses of a file; a last line that was half-written when its process was killed is left out.
+
+    Raises DataError, with the line, where the file holds anything else.
+    """
+    responses = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                break
+            try:
+                responses.append(Response(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise DataError(
+                    f"{path}, line {number} is no response of an evaluation ({error}); remove the line or the file"
+                ) from None
+    return responses
+
+
+def write_responses(path: Path, responses: Iterable[Response]) -> None:
+    """A file of responses, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, ((json.dumps(asdict(response)) + "\n").encode() for response in responses))
+
+
+@dataclass
+class Recorder:
+    """Asks a model and keeps every response on disk as it comes; what is there already is not sampled again."""
+
+    respondent: Respondent
+    folder: Path  # the same for all processes
+    work: AttemptStats  # of this process, over all calls
+
+    def respond(
+        self,
+        name: str,
+        problems: Sequence[Problem],
+        n: int,
+        sampling: Sampling,
+        budgets: Sequence[int] = (),
+        key: str = "",
+    ) -> list[list[Response]]:
+        """n responses to every problem, in order, on every process. They are kept under `key` (default: the name).
+
+        With budgets, a response remembers how many characters its first so many tokens make. Raises Interrupted.
+        """
+        key = file_name(key or name)
+        device, whole = self.respondent.device, self.folder / "responses" / f"{key}.jsonl"
+        if device.is_main:
+            whole.parent.mkdir(parents=True, exist_ok=True)
+        device.share(None)  # the folder is there
+        have = {(r.problem_id, r.sample) for r in self._read(whole)}
+        share = problems[device.rank :: device.ranks]
+        missing = [(p, [i for i in range(n) if (p.id, i) not in have]) for p in share]
+        left = sum(len(samples) for _, samples in missing)
+        if have and left:
+            device.say(f"{key}: {len(have):,} responses are there already")
+        if left:
+            prompts = [prompt for problem, samples in missing for prompt in self._prompts(problem, samples)]
+            with self._part(whole).open("a", encoding="utf-8") as file:
+                for attempt in self.respondent.stream(share, prompts, sampling, self.work, label=key):
+                    cuts = self._cuts(attempt, budgets) if budgets else None
+                    file.write(json.dumps(asdict(response_of(name, attempt, cuts))) + "\n")
+                    file.flush()
+        if any(device.gather(self.respondent.asked_to_stop())):
+            raise Interrupted
+        place = {problem.id: i for i, problem in enumerate(problems)}
+        groups: list[list[Response]] = [[] for _ in problems]
+        everything = {(r.problem_id, r.sample): r for r in self._read(whole)}
+        for response in sorted(everything.values(), key=lambda r: r.sample):
+            if response.problem_id in place and response.sample < n:
+                groups[place[response.problem_id]].append(response)
+        device.share(None)  # everybody has read
+        if device.is_main and self._parts(whole):
+            order = sorted(everything.values(), key=lambda r: (place.get(r.problem_id, len(place)), r.sample))
+            write_responses(whole, order)
+            for part in self._parts(whole):
+                part.unlink()
+        device.share(None)  # nobody writes a part before the old ones are gone
+        check_grader(Counter(r.verdict for group in groups for r in group), self.respondent.most_failed_share)
+        return groups
+
+    def _prompts(self, problem: Problem, samples: Sequence[int]) -> list[Prompt]:
+        """The problem's prompt once for each run of consecutive samples."""
+        whole, prompts = self.respondent.prompt(problem, 0), []
+        for sample in samples:
+            if prompts and sample == prompts[-1].first + prompts[-1].n:
+                prompts[-1] = replace(prompts[-1], n=prompts[-1].n + 1)
+            else:
+                prompts.append(replace(whole, n=1, first=sample))
+        return prompts
+
+    def _cuts(self, attempt: Attempt, budgets: Sequence[int]) -> dict[str, int]:
+        """How many characters of the text the first tokens make, for every budget that the response exceeds."""
+        tokens = attempt.rollout.tokens
+        heads = {b: self.respondent.tokenizer.decode(tokens[:b], skip_special_tokens=True) for b in budgets}
+        # a character that is cut in two decodes to a replacement character
+        return {str(b): len(head.rstrip("\ufffd")) for b, head in heads.items() if b < len(tokens)}
+
+    def _part(self, whole: Path) -> Path:
+        """This process's own file, which ends in a whole line: what a killed process wrote last may not."""
+        part = whole.with_suffix(f".{self.respondent.device.rank}.part")
+        if part.exists():
+            text = part.read_bytes()
+            if not text.endswith(b"\n"):
+                part.write_bytes(text[: text.rfind(b"\n") + 1])
+        return part
+
+    @staticmethod
+    def _parts(whole: Path) -> list[Path]:
+        return sorted(whole.parent.glob(f"{whole.stem}.*.part"))
+
+    def _read(self, whole: Path) -> list[Response]:
+        """What all processes have written so far."""
+        files = ([whole] if whole.exists() else []) + self._parts(whole)
+        return [response for file in files for response in read_responses(file)]
+
+
+def file_name(name: str) -> str:
+    """A name as a file may bear it."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")

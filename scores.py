@@ -1,0 +1,352 @@
+"""What graded responses say about a model: avg@k, pass@k, maj@k with honest intervals, groups, paired differences.
+
+Pure functions of responses; they know nothing of models or files. Two intervals stand beside every figure:
+
+    low, high                    how far it would move with other problems of the same kind: problems are the
+                                 sampling unit, since the responses to one problem are alike
+    resampled_low, _high         how far it would move if these very problems were answered again
+
+All are 95% intervals in the normal approximation, cut to [0, 1].
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_filter import Problem
+from reward import normal_form
+from rollout import distinct_ngrams
+
+NORMAL_95 = 1.959964  # half the width of a 95% interval in standard errors
+RESAMPLES = 400
+LENGTH_BANDS = (0.25, 0.5, 1.0)  # of the trained length; with 32K these are the 8K, 16K and 32K of RECIPE section 3
+MOST_DIFFICULTIES = 12  # more distinct figures than this are grouped by quarters
+
+
+@dataclass(frozen=True)
+class Response:
+    """One graded response, as it is kept on disk."""
+
+    data: str  # name of the data set
+    problem_id: str
+    sample: int  # which of the problem's n
+    tokens: int  # with the end-of-sequence token
+    finish_reason: str  # "stop" or "length"
+    verdict: str  # one of reward.VERDICTS
+    answer: str | None  # content of the last box
+    text: str
+    cuts: dict[str, int] | None = None  # characters that the first so many tokens make; for accuracy against length
+
+    @property
+    def correct(self) -> bool:
+        """Whether the verdict is "right"."""
+        return self.verdict == "right"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its two 95% intervals; with one response per problem the second is not known."""
+
+    value: float
+    low: float
+    high: float
+    resampled_low: float | None
+    resampled_high: float | None
+
+
+@dataclass(frozen=True)
+class LengthBand:
+    """Responses whose length lies in (above, up_to] tokens; up_to None is without end."""
+
+    above: float
+    up_to: float | None
+    responses: int
+    accuracy: float | None  # None without a response
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of n responses to each problem of a set; shares are of all responses."""
+
+    name: str
+    problems: int
+    n: int
+    temperature: float
+    avg: float  # avg@n
+    low: float  # 95% interval of avg, problems being the sampling unit
+    high: float
+    pass_at: dict[str, Estimate]  # by k, powers of two up to n, and n
+    maj_at: dict[str, Estimate]
+    by_type: dict[str, float]
+    by_difficulty: dict[str, float]
+    by_length: list[LengthBand]
+    length_mean: float  # tokens
+    truncated_share: float
+    no_box_share: float
+    distinct4: float | None
+    tokens: int
+    verdicts: dict[str, int]
+    unanswerable: int  # problems without a usable answer, which nothing can solve
+    tokens_per_s: float | None = None  # of the sampling itself; None for responses read from disk
+    peak_memory_gib: float | None = None
+
+
+# ----------------------------------------------------------------------------------------------------- intervals
+
+
+def interval(problem_means: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean of problems' means, problems being the sampling unit, within [0, 1].
+
+    Where all problems scored the same there is no spread to measure: Wilson's interval, a problem counting once.
+    """
+    means = np.asarray(problem_means, dtype=float)
+    problems, mean = len(means), means.mean()
+    if problems < 2:
+        return 0.0, 1.0  # one problem says nothing about the next
+    if np.ptp(means) == 0:
+        z2 = NORMAL_95**2
+        centre = (mean + z2 / (2 * problems)) / (1 + z2 / problems)
+        half = NORMAL_95 / (1 + z2 / problems) * math.sqrt(mean * (1 - mean) / problems + z2 / (4 * problems**2))
+    else:
+        centre, half = mean, NORMAL_95 * means.std(ddof=1) / math.sqrt(problems)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def resampled_half_width(
+    correct: np.ndarray, votes: np.ndarray, vote_is_right: np.ndarray, ks: Sequence[int], seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Half widths of pass@k and maj@k, (len(ks),) each, when every problem's responses are drawn again.
+
+    correct, votes (P, n) and vote_is_right (P, A) are those of `majority`. A bootstrap of RESAMPLES draws; its
+    spread is that of a variance with n in the denominator, which sqrt(n / (n - 1)) mends.
+    """
+    problems, n = correct.shape
+    rng = np.random.default_rng(seed)
+    figures = np.empty((RESAMPLES, 2, len(ks)))
+    for draw in range(RESAMPLES):
+        chosen = rng.integers(0, n, (problems, n))
+        again, votes_again = np.take_along_axis(correct, chosen, 1), np.take_along_axis(votes, chosen, 1)
+        for i, k in enumerate(ks):
+            figures[draw, 0, i] = pass_at(again.sum(1), n, k).mean()
+            figures[draw, 1, i] = majority(votes_again, vote_is_right, k).mean()
+    half = NORMAL_95 * figures.std(0) * math.sqrt(n / (n - 1))
+    # where none of P x n responses differed from its problem's others: the rule of three, of k responses together
+    half = np.where(half > 0, half, np.minimum(1.0, 3 * np.asarray(ks) / correct.size))
+    return half[0], half[1]
+
+
+# -------------------------------------------------------------------------------------------------- the figures
+
+
+def powers_of_two(n: int) -> list[int]:
+    """1, 2, 4, ... up to n, and n itself."""
+    return sorted({2**i for i in range(n.bit_length())} | {n})
+
+
+def pass_at(right: np.ndarray, n: int, k: int) -> np.ndarray:
+    """Unbiased chance that k of n responses hold a right one, by the number of right ones (P,) -> (P,).
+
+    1 - C(n - right, k) / C(n, k): equation 1 of arXiv 2107.03374.
+    """
+    table = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
+    return table[right]
+
+
+def majority(votes: np.ndarray, vote_is_right: np.ndarray, k: int) -> np.ndarray:
+    """maj@k of each problem, (P,): the mean over the n // k blocks of k consecutive responses, hence unbiased.
+
+    votes (P, n): which of the problem's answers a response gave, -1 for none. vote_is_right (P, A). A tie is worth
+    the share of its answers that are right, which is what drawing lots would earn on average. No vote earns nothing.
+    """
+    problems, n = votes.shape
+    blocks, answers = n // k, vote_is_right.shape[1]
+    if not answers:
+        return np.zeros(problems)
+    votes = votes[:, : blocks * k].reshape(problems * blocks, k)  # (P x blocks, k)
+    place = np.arange(problems * blocks)[:, None] * (answers + 1) + votes + 1  # an answer's column is its number + 1
+    counts = np.bincount(place.ravel(), minlength=problems * blocks * (answers + 1))
+    counts = counts.reshape(problems, blocks, answers + 1)[:, :, 1:]  # the first column is "no answer"
+    most = counts.max(2, keepdims=True)
+    leads = (counts == most) & (most > 0)  # (P, blocks, A)
+    earned = (leads & vote_is_right[:, None]).sum(2) / np.maximum(leads.sum(2), 1)
+    return earned.mean(1)
+
+
+def count_votes(groups: Sequence[Sequence[Response]]) -> tuple[np.ndarray, np.ndarray]:
+    """The votes (P, n) and vote_is_right (P, A) of `majority`, on the normal form of the answers."""
+    ballots = []
+    for group in groups:
+        forms = [None if r.answer is None else normal_form(r.answer) for r in group]
+        numbers = {form: i for i, form in enumerate(dict.fromkeys(form for form in forms if form is not None))}
+        ballots.append((forms, numbers))
+    votes = np.array([[numbers.get(form, -1) for form in forms] for forms, numbers in ballots])
+    vote_is_right = np.zeros((len(groups), max(len(numbers) for _, numbers in ballots)), dtype=bool)
+    for i, (group, own) in enumerate(zip(groups, votes, strict=True)):
+        for response, vote in zip(group, own, strict=True):
+            if response.correct and vote >= 0:
+                vote_is_right[i, vote] = True
+    return votes, vote_is_right
+
+
+def estimate(values: np.ndarray, resampled_half: float | None) -> Estimate:
+    """The mean of a figure over problems, (P,), with its intervals."""
+    value = float(values.mean())
+    low, high = interval(values)
+    if resampled_half is None:
+        return Estimate(value, low, high, None, None)
+    return Estimate(value, low, high, max(0.0, value - float(resampled_half)), min(1.0, value + float(resampled_half)))
+
+
+def difficulty_groups(problems: Sequence[Problem]) -> list[str]:
+    """A label for each problem: the data's own figure, or its quarter where there are many; "" where it has none."""
+    known = sorted({problem.difficulty for problem in problems if problem.difficulty is not None})
+    if len(known) <= MOST_DIFFICULTIES:
+        return ["" if p.difficulty is None else f"{p.difficulty:g}" for p in problems]
+    figures = [problem.difficulty for problem in problems if problem.difficulty is not None]
+    edges = np.quantile(figures, [0, 0.25, 0.5, 0.75, 1])
+    labels = [f"{low:.3g} to {high:.3g}" for low, high in zip(edges, edges[1:], strict=False)]
+    places = [np.searchsorted(edges[1:4], p.difficulty or 0.0, side="left") for p in problems]
+    return ["" if p.difficulty is None else labels[place] for p, place in zip(problems, places, strict=True)]
+
+
+def mean_by(labels: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """The mean value of each label that is not empty; labels that are numbers in their order."""
+    grouped: dict[str, list[float]] = defaultdict(list)
+    for label, value in zip(labels, values, strict=True):
+        grouped[label].append(float(value))
+
+    def order(label: str) -> tuple[float, str]:
+        first = label.split(" ")[0]
+        return (float(first) if first.replace(".", "", 1).lstrip("-").isdigit() else math.inf), label
+
+    return {label: float(np.mean(grouped[label])) for label in sorted(grouped, key=order) if label}
+
+
+def length_bands(groups: Sequence[Sequence[Response]], trained_length: int) -> list[LengthBand]:
+    """Accuracy by response length, in bands that are fractions of the trained length.
+
+    A ratio of two sums over problems; its interval by linearisation, problems being the sampling unit.
+    """
+    edges = [0.0, *(share * trained_length for share in LENGTH_BANDS), math.inf]
+    bands = []
+    for above, up_to in zip(edges, edges[1:], strict=False):
+        inside = [[r for r in group if above < r.tokens <= up_to] for group in groups]
+        responses = np.array([len(part) for part in inside], dtype=float)
+        right = np.array([sum(r.correct for r in part) for part in inside], dtype=float)
+        accuracy = low = high = None
+        if responses.any():
+            accuracy = float(right.sum() / responses.sum())
+            touched = responses > 0
+            if touched.sum() > 1 and 0 < accuracy < 1:
+                spread = (right - accuracy * responses)[touched]
+                m = int(touched.sum())
+                half = NORMAL_95 * math.sqrt(m / (m - 1) * (spread**2).sum()) / responses.sum()
+                low, high = max(0.0, accuracy - half), min(1.0, accuracy + half)
+            else:
+                low, high = interval([accuracy] * int(touched.sum()))
+        bands.append(LengthBand(above, None if math.isinf(up_to) else up_to, int(responses.sum()), accuracy, low, high))
+    return bands
+
+
+def summarise(
+    name: str,
+    problems: Sequence[Problem],
+    groups: Sequence[Sequence[Response]],
+    temperature: float,
+    trained_length: int,
+    tokens_per_s: float | None = None,
+    peak_memory_gib: float | None = None,
+) -> Evaluation:
+    """The figures of n graded responses to each of these problems, in the same order."""
+    n = len(groups[0])
+    if any(len(group) != n for group in groups):
+        raise ValueError(f"{name}: {len(groups)} problems do not all have {n} responses")
+    correct = np.array([[r.correct for r in group] for group in groups])  # (P, n)
+    votes, vote_is_right = count_votes(groups)
+    ks = powers_of_two(n)
+    pass_half = maj_half = [None] * len(ks)
+    if n > 1:
+        pass_half, maj_half = resampled_half_width(correct, votes, vote_is_right, ks)
+    means = correct.mean(1)
+    low, high = interval(means)
+    everything = [response for group in groups for response in group]
+    return Evaluation(
+        name=name,
+        problems=len(problems),
+        n=n,
+        temperature=temperature,
+        avg=float(means.mean()),
+        low=low,
+        high=high,
+        pass_at={str(k): estimate(pass_at(correct.sum(1), n, k), h) for k, h in zip(ks, pass_half, strict=True)},
+        maj_at={str(k): estimate(majority(votes, vote_is_right, k), h) for k, h in zip(ks, maj_half, strict=True)},
+        by_type=mean_by([problem.type for problem in problems], means),
+        by_difficulty=mean_by(difficulty_groups(problems), means),
+        by_length=length_bands(groups, trained_length),
+        length_mean=float(np.mean([response.tokens for response in everything])),
+        truncated_share=float(np.mean([response.finish_reason == "length" for response in everything])),
+        no_box_share=float(np.mean([response.answer is None for response in everything])),
+        distinct4=distinct_ngrams([[response.text for response in group] for group in groups])[0],
+        tokens=sum(response.tokens for response in everything),
+        verdicts=dict(Counter(response.verdict for response in everything)),
+        unanswerable=sum(not problem.answers for problem in problems),
+        tokens_per_s=tokens_per_s,
+        peak_memory_gib=peak_memory_gib,
+    )
+
+
+# ------------------------------------------------------------------------------------------ two models compared
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B minus A on the problems that both answered."""
+
+    name: str
+    problems: int
+    avg_a: float
+    avg_b: float
+    difference: float
+    low: float  # 95% interval of the difference, paired by problem
+    high: float
+    up: int  # problems that B solves more often
+    down: int
+    same: int
+    only_a: int  # problems that only one of them answered, left out
+    only_b: int
+
+
+def compare(name: str, means_a: dict[str, float], means_b: dict[str, float]) -> Comparison:
+    """The paired difference of two models, from their mean correctness by problem id.
+
+    Where all problems moved alike there is no spread to measure: then 3 / problems on either side, the largest share
+    of movers that none seen among so many leaves possible at 95%.
+    """
+    shared = [problem_id for problem_id in means_a if problem_id in means_b]
+    if not shared:
+        raise ValueError(f"{name}: the two have no problem in common")
+    a, b = (np.array([means[problem_id] for problem_id in shared]) for means in (means_a, means_b))
+    moved = b - a
+    half = 3 / len(shared)
+    if np.ptp(moved) > 0:
+        half = NORMAL_95 * moved.std(ddof=1) / math.sqrt(len(moved))
+    difference = float(moved.mean())
+    return Comparison(
+        name=name,
+        problems=len(shared),
+        avg_a=float(a.mean()),
+        avg_b=float(b.mean()),
+        difference=difference,
+        low=max(-1.0, difference - float(half)),
+        high=min(1.0, difference + float(half)),
+        up=int((moved > 0).sum()),
+        down=int((moved < 0).sum()),
+        same=int((moved == 0).sum()),
+        only_a=len(means_a) - len(shared),
+        only_b=len(means_b) - len(shared),
+    )

@@ -1,0 +1,152 @@
+"""The sampling temperature, chosen by what the model does at it (RECIPE.md section 2).
+
+Against temperature, accuracy is flat, then sags, then collapses: the robust generation zone, the controlled exploration
+zone, the performance collapse zone. Training starts where accuracy begins to fall. Each stage sharpens the model, and
+the next one samples at the first higher temperature that gives the earlier diversity back.
+
+Every function here asks for responses through `answer`, and takes no more problems than its margin needs.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_filter import Problem
+from rollout import distinct_share
+from scores import NORMAL_95, Response
+
+FIRST_PROBLEMS = 32  # taken at first; then twice as many, until the margin is met
+SAG, COLLAPSE = 0.05, 0.25  # relative losses of accuracy that end the robust and the exploration zone
+ROUND_TO = 0.05  # of a recommended temperature
+
+Answer = Callable[[Sequence[Problem], float], list[list[Response]]]  # responses to problems at a temperature
+
+
+@dataclass(frozen=True)
+class TemperaturePoint:
+    """Accuracy and diversity at one temperature; the halves are of 95% intervals, problems being the sampling unit."""
+
+    temperature: float
+    accuracy: float
+    distinct4: float | None  # None when no response has a 4-gram
+    problems: int = 0
+    accuracy_half: float = math.nan
+    distinct4_half: float = math.nan
+
+
+@dataclass(frozen=True)
+class Zones:
+    """Where accuracy begins to fall and where it has fallen; None when the curve does not go that far."""
+
+    plateau: float  # the accuracy that the zones are relative to
+    robust_end: float | None
+    exploration_end: float | None
+    start: float  # the temperature to start training at
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean over problems; infinite for fewer than two."""
+    return NORMAL_95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+def measure_temperature(
+    answer: Answer,
+    problems: Sequence[Problem],
+    temperature: float,
+    margin: float = 0.0,
+    target: float | None = None,
+) -> TemperaturePoint:
+    """Accuracy and distinct-4 at one temperature, on the first so many problems as the stated confidence needs.
+
+    It stops when both 95% intervals are within +-margin (0: all problems are asked). With a target, distinct-4 alone
+    counts, and an interval that does not hold the target is enough.
+    """
+    groups: list[list[Response]] = []
+    while True:
+        most = len(problems) if not margin else min(len(problems), max(FIRST_PROBLEMS, 2 * len(groups)))
+        groups += answer(problems[len(groups) : most], temperature)
+        accuracies = [float(np.mean([response.correct for response in group])) for group in groups]
+        shares = [distinct_share([response.text for response in group]) for group in groups]
+        known = [share for share in shares if share is not None]
+        accuracy_half, distinct4_half = half_width(accuracies), half_width(known)
+        distinct4 = float(np.mean(known)) if known else None
+        if target is None:
+            enough = max(accuracy_half, distinct4_half) <= margin
+        else:
+            away = abs(distinct4 - target) if distinct4 is not None else 0.0
+            enough = distinct4_half <= max(margin, away)
+        if len(groups) == len(problems) or (margin and enough):
+            accuracy = float(np.mean(accuracies))
+            return TemperaturePoint(temperature, accuracy, distinct4, len(groups), accuracy_half, distinct4_half)
+
+
+def match_diversity(
+    answer: Answer,
+    problems: Sequence[Problem],
+    target: float,
+    start: float,
+    step: float = 0.05,
+    most: float = 2.0,
+    margin: float = 0.0,
+    say: Callable[[str], None] = print,
+) -> tuple[float, list[TemperaturePoint]]:
+    """Search upward from `start` for the first temperature that restores a diversity score.
+
+    Returns it with every point measured. When none up to `most` does, the most diverse one measured is returned and
+    said so. The target must come from the same problems, the same number of responses and the same length limit.
+    """
+    curve: list[TemperaturePoint] = []
+    above = int(math.floor((most - start) / step + 1e-9))
+    for i in range(max(0, above) + 1):  # the first is measured even beyond `most`
+        temperature = round(start + i * step, 6)
+        point = measure_temperature(answer, problems, temperature, margin, target)
+        curve.append(point)
+        if point.distinct4 is not None and point.distinct4 >= target:
+            return temperature, curve
+    best = max(curve, key=lambda point: point.distinct4 or 0.0)
+    say(
+        f"warning: no temperature up to {most} restores distinct-4 = {target:.3f}; "
+        f"going on with {best.temperature} ({best.distinct4 or 0:.3f})"
+    )
+    return best.temperature, curve
+
+
+def never_rising(values: Sequence[float]) -> list[float]:
+    """The non-increasing sequence nearest to `values` in squares: neighbours that rise are pooled into their mean."""
+    pools: list[tuple[float, int]] = []  # mean, how many
+    for value in values:
+        mean, size = float(value), 1
+        while pools and pools[-1][0] < mean:
+            above, count = pools.pop()
+            mean, size = (above * count + mean * size) / (count + size), count + size
+        pools.append((mean, size))
+    return [mean for mean, size in pools for _ in range(size)]
+
+
+def find_zones(curve: Sequence[TemperaturePoint], sag: float = SAG, collapse: float = COLLAPSE) -> Zones:
+    """The three zones of a curve of accuracy against temperature, and where to start training.
+
+    Accuracy is smoothed into a curve that never rises; its height at the lowest temperature is the plateau. The robust
+    zone ends where the curve has lost `sag` of that, the exploration zone where it has lost `collapse`, both between
+    the measured temperatures. Training starts at the end of the robust zone, or, when accuracy never sags, at the
+    highest temperature measured. Raises ValueError for a curve of no accuracy at all.
+    """
+    points = sorted(curve, key=lambda point: point.temperature)
+    temperatures = [point.temperature for point in points]
+    smooth = never_rising([point.accuracy for point in points])
+    plateau = smooth[0]
+    if plateau <= 0:
+        raise ValueError("accuracy is 0 at every temperature: there are no zones to find; take easier problems")
+
+    def crossing(level: float) -> float | None:
+        for i, height in enumerate(smooth):
+            if height < level:  # the first height is the plateau and no lower than any level
+                share = (smooth[i - 1] - level) / (smooth[i - 1] - height)
+                return temperatures[i - 1] + share * (temperatures[i] - temperatures[i - 1])
+        return None
+
+    robust_end, exploration_end = crossing((1 - sag) * plateau), crossing((1 - collapse) * plateau)
+    start = temperatures[-1] if robust_end is None else round(round(robust_end / ROUND_TO) * ROUND_TO, 6)
+    return Zones(plateau, robust_end, exploration_end, start)

@@ -1,0 +1,92 @@
+"""benchmarks.py: names that find data, and the table of published results."""
+
+import pytest
+
+from benchmarks import BENCHMARKS, PUBLISHED, find_data, published_table, text_table
+from data_filter import DataError, Problem
+from scores import Response, summarise
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+
+
+def test_a_name_is_looked_for_in_the_folder_and_then_on_the_hub(tmp_path):
+    touch(tmp_path, "benchmarks/aime24.parquet", "gsm8k/train.jsonl", "gsm8k/test.jsonl", "math/math500.json")
+    found = find_data(["aime24", "gsm8k", "math500", "minerva"], tmp_path)
+    assert found == {
+        "aime24": str(tmp_path / "benchmarks/aime24.parquet"),
+        "gsm8k": str(tmp_path / "gsm8k/test.jsonl"),
+        "math500": str(tmp_path / "math/math500.json"),
+        "minerva": "math-ai/minervamath:test",
+    }
+    assert find_data(["aime24"])["aime24"] == "HuggingFaceH4/aime_2024:train"
+
+
+def test_files_folders_and_hub_ids(tmp_path):
+    touch(tmp_path, "a/one.jsonl", "a/two.parquet", "a/notes.txt", "b/one.jsonl")
+    assert find_data([str(tmp_path / "a")]) == {
+        "one": str(tmp_path / "a/one.jsonl"),
+        "two": str(tmp_path / "a/two.parquet"),
+    }
+    both = find_data([str(tmp_path / "a/one.jsonl"), str(tmp_path / "b/one.jsonl"), "owner/name:test"])
+    assert list(both) == ["one", str(tmp_path / "b/one.jsonl"), "name"]
+
+
+@pytest.mark.parametrize(
+    "sources, sentence",
+    [
+        (
+            ["aime42"],
+            r"aime42 is no file, .* no known benchmark \(did you mean aime2[45]\?\); known are aime24, aime25, ",
+        ),
+        (["nothing like it"], "no known benchmark; known are aime24, .*, gsm8k"),
+        (["{tmp}/a/one.jsonl", "{tmp}/a/one.jsonl", "{tmp}/a/one.jsonl"], "is given twice"),
+        (["{tmp}/empty"], "holds none of .parquet"),
+    ],
+)
+def test_what_cannot_be_found_is_one_sentence(tmp_path, sources, sentence):
+    touch(tmp_path, "a/one.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=sentence) as raised:
+        find_data([source.format(tmp=tmp_path) for source in sources])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="is no folder; give the one that holds the benchmark files"):
+        find_data(["aime24"], tmp_path / "nowhere")
+
+
+def evaluation(name, rights):
+    groups = [[Response(name, str(i), 0, 1, "stop", "right" if r else "wrong", "1", "")] for i, r in enumerate(rights)]
+    return summarise(name, [Problem(str(i), "?", ("1",)) for i in range(len(rights))], groups, 1.0, 10)
+
+
+def test_the_measured_row_stands_under_the_published_ones():
+    table = published_table("mine", [evaluation("mine-set", [1, 0]), evaluation("aime25", [1] * 9 + [0])])
+    head, *rows = table
+    assert head == [
+        "model",
+        "AIME24 avg@32",
+        "AIME25 avg@32",
+        "Minerva avg@4",
+        "Olympiad avg@4",
+        "AMC23 avg@8",
+        "mine-set",
+    ]
+    assert [row[0] for row in rows] == [*PUBLISHED, "mine (measured here)"]
+    assert rows[5] == ["POLARIS-4B", "81.2", "79.4", "44.0", "69.1", "94.8", "-"]
+    assert rows[6][1] == "-" and rows[6][2].startswith("90.0 [70.4, 100.0] @1") and rows[6][6].startswith("50.0 [")
+    assert all(len(row) == len(head) for row in rows)
+    lines = text_table(table).splitlines()
+    assert len(lines) == 9 and len({len(line) for line in lines}) == 1
+
+
+def test_the_published_figures_are_those_of_the_recipe():
+    """By column sums, as the table of RECIPE.md section 6 has them."""
+    sums = [round(sum(scores[i] for scores in PUBLISHED.values()), 1) for i in range(5)]
+    assert sums == [397.8, 327.1, 238.3, 372.4, 514.3]
+    assert [b.published_k for b in BENCHMARKS.values()] == [32, 32, 4, 4, 8, None, None]

@@ -1,0 +1,305 @@
+"""scores.py against brute force, bootstraps and hand counts."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from data_filter import Problem
+from scores import (
+    Response,
+    compare,
+    count_votes,
+    difficulty_groups,
+    interval,
+    length_bands,
+    majority,
+    mean_by,
+    pass_at,
+    powers_of_two,
+    resampled_half_width,
+    summarise,
+)
+
+Z = 1.959964
+
+
+def response(problem_id, sample, verdict, answer, text="", tokens=1, finish_reason="stop"):
+    return Response("set", problem_id, sample, tokens, finish_reason, verdict, answer, text)
+
+
+# ---------------------------------------------------------------------------------------------- intervals
+
+
+def test_an_interval_by_hand():
+    # mean 0.5, deviations -0.5, 0, 0.5: standard deviation 0.5, of the mean 0.5 / sqrt(3)
+    assert interval([0.0, 0.5, 1.0]) == (0.0, 1.0)  # 0.5 +- 0.566 is cut off
+    half = Z * math.sqrt(0.02 / 3) / 2
+    assert interval([0.4, 0.5, 0.6, 0.5]) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
+
+
+def test_one_problem_says_nothing_about_the_next():
+    assert interval([0.75]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.25])
+def test_problems_that_all_scored_the_same_are_not_certainty(value):
+    """Guards: an interval of no width. Wilson's bound solves (p - value)^2 = z^2 p (1 - p) / problems."""
+    low, high = interval([value] * 30)
+    assert low <= value <= high and high - low > 0.05
+    for bound in (low, high):
+        if 0 < bound < 1:
+            assert (bound - value) ** 2 == pytest.approx(Z**2 * bound * (1 - bound) / 30)
+
+
+def answers_of(random, problems, n):
+    """Right or wrong (P, n): problems differ in difficulty, so that the answers to one are alike."""
+    return random.random((problems, n)) < random.beta(0.6, 0.6, size=(problems, 1))
+
+
+def test_the_interval_is_a_bootstrap_over_problems():
+    random = np.random.default_rng(1)
+    right = answers_of(random, 60, 8)
+    draws = random.integers(0, 60, (8000, 60))  # whole problems, with all their answers
+    means = right[draws].mean(axis=(1, 2))
+    low, high = interval(right.mean(axis=1))
+    width = 2 * Z * means.std() * math.sqrt(60 / 59)
+    assert high - low == pytest.approx(width, rel=0.04)
+    assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.01)
+    independent = 2 * Z * math.sqrt(right.mean() * (1 - right.mean()) / right.size)
+    assert high - low > 1.5 * independent  # which answers counted one by one would claim
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_the_interval_of_pass_at_k_is_a_bootstrap_over_problems_too(k):
+    random = np.random.default_rng(4)
+    values = pass_at(answers_of(random, 80, 8).sum(1), 8, k)
+    means = values[random.integers(0, 80, (8000, 80))].mean(1)
+    low, high = interval(values)
+    assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.012)
+
+
+def test_the_interval_holds_the_truth_19_times_in_20():
+    random = np.random.default_rng(2)
+    held = 0
+    for _ in range(2000):
+        low, high = interval(answers_of(random, 60, 8).mean(axis=1))
+        held += low <= 0.5 <= high
+    assert abs(held / 2000 - 0.95) < 0.02  # 4 standard errors of 2,000 trials, and a little for the normal form
+
+
+def test_resampling_the_same_problems_has_the_spread_of_fresh_answers():
+    """The oracle: the same problems answered again 3,000 times, from their true chances."""
+    random = np.random.default_rng(3)
+    chances = random.beta(0.8, 0.8, size=(40, 1))
+    again = (random.random((3000, 40, 8)) < chances).mean(axis=(1, 2))
+    halves = []
+    for _ in range(30):
+        correct = random.random((40, 8)) < chances
+        votes, right = np.where(correct, 0, 1), np.tile([True, False], (40, 1))
+        half_pass, half_maj = resampled_half_width(correct, votes, right, [1])
+        halves.append(half_pass[0])
+        assert half_pass[0] == half_maj[0]  # one vote elects itself
+    assert np.mean(halves) == pytest.approx(Z * again.std(), rel=0.06)
+
+
+def test_responses_that_never_differ_are_not_certainty():
+    correct, votes = np.zeros((10, 8), dtype=bool), np.full((10, 8), -1)
+    half_pass, half_maj = resampled_half_width(correct, votes, np.zeros((10, 0), dtype=bool), [1, 4])
+    assert half_pass == pytest.approx([3 / 80, 12 / 80]) and half_maj == pytest.approx(half_pass)
+
+
+# ------------------------------------------------------------------------------------------------- pass@k, maj@k
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    random = np.random.default_rng(5)
+    for n in (1, 2, 5, 8):
+        right = random.random((6, n)) < 0.4
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations(range(n), k))
+            brute = [np.mean([row[list(subset)].any() for subset in subsets]) for row in right]
+            assert pass_at(right.sum(1), n, k) == pytest.approx(brute)
+
+
+def test_powers_of_two():
+    assert powers_of_two(1) == [1] and powers_of_two(8) == [1, 2, 4, 8] and powers_of_two(12) == [1, 2, 4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    "votes, k, earned, why",
+    [
+        ([0, 0, 1, 2], 4, 1.0, "two votes for the right answer beat one and one"),
+        ([1, 1, 0, 2], 4, 0.0, "a wrong majority earns nothing"),
+        ([0, 0, 1, 1], 4, 0.5, "a tie is worth the share of its answers that are right"),
+        ([0, 1, 2, -1], 4, 1 / 3, "three answers tie; no answer is no vote"),
+        ([-1, -1, -1, 0], 4, 1.0, "no answer never wins"),
+        ([-1, -1, -1, -1], 4, 0.0, "nobody votes"),
+        ([0, 0, 1, 1], 2, 0.5, "two blocks of two: one right, one wrong"),
+        ([0, 1, 1, 1], 2, 0.25, "the first block ties"),
+        ([0, 0, 1], 2, 1.0, "a last block that is not whole is left out"),
+        ([0, 1, 0, 1], 1, 0.5, "maj@1 is avg"),
+    ],
+)
+def test_majority_by_hand(votes, k, earned, why):
+    right = np.array([[True, False, False]])
+    assert majority(np.array([votes]), right, k)[0] == pytest.approx(earned), why
+
+
+def test_majority_equals_counting_one_by_one():
+    random = np.random.default_rng(6)
+    votes, right = random.integers(-1, 4, (50, 8)), random.random((50, 4)) < 0.5
+    for k in (1, 2, 4, 8):
+        slow = []
+        for row, is_right in zip(votes.tolist(), right, strict=True):
+            blocks = []
+            for start in range(0, 8 - k + 1, k):
+                cast = [vote for vote in row[start : start + k] if vote >= 0]
+                top = max((cast.count(vote) for vote in cast), default=0)
+                leaders = {vote for vote in cast if cast.count(vote) == top}
+                blocks.append(np.mean([is_right[vote] for vote in leaders]) if leaders else 0.0)
+            slow.append(np.mean(blocks))
+        assert majority(votes, right, k) == pytest.approx(slow)
+
+
+def test_votes_are_counted_on_the_normal_form():
+    group = [
+        response("p", 0, "right", "0.5"),
+        response("p", 1, "right", r"\frac{1}{2}"),
+        response("p", 2, "wrong", "7"),
+        response("p", 3, "no answer", None),
+        response("p", 4, "wrong", "7.0"),
+        response("p", 5, "right", r"\dfrac12"),
+    ]
+    votes, right = count_votes([group])
+    assert votes.tolist() == [[0, 0, 1, -1, 1, 0]] and right.tolist() == [[True, False]]
+    assert majority(votes, right, 6)[0] == 1.0  # as written, "7" and "7.0" would tie with each of the three halves
+
+
+# ----------------------------------------------------------------------------------------------------- groupings
+
+
+def test_difficulties_are_labels_or_quarters():
+    def problems(difficulties):
+        return [Problem(str(i), "?", ("1",), difficulty=d) for i, d in enumerate(difficulties)]
+
+    assert difficulty_groups(problems([5.0, 2.0, None, 2.5])) == ["5", "2", "", "2.5"]
+    labels = difficulty_groups(problems([i / 100 for i in range(101)]))
+    assert sorted(labels.count(label) for label in set(labels)) == [25, 25, 25, 26]
+    assert labels[0] == "0 to 0.25" and labels[100] == "0.75 to 1"
+    assert list(mean_by(["10", "9", "", "10"], [1, 0, 1, 0])) == ["9", "10"]
+    assert mean_by(["b", "a", "b"], [1.0, 0.5, 0.0]) == {"a": 0.5, "b": 0.5}
+
+
+def test_accuracy_by_length_by_hand():
+    groups = [
+        [response("a", 0, "right", "1", tokens=10), response("a", 1, "wrong", "2", tokens=30)],
+        [response("b", 0, "wrong", "1", tokens=25), response("b", 1, "right", "2", tokens=101)],
+        [response("c", 0, "right", "1", tokens=20), response("c", 1, "right", "1", tokens=100)],
+    ]
+    bands = length_bands(groups, trained_length=100)
+    assert [(b.above, b.up_to, b.responses, b.accuracy) for b in bands] == [
+        (0, 25, 3, pytest.approx(2 / 3)),
+        (25, 50, 1, 0.0),
+        (50, 100, 1, 1.0),
+        (100, None, 1, 1.0),
+    ]
+    # the first band: residuals 1 - 2/3, 0 - 2/3, 1 - 2/3 of the ratio over three problems
+    half = Z * math.sqrt(3 / 2 * (1 / 9 + 4 / 9 + 1 / 9)) / 3
+    assert bands[0].low == pytest.approx(max(0, 2 / 3 - half)) and bands[0].high == 1.0
+    assert (bands[3].low, bands[3].high) == (0.0, 1.0)  # one problem
+
+
+def test_the_interval_of_a_length_band_is_a_bootstrap_over_problems():
+    random = np.random.default_rng(7)
+    groups = []
+    for i in range(150):
+        chance, length = random.random(), random.integers(20, 180)
+        tokens = np.maximum(1, random.normal(length, 25, 8)).astype(int)
+        right = random.random(8) < chance
+        groups.append([response(str(i), j, "right" if r else "wrong", "1", tokens=int(t))
+                       for j, (r, t) in enumerate(zip(right, tokens, strict=True))])  # fmt: skip
+    inside = np.array([[50 < r.tokens <= 100 for r in group] for group in groups])
+    right = np.array([[r.correct for r in group] for group in groups]) & inside
+    draws = random.integers(0, 150, (4000, 150))
+    ratios = right.sum(1)[draws].sum(1) / inside.sum(1)[draws].sum(1)
+    band = length_bands(groups, 100)[2]
+    assert [band.low, band.high] == pytest.approx(np.quantile(ratios, [0.025, 0.975]).tolist(), abs=0.015)
+
+
+# ----------------------------------------------------------------------------------------------------- the whole
+
+
+def test_figures_by_hand():
+    problems = [Problem("p/a", "?", ("1",), "algebra", 1.0), Problem("p/b", "?", ("2",), "geometry", 2.0),
+                Problem("p/c", "?", ("3",), "algebra", 2.0), Problem("p/d", "?", ())]  # fmt: skip
+    groups = [
+        [response("p/a", 0, "right", "1", "a b c d", 4), response("p/a", 1, "right", "1", "a b c d", 6)],
+        [response("p/b", 0, "right", "2", "a b c d e", 10), response("p/b", 1, "wrong", "7", "short", 2)],
+        [response("p/c", 0, "no answer", None, "", 30, "length"), response("p/c", 1, "wrong", "4", "x", 8)],
+        [response("p/d", 0, "timed out", "5", "", 1), response("p/d", 1, "grader failed", "6", "", 3, "length")],
+    ]
+    found = summarise("four", problems, groups, 0.7, trained_length=40)
+    assert (found.name, found.problems, found.n, found.temperature) == ("four", 4, 2, 0.7)
+    assert found.avg == (1 + 0.5 + 0 + 0) / 4 and (found.low, found.high) == interval([1, 0.5, 0, 0])
+    assert found.pass_at["1"].value == found.avg and found.pass_at["2"].value == 0.5
+    assert found.maj_at["1"].value == found.avg and found.maj_at["2"].value == (1 + 0.5 + 0 + 0) / 4
+    assert (found.pass_at["2"].low, found.pass_at["2"].high) == interval([1, 1, 0, 0])
+    assert found.by_type == {"algebra": 0.5, "geometry": 0.5}  # the one without a type is in no group
+    assert found.by_difficulty == {"1": 1.0, "2": 0.25}
+    assert [band.responses for band in found.by_length] == [7, 0, 1, 0]
+    assert found.length_mean == 64 / 8 and found.tokens == 64 and found.truncated_share == 2 / 8
+    assert found.no_box_share == 1 / 8
+    assert found.distinct4 == (1 / 2 + 2 / 2) / 2  # the two problems that have a 4-gram
+    assert found.verdicts == {"right": 3, "wrong": 2, "no answer": 1, "timed out": 1, "grader failed": 1}
+    assert found.unanswerable == 1 and found.tokens_per_s is None
+    assert found.pass_at["2"].resampled_low < found.pass_at["2"].value < found.pass_at["2"].resampled_high
+
+
+def test_one_response_each_has_no_resampling_interval_and_no_diversity():
+    found = summarise("short", [Problem("p", "?", ("1",))], [[response("p", 0, "wrong", "2", "one two three")]], 1.0, 9)
+    assert found.distinct4 is None and (found.low, found.high) == (0.0, 1.0)
+    assert found.pass_at["1"].resampled_low is None and found.maj_at["1"].resampled_high is None
+
+
+def test_a_missing_response_is_an_error():
+    groups = [[response("a", 0, "right", "1")], []]
+    with pytest.raises(ValueError, match="2 problems do not all have 1 responses"):
+        summarise("gap", [Problem("a", "?", ("1",)), Problem("b", "?", ("1",))], groups, 1.0, 9)
+
+
+# --------------------------------------------------------------------------------------------------- comparison
+
+
+def test_a_comparison_by_hand():
+    a = {"p": 0.0, "q": 0.5, "r": 1.0, "s": 0.5, "only a": 1.0}
+    b = {"p": 0.5, "q": 1.0, "r": 1.0, "s": 0.25, "only b": 0.0, "more": 0.0}
+    found = compare("set", a, b)
+    moved = np.array([0.5, 0.5, 0.0, -0.25])
+    half = Z * moved.std(ddof=1) / 2
+    assert (found.problems, found.up, found.down, found.same, found.only_a, found.only_b) == (4, 2, 1, 1, 1, 2)
+    assert (found.avg_a, found.avg_b, found.difference) == (0.5, 0.6875, 0.1875)
+    assert (found.low, found.high) == (pytest.approx(0.1875 - half), pytest.approx(0.1875 + half))
+
+
+def test_a_paired_difference_is_a_bootstrap_over_problems_and_narrower_than_two_intervals():
+    random = np.random.default_rng(8)
+    chances = random.beta(0.6, 0.6, 100)
+    a, b = (
+        {str(i): float(x) for i, x in enumerate(random.binomial(8, np.clip(chances + d, 0, 1)) / 8)} for d in (0, 0.1)
+    )
+    moved = np.array([b[key] - a[key] for key in a])
+    means = moved[random.integers(0, 100, (8000, 100))].mean(1)
+    found = compare("set", a, b)
+    assert [found.low, found.high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.006)
+    apart = sum(high - low for low, high in (interval(list(m.values())) for m in (a, b)))
+    assert found.high - found.low < apart / 2
+
+
+def test_no_problem_moved_is_not_certainty_and_none_in_common_is_an_error():
+    same = {str(i): 0.5 for i in range(30)}
+    found = compare("set", same, same)
+    assert (found.difference, found.low, found.high, found.same) == (0.0, -0.1, 0.1, 30)
+    with pytest.raises(ValueError, match="no problem in common"):
+        compare("set", {"a": 1.0}, {"b": 1.0})

@@ -1,0 +1,171 @@
+"""temperature.py: the search on the diversity curve, the three zones, and no more samples than the margin needs."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from scores import Response
+from temperature import TemperaturePoint, find_zones, match_diversity, measure_temperature, never_rising
+
+PROBLEMS = [str(i) for i in range(400)]
+
+
+class Model:
+    """Answers with a made-up accuracy and diversity at each temperature, and remembers what it was asked."""
+
+    def __init__(self, accuracy=lambda t: 0.5, diversity=lambda t: 0.5, spread=0.0):
+        self.accuracy, self.diversity, self.spread = accuracy, diversity, spread
+        self.asked = []
+
+    def __call__(self, problems, temperature):
+        self.asked.append((temperature, len(problems)))
+        return [self.group(problem, temperature) for problem in problems]
+
+    def group(self, problem, temperature):
+        random = np.random.default_rng(int(problem))
+        share = self.diversity(temperature)
+        words = "a b c"
+        if share is not None:  # 100 four-grams, of which so many are distinct
+            distinct = int(np.clip(round(100 * (share + self.spread * random.normal())), 1, 100))
+            words = " ".join(["x"] * (104 - distinct) + [f"y{i}" for i in range(distinct - 1)])
+        right = random.random(8) < self.accuracy(temperature)
+        verdicts = ["right" if r else "wrong" for r in right]
+        texts = [words] + [""] * 7
+        return [
+            Response("s", problem, i, 1, "stop", v, "1", t)
+            for i, (v, t) in enumerate(zip(verdicts, texts, strict=True))
+        ]
+
+
+# ------------------------------------------------------------------------------------------------- one temperature
+
+
+def test_without_a_margin_every_problem_is_asked_once():
+    model = Model(diversity=lambda t: 0.25)
+    point = measure_temperature(model, PROBLEMS[:50], 1.2)
+    assert model.asked == [(1.2, 50)] and point.problems == 50
+    assert point.distinct4 == pytest.approx(0.25) and 0.4 < point.accuracy < 0.6
+
+
+def test_with_a_margin_it_asks_until_both_intervals_are_within_it():
+    model = Model(spread=0.2)
+    point = measure_temperature(model, PROBLEMS, 1.0, margin=0.05)
+    assert 0 < point.problems < 400 and max(point.accuracy_half, point.distinct4_half) <= 0.05
+    taken = list(itertools.accumulate(count for _, count in model.asked))
+    assert taken == [32 * 2**i for i in range(len(taken))]
+    before = measure_temperature(Model(spread=0.2), PROBLEMS[: taken[-2]], 1.0)
+    assert max(before.accuracy_half, before.distinct4_half) > 0.05  # one round fewer was not enough
+    assert point.distinct4_half == pytest.approx(1.959964 * 0.2 / point.problems**0.5, rel=0.25)
+    wide = measure_temperature(Model(spread=0.2), PROBLEMS, 1.0, margin=0.2)
+    assert wide.problems == 32
+    assert measure_temperature(Model(spread=0.2), PROBLEMS, 1.0, margin=0.001).problems == 400
+
+
+def test_a_target_outside_the_interval_is_decided_early():
+    model = Model(diversity=lambda t: 0.3, spread=0.1)
+    assert measure_temperature(model, PROBLEMS, 1.0, margin=0.001, target=0.8).problems == 32
+    assert measure_temperature(model, PROBLEMS, 1.0, margin=0.001, target=0.3).problems == 400
+
+
+# -------------------------------------------------------------------------------------------------------- the search
+
+
+def search(diversity, start, target, **settings):
+    said, model = [], Model(diversity=diversity)
+    chosen, curve = match_diversity(model, PROBLEMS[:4], target, start, say=said.append, **settings)
+    measured = [temperature for temperature, _ in model.asked]
+    assert [point.temperature for point in curve] == measured
+    return chosen, measured, said
+
+
+def test_the_first_temperature_that_restores_the_diversity():
+    chosen, measured, said = search(lambda t: t / 2, 1.0, 0.62)
+    assert (chosen, measured, said) == (1.25, [1.0, 1.05, 1.1, 1.15, 1.2, 1.25], [])
+
+
+def test_reaching_the_target_exactly_is_enough():
+    assert search(lambda t: {1.4: 0.5, 1.45: 0.6, 1.5: 0.7}[t], 1.4, 0.6)[:2] == (1.45, [1.4, 1.45])
+
+
+def test_the_search_never_goes_below_its_start():
+    assert search(lambda t: 0.9, 1.4, 0.1)[:2] == (1.4, [1.4])
+
+
+def test_the_step_and_the_end_are_parameters():
+    chosen, measured, _ = search(lambda t: t / 2, 0.7, 5.0, step=0.1, most=1.0)
+    assert (chosen, measured) == (1.0, [0.7, 0.8, 0.9, 1.0])
+    assert search(lambda t: t / 2, 0.7, 5.0, step=0.2, most=1.0)[1] == [0.7, 0.9]  # never beyond the end
+
+
+def test_the_most_diverse_is_taken_when_none_restores_it():
+    curve = {1.0: 0.3, 1.05: 0.5, 1.1: None, 1.15: 0.4}
+    chosen, measured, said = search(curve.get, 1.0, 0.8, most=1.15)
+    assert (chosen, measured) == (1.05, [1.0, 1.05, 1.1, 1.15])
+    assert said == ["warning: no temperature up to 1.15 restores distinct-4 = 0.800; going on with 1.05 (0.500)"]
+
+
+def test_a_start_beyond_the_end_is_measured_all_the_same():
+    """Guards: a stage that stood above search.most measured nothing, and the search failed with it."""
+    chosen, measured, said = search(lambda t: 0.4, 1.6, 0.5, most=1.5)
+    assert (chosen, measured, len(said)) == (1.6, [1.6], 1)
+
+
+def test_nothing_to_measure_keeps_the_start():
+    assert search(lambda t: None, 1.0, 0.5, most=1.1)[0] == 1.0
+
+
+def test_the_search_finds_the_temperature_of_noisy_problems_with_fewer_samples():
+    exact = Model(diversity=lambda t: 0.3 * t, spread=0.05)
+    careful = match_diversity(exact, PROBLEMS, 0.443, 1.0, say=print)[0]
+    quick = Model(diversity=lambda t: 0.3 * t, spread=0.05)
+    assert match_diversity(quick, PROBLEMS, 0.443, 1.0, margin=0.01, say=print)[0] == careful == 1.5
+    assert sum(count for _, count in quick.asked) < 0.4 * sum(count for _, count in exact.asked)
+
+
+# --------------------------------------------------------------------------------------------------------- the zones
+
+
+def curve(accuracies, start=0.6, step=0.1):
+    return [TemperaturePoint(round(start + i * step, 6), a, 0.5) for i, a in enumerate(accuracies)]
+
+
+def test_never_rising_is_the_nearest_such_sequence():
+    random = np.random.default_rng(0)
+    assert never_rising([3, 1, 2, 0]) == [3, 1.5, 1.5, 0]
+    grid = np.linspace(0, 1, 11)
+    for _ in range(20):
+        values = random.choice(grid, 4)
+        candidates = [
+            c
+            for c in itertools.product(np.linspace(0, 1, 11), repeat=4)
+            if all(a >= b for a, b in itertools.pairwise(c))
+        ]
+        best = min(((np.array(c) - values) ** 2).sum() for c in candidates)
+        fitted = np.array(never_rising(values))
+        assert (np.diff(fitted) <= 1e-12).all() and ((fitted - values) ** 2).sum() <= best + 1e-9
+
+
+def test_the_three_zones_of_the_recipes_model():
+    """Qwen3-4B on AIME24 in words: flat from 0.6 to 1.4, a sag until 1.55, then the collapse."""
+    points = curve([0.74, 0.73, 0.74, 0.745, 0.735, 0.74, 0.74, 0.74, 0.73, 0.66, 0.30, 0.02])
+    zones = find_zones(points)
+    assert zones.plateau == pytest.approx(0.74, abs=0.005)
+    assert zones.robust_end == pytest.approx(1.44, abs=0.02) and zones.start == 1.45
+    assert 1.5 < zones.exploration_end < 1.6
+
+
+def test_zone_borders_lie_between_the_measured_temperatures():
+    zones = find_zones(curve([0.8, 0.8, 0.4], start=1.0), sag=0.1, collapse=0.5)
+    assert zones.robust_end == pytest.approx(1.1 + 0.1 * 0.08 / 0.4) and zones.exploration_end is None
+    assert find_zones(list(reversed(curve([0.8, 0.8, 0.4], start=1.0))), sag=0.1, collapse=0.5) == zones
+
+
+def test_a_curve_that_never_falls_starts_at_its_end():
+    zones = find_zones(curve([0.5, 0.52, 0.49, 0.51]))
+    assert (zones.robust_end, zones.exploration_end, zones.start) == (None, None, 0.9)
+
+
+def test_a_curve_of_zeros_has_no_zones():
+    with pytest.raises(ValueError, match="accuracy is 0 at every temperature"):
+        find_zones(curve([0.0, 0.0]))
