@@ -33,6 +33,7 @@ The worker is this file: `python reward.py --worker BYTES SECONDS`, a JSON line 
 
 import atexit
 import cmath
+import gc
 import itertools
 import json
 import logging
@@ -697,7 +698,7 @@ def _sample(value, seed: int) -> complex | None:
     unknowns = value.atoms(AppliedUndef, sympy.Derivative) | value.free_symbols
     point = {u: sympy.Rational(zlib.crc32(f"{seed} {u}".encode()) % 9973 + 5000, 7919) for u in unknowns}
     try:
-        sampled = complex(value.xreplace(point).evalf(25))
+        sampled = complex(value.replace(sympy.UnevaluatedExpr, lambda inner: inner).xreplace(point).evalf(25))
     except (TypeError, ValueError, OverflowError, ZeroDivisionError):
         return None
     return sampled if cmath.isfinite(sampled) else None
@@ -717,7 +718,7 @@ def _is_value(gold: str, answer: str) -> bool:
         return False
     if isinstance(gold_value, sympy.Expr) and isinstance(value, sympy.Expr):
         # math-verify rounds to six decimals, where all small numbers are 0. A percent sign has two readings.
-        decimal = bool(re.search(r"\.\d", gold + answer)) and not gold_value.free_symbols | value.free_symbols
+        decimal = bool(re.search(r"\.\d|%", gold + answer)) and not gold_value.free_symbols | value.free_symbols
         scales = (1, 100, 0.01) if "%" in gold + answer else (1,)
         a, b = _sample(gold_value, 0), _sample(value, 0)
         if a is not None and b is not None:
@@ -781,6 +782,8 @@ def _work(memory_limit_bytes: int, time_limit_s: float) -> None:
     os.dup2(2, 1)  # the parser prints its complaints on stdout
     logging.disable()
     _read(r"\frac{1}{2}x")  # compiles the grammar, so that the first answer does not pay for it
+    gc.freeze()  # sympy's objects are many and stay
+    gc.set_threshold(100_000, 50, 50)
     print(json.dumps({"ready": True}), file=replies)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on an error is a verdict
 

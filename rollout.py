@@ -44,6 +44,7 @@ class Prompt:
     tokens: Sequence[int]
     n: int
     first: int = 0
+    limits: Sequence[int] | None = None  # most new tokens of each of the n, where they differ; Sampling's is the highest
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,7 @@ class _Row:
     index: int
     key: int
     prefix: _Prefix
+    limit: int  # most new tokens
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -370,7 +372,8 @@ class _Sampler:
             prefix = _Prefix(np.asarray(prompt.tokens[:-1], dtype=np.int64), prompt.n)
             for index in range(prompt.first, prompt.first + prompt.n):
                 key = sequence_key(sampling.seed, sampling.step, prompt.problem_id, index)
-                self.waiting.append(_Row(prompt, index, key, prefix))
+                limit = prompt.limits[index - prompt.first] if prompt.limits else sampling.max_new_tokens
+                self.waiting.append(_Row(prompt, index, key, prefix, limit))
         longest = max(len(prompt.tokens) for prompt in prompts) + sampling.max_new_tokens
         self.page_size = _page_size(model, limits, longest)
         self.pages_per_row = math.ceil(longest / self.page_size)
@@ -382,7 +385,7 @@ class _Sampler:
 
     def run(self) -> Iterator[Rollout]:
         """Decode until nothing runs and nothing waits."""
-        stop, limit = set(self.sampling.stop_tokens), self.sampling.max_new_tokens
+        stop = set(self.sampling.stop_tokens)
         changed = True
         while (self.rows or self.waiting) and not self.abandon():
             changed |= self._admit()
@@ -401,7 +404,7 @@ class _Sampler:
             for i, (row, token, logprob) in enumerate(zip(self.rows, inputs.tolist(), logprobs.tolist(), strict=True)):
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
-                if token in stop or len(row.tokens) == limit:
+                if token in stop or len(row.tokens) == row.limit:
                     finished.append(i)
             for i in finished:
                 yield self._rollout(self.rows[i], "stop" if self.rows[i].tokens[-1] in stop else "length")

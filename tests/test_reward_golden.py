@@ -88,7 +88,9 @@ GOLDEN = {
         (r"50\%", r"50\text{ percent}", R, "in words in \\text"),
         (r"50\%", r"51\%", W, "another percentage"),
         ("12.5", r"12.5 \%", R, "a space before the sign"),
-        (r"\frac{\sqrt{2}}{100}", r"\sqrt{2}\%", R, "of a root"),
+        ("2^{-1}", r"50\%", R, "the value of a power"),
+        (r"\sqrt{2500}", r"50\%", R, "the figure of a root"),
+        (r"\sqrt{2500}", r"5\%", W, "but of no other"),
         (r"33\frac{1}{3}\%", r"\frac{1}{3}", R, "a mixed percentage"),
     ],
     "scientific notation": [

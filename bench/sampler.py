@@ -1,0 +1,203 @@
+"""Tokens per second of rollout.py beside transformers' `generate`, and beside what the machine allows.
+
+    python bench/sampler.py --model SMOLLM2           # three cases; SMOLLM2 is what bench/smollm2.py wrote
+    python bench/sampler.py --case wide128            # needs no download: the 128-wide model with random weights
+
+Cases: `equal` (64 prompts of 64 tokens, 64 new tokens each), `ragged` (16 prompts of 64 to 256 tokens, 8 responses to
+each, lengths spread geometrically up to 4 times their mean, through 64 slots), `wide128` (256 rows of a 4-layer, 128-wide
+Qwen3). Both samplers are forced to the same lengths, and ours returns log-probs. They run in turn, in the same process,
+and the best of the rounds counts: absolute times mean nothing on a shared machine, ratios do.
+
+The roofline of a step is the larger of two times: its bytes (weights once, keys and values of every row) over the
+bandwidth, and its FLOPs (2 per weight and row, plus attention) over the matrix rate, both measured here.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import text_table  # noqa: E402
+from model import Transformer, gathered, load, save  # noqa: E402
+from rollout import CacheLimits, Prompt, SamplerStats, Sampling, cache_bytes_per_token, generate  # noqa: E402
+
+WIDE128 = {
+    "vocab_size": 64, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@dataclass
+class Case:
+    """Prompts with the forced length of each of their responses, and how many rows decode at once."""
+
+    name: str
+    prompts: list[list[int]]
+    lengths: list[list[int]]  # of each prompt's responses
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """Useful tokens, all responses together."""
+        return sum(map(sum, self.lengths))
+
+
+def make_case(name: str, vocabulary: int) -> Case:
+    """The prompts and lengths of a case, always the same."""
+    random = np.random.default_rng(0)
+
+    def prompt(length: int) -> list[int]:
+        return random.integers(5, vocabulary, length).tolist()
+
+    if name == "ragged":
+        # mean 24 and, clipped there, at most 4 times the mean
+        lengths = np.minimum(96, random.geometric(1 / 25, (16, 8)))
+        return Case(name, [prompt(n) for n in random.integers(64, 257, 16)], lengths.tolist(), 64)
+    rows = 256 if name == "wide128" else 64
+    return Case(name, [prompt(64) for _ in range(rows)], [[64]] * rows, rows)
+
+
+def run_ours(model: Transformer, case: Case) -> tuple[float, SamplerStats]:
+    """Seconds for all responses, as train.py samples them."""
+    longest = max(len(p) + max(n) for p, n in zip(case.prompts, case.lengths, strict=True))
+    prompts = [
+        Prompt(str(i), p, len(n), limits=n) for i, (p, n) in enumerate(zip(case.prompts, case.lengths, strict=True))
+    ]
+    limits = CacheLimits((case.rows + 2) * longest, longest, case.rows)
+    stats, begun = SamplerStats(), time.perf_counter()
+    with gathered(model):
+        most = max(map(max, case.lengths))
+        found = list(generate(model, prompts, Sampling(1.0, most, (), seed=0), limits, stats))
+    seconds = time.perf_counter() - begun
+    assert sum(len(rollout.tokens) for rollout in found) == case.tokens
+    return seconds, stats
+
+
+def run_generate(reference: torch.nn.Module, case: Case) -> float:
+    """Seconds for the same responses: batches of as many rows, each until its longest response is done."""
+    requests = [
+        (prompt, length) for prompt, own in zip(case.prompts, case.lengths, strict=True) for length in own
+    ]
+    begun = time.perf_counter()
+    for start in range(0, len(requests), case.rows):
+        batch = requests[start : start + case.rows]
+        longest = max(len(prompt) for prompt, _ in batch)
+        tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in batch])  # padded on the left
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in batch])
+        most = max(length for _, length in batch)
+        with torch.no_grad():
+            out = reference.generate(
+                tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=most, min_new_tokens=most, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        assert out.shape[1] == longest + most
+    return time.perf_counter() - begun
+
+
+def measure_machine() -> tuple[float, float]:
+    """Bandwidth in bytes per second (reading a large array) and matrix rate in FLOP per second (float32)."""
+    array, matrix = torch.ones(1 << 27), torch.randn(2048, 2048)
+    reads, products = [], []
+    for _ in range(5):
+        begun = time.perf_counter()
+        array.sum()
+        reads.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        matrix @ matrix
+        products.append(time.perf_counter() - begun)
+    return array.nbytes / min(reads), 2 * 2048**3 / min(products)
+
+
+def roofline_seconds(model: Transformer, case: Case, bandwidth: float, matrix_rate: float) -> float:
+    """The least time in which the machine could decode the case (prefill of each prompt once included)."""
+    config = model.config
+    weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
+    weights += model.lm_head.weight.numel() if config.tie_word_embeddings else 0
+    kv_bytes = cache_bytes_per_token(config, torch.float32)
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim  # FLOPs per key and row
+    requests = sorted(
+        ((len(p), n) for p, own in zip(case.prompts, case.lengths, strict=True) for n in own), key=lambda r: -r[1]
+    )
+    seconds = 2 * (weights - model.lm_head.weight.numel()) * sum(map(len, case.prompts)) / matrix_rate
+    # rows that are never idle: so many steps, each with the mean context
+    contexts = sum(length * (prompt + length / 2) for prompt, length in requests)
+    steps = max(case.tokens / case.rows, max(length for _, length in requests))
+    bytes_all = steps * 4 * weights + contexts * kv_bytes
+    flops_all = 2 * weights * case.tokens + contexts * attention
+    return seconds + max(bytes_all / bandwidth, flops_all / matrix_rate)
+
+
+def main() -> None:
+    """Run the cases and print the table, then one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model folder, for the cases equal and ragged")
+    parser.add_argument("--case", action="append", choices=["equal", "ragged", "wide128"], help="default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="of each sampler, in turn")
+    parser.add_argument("--ours-only", action="store_true", help="no generate beside it")
+    arguments = parser.parse_args()
+    names = arguments.case or (["equal", "ragged", "wide128"] if arguments.model else ["wide128"])
+    if arguments.model is None and set(names) != {"wide128"}:
+        parser.error("the cases equal and ragged need --model")
+    bandwidth, matrix_rate = measure_machine()
+    print(f"bandwidth {bandwidth / 1e9:.1f} GB/s, matrix rate {matrix_rate / 1e9:.0f} GFLOP/s")
+    rows, results = [["case", "ours tok/s", "generate tok/s", "ratio", "roofline tok/s", "of roofline", "prefilled"]], {}
+    for name in names:
+        folder = arguments.model
+        if name == "wide128":
+            folder = Path(arguments.model or "/tmp").parent / "wide128"
+            folder = write_wide128()
+        model = load(folder)
+        case = make_case(name, min(model.config.vocab_size, 40_000))
+        reference = None
+        if not arguments.ours_only:
+            from transformers import AutoModelForCausalLM
+
+            reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        ours, theirs, stats = [], [], None
+        for turn in range(arguments.rounds):
+            seconds, stats = run_ours(model, case)
+            ours.append(seconds)
+            print(f"{name}, round {turn + 1}: ours {case.tokens / seconds:,.0f} tok/s", flush=True)
+            if reference is not None:
+                theirs.append(run_generate(reference, case))
+                print(f"{name}, round {turn + 1}: generate {case.tokens / theirs[-1]:,.0f} tok/s", flush=True)
+        best, limit = min(ours), roofline_seconds(model, case, bandwidth, matrix_rate)
+        other = min(theirs) if theirs else None
+        results[name] = {
+            "ours_tokens_per_s": case.tokens / best,
+            "generate_tokens_per_s": case.tokens / other if other else None,
+            "roofline_tokens_per_s": case.tokens / limit,
+            "prefilled_tokens": stats.prefilled_tokens,
+        }
+        rows.append([
+            name, f"{case.tokens / best:,.0f}", f"{case.tokens / other:,.0f}" if other else "-",
+            f"{other / best:.2f}" if other else "-", f"{case.tokens / limit:,.0f}", f"{limit / best:.0%}",
+            f"{stats.prefilled_tokens:,}",
+        ])  # fmt: skip
+    print(text_table(rows))
+    print(json.dumps({"bandwidth": bandwidth, "matrix_rate": matrix_rate, "cases": results}))
+
+
+def write_wide128() -> Path:
+    """The 128-wide Qwen3 with random weights, as a folder that both read."""
+    import tempfile
+
+    from model import initialise, parse_config
+
+    folder = Path(tempfile.mkdtemp()) / "wide128"
+    config = WIDE128 | {"model_type": "qwen3", "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
+    model = Transformer(parse_config(config, "wide128"))
+    initialise(model, seed=0)
+    save(model, folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
