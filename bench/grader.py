@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import answers  # noqa: E402
 import reward  # noqa: E402
 from data_filter import read_problems  # noqa: E402
 
@@ -70,7 +71,7 @@ def reformatted_number(value: Fraction, rng: random.Random) -> str:
 
 def reformatted(gold: str, rng: random.Random) -> str | None:
     """The gold written in another way that has to be right, None where no other is known."""
-    value = reward.number(gold)
+    value = answers.number(gold)
     if value is not None:
         return reformatted_number(value, rng)
     if "where" in gold or gold.count("$") % 2:
@@ -104,7 +105,7 @@ def perturbed(gold: str, rng: random.Random) -> str | None:
         place = rng.randrange(digit.start(), digit.end())
         other = rng.choice([d for d in "123456789" if d != text[place]])
         ways += [text[:place] + other + text[place + 1 :]] * 3
-    value = reward.number(gold)
+    value = answers.number(gold)
     if value is not None:
         ways += [str(value + 1), str(10 * value + 1), f"{text},{text}", rf"{text} \text{{ or }} {value + 1}"]
         ways += [f"-{text}"] if value > 0 else []
@@ -224,11 +225,11 @@ def hostile_and_wrong(golds: list[str], count: int, seed: int, kinds: dict = KIN
 
 def by_engine(gold: str, answer: str) -> bool:
     """The comparison with string equality switched off, in this process: for golds and what is made of them alone."""
-    real, reward._same_text = reward._same_text, lambda gold, answer: False
+    real, answers.same_text = answers.same_text, lambda gold, answer: False
     try:
-        return reward._compare(reward._tidy(gold), reward._tidy(answer), reward._ask_math_verify)
+        return answers.compare(answers.tidy(gold), answers.tidy(answer), answers.ask_math_verify)
     finally:
-        reward._same_text = real
+        answers.same_text = real
 
 
 def reformatted_and_perturbed(golds: list[str], seed: int = 0) -> tuple[Counter, list[tuple]]:
@@ -287,7 +288,7 @@ def main() -> None:
         table.append(("plain numeric answers a second", round(len(numbers) / seconds_for(grader, numbers))))
 
         symbolic = [
-            g for name, g in problems if name in ("minerva", "olympiad") and all(reward.number(a) is None for a in g)
+            g for name, g in problems if name in ("minerva", "olympiad") and all(answers.number(a) is None for a in g)
         ]
         rng.shuffle(symbolic)
         half = len(symbolic) // 2

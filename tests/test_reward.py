@@ -15,8 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import answers  # noqa: E402
 import reward  # noqa: E402
-from reward import Grader, format_reward, last_boxed, number, step_reward  # noqa: E402
+from answers import number  # noqa: E402
+from reward import Grader, format_reward, last_boxed, step_reward  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data" / "math"
 
@@ -304,6 +306,6 @@ def test_real_golds_match_themselves(grader, monkeypatch):
     golds = [gold for gold in golds if gold]  # two of them are empty
     assert len(golds) > 8000
     assert all(grade.verdict == "right" for grade in grader.grade([(boxed(gold), [gold]) for gold in golds]))
-    monkeypatch.setattr(reward, "_same_text", lambda gold, answer: False)
-    symbolic = [reward._tidy(gold) for gold in sorted(set(golds)) if number(gold) is None][::100]
-    assert [gold for gold in symbolic if not reward._compare(gold, gold, reward._ask_math_verify)] == []
+    monkeypatch.setattr(answers, "same_text", lambda gold, answer: False)
+    symbolic = [answers.tidy(gold) for gold in sorted(set(golds)) if number(gold) is None][::100]
+    assert [gold for gold in symbolic if not answers.compare(gold, gold, answers.ask_math_verify)] == []

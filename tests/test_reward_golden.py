@@ -15,8 +15,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import grader as bench  # noqa: E402
 
+import answers  # noqa: E402
 import reward  # noqa: E402
-from reward import Grader, normal_form  # noqa: E402
+from answers import normal_form  # noqa: E402
+from reward import Grader  # noqa: E402
 
 R, W = True, False
 
@@ -526,9 +528,9 @@ def _random_numbers(count: int) -> list[Fraction]:
 
 
 def test_an_answer_matches_itself():
-    answers = {gold for _, golds, *_ in CASES for gold in ([golds] if isinstance(golds, str) else golds)}
-    assert len(answers) > 150
-    assert [a for a in answers if reward._text_verdict(a, [a])[0] != "right"] == []
+    written = {gold for _, golds, *_ in CASES for gold in ([golds] if isinstance(golds, str) else golds)}
+    assert len(written) > 150
+    assert [a for a in written if answers.text_verdict(a, [a])[0] != "right"] == []
 
 
 def test_a_reformatted_number_matches_and_a_changed_digit_does_not():
@@ -598,9 +600,9 @@ def test_hostile_text_takes_the_caller_no_time():
             "y=2x+1",
             r"\begin{pmatrix}1\\2\end{pmatrix}",
         ):
-            reward._text_verdict(answer, [gold])
+            answers.text_verdict(answer, [gold])
     assert time.monotonic() - started < 10
-    assert all(len(normal_form(answer)) <= 2 * reward.MAX_ANSWER_LENGTH for answer in bench.HOSTILE)
+    assert all(len(normal_form(answer)) <= 2 * answers.MAX_ANSWER_LENGTH for answer in bench.HOSTILE)
 
 
 # ---- the verdicts that are kept ----------------------------------------------------------------------
@@ -652,5 +654,5 @@ def test_ready_says_whether_collect_would_wait(monkeypatch):
 def test_what_text_settles_needs_no_worker():
     settled = [("5", "x>5"), ("5", "1,2"), (r"12 \text{ cm}", "12 m"), ("(1,2)", "(1,3)"), ("A", "B"), ("5:00", "6:00")]
     settled += [("5", r"\text{five}"), ("5", r"\{5\}")]
-    assert [reward._text_verdict(answer, [gold]) for gold, answer in settled] == [("wrong", [])] * len(settled)
-    assert reward._text_verdict("x+1", ["1+x", "5 + x"]) == (None, ["1+x", "5+x"])
+    assert [answers.text_verdict(answer, [gold]) for gold, answer in settled] == [("wrong", [])] * len(settled)
+    assert answers.text_verdict("x+1", ["1+x", "5 + x"]) == (None, ["1+x", "5+x"])
