@@ -56,7 +56,7 @@ def check_grader(verdicts: Mapping[str, int], most_failed_share: float) -> None:
         raise GraderError(
             f"the grader failed on {failed} of {graded} answers ({failed / graded:.1%}, more than the "
             f"{most_failed_share:.1%} allowed): see that math-verify imports and that its workers have the memory they "
-            f"need (python bench/grader.py), or raise reward.most_failed_share"
+            f"need, or allow a larger share (reward.most_failed_share in a recipe, --most-failed-share of eval.py)"
         )
 
 

@@ -1,6 +1,7 @@
 """The known benchmarks by name, and the published results that a measurement stands beside (RECIPE.md section 6)."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +42,10 @@ PUBLISHED = {  # avg@k, in the order of the first five benchmarks
 def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, str]:
     """Data sets to read, as {name: file or hub id}. A source is a file, a folder of files, a hub id or a known name.
 
-    A known name is looked for in `folder` (also one level down) before the hub is asked. Raises DataError.
+    A known name is looked for in `folder` and below before the hub is asked. Raises DataError.
     """
     found: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for source in sources:
         path = Path(source)
         if source in BENCHMARKS:
@@ -64,14 +66,17 @@ def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, s
         for place in map(str, paths):
             name = source if source in BENCHMARKS else Path(place.partition(":")[0]).stem
             name = place if name in found else name
-            if name in found:
+            resolved = str(Path(place).resolve()) if Path(place).exists() else place
+            if resolved in seen.values():
                 raise DataError(f"{source} is given twice; give each data set once")
-            found[name] = place
+            if file_name(name) in seen:
+                raise DataError(f"{source}: another set is called {file_name(name)} too; rename one of the files")
+            found[name], seen[file_name(name)] = place, resolved
     return found
 
 
 def _local_file(name: str, folder: Path | None) -> Path | None:
-    """A benchmark's file in a folder: NAME.parquet (or .json, .jsonl), there or one level down."""
+    """A benchmark's file in a folder or below it: NAME.parquet (or .json, .jsonl)."""
     if folder is None:
         return None
     if not folder.is_dir():
@@ -81,20 +86,26 @@ def _local_file(name: str, folder: Path | None) -> Path | None:
     return candidates[0] if candidates else None
 
 
-def published_table(model: str, evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """RECIPE.md section 6 with a row for this model: a head, then rows. "-" is what was not measured."""
-    measured = {evaluation.name: evaluation for evaluation in evaluations}
+def published_table(measured: dict[str, Sequence[Evaluation]]) -> list[list[str]]:
+    """RECIPE.md section 6 with a row for each measured model: a head, then rows. "-" is what was not measured."""
     published = [name for name, benchmark in BENCHMARKS.items() if benchmark.published_k]
-    columns = published + [name for name in measured if name not in published]
-    head = ["model"]
+    others = dict.fromkeys(found.name for own in measured.values() for found in own if found.name not in published)
+    columns, head = [*published, *others], ["model"]
     for name in columns:
         benchmark = BENCHMARKS.get(name)
         k = f" avg@{benchmark.published_k}" if benchmark and benchmark.published_k else ""
         head.append((benchmark.title if benchmark else name) + k)
     rows = [[who, *(f"{score:.1f}" for score in scores)] for who, scores in PUBLISHED.items()]
     rows = [row + ["-"] * (len(head) - len(row)) for row in rows]
-    own = [measured_cell(measured[name]) if name in measured else "-" for name in columns]
-    return [head, *rows, [f"{model} (measured here)", *own]]
+    for who, own in measured.items():
+        by_name = {found.name: measured_cell(found) for found in own}
+        rows.append([f"{who} (measured here)", *(by_name.get(name, "-") for name in columns)])
+    return [head, *rows]
+
+
+def file_name(name: str) -> str:
+    """The name of a set as a file may bear it."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
 def measured_cell(found: Evaluation) -> str:

@@ -65,6 +65,11 @@ class Device:
         return kilobytes / 2**20
 
 
+def speaks() -> bool:
+    """Whether this is the process that speaks, also before `start` and after `stop`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def start() -> Device:
     """Join the process group that torchrun described, or make one of a single process."""
     cuda = torch.cuda.is_available()

@@ -16,11 +16,11 @@ goes on where it stopped, with the result that it would have had. OUT also gets 
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +31,42 @@ from attempts import AttemptStats, GraderError, Respondent, check_grader, load_t
 from benchmarks import find_data, published_table, text_table
 from data_filter import INSTRUCTION, DataError, Problem, read_problems, write_problems
 from device import Interrupted, StopRequest
-from eval_page import write_evaluation_page
+from eval_page import (
+    budget_table,
+    describe_zones,
+    k_table,
+    length_table,
+    temperature_table,
+    write_evaluation_page,
+)
 from model import ModelConfig, ModelError, extend_window, load, resolve_folder
-from report import write_atomically
-from responses import Recorder, file_name, read_responses, respond, write_responses
+from report import read_metrics, write_atomically
+from responses import (
+    Recorder,
+    file_name,
+    read_groups,
+    read_settings,
+    respond,
+    response_file,
+    write_responses,
+    write_settings,
+)
 from reward import Grader, last_boxed
-from rollout import KERNEL_PAGE_TOKENS, CacheLimits, RolloutError, Sampling, cache_bytes_per_token, check_requests
+from rollout import (
+    KERNEL_PAGE_TOKENS,
+    CacheLimits,
+    RolloutError,
+    Sampling,
+    cache_bytes_per_token,
+    check_requests,
+    distinct_share,
+)
 from scores import Evaluation, Response, compare, interval, summarise
-from temperature import TemperaturePoint, Zones, find_zones, match_diversity, measure_temperature
+from temperature import Answer, Diversity, TemperaturePoint, find_zones, match_diversity, measure_temperature
 
+SAMPLING_SETTINGS = (
+    "model", "temperature", "top_k", "top_p", "max_tokens", "yarn", "original_window", "instruction", "seed",
+)  # fmt: skip
 LENGTH_BUDGETS = 16  # points of the curve of accuracy against length
 CURVE_MARGIN, MATCH_MARGIN = 0.03, 0.01  # half widths of the intervals that a curve, a search samples for
 
@@ -92,17 +119,17 @@ def length_curve(
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; combinations that make no sense are errors."""
+    """The command line. What makes no sense is an error before anything is loaded."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", nargs="?", help="a model folder or hub id")
     parser.add_argument(
-        "--data", action="append", default=[], help="a known benchmark, a file, a folder of files or a hub data set"
+        "--data", action="append", help="a known benchmark, a file, a folder of files or a hub data set"
     )
     parser.add_argument("--folder", type=Path, help="where the files of known benchmarks are, before the hub is asked")
     parser.add_argument("-n", type=int, default=8, help="responses per problem")
-    parser.add_argument("--temperature", type=float, default=1.4)
+    parser.add_argument("--temperature", type=float, help="default: 1.4; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=20, help="0 is off")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a response")
@@ -121,37 +148,61 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=64, help="sequences decoded at once")
     parser.add_argument("--cache-tokens", type=int, help="of all sequences together (default: every row full)")
     parser.add_argument("--workers", type=int, default=2, help="processes that grade symbolic answers")
+    parser.add_argument("--most-failed-share", type=float, default=0.02, help="failures of the grader that stop")
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="a new folder, or one to go on in")
     parser.add_argument(
         "--curve", nargs="+", metavar=("KIND", "FROM:TO:STEP"), help='"temperature 0.6:1.7:0.1", or "length"'
     )
     parser.add_argument("--match", metavar="RUN|SCORE", help="search upward for the temperature of this distinct-4")
-    parser.add_argument("--margin", type=float, help="half width of a 95%% interval that is enough")
+    parser.add_argument("--margin", type=float, help="half width of a 95%% interval that is enough (0: all problems)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two folders of results, B minus A")
     parser.add_argument("--regrade", type=Path, metavar="RUN", help="grade the responses of a folder again")
     arguments = parser.parse_args()
+    if arguments.workers < 1:
+        parser.error("--workers must be at least 1")
     if arguments.compare or arguments.regrade:
+        if arguments.model or arguments.data:
+            parser.error("--compare and --regrade read folders of results: give no model and no --data")
         return arguments
     if not arguments.model or not arguments.data:
         parser.error("a model and at least one --data are needed")
-    if min(arguments.n, 1 if arguments.limit is None else arguments.limit) < 1:
-        parser.error("-n and --limit must be at least 1")
+    for name in ("n", "max_tokens", "rows", "limit", "trained_length", "original_window", "cache_tokens"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"{'-n' if name == 'n' else '--' + name.replace('_', '-')} must be at least 1")
+    if arguments.top_k < 0 or not 0 < arguments.top_p <= 1:
+        parser.error("--top-k must not be negative, and --top-p lies above 0 and at most at 1")
+    if arguments.margin is not None and not 0 <= arguments.margin < 1:
+        parser.error("--margin is a share, such as 0.03")
+    if arguments.original_window and arguments.yarn is None:
+        parser.error("--original-window belongs to --yarn")
+    kind = arguments.curve[0] if arguments.curve else ""
     if arguments.curve and arguments.match:
         parser.error("--curve and --match are two things to do: give one of them")
-    kind = arguments.curve[0] if arguments.curve else ""
     if arguments.curve and [kind, len(arguments.curve)] not in (["temperature", 2], ["length", 1]):
         parser.error('--curve is "temperature FROM:TO:STEP" or "length"')
     arguments.temperatures = []
     if kind == "temperature":
-        try:
-            first, last, step = map(float, arguments.curve[1].split(":"))
-            count = int((last - first) / step + 1e-9) + 1
-            arguments.temperatures = [round(first + i * step, 6) for i in range(count)]
-        except (ValueError, ZeroDivisionError):
-            count = 0
-        if count < 2 or first < 0:
+        if arguments.temperature is not None:
+            parser.error("--curve temperature has its own temperatures: give no --temperature")
+        arguments.temperatures = temperatures_of(arguments.curve[1])
+        if not arguments.temperatures:
             parser.error(f"--curve temperature needs FROM:TO:STEP, such as 0.6:1.7:0.1, not {arguments.curve[1]}")
+    arguments.temperature = 1.4 if arguments.temperature is None else arguments.temperature
+    if not 0 <= arguments.temperature < math.inf:
+        parser.error(f"--temperature {arguments.temperature} is no temperature: take 0 or more")
+    if arguments.temperature == 0 and arguments.n > 1:
+        parser.error("at temperature 0 all responses to a problem are the same: take -n 1")
     return arguments
+
+
+def temperatures_of(text: str) -> list[float]:
+    """FROM:TO:STEP as at least two and at most 100 temperatures above 0; [] where it is not that."""
+    try:
+        first, last, step = map(float, text.split(":"))
+        count = int((last - first) / step + 1e-9) + 1
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return []
+    return [round(first + i * step, 6) for i in range(count)] if 2 <= count <= 100 and first > 0 < step else []
 
 
 @dataclass
@@ -165,6 +216,7 @@ class Session:
     plain: ModelConfig  # without YaRN, its window as long as with it
     config: ModelConfig
     trained_length: int
+    targets: dict[str, Diversity]  # by set, for --match
 
     @property
     def device(self) -> devices.Device:
@@ -179,6 +231,8 @@ class Session:
 
 def start_session(arguments: argparse.Namespace, grader: Grader) -> Session:
     """Read the data, load the model, and find before anything is sampled what would go wrong."""
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise DataError(f"{arguments.out} is no folder; give another --out")
     places = find_data(arguments.data, arguments.folder)
     sets = {
         name: read_problems(place, "skip" if arguments.skip_bad_rows else "keep")[: arguments.limit]
@@ -198,7 +252,10 @@ def start_session(arguments: argparse.Namespace, grader: Grader) -> Session:
         top_k=arguments.top_k, top_p=arguments.top_p,
     )  # fmt: skip
     stop = StopRequest("the responses that are finished are kept")
-    respondent = Respondent(model, tokenizer, sampling.stop_tokens, None, grader, here, arguments.instruction, stop)
+    respondent = Respondent(
+        model, tokenizer, sampling.stop_tokens, None, grader, here, arguments.instruction, stop,
+        arguments.most_failed_share,
+    )  # fmt: skip
     prompts = [respondent.prompt(problem, 1) for problems in sets.values() for problem in problems]
     respondent.limits = cache_limits(arguments, config, here, max(len(prompt.tokens) for prompt in prompts))
     scaling = config.rope.scaling
@@ -206,11 +263,13 @@ def start_session(arguments: argparse.Namespace, grader: Grader) -> Session:
         arguments.trained_length or getattr(scaling, "original_max_position_embeddings", None) or arguments.max_tokens
     )
     recorder = Recorder(respondent, arguments.out, AttemptStats())
-    session = Session(arguments, recorder, sampling, sets, plain, config, trained)
+    settings = settings_of(arguments, sets, folder, trained)
+    targets = {name: target_diversity(arguments.match, name, settings) for name in sets} if arguments.match else {}
+    session = Session(arguments, recorder, sampling, sets, plain, config, trained, targets)
     session.use(config)
     check_requests(model, prompts, sampling, respondent.limits)
     if here.is_main:
-        open_folder(session)
+        open_folder(arguments.out, settings, sets)
     here.share(None)
     return session
 
@@ -227,33 +286,53 @@ def cache_limits(
     return CacheLimits(arguments.cache_tokens or fits, page, arguments.rows)
 
 
-def open_folder(session: Session) -> None:
-    """A new folder, or one to go on in: then it must be of the same evaluation. -n may grow."""
-    arguments, out = session.arguments, session.arguments.out
-    ids = "\n".join(problem.id for problems in session.sets.values() for problem in problems)
-    settings = {
-        name: getattr(arguments, name)
-        for name in ("model", "temperature", "top_k", "top_p", "max_tokens", "yarn", "original_window", "instruction")
+def settings_of(
+    arguments: argparse.Namespace, sets: dict[str, list[Problem]], model_folder: Path, trained_length: int
+) -> dict:
+    """What decides the responses of an evaluation and their figures; a folder holds those of one such set alone."""
+    text = json.dumps([asdict(problem) for problems in sets.values() for problem in problems])
+    return {
+        **{name: getattr(arguments, name) for name in SAMPLING_SETTINGS},
+        "weights": fingerprint(model_folder),
+        "problems": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "thinking": not arguments.no_thinking,
+        "trained_length": trained_length,
+        "data": list(sets),
+        "curve": arguments.curve,
+        "match": arguments.match,
+        "n": arguments.n,
     }
-    settings |= {"thinking": not arguments.no_thinking, "seed": arguments.seed, "data": list(session.sets)}
-    settings |= {"curve": arguments.curve, "match": arguments.match}
-    settings |= {"problems": hashlib.sha256(ids.encode()).hexdigest()[:16]}
-    path = out / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text())
+
+
+def fingerprint(model_folder: Path) -> str:
+    """A hash of a model's weights: of each file's size, first and last MiB."""
+    digest = hashlib.sha256()
+    for path in sorted(model_folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode() + file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def open_folder(out: Path, settings: dict, sets: dict[str, list[Problem]]) -> None:
+    """A new folder, or one to go on in: then it must be of the same evaluation. Only -n may change."""
+    if (out / "settings.json").exists():
+        before = read_settings(out)
         for name, value in settings.items():
-            if before.get(name) != value:
+            if name != "n" and before.get(name) != value:
                 raise DataError(
                     f"{out} holds an evaluation with {name} = {before.get(name)}, not {value}; give another --out"
                 )
         print(f"going on in {out}")
     elif out.exists() and any(out.iterdir()):
         raise DataError(f"{out} exists already and holds no evaluation; give another --out")
-    else:
-        (out / "problems").mkdir(parents=True)
-        for name, problems in session.sets.items():
-            write_problems(problems, out / "problems" / f"{file_name(name)}.jsonl")
-    write_atomically(path, [json.dumps(settings | {"n": arguments.n}, indent=2).encode()])
+    write_settings(out, settings)
+    for name, problems in sets.items():
+        path = out / "problems" / f"{file_name(name)}.jsonl"
+        if not path.exists():
+            write_problems(problems, path)
 
 
 def print_evaluation(found: Evaluation) -> None:
@@ -265,28 +344,15 @@ def print_evaluation(found: Evaluation) -> None:
     )
     for groups in (found.by_type, found.by_difficulty):
         if len(groups) > 1:
-            print("  " + ", ".join(f"{label} {100 * accuracy:.1f}" for label, accuracy in groups.items()))
+            print(
+                "  " + ", ".join(f"{label} {100 * group.avg:.1f} ({group.problems})" for label, group in groups.items())
+            )
 
 
 def print_details(found: Evaluation) -> None:
     """pass@k and maj@k with both intervals, accuracy by length, diversity and speed."""
-
-    def spread(low: float | None, high: float | None) -> str:
-        return "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}"
-
-    rows = [["", "value", "95%, other problems", "95%, these problems again"]]
-    for title, figures in (("pass", found.pass_at), ("maj", found.maj_at)):
-        rows += [
-            [f"{title}@{k}", f"{100 * e.value:.1f}", spread(e.low, e.high), spread(e.resampled_low, e.resampled_high)]
-            for k, e in figures.items()
-        ]
-    print(text_table(rows))
-    rows = [["length in tokens", "responses", "accuracy", "95%"]]
-    for band in found.by_length:
-        name = f"{band.above:,.0f} to {band.up_to:,.0f}" if band.up_to else f"above {band.above:,.0f}"
-        accuracy = "-" if band.accuracy is None else f"{100 * band.accuracy:.1f}"
-        rows.append([name, f"{band.responses:,}", accuracy, spread(band.low, band.high)])
-    print(text_table(rows))
+    print(text_table(k_table(found)))
+    print(text_table(length_table(found)))
     diversity = "-" if found.distinct4 is None else f"{found.distinct4:.3f}"
     speed = "" if found.tokens_per_s is None else f", {found.tokens_per_s:,.0f} tokens/s"
     memory = "" if found.peak_memory_gib is None else f", peak memory {found.peak_memory_gib:.2f} GiB"
@@ -305,7 +371,7 @@ def plain_evaluation(session: Session) -> None:
         groups[name] = session.recorder.respond(name, problems, session.arguments.n, session.sampling)
         found.append(summarise_session(session, name, problems, groups[name], before))
     if session.device.is_main:
-        finish(session.arguments.out, session.arguments.model, found, session.sets, groups)
+        finish(session.arguments.out, session.arguments.model, {"": found}, session.sets, {"": groups})
 
 
 def summarise_session(
@@ -329,25 +395,37 @@ def summarise_session(
 def finish(
     out: Path,
     model: str,
-    found: list[Evaluation],
+    found: dict[str, list[Evaluation]],
     sets: dict[str, list[Problem]],
-    groups: dict[str, list[list[Response]]],
+    groups: dict[str, dict[str, list[list[Response]]]],
     curves: dict | None = None,
 ) -> None:
-    """Write results.json and report.html; print the figures, and at last the table of RECIPE.md section 6."""
-    results = {"model": model, "evaluations": [asdict(evaluation) for evaluation in found], **(curves or {})}
-    write_atomically(out / "results.json", [(json.dumps(results, indent=2) + "\n").encode()])
-    table = published_table(model, found)
+    """Write results.json and report.html; print the figures, and at last the table of RECIPE.md section 6.
+
+    `found` and `groups` are by setting ("" where there is one alone); `groups` is by set below that.
+    """
+    evaluations = [asdict(evaluation) | {"setting": setting} for setting, own in found.items() for evaluation in own]
+    results = {"model": model, "evaluations": evaluations, **(curves or {})}
+    write_atomically(out / "results.json", [(json.dumps(results, indent=2, allow_nan=False) + "\n").encode()])
+    table = published_table({", ".join(filter(None, (model, setting))): own for setting, own in found.items()})
     page = write_evaluation_page(out, model, found, sets, groups, table, curves or {})
-    for evaluation in found:
-        print_evaluation(evaluation)
-        print_details(evaluation)
+    for setting, own in found.items():
+        for evaluation in own:
+            print(f"{setting}: " * bool(setting), end="")
+            print_evaluation(evaluation)
+            print_details(evaluation)
+    for name, curve in (curves or {}).get("temperature", {}).items():
+        print(f"{name}\n{text_table(temperature_table(curve))}\n{describe_zones(curve['zones'])}\n")
+    for name, curve in (curves or {}).get("match", {}).items():
+        print(f"{name}\n{text_table(temperature_table(curve))}\nchosen: temperature {curve['chosen']:g}\n")
+    for name, curve in (curves or {}).get("length", {}).items():
+        print(f"{name}: accuracy when responses are cut at so many tokens\n{text_table(budget_table(curve))}\n")
     print(f"results in {out}, report in {page}")
     if found:
         print(text_table(table))
 
 
-def answer_with(session: Session, name: str) -> Callable[[Sequence[Problem], float], list[list[Response]]]:
+def answer_with(session: Session, name: str) -> Answer:
     """Responses of the model at any temperature, kept on disk under the set's name and the temperature."""
 
     def answer(problems: Sequence[Problem], temperature: float) -> list[list[Response]]:
@@ -357,44 +435,36 @@ def answer_with(session: Session, name: str) -> Callable[[Sequence[Problem], flo
     return answer
 
 
+def in_random_order(session: Session, problems: Sequence[Problem]) -> list[Problem]:
+    """The problems shuffled, always alike: a margin needs the first ones to stand for all."""
+    order = np.random.default_rng(session.arguments.seed).permutation(len(problems))
+    return [problems[i] for i in order]
+
+
 def temperature_curve(session: Session) -> None:
     """Accuracy and distinct-4 against temperature, the three zones, and where to start training."""
     margin = CURVE_MARGIN if session.arguments.margin is None else session.arguments.margin
     curves = {}
     for name, problems in session.sets.items():
-        curve = []
+        problems, curve = in_random_order(session, problems), []
         for temperature in session.arguments.temperatures:
-            point = measure_temperature(answer_with(session, name), problems, temperature, margin)
-            session.device.say(describe_point(name, point, len(problems)))
-            curve.append(point)
+            curve.append(measure_temperature(answer_with(session, name), problems, temperature, margin))
+            session.device.say(f"{name}: {describe_point(curve[-1])} of {len(problems)} problems")
         try:
-            zones = find_zones(curve)
-            session.device.say(f"{name}: {describe_zones(zones)}")
+            zones = asdict(find_zones(curve))
         except ValueError as error:
-            zones = None
-            session.device.say(f"{name}: {error}")
-        curves[name] = {"points": [asdict(point) for point in curve], "zones": zones and asdict(zones)}
+            zones = {"none": str(error)}
+        curves[name] = {"points": [point.row() for point in curve], "zones": zones}
     if session.device.is_main:
-        finish(session.arguments.out, session.arguments.model, [], session.sets, {}, {"temperature": curves})
+        finish(session.arguments.out, session.arguments.model, {}, session.sets, {}, {"temperature": curves})
 
 
-def describe_point(name: str, point: TemperaturePoint, problems: int) -> str:
+def describe_point(point: TemperaturePoint) -> str:
     """One temperature in a line."""
     diversity = "-" if point.distinct4 is None else f"{point.distinct4:.3f} +-{point.distinct4_half:.3f}"
     return (
-        f"{name}: temperature {point.temperature:g}: accuracy {100 * point.accuracy:.1f} "
-        f"+-{100 * point.accuracy_half:.1f}, distinct-4 {diversity}, from {point.problems} of {problems} problems"
-    )
-
-
-def describe_zones(zones: Zones) -> str:
-    """The zones in words."""
-    if zones.robust_end is None:
-        return f"accuracy does not fall up to temperature {zones.start:g}: measure higher ones; start there or above"
-    end = "beyond what was measured" if zones.exploration_end is None else f"at {zones.exploration_end:.2f}"
-    return (
-        f"robust generation up to {zones.robust_end:.2f}, controlled exploration from there, "
-        f"performance collapse {end}; start training at {zones.start:g}"
+        f"temperature {point.temperature:g}: accuracy {100 * point.accuracy:.1f} +-{100 * point.accuracy_half:.1f}, "
+        f"distinct-4 {diversity}, from {point.problems}"
     )
 
 
@@ -403,46 +473,48 @@ def match_temperature(session: Session) -> None:
     margin = MATCH_MARGIN if session.arguments.margin is None else session.arguments.margin
     curves = {}
     for name, problems in session.sets.items():
-        target = target_diversity(session, name)
         chosen, curve = match_diversity(
-            answer_with(session, name), problems, target, session.sampling.temperature,
-            margin=margin, say=session.device.say,
+            answer_with(session, name), in_random_order(session, problems), session.targets[name],
+            session.sampling.temperature, margin=margin, say=session.device.say,
         )  # fmt: skip
-        for point in curve:
-            session.device.say(describe_point(name, point, len(problems)))
-        session.device.say(f"{name}: temperature {chosen:g} for distinct-4 = {target:.3f}")
-        curves[name] = {"target": target, "chosen": chosen, "points": [asdict(point) for point in curve]}
+        curves[name] = {"chosen": chosen, "points": [point.row() for point in curve]}
     if session.device.is_main:
-        finish(session.arguments.out, session.arguments.model, [], session.sets, {}, {"match": curves})
+        finish(session.arguments.out, session.arguments.model, {}, session.sets, {}, {"match": curves})
 
 
-def target_diversity(session: Session, name: str) -> float:
-    """The score to match: given as a number, or that of an earlier evaluation of the same set, or of a run."""
-    given, arguments = session.arguments.match, session.arguments
+def target_diversity(given: str, name: str, settings: dict) -> Diversity:
+    """The score to match: a number, that of a training run, or of each problem in an earlier evaluation."""
     try:
-        return float(given)
+        score = float(given)
     except ValueError:
-        pass
+        score = None
+    if score is not None:
+        if not 0 < score <= 1:
+            raise DataError(f"--match {given}: a distinct-4 lies above 0 and at most at 1")
+        return score
     run = Path(given)
-    if (run / "results.json").exists():
-        before = json.loads((run / "settings.json").read_text())
-        for setting in ("n", "max_tokens", "problems"):
-            now = json.loads((arguments.out / "settings.json").read_text())[setting]
-            if before[setting] != now:
-                raise DataError(f"{run} measured its diversity with another {setting} ({before[setting]}, not {now})")
-        for found in json.loads((run / "results.json").read_text())["evaluations"]:
-            if found["name"] == name and found["distinct4"] is not None:
-                return found["distinct4"]
-        raise DataError(f"{run} has no distinct-4 of {name}; evaluate it there first")
+    if (run / "settings.json").exists():
+        before = read_settings(run)
+        for setting in ("n", "problems", *(s for s in SAMPLING_SETTINGS if s not in ("model", "temperature", "seed"))):
+            if before.get(setting) != settings[setting]:
+                raise DataError(
+                    f"{run} measured its diversity with another {setting} ({before.get(setting)}, not "
+                    f"{settings[setting]}); measure both alike"
+                )
+        groups = read_groups(run, name, before["n"])[1]
+        shares = {group[0].problem_id: distinct_share([response.text for response in group]) for group in groups}
+        known = {problem_id: share for problem_id, share in shares.items() if share is not None}
+        if not known:
+            raise DataError(f"{run} has no response to {name} with a 4-gram; give a score")
+        return known
     if (run / "metrics.jsonl").exists():
-        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        for row in rows:
+        for row in read_metrics(run):
             if row["kind"] == "temperature" and row["curve"]:
                 first = row["curve"][0]["distinct4"] if row["target_distinct4"] is None else row["target_distinct4"]
                 if first is not None:
                     return first
         raise DataError(f"{run} has measured no diversity yet; give a score")
-    raise DataError(f"--match {given}: neither a number nor a folder with results.json or metrics.jsonl")
+    raise DataError(f"--match {given} is neither a number nor a folder with settings.json or metrics.jsonl")
 
 
 def length_curves(session: Session) -> None:
@@ -452,90 +524,73 @@ def length_curves(session: Session) -> None:
     settings = {"no YaRN": session.plain}
     if session.arguments.yarn is not None:
         settings["YaRN"] = session.config
-    curves, found, kept = defaultdict(dict), [], {}
+    curves, found, kept = defaultdict(dict), defaultdict(list), defaultdict(dict)
     for setting, config in settings.items():
         session.use(config)
         for name, problems in session.sets.items():
-            label, before = f"{name}, {setting}", replace(session.recorder.work)
-            groups = session.recorder.respond(name, problems, n, session.sampling, budgets, key=label)
+            before = replace(session.recorder.work)
+            groups = session.recorder.respond(name, problems, n, session.sampling, budgets, key=f"{name}-{setting}")
             curve = length_curve(problems, groups, budgets, session.recorder.respondent.grader)
             curves[name][setting] = [asdict(point) for point in curve]
-            kept[label] = groups
-            found.append(summarise_session(session, label, problems, groups, before))
+            kept[setting][name] = groups
+            found[setting].append(summarise_session(session, name, problems, groups, before))
     if session.device.is_main:
-        for name, by_setting in curves.items():
-            rows = [["tokens", *by_setting]]
-            for i, budget in enumerate(budgets):
-                cells = [points[i] for points in by_setting.values()]
-                rows.append(
-                    [f"{budget:,}"]
-                    + [f"{100 * p['accuracy']:.1f} [{100 * p['low']:.1f}, {100 * p['high']:.1f}]" for p in cells]
-                )
-            print(f"{name}: accuracy when responses are cut at so many tokens\n{text_table(rows)}")
-        sets = {label: session.sets[label.rpartition(", ")[0]] for label in kept}
-        finish(session.arguments.out, session.arguments.model, found, sets, kept, {"length": dict(curves)})
+        finish(
+            session.arguments.out, session.arguments.model, dict(found), session.sets, dict(kept),
+            {"length": dict(curves)},
+        )  # fmt: skip
 
 
-def regrade(run: Path, out: Path, grader_of: Callable[[bool], Grader]) -> None:
+def regrade(run: Path, out: Path, workers: int, most_failed_share: float) -> None:
     """Grade the responses of an evaluation again, against the answers that it kept, and write a new evaluation."""
-    settings_path = run / "settings.json"
-    if not settings_path.exists():
-        raise DataError(f"{run} is no evaluation: it has no settings.json; give the folder that eval.py wrote")
+    settings = read_settings(run)
+    if settings["curve"] or settings["match"]:
+        raise DataError(f"{run} holds a curve, not an evaluation; --regrade takes a folder without --curve and --match")
     if out.exists():
         raise DataError(f"{out} exists already; give another --out")
-    settings = json.loads(settings_path.read_text())
     found, sets, regraded = [], {}, {}
-    with grader_of(settings["thinking"]) as grader:
+    with Grader(workers, thinking=settings["thinking"]) as grader:
         for name in settings["data"]:
-            path = run / "responses" / f"{file_name(name)}.jsonl"
-            if not path.exists():
-                raise DataError(f"{run} has no responses to {name}: let the evaluation end first")
-            problems = read_problems(run / "problems" / f"{file_name(name)}.jsonl", "keep")
-            place = {problem.id: i for i, problem in enumerate(problems)}
-            responses = read_responses(path)
-            answers = [problems[place[response.problem_id]].answers for response in responses]
-            grades = grader.grade([(r.text, golds) for r, golds in zip(responses, answers, strict=True)])
-            groups, changed = [[] for _ in problems], Counter()
-            for response, grade in zip(responses, grades, strict=True):
-                new = replace(response, verdict=grade.verdict, answer=grade.answer)
-                changed[(response.verdict, grade.verdict)] += 1
-                groups[place[response.problem_id]].append(new)
-            moves = [f"{count} {a} -> {b}" for (a, b), count in sorted(changed.items()) if a != b]
-            print(f"{name}: {len(responses):,} responses graded again; {', '.join(moves) or 'no verdict changed'}")
-            check_grader(Counter(grade.verdict for grade in grades), Respondent.most_failed_share)
+            problems, stored = read_groups(run, name, settings["n"])
+            pairs = [(problem, response) for problem, group in zip(problems, stored, strict=True) for response in group]
+            grades = iter(grader.grade([(response.text, problem.answers) for problem, response in pairs]))
+            groups = [
+                [replace(response, verdict=(grade := next(grades)).verdict, answer=grade.answer) for response in group]
+                for group in stored
+            ]
+            moves = Counter(
+                (old.verdict, new.verdict)
+                for before, after in zip(stored, groups, strict=True)
+                for old, new in zip(before, after, strict=True)
+            )
+            changed = ", ".join(f"{count} {a} -> {b}" for (a, b), count in sorted(moves.items()) if a != b)
+            print(f"{name}: {len(pairs):,} responses graded again; {changed or 'no verdict changed'}")
+            check_grader(Counter(response.verdict for group in groups for response in group), most_failed_share)
             sets[name], regraded[name] = problems, groups
-            found.append(summarise(name, problems, groups, settings["temperature"], settings["max_tokens"]))
-    (out / "problems").mkdir(parents=True)
-    for name, problems in sets.items():
-        write_problems(problems, out / "problems" / f"{file_name(name)}.jsonl")
-        write_responses(out / "responses" / f"{file_name(name)}.jsonl", (r for g in regraded[name] for r in g))
-    write_atomically(out / "settings.json", [json.dumps(settings, indent=2).encode()])
-    finish(out, settings["model"], found, sets, regraded)
+            found.append(summarise(name, problems, groups, settings["temperature"], settings["trained_length"]))
+    open_folder(out, settings, sets)
+    for name, groups in regraded.items():
+        write_responses(response_file(out, name), (response for group in groups for response in group))
+    finish(out, settings["model"], {"": found}, sets, {"": regraded})
 
 
 def compare_runs(a: Path, b: Path) -> None:
     """The paired difference of two evaluations, B minus A, for every set that both have."""
-    settings = []
-    for run in (a, b):
-        if not (run / "settings.json").exists():
-            raise DataError(f"{run} is no evaluation: it has no settings.json; give the folder that eval.py wrote")
-        settings.append(json.loads((run / "settings.json").read_text()))
-    for name in ("n", "temperature", "top_k", "top_p", "max_tokens", "yarn", "thinking"):
-        if settings[0].get(name) != settings[1].get(name):
+    settings = [read_settings(run) for run in (a, b)]
+    for name in ("n", *SAMPLING_SETTINGS, "thinking", "problems"):
+        if name not in ("model", "seed") and settings[0].get(name) != settings[1].get(name):
             print(f"note: {name} is {settings[0].get(name)} in {a} and {settings[1].get(name)} in {b}")
-    files = [{path.stem: path for path in sorted((run / "responses").glob("*.jsonl"))} for run in (a, b)]
-    shared = [name for name in files[0] if name in files[1]]
+    shared = [name for name in settings[0]["data"] if name in settings[1]["data"]]
     if not shared:
-        has = [", ".join(run_files) or "no responses" for run_files in files]
-        raise DataError(f"{a} has {has[0]}, {b} has {has[1]}: no set is in both")
+        raise DataError(
+            f"{a} has {', '.join(settings[0]['data'])}, {b} {', '.join(settings[1]['data'])}: none is in both"
+        )
     rows = [["set", "A", "B", "B - A", "95%, paired", "up", "down", "same", "left out"]]
     for name in shared:
-        means = []
-        for run_files in files:
-            correct = defaultdict(list)
-            for response in read_responses(run_files[name]):
-                correct[response.problem_id].append(response.correct)
-            means.append({problem_id: float(np.mean(values)) for problem_id, values in correct.items()})
+        means = [
+            {group[0].problem_id: float(np.mean([response.correct for response in group])) for group in groups}
+            for groups in (read_groups(run, name, own["n"])[1] for run, own in zip((a, b), settings, strict=True))
+        ]
         if not set(means[0]) & set(means[1]):
             raise DataError(f"{name}: {a} and {b} have no problem in common")
         found = compare(name, *means)
@@ -544,34 +599,35 @@ def compare_runs(a: Path, b: Path) -> None:
             f"{100 * found.low:+.1f} to {100 * found.high:+.1f}", str(found.up), str(found.down), str(found.same),
             str(found.only_a + found.only_b),
         ])  # fmt: skip
-    print(f"A is {a}, B is {b}; up and down count problems that B solves more and less often than A")
+    print(f"A is {a}, B is {b}; up and down count the problems that B solves more and less often than A")
     print(text_table(rows))
 
 
 def main() -> None:
     """Evaluate a model, or read what evaluations have left."""
     arguments = parse_arguments()
-    grader_of = partial(Grader, arguments.workers)
-    session = None
+    status: int | str = 0
     try:
         if arguments.compare:
             compare_runs(*arguments.compare)
-            return
-        if arguments.regrade:
-            regrade(arguments.regrade, arguments.out, lambda thinking: grader_of(thinking=thinking))
-            return
-        with grader_of(thinking=not arguments.no_thinking) as grader:
-            session = start_session(arguments, grader)
-            kind = arguments.curve[0] if arguments.curve else "match" if arguments.match else "plain"
-            ask = {"temperature": temperature_curve, "length": length_curves, "match": match_temperature}
-            ask.get(kind, plain_evaluation)(session)
-    except Interrupted:
-        session.device.say(f"stopped; the same command goes on, with what is in {arguments.out}")
-        sys.exit(130)
+        elif arguments.regrade:
+            regrade(arguments.regrade, arguments.out, arguments.workers, arguments.most_failed_share)
+        else:
+            with Grader(arguments.workers, thinking=not arguments.no_thinking) as grader:
+                session = start_session(arguments, grader)
+                kind = arguments.curve[0] if arguments.curve else "match" if arguments.match else "plain"
+                ask = {"temperature": temperature_curve, "length": length_curves, "match": match_temperature}
+                ask.get(kind, plain_evaluation)(session)
+    except (Interrupted, KeyboardInterrupt):
+        status = 130
+        if devices.speaks():
+            print(f"stopped; the same command goes on, with what is in {arguments.out}")
     except (ModelError, DataError, RolloutError, GraderError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
+        status = f"eval.py: {error}" if devices.speaks() else 1
     finally:
         devices.stop()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

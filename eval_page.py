@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import charts
+from benchmarks import file_name
 from data_filter import Problem
 from page import folded, html_figures, html_page, html_table, html_text
 from report import write_atomically
@@ -17,57 +18,134 @@ ZONES = ("robust generation", "controlled exploration", "performance collapse")
 def write_evaluation_page(
     out: Path,
     model: str,
-    evaluations: Sequence[Evaluation],
+    found: dict[str, list[Evaluation]],
     sets: dict[str, list[Problem]],
-    groups: dict[str, list[list[Response]]],
+    groups: dict[str, dict[str, list[list[Response]]]],
     table: list[list[str]],
     curves: dict,
 ) -> Path:
-    """Write OUT/report.html (and a PNG of each temperature and length curve); returns the page's path.
+    """Write OUT/report.html (and a PNG of each curve); returns the page's path.
 
-    `table` is RECIPE.md section 6 with this model; `curves` is that part of results.json: temperature, match, length.
+    `found` and `groups` are by setting; `table` is RECIPE.md section 6 with this model; `curves` is that part of
+    results.json: temperature, match, length.
     """
     sections = [f"<h1>{html_text(model)}</h1>"]
-    if evaluations:
+    if found:
         sections += ["<h2>Beside the published results</h2>", html_table(table[0], table[1:])]
         sections.append('<p class="muted">avg@k in percent; [95% interval over problems], @n of this measurement.</p>')
-    figures = [temperature_figure(name, curve) for name, curve in curves.get("temperature", {}).items()]
-    figures += [temperature_figure(name, curve) for name, curve in curves.get("match", {}).items()]
-    figures += [length_figure(name, settings) for name, settings in curves.get("length", {}).items()]
-    for title, figure, _ in figures:
-        if figure is not None:
-            charts.png(figure, out / f"{title.lower().replace(' ', '-').replace('/', '-')}.png")
-    if figures:
-        sections += ["<h2>Curves</h2>", html_figures(figures)]
-    for found in evaluations:
-        sections.append(f"<h2>{html_text(found.name)}</h2>")
-        sections.append(figures_table(found))
-        sections.append(html_figures([k_figure(found), length_bands_figure(found)]))
-        sections.append(groupings(found))
-        sections.append(responses_to_read(found.name, sets[found.name], groups[found.name]))
+    for kind, draw, tabulate in (
+        ("temperature", temperature_figure, temperature_table),
+        ("match", temperature_figure, temperature_table),
+        ("length", length_figure, budget_table),
+    ):
+        for name, curve in curves.get(kind, {}).items():
+            title, figure, caption = draw(name, curve)
+            if figure is not None:
+                charts.png(figure, out / f"{file_name(f'{kind}-{name}')}.png")
+            head, *rows = tabulate(curve)
+            said = f"<p>{html_text(describe_zones(curve['zones']))}</p>" if "zones" in curve else ""
+            said += f"<p>Chosen: temperature {curve['chosen']:g}</p>" if "chosen" in curve else ""
+            sections += [html_figures([(title, figure, caption)]), said, html_table(head, rows)]
+    for setting, own in found.items():
+        for evaluation in own:
+            name = ", ".join(filter(None, (evaluation.name, setting)))
+            head, *rows = k_table(evaluation)
+            lengths_head, *lengths = length_table(evaluation)
+            sections += [
+                f"<h2>{html_text(name)}</h2>",
+                figures_table(evaluation),
+                html_figures([k_figure(evaluation), length_bands_figure(evaluation)]),
+                html_table(head, rows),
+                html_table(lengths_head, lengths),
+                groupings(evaluation),
+                responses_to_read(name, sets[evaluation.name], groups[setting][evaluation.name]),
+            ]
     write_atomically(out / "report.html", [html_page(f"Evaluation of {model}", "".join(sections)).encode()])
     return out / "report.html"
 
 
 def percent(value: float | None) -> str:
     """A share in percent with one decimal."""
-    return "–" if value is None else f"{100 * value:.1f}"
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def spread(low: float | None, high: float | None) -> str:
+    """An interval in percent."""
+    return "-" if low is None or high is None else f"{percent(low)} to {percent(high)}"
+
+
+def k_table(found: Evaluation) -> list[list[str]]:
+    """pass@k and maj@k with both intervals: a head, then rows."""
+    rows = [["", "value", "95%, other problems", "95%, these problems again"]]
+    for title, figures in (("pass", found.pass_at), ("maj", found.maj_at)):
+        for k, e in figures.items():
+            again = spread(e.resampled_low, e.resampled_high)
+            rows.append([f"{title}@{k}", percent(e.value), spread(e.low, e.high), again])
+    return rows
+
+
+def length_table(found: Evaluation) -> list[list[str]]:
+    """Accuracy by response length: a head, then rows."""
+    rows = [["length in tokens", "responses", "accuracy", "95%"]]
+    for band in found.by_length:
+        name = f"{band.above:,g} to {band.up_to:,g}" if band.up_to else f"above {band.above:,g}"
+        rows.append([name, f"{band.responses:,}", percent(band.accuracy), spread(band.low, band.high)])
+    return rows
+
+
+def temperature_table(curve: dict) -> list[list[str]]:
+    """Accuracy and distinct-4 by temperature, each with half its 95% interval: a head, then rows."""
+    rows = [["temperature", "accuracy", "+-", "distinct-4", "+-", "problems"]]
+    for point in curve["points"]:
+        diversity = "-" if point["distinct4"] is None else f"{point['distinct4']:.3f}"
+        rows.append([
+            f"{point['temperature']:g}", percent(point["accuracy"]), percent(point["accuracy_half"]),
+            diversity, f"{point['distinct4_half']:.3f}", str(point["problems"]),
+        ])  # fmt: skip
+        if point["target"] is not None:
+            rows[-1].append(f"{point['target']:.3f}")
+    if curve["points"] and curve["points"][0]["target"] is not None:
+        rows[0].append("to restore")
+    return rows
+
+
+def budget_table(settings: dict) -> list[list[str]]:
+    """Accuracy against the token budget, a column for each setting: a head, then rows."""
+    rows = [["tokens", *settings]]
+    for points in zip(*settings.values(), strict=True):
+        cells = [f"{percent(p['accuracy'])} [{percent(p['low'])}, {percent(p['high'])}]" for p in points]
+        rows.append([f"{points[0]['budget']:,}", *cells])
+    return rows
+
+
+def describe_zones(zones: dict) -> str:
+    """The zones in words."""
+    if "none" in zones:
+        return zones["none"]
+    between = "" if zones["start_low"] is None else f" (95% {zones['start_low']:g} to {zones['start_high']:g})"
+    if zones["robust_end"] is None:
+        return f"accuracy does not fall up to temperature {zones['start']:g}: measure higher ones{between}"
+    end = "beyond what was measured" if zones["exploration_end"] is None else f"at {zones['exploration_end']:.2f}"
+    return (
+        f"robust generation up to {zones['robust_end']:.2f}, controlled exploration from there, "
+        f"performance collapse {end}; start training at {zones['start']:g}{between}"
+    )
 
 
 def figures_table(found: Evaluation) -> str:
     """The figures of a set in one row."""
     cells = {
         f"avg@{found.n}": percent(found.avg),
-        "95% over problems": f"{percent(found.low)} to {percent(found.high)}",
+        "95% over problems": spread(found.low, found.high),
         "problems": f"{found.problems:,}",
         "without an answer": f"{found.unanswerable:,}",
         "temperature": f"{found.temperature:g}",
         "mean tokens": f"{found.length_mean:,.0f}",
         "truncated": percent(found.truncated_share),
         "no box": percent(found.no_box_share),
-        "distinct-4": "–" if found.distinct4 is None else f"{found.distinct4:.3f}",
-        "tokens/s": "–" if found.tokens_per_s is None else f"{found.tokens_per_s:,.0f}",
-        "peak GiB": "–" if found.peak_memory_gib is None else f"{found.peak_memory_gib:.2f}",
+        "distinct-4": "-" if found.distinct4 is None else f"{found.distinct4:.3f}",
+        "tokens/s": "-" if found.tokens_per_s is None else f"{found.tokens_per_s:,.0f}",
+        "peak GiB": "-" if found.peak_memory_gib is None else f"{found.peak_memory_gib:.2f}",
         **{verdict: f"{count:,}" for verdict, count in found.verdicts.items()},
     }
     return html_table(list(cells), [list(cells.values())])
@@ -113,7 +191,8 @@ def groupings(found: Evaluation) -> str:
     parts = []
     for title, grouped in (("type", found.by_type), ("difficulty", found.by_difficulty)):
         if grouped:
-            parts.append(html_table([f"accuracy by {title}", *grouped], [["", *map(percent, grouped.values())]]))
+            rows = [[label, percent(g.avg), spread(g.low, g.high), f"{g.problems:,}"] for label, g in grouped.items()]
+            parts.append(html_table([title, "accuracy", "95%", "problems"], rows))
     return "".join(parts)
 
 
@@ -131,11 +210,12 @@ def temperature_figure(name: str, curve: dict) -> tuple:
         for key in series
     }
     zones, rules, found = [], [], curve.get("zones")
-    if "target" in curve:
-        series["target"] = [(x, curve["target"]) for x in xs]
+    if "chosen" in curve:
+        series["target"] = [(p["temperature"], p["target"]) for p in points]
         rules = [(curve["chosen"], f"chosen {curve['chosen']:g}")]
-    if found:
-        edges = [xs[0], found["robust_end"] or xs[-1], found["exploration_end"] or xs[-1], xs[-1]]
+    if found and "none" not in found:
+        ends = [xs[-1] if end is None else end for end in (found["robust_end"], found["exploration_end"])]
+        edges = [xs[0], *ends, xs[-1]]
         zones = [(a, b, zone) for a, b, zone in zip(edges, edges[1:], ZONES, strict=False) if b > a]
         rules = [(found["start"], f"start {found['start']:g}")]
     title = f"Temperature {name}"
@@ -165,7 +245,7 @@ def responses_to_read(name: str, problems: Sequence[Problem], groups: Sequence[S
         chosen = random.Random(0).sample(found, min(RESPONSES_SHOWN, len(found)))
         parts.append(
             f"<h3>{html_text(verdict)}: {len(chosen)} of {len(found):,} responses, "
-            f"all in responses/{html_text(name)}.jsonl</h3>"
+            f"all in responses/{html_text(file_name(name))}.jsonl</h3>"
         )
         for problem, response in chosen:
             summary = (

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from attempts import Attempt, AttemptStats, Respondent, check_grader
-from data_filter import DataError, Problem
+from benchmarks import file_name
+from data_filter import DataError, Problem, read_problems
 from device import Interrupted
 from report import write_atomically
 from rollout import Prompt, Sampling
@@ -63,6 +64,53 @@ def read_responses(path: Path) -> list[Response]:
     return responses
 
 
+def response_file(folder: Path, key: str) -> Path:
+    """Where the responses of a set (or of a set in a setting) lie."""
+    return folder / "responses" / f"{file_name(key)}.jsonl"
+
+
+def parts_of(whole: Path) -> list[Path]:
+    """What every process has written of a file that is not whole yet: exactly NAME.RANK.part."""
+    name = re.compile(re.escape(whole.stem) + r"\.\d+\.part")
+    return sorted(path for path in whole.parent.glob("*.part") if name.fullmatch(path.name))
+
+
+def read_groups(folder: Path, name: str, n: int) -> tuple[list[Problem], list[list[Response]]]:
+    """A finished set of an evaluation's folder: its problems, and the first n responses to each.
+
+    Raises DataError where there are fewer, or more are under way.
+    """
+    path = response_file(folder, name)
+    problems = read_problems(folder / "problems" / f"{file_name(name)}.jsonl", "keep")
+    groups: list[list[Response]] = [[] for _ in problems]
+    place = {problem.id: i for i, problem in enumerate(problems)}
+    for response in read_responses(path) if path.exists() else []:
+        if response.problem_id in place and response.sample < n:
+            groups[place[response.problem_id]].append(response)
+    if parts_of(path) or any(len(group) != n for group in groups):
+        raise DataError(f"{folder} does not hold all {n} responses to {name} yet: run its command again to its end")
+    return problems, groups
+
+
+def read_settings(folder: Path) -> dict:
+    """settings.json of an evaluation's folder; DataError where it is not one."""
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+        if not isinstance(settings, dict) or not {"data", "n", "curve", "match", "thinking"} <= settings.keys():
+            raise ValueError("keys are missing")
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no evaluation: it has no settings.json; give a folder of eval.py") from None
+    except ValueError as error:
+        raise DataError(f"{folder / 'settings.json'} is broken ({error}); evaluate again into another folder") from None
+    return settings
+
+
+def write_settings(folder: Path, settings: dict) -> None:
+    """Write settings.json, the first file of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "settings.json", [json.dumps(settings, indent=2).encode()])
+
+
 def write_responses(path: Path, responses: Iterable[Response]) -> None:
     """A file of responses, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +138,8 @@ class Recorder:
 
         With budgets, a response remembers how many characters its first so many tokens make. Raises Interrupted.
         """
-        key = file_name(key or name)
-        device, whole = self.respondent.device, self.folder / "responses" / f"{key}.jsonl"
+        key = key or name
+        device, whole = self.respondent.device, response_file(self.folder, key)
         if device.is_main:
             whole.parent.mkdir(parents=True, exist_ok=True)
         device.share(None)  # the folder is there
@@ -117,10 +165,12 @@ class Recorder:
             if response.problem_id in place and response.sample < n:
                 groups[place[response.problem_id]].append(response)
         device.share(None)  # everybody has read
-        if device.is_main and self._parts(whole):
-            order = sorted(everything.values(), key=lambda r: (place.get(r.problem_id, len(place)), r.sample))
+        if device.is_main and parts_of(whole):
+            order = sorted(
+                everything.values(), key=lambda r: (place.get(r.problem_id, len(place)), r.problem_id, r.sample)
+            )
             write_responses(whole, order)
-            for part in self._parts(whole):
+            for part in parts_of(whole):
                 part.unlink()
         device.share(None)  # nobody writes a part before the old ones are gone
         check_grader(Counter(r.verdict for group in groups for r in group), self.respondent.most_failed_share)
@@ -152,16 +202,7 @@ class Recorder:
                 part.write_bytes(text[: text.rfind(b"\n") + 1])
         return part
 
-    @staticmethod
-    def _parts(whole: Path) -> list[Path]:
-        return sorted(whole.parent.glob(f"{whole.stem}.*.part"))
-
     def _read(self, whole: Path) -> list[Response]:
         """What all processes have written so far."""
-        files = ([whole] if whole.exists() else []) + self._parts(whole)
+        files = ([whole] if whole.exists() else []) + parts_of(whole)
         return [response for file in files for response in read_responses(file)]
-
-
-def file_name(name: str) -> str:
-    """A name as a file may bear it."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")

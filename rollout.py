@@ -44,7 +44,7 @@ class Prompt:
     tokens: Sequence[int]
     n: int
     first: int = 0
-    limits: Sequence[int] | None = None  # most new tokens of each of the n, where they differ; Sampling's is the highest
+    limits: Sequence[int] | None = None  # most new tokens of each of the n, none above Sampling's
 
 
 @dataclass(frozen=True)

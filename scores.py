@@ -10,6 +10,7 @@ All are 95% intervals in the normal approximation, cut to [0, 1].
 """
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,16 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class GroupAccuracy:
+    """avg@n of some of the problems, with its 95% interval."""
+
+    avg: float
+    low: float
+    high: float
+    problems: int
+
+
+@dataclass(frozen=True)
 class LengthBand:
     """Responses whose length lies in (above, up_to] tokens; up_to None is without end."""
 
@@ -82,8 +93,8 @@ class Evaluation:
     high: float
     pass_at: dict[str, Estimate]  # by k, powers of two up to n, and n
     maj_at: dict[str, Estimate]
-    by_type: dict[str, float]
-    by_difficulty: dict[str, float]
+    by_type: dict[str, GroupAccuracy]
+    by_difficulty: dict[str, GroupAccuracy]
     by_length: list[LengthBand]
     length_mean: float  # tokens
     truncated_share: float
@@ -108,7 +119,7 @@ def interval(problem_means: Sequence[float]) -> tuple[float, float]:
     problems, mean = len(means), means.mean()
     if problems < 2:
         return 0.0, 1.0  # one problem says nothing about the next
-    if np.ptp(means) == 0:
+    if np.ptp(means) < 1e-9:
         z2 = NORMAL_95**2
         centre = (mean + z2 / (2 * problems)) / (1 + z2 / problems)
         half = NORMAL_95 / (1 + z2 / problems) * math.sqrt(mean * (1 - mean) / problems + z2 / (4 * problems**2))
@@ -117,27 +128,45 @@ def interval(problem_means: Sequence[float]) -> tuple[float, float]:
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
-def resampled_half_width(
-    correct: np.ndarray, votes: np.ndarray, vote_is_right: np.ndarray, ks: Sequence[int], seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Half widths of pass@k and maj@k, (len(ks),) each, when every problem's responses are drawn again.
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean over problems, at most 1; 1 for fewer than two.
 
-    correct, votes (P, n) and vote_is_right (P, A) are those of `majority`. A bootstrap of RESAMPLES draws; its
-    spread is that of a variance with n in the denominator, which sqrt(n / (n - 1)) mends.
+    Without any spread 3 / problems: the largest share of other values that none seen among so many leaves possible.
     """
-    problems, n = correct.shape
+    if len(values) < 2:
+        return 1.0
+    spread = float(np.std(values, ddof=1))
+    return min(1.0, NORMAL_95 * spread / math.sqrt(len(values)) if spread > 1e-9 else 3 / len(values))
+
+
+def pass_half_width(right: np.ndarray, n: int, k: int) -> float:
+    """Half width of pass@k when every problem is answered again, from the number of right responses (P,).
+
+    The variance of pass@k at a chance p is exact; p is what `right` of n leave possible (Jeffreys' prior), since a
+    problem solved 0 or n times in n need not be one that is never or always solved.
+    """
+    chances = (np.arange(2000) + 0.5) / 2000  # (M,)
+    counts = np.arange(n + 1)
+    binomial = np.array([float(math.comb(n, c)) for c in counts])[:, None]
+    likelihood = binomial * chances ** counts[:, None] * (1 - chances) ** (n - counts[:, None])  # (n + 1, M)
+    posterior = likelihood / np.sqrt(chances * (1 - chances))
+    posterior /= posterior.sum(1, keepdims=True)
+    variance = pass_at(counts, n, k) ** 2 @ likelihood - (1 - (1 - chances) ** k) ** 2  # of one problem, (M,)
+    return NORMAL_95 * math.sqrt(float((posterior @ variance)[right].sum())) / len(right)
+
+
+def majority_half_width(votes: np.ndarray, vote_is_right: np.ndarray, k: int, seed: int = 0) -> float:
+    """Half width of maj@k when every problem is answered again: its votes are drawn from themselves RESAMPLES times.
+
+    A bootstrap's variance has n in the denominator, which sqrt(n / (n - 1)) mends. 0 where no votes ever differ.
+    """
+    problems, n = votes.shape
     rng = np.random.default_rng(seed)
-    figures = np.empty((RESAMPLES, 2, len(ks)))
-    for draw in range(RESAMPLES):
-        chosen = rng.integers(0, n, (problems, n))
-        again, votes_again = np.take_along_axis(correct, chosen, 1), np.take_along_axis(votes, chosen, 1)
-        for i, k in enumerate(ks):
-            figures[draw, 0, i] = pass_at(again.sum(1), n, k).mean()
-            figures[draw, 1, i] = majority(votes_again, vote_is_right, k).mean()
-    half = NORMAL_95 * figures.std(0) * math.sqrt(n / (n - 1))
-    # where none of P x n responses differed from its problem's others: the rule of three, of k responses together
-    half = np.where(half > 0, half, np.minimum(1.0, 3 * np.asarray(ks) / correct.size))
-    return half[0], half[1]
+    figures = [
+        majority(np.take_along_axis(votes, rng.integers(0, n, (problems, n)), 1), vote_is_right, k).mean()
+        for _ in range(RESAMPLES)
+    ]
+    return NORMAL_95 * float(np.std(figures)) * math.sqrt(n / (n - 1))
 
 
 # -------------------------------------------------------------------------------------------------- the figures
@@ -214,17 +243,21 @@ def difficulty_groups(problems: Sequence[Problem]) -> list[str]:
     return ["" if p.difficulty is None else labels[place] for p, place in zip(problems, places, strict=True)]
 
 
-def mean_by(labels: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    """The mean value of each label that is not empty; labels that are numbers in their order."""
+def accuracy_by(labels: Sequence[str], means: Sequence[float]) -> dict[str, GroupAccuracy]:
+    """The accuracy of the problems with each label that is not empty; labels that begin with a number in its order."""
     grouped: dict[str, list[float]] = defaultdict(list)
-    for label, value in zip(labels, values, strict=True):
-        grouped[label].append(float(value))
+    for label, mean in zip(labels, means, strict=True):
+        grouped[label].append(float(mean))
 
     def order(label: str) -> tuple[float, str]:
-        first = label.split(" ")[0]
-        return (float(first) if first.replace(".", "", 1).lstrip("-").isdigit() else math.inf), label
+        number = re.match(r"-?[0-9]+(?:\.[0-9]+)?", label)
+        return (float(number[0]) if number else math.inf), label
 
-    return {label: float(np.mean(grouped[label])) for label in sorted(grouped, key=order) if label}
+    return {
+        label: GroupAccuracy(float(np.mean(grouped[label])), *interval(grouped[label]), len(grouped[label]))
+        for label in sorted(grouped, key=order)
+        if label
+    }
 
 
 def length_bands(groups: Sequence[Sequence[Response]], trained_length: int) -> list[LengthBand]:
@@ -269,9 +302,10 @@ def summarise(
     correct = np.array([[r.correct for r in group] for group in groups])  # (P, n)
     votes, vote_is_right = count_votes(groups)
     ks = powers_of_two(n)
-    pass_half = maj_half = [None] * len(ks)
+    right, pass_half, maj_half = correct.sum(1), [None] * len(ks), [None] * len(ks)
     if n > 1:
-        pass_half, maj_half = resampled_half_width(correct, votes, vote_is_right, ks)
+        pass_half = [pass_half_width(right, n, k) for k in ks]
+        maj_half = [majority_half_width(votes, vote_is_right, k) or pass_half[0] for k in ks]
     means = correct.mean(1)
     low, high = interval(means)
     everything = [response for group in groups for response in group]
@@ -283,10 +317,10 @@ def summarise(
         avg=float(means.mean()),
         low=low,
         high=high,
-        pass_at={str(k): estimate(pass_at(correct.sum(1), n, k), h) for k, h in zip(ks, pass_half, strict=True)},
+        pass_at={str(k): estimate(pass_at(right, n, k), h) for k, h in zip(ks, pass_half, strict=True)},
         maj_at={str(k): estimate(majority(votes, vote_is_right, k), h) for k, h in zip(ks, maj_half, strict=True)},
-        by_type=mean_by([problem.type for problem in problems], means),
-        by_difficulty=mean_by(difficulty_groups(problems), means),
+        by_type=accuracy_by([problem.type for problem in problems], means),
+        by_difficulty=accuracy_by(difficulty_groups(problems), means),
         by_length=length_bands(groups, trained_length),
         length_mean=float(np.mean([response.tokens for response in everything])),
         truncated_share=float(np.mean([response.finish_reason == "length" for response in everything])),
@@ -322,28 +356,21 @@ class Comparison:
 
 
 def compare(name: str, means_a: dict[str, float], means_b: dict[str, float]) -> Comparison:
-    """The paired difference of two models, from their mean correctness by problem id.
-
-    Where all problems moved alike there is no spread to measure: then 3 / problems on either side, the largest share
-    of movers that none seen among so many leaves possible at 95%.
-    """
+    """The paired difference of two models, from their mean correctness by problem id. Its interval is +-half_width."""
     shared = [problem_id for problem_id in means_a if problem_id in means_b]
     if not shared:
         raise ValueError(f"{name}: the two have no problem in common")
     a, b = (np.array([means[problem_id] for problem_id in shared]) for means in (means_a, means_b))
     moved = b - a
-    half = 3 / len(shared)
-    if np.ptp(moved) > 0:
-        half = NORMAL_95 * moved.std(ddof=1) / math.sqrt(len(moved))
-    difference = float(moved.mean())
+    difference, half = float(moved.mean()), half_width(moved)
     return Comparison(
         name=name,
         problems=len(shared),
         avg_a=float(a.mean()),
         avg_b=float(b.mean()),
         difference=difference,
-        low=max(-1.0, difference - float(half)),
-        high=min(1.0, difference + float(half)),
+        low=max(-1.0, difference - half),
+        high=min(1.0, difference + half),
         up=int((moved > 0).sum()),
         down=int((moved < 0).sum()),
         same=int((moved == 0).sum()),

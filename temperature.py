@@ -4,24 +4,28 @@ Against temperature, accuracy is flat, then sags, then collapses: the robust gen
 zone, the performance collapse zone. Training starts where accuracy begins to fall. Each stage sharpens the model, and
 the next one samples at the first higher temperature that gives the earlier diversity back.
 
-Every function here asks for responses through `answer`, and takes no more problems than its margin needs.
+Every function here asks for responses through `answer`, and takes no more problems than its margin needs: the first
+ones, so that they should come in random order.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data_filter import Problem
 from rollout import distinct_share
-from scores import NORMAL_95, Response
+from scores import Response, half_width
 
 FIRST_PROBLEMS = 32  # taken at first; then twice as many, until the margin is met
 SAG, COLLAPSE = 0.05, 0.25  # relative losses of accuracy that end the robust and the exploration zone
 ROUND_TO = 0.05  # of a recommended temperature
+RESAMPLES = 1000  # of the problems, for the interval of the recommendation
 
 Answer = Callable[[Sequence[Problem], float], list[list[Response]]]  # responses to problems at a temperature
+Diversity = float | Mapping[str, float]  # a distinct-4, or that of each problem by its id
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,14 @@ class TemperaturePoint:
     accuracy: float
     distinct4: float | None  # None when no response has a 4-gram
     problems: int = 0
-    accuracy_half: float = math.nan
-    distinct4_half: float = math.nan
+    accuracy_half: float = 1.0
+    distinct4_half: float = 1.0
+    target: float | None = None  # the distinct-4 to restore, on the very problems measured
+    accuracies: tuple[float, ...] = ()  # of each of them, in their order
+
+    def row(self) -> dict:
+        """What is kept of it: everything but the accuracies of single problems."""
+        return {name: value for name, value in vars(self).items() if name != "accuracies"}
 
 
 @dataclass(frozen=True)
@@ -44,11 +54,8 @@ class Zones:
     robust_end: float | None
     exploration_end: float | None
     start: float  # the temperature to start training at
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95% interval of a mean over problems; infinite for fewer than two."""
-    return NORMAL_95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    start_low: float | None = None  # its 95% interval, by resampling problems; None where these are not known
+    start_high: float | None = None
 
 
 def measure_temperature(
@@ -56,36 +63,52 @@ def measure_temperature(
     problems: Sequence[Problem],
     temperature: float,
     margin: float = 0.0,
-    target: float | None = None,
+    target: Diversity | None = None,
 ) -> TemperaturePoint:
     """Accuracy and distinct-4 at one temperature, on the first so many problems as the stated confidence needs.
 
     It stops when both 95% intervals are within +-margin (0: all problems are asked). With a target, distinct-4 alone
-    counts, and an interval that does not hold the target is enough.
+    counts, and being surely above or below the target is enough; a target known by problem is compared problem by
+    problem, which takes fewer.
     """
     groups: list[list[Response]] = []
     while True:
         most = len(problems) if not margin else min(len(problems), max(FIRST_PROBLEMS, 2 * len(groups)))
         groups += answer(problems[len(groups) : most], temperature)
         accuracies = [float(np.mean([response.correct for response in group])) for group in groups]
-        shares = [distinct_share([response.text for response in group]) for group in groups]
-        known = [share for share in shares if share is not None]
-        accuracy_half, distinct4_half = half_width(accuracies), half_width(known)
-        distinct4 = float(np.mean(known)) if known else None
-        if target is None:
-            enough = max(accuracy_half, distinct4_half) <= margin
+        shares = {
+            problem.id: share
+            for problem, group in zip(problems, groups, strict=False)
+            if (share := distinct_share([response.text for response in group])) is not None
+        }
+        if isinstance(target, Mapping):
+            shares = {name: share for name, share in shares.items() if name in target}
+            wanted = float(np.mean([target[name] for name in shares])) if shares else None
+            half = half_width([share - target[name] for name, share in shares.items()])
         else:
-            away = abs(distinct4 - target) if distinct4 is not None else 0.0
-            enough = distinct4_half <= max(margin, away)
+            wanted, half = target, half_width(list(shares.values()))
+        point = TemperaturePoint(
+            temperature=temperature,
+            accuracy=float(np.mean(accuracies)),
+            distinct4=float(np.mean(list(shares.values()))) if shares else None,
+            problems=len(groups),
+            accuracy_half=half_width(accuracies),
+            distinct4_half=half,
+            target=wanted,
+            accuracies=tuple(accuracies),
+        )
+        if target is None:
+            enough = max(point.accuracy_half, half) <= margin
+        else:
+            enough = bool(shares) and half <= max(margin, abs(point.distinct4 - wanted))
         if len(groups) == len(problems) or (margin and enough):
-            accuracy = float(np.mean(accuracies))
-            return TemperaturePoint(temperature, accuracy, distinct4, len(groups), accuracy_half, distinct4_half)
+            return point
 
 
 def match_diversity(
     answer: Answer,
     problems: Sequence[Problem],
-    target: float,
+    target: Diversity,
     start: float,
     step: float = 0.05,
     most: float = 2.0,
@@ -95,7 +118,8 @@ def match_diversity(
     """Search upward from `start` for the first temperature that restores a diversity score.
 
     Returns it with every point measured. When none up to `most` does, the most diverse one measured is returned and
-    said so. The target must come from the same problems, the same number of responses and the same length limit.
+    said so. The target must come from the same problems, the same number of responses and the same length limit;
+    given by problem, it is a paired comparison.
     """
     curve: list[TemperaturePoint] = []
     above = int(math.floor((most - start) / step + 1e-9))
@@ -103,11 +127,11 @@ def match_diversity(
         temperature = round(start + i * step, 6)
         point = measure_temperature(answer, problems, temperature, margin, target)
         curve.append(point)
-        if point.distinct4 is not None and point.distinct4 >= target:
+        if point.distinct4 is not None and point.distinct4 >= point.target:
             return temperature, curve
     best = max(curve, key=lambda point: point.distinct4 or 0.0)
     say(
-        f"warning: no temperature up to {most} restores distinct-4 = {target:.3f}; "
+        f"warning: no temperature up to {most} restores distinct-4 = {best.target or 0:.3f}; "
         f"going on with {best.temperature} ({best.distinct4 or 0:.3f})"
     )
     return best.temperature, curve
@@ -131,8 +155,25 @@ def find_zones(curve: Sequence[TemperaturePoint], sag: float = SAG, collapse: fl
     Accuracy is smoothed into a curve that never rises; its height at the lowest temperature is the plateau. The robust
     zone ends where the curve has lost `sag` of that, the exploration zone where it has lost `collapse`, both between
     the measured temperatures. Training starts at the end of the robust zone, or, when accuracy never sags, at the
-    highest temperature measured. Raises ValueError for a curve of no accuracy at all.
+    highest temperature measured; its interval comes from drawing the problems again, the same at all temperatures.
+    Raises ValueError for a curve of no accuracy at all.
     """
+    zones = _zones(curve, sag, collapse)
+    known = min(len(point.accuracies) for point in curve)  # problems measured at every temperature
+    if known < 2:
+        return zones
+    table = np.array([point.accuracies[:known] for point in curve])  # (temperatures, problems)
+    random, starts = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        means = table[:, random.integers(0, known, known)].mean(1)
+        again = [replace(point, accuracy=float(mean)) for point, mean in zip(curve, means, strict=True)]
+        with suppress(ValueError):  # these problems are never solved
+            starts.append(_zones(again, sag, collapse).start)
+    low, high = np.quantile(starts, [0.025, 0.975], method="nearest")
+    return replace(zones, start_low=float(low), start_high=float(high))
+
+
+def _zones(curve: Sequence[TemperaturePoint], sag: float, collapse: float) -> Zones:
     points = sorted(curve, key=lambda point: point.temperature)
     temperatures = [point.temperature for point in points]
     smooth = never_rising([point.accuracy for point in points])

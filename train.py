@@ -342,7 +342,7 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
         f"stage {index}: temperature {state.temperature:g}, distinct-4 {chosen.distinct4 or 0:.3f}{restored}"
     )
     row = {"kind": "temperature", "step": state.step, "stage": index, "label": f"before stage {index}"}
-    row |= {"target_distinct4": target, "chosen": state.temperature, "curve": [asdict(point) for point in curve]}
+    row |= {"target_distinct4": target, "chosen": state.temperature, "curve": [point.row() for point in curve]}
     run.metrics.write(row)
 
 
@@ -526,7 +526,10 @@ def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> N
     """Show an evaluation and keep it for the report."""
     if run.device.is_main:
         print_evaluation(found)
-    run.metrics.write({"kind": "eval", "step": run.state.step, "stage": index, "final": final} | asdict(found))
+    row = {"kind": "eval", "step": run.state.step, "stage": index, "final": final} | asdict(found)
+    for grouping in ("by_type", "by_difficulty"):
+        row[grouping] = {label: group["avg"] for label, group in row[grouping].items()}
+    run.metrics.write(row)
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning data
@@ -798,7 +801,7 @@ def main() -> None:
     except Interrupted:  # between stages: what the last checkpoint holds is all there is
         run.device.say(f"stopped; go on with: torchrun train.py --resume {run.folder}")
     except EXPECTED_ERRORS as error:
-        status = f"train.py: {error}"
+        status = f"train.py: {error}" if devices.speaks() else 1
     finally:
         if run is not None:
             run.respondent.grader.close()

@@ -44,11 +44,13 @@ def test_files_folders_and_hub_ids(tmp_path):
         ),
         (["nothing like it"], "no known benchmark; known are aime24, .*, gsm8k"),
         (["{tmp}/a/one.jsonl", "{tmp}/a/one.jsonl", "{tmp}/a/one.jsonl"], "is given twice"),
+        (["{tmp}/a/one.jsonl", "{tmp}/b/../a/one.jsonl"], "is given twice"),
+        (["{tmp}/b"], "another set is called foo-bar too; rename one of the files"),
         (["{tmp}/empty"], "holds none of .parquet"),
     ],
 )
 def test_what_cannot_be_found_is_one_sentence(tmp_path, sources, sentence):
-    touch(tmp_path, "a/one.jsonl")
+    touch(tmp_path, "a/one.jsonl", "b/foo bar.jsonl", "b/foo-bar.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=sentence) as raised:
         find_data([source.format(tmp=tmp_path) for source in sources])
@@ -66,7 +68,9 @@ def evaluation(name, rights):
 
 
 def test_the_measured_row_stands_under_the_published_ones():
-    table = published_table("mine", [evaluation("mine-set", [1, 0]), evaluation("aime25", [1] * 9 + [0])])
+    table = published_table(
+        {"mine": [evaluation("mine-set", [1, 0]), evaluation("aime25", [1] * 9 + [0])], "mine, YaRN": []}
+    )
     head, *rows = table
     assert head == [
         "model",
@@ -77,12 +81,12 @@ def test_the_measured_row_stands_under_the_published_ones():
         "AMC23 avg@8",
         "mine-set",
     ]
-    assert [row[0] for row in rows] == [*PUBLISHED, "mine (measured here)"]
+    assert [row[0] for row in rows] == [*PUBLISHED, "mine (measured here)", "mine, YaRN (measured here)"]
     assert rows[5] == ["POLARIS-4B", "81.2", "79.4", "44.0", "69.1", "94.8", "-"]
     assert rows[6][1] == "-" and rows[6][2].startswith("90.0 [70.4, 100.0] @1") and rows[6][6].startswith("50.0 [")
     assert all(len(row) == len(head) for row in rows)
     lines = text_table(table).splitlines()
-    assert len(lines) == 9 and len({len(line) for line in lines}) == 1
+    assert rows[7][1:] == ["-"] * 6 and len(lines) == 10 and len({len(line) for line in lines}) == 1
 
 
 def test_the_published_figures_are_those_of_the_recipe():

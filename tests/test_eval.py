@@ -39,9 +39,9 @@ def world(tmp_path_factory):
 def command(world, tmp_path, monkeypatch):
     """eval.py as a user calls it, without the start of a process."""
 
-    def run(*arguments, model=world / "model", data=("held-out",), out="out"):
+    def run(*arguments, model=world / "model", data=("held-out",), out="out", temperature=True):
         files = [word for name in data for word in ("--data", str(world / f"{name}.jsonl"))]
-        settings = [*OPTIONS, "--out", str(tmp_path / out)]
+        settings = [*OPTIONS[0 if temperature else 2 :], "--out", str(tmp_path / out)]
         monkeypatch.setattr("sys.argv", ["eval.py", str(model), *files, *settings, *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -80,7 +80,10 @@ def test_the_files_that_it_writes_agree(command, world, tmp_path, capsys):
         assert result["no_box_share"] == np.mean([row["answer"] is None for row in mine])
         assert sum(result["verdicts"].values()) == 12
         assert all(1 <= row["tokens"] <= 7 for row in mine)
-        assert result["by_type"] == {f"{terms} terms": 0.0 for terms in range(3, 7)}  # the first four problems'
+        assert {label: group["avg"] for label, group in result["by_type"].items()} == {
+            f"{terms} terms": 0.0
+            for terms in range(3, 7)  # the first four problems'
+        }
         assert f"{result['name']}: avg@3 0.0 (95% 0.0 to 49.0) over 4 problems" in printed
         assert result["tokens_per_s"] > 0 and result["peak_memory_gib"] > 0
     assert len(rows) == 24
@@ -94,8 +97,9 @@ def test_a_seed_fixes_the_responses_and_the_temperature_is_used(command):
     options = ["-n", 2, "--max-tokens", 6, "--limit", 2]
     same = [command(*options, "--seed", seed, out=f"out-{i}")[1] for i, seed in enumerate((1, 1, 2))]
     assert same[0] == same[1] != same[2]
-    _, greedy = command(*options, "--temperature", 0, out="greedy")
-    assert all(greedy[i]["text"] == greedy[i + 1]["text"] for i in (0, 2))
+    _, greedy = command("-n", 1, "--max-tokens", 6, "--limit", 2, "--temperature", 0, out="greedy")
+    again = command("-n", 1, "--max-tokens", 6, "--limit", 2, "--temperature", 0, "--seed", 5, out="greedy-again")[1]
+    assert [row["text"] for row in greedy] == [row["text"] for row in again]
 
 
 def test_an_instruction_is_part_of_the_prompt(command):
@@ -119,9 +123,6 @@ def test_yarn_lengthens_the_window(command, tmp_path):
     [
         ((), {"model": "/no/such/model"}, "eval.py: /no/such/model: no such model folder"),
         ((), {"data": ("absent",)}, "eval.py: .*absent.jsonl"),
-        (("--temperature", -1), {}, "eval.py: cannot sample with"),
-        (("--max-tokens", 0), {}, "eval.py: cannot sample with"),
-        (("--rows", 0), {}, "eval.py: cannot sample with"),
         (("--cache-tokens", 20), {}, "eval.py: problem held-out/0: .* exceed the cache of 20 tokens"),
         (("--yarn", 1), {}, "eval.py: a YaRN factor must be above 1, not 1.0"),
     ],
@@ -130,14 +131,6 @@ def test_bad_input_is_one_sentence(command, tmp_path, arguments, options, senten
     with pytest.raises(SystemExit, match=sentence) as caught:
         command("--max-tokens", 6, *arguments, **options)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("arguments", [("-n", 0), ("--limit", 0), ("--limit", -1)])
-def test_nothing_to_evaluate_is_refused(command, arguments, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        command("--max-tokens", 6, *arguments)
-    assert "eval.py: error: -n and --limit must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -155,6 +148,23 @@ def test_the_command_line_says_what_it_cannot_do(monkeypatch, capsys):
         ("m --data d --curve temperature", '--curve is "temperature FROM:TO:STEP" or "length"'),
         ("m --data d --curve temperature 1:2", "needs FROM:TO:STEP, such as 0.6:1.7:0.1, not 1:2"),
         ("m --data d --curve temperature 1:1:0.1", "needs FROM:TO:STEP"),
+        ("m --data d --curve temperature 0.1:inf:0.1", "needs FROM:TO:STEP"),
+        ("m --data d --curve temperature 1:0.5:0.1", "needs FROM:TO:STEP"),
+        ("m --data d --curve temperature 0:1:0.5", "needs FROM:TO:STEP"),
+        ("m --data d --curve temperature 1:2:0.5 --temperature 1", "has its own temperatures"),
+        ("m --data d -n 0", "-n must be at least 1"),
+        ("m --data d --limit -1", "--limit must be at least 1"),
+        ("m --data d --max-tokens 0", "--max-tokens must be at least 1"),
+        ("m --data d --rows 0", "--rows must be at least 1"),
+        ("m --data d --trained-length 0", "--trained-length must be at least 1"),
+        ("m --data d --workers 0", "--workers must be at least 1"),
+        ("m --data d --temperature -1", "--temperature -1.0 is no temperature"),
+        ("m --data d --temperature nan", "--temperature nan is no temperature"),
+        ("m --data d --temperature 0 -n 2", "take -n 1"),
+        ("m --data d --top-p 0", "--top-p lies above 0"),
+        ("m --data d --margin -1", "--margin is a share"),
+        ("m --data d --original-window 64", "--original-window belongs to --yarn"),
+        ("m --data d --compare a b", "give no model and no --data"),
         ("m --data d --curve length --match 0.5", "two things to do"),
     ]:
         monkeypatch.setattr("sys.argv", ["eval.py", *words.split()])
@@ -241,13 +251,17 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(command, tmp_path, 
     assert (tmp_path / "cut" / "responses" / "held-out.jsonl").stat().st_mtime_ns == finished  # nothing left to do
 
 
-def test_more_samples_are_added_to_those_that_are_there(command, tmp_path):
+def test_more_samples_are_added_to_those_that_are_there(command, tmp_path, monkeypatch):
     command("-n", 2, "--max-tokens", 6, "--limit", 3, out="grown")
     grown = command("-n", 5, "--max-tokens", 6, "--limit", 3, out="grown")
     fresh = command("-n", 5, "--max-tokens", 6, "--limit", 3, out="fresh")
     assert grown[1] == fresh[1] and strip(grown[0]) == strip(fresh[0])
     fewer, _ = command("-n", 2, "--max-tokens", 6, "--limit", 3, out="grown")
     assert fewer["evaluations"][0]["n"] == 2
+    monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "grown"), "--out", str(tmp_path / "again")])
+    evaluation.main()  # of the two that the settings speak of
+    regraded = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert strip(regraded) == strip(fewer)
 
 
 def test_other_settings_are_not_mixed_in(command):
@@ -256,6 +270,24 @@ def test_other_settings_are_not_mixed_in(command):
         command("-n", 1, "--max-tokens", 7, "--limit", 2)
     with pytest.raises(SystemExit, match="holds an evaluation with problems = "):
         command("-n", 1, "--max-tokens", 6, "--limit", 3)
+
+
+def test_other_weights_or_answers_under_the_same_name_are_not_mixed_in(command, world, tmp_path):
+    import shutil
+
+    shutil.copytree(world, tmp_path / "copy")
+    data, model = tmp_path / "copy" / "held-out.jsonl", tmp_path / "copy" / "model"
+    options = ["-n", 1, "--max-tokens", 6, "--data", data]
+    command(*options, model=model, data=())
+    text = data.read_text()
+    data.write_text(text.replace('"answers": ["', '"answers": ["1', 1))
+    with pytest.raises(SystemExit, match="holds an evaluation with problems = "):
+        command(*options, model=model, data=())
+    data.write_text(text)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(SystemExit, match="holds an evaluation with weights = "):
+        command(*options, model=model, data=())
 
 
 def test_a_broken_line_is_named(command, tmp_path):
@@ -280,6 +312,10 @@ def test_a_signal_keeps_what_is_finished(world, tmp_path):
     assert "stopping: the responses that are finished are kept" in err and "the same command goes on" in out
     kept = responses.read_responses(part)
     assert 0 < len(kept) < 6 * 300
+    arguments[arguments.index("300")] = "3"  # and the same command goes on
+    run = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "going on in" in run.stdout, run.stderr
+    assert not list(part.parent.glob("*.part")) and len(read_out(tmp_path / "out")[1]) >= 18
 
 
 def test_two_processes_write_what_one_writes(world, command, tmp_path):
@@ -341,16 +377,19 @@ def run_only(command, tmp_path, *arguments, **options):
 
 
 def test_the_temperature_curve_finds_the_zones_and_draws_them(command, made_up, tmp_path, capsys):
-    results = run_only(command, tmp_path, "-n", 4, "--max-tokens", 8, "--curve", "temperature", "0.8:1.2:0.1")
+    results = run_only(
+        command, tmp_path, "-n", 4, "--max-tokens", 8, "--curve", "temperature", "0.8:1.2:0.1", temperature=False
+    )
     curve = results["temperature"]["held-out"]
     assert [point["temperature"] for point in curve["points"]] == [0.8, 0.9, 1.0, 1.1, 1.2]
     assert curve["points"][0]["accuracy"] == 1.0 and curve["points"][4]["accuracy"] == 0.0
     assert 1.0 < curve["zones"]["robust_end"] < 1.05 and curve["zones"]["start"] == pytest.approx(1.0)
     said = capsys.readouterr().out
-    assert "held-out: robust generation up to 1.0" in said and "start training at 1" in said
+    assert "\nrobust generation up to 1.0" in said and "start training at 1 (95% " in said
+    assert said.count("temperature  accuracy    +-  distinct-4") == 1
     assert (tmp_path / "out" / "temperature-held-out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "controlled exploration" in page and "performance collapse" in page
+    assert "controlled exploration" in page and "performance collapse" in page and "start training at 1" in page
 
 
 def test_match_takes_a_score_or_a_run(command, made_up, tmp_path, capsys, monkeypatch):
@@ -358,20 +397,23 @@ def test_match_takes_a_score_or_a_run(command, made_up, tmp_path, capsys, monkey
     found = results["match"]["held-out"]
     assert found["chosen"] == 1.3 and found["points"][-1]["distinct4"] == 0.5
     assert [point["temperature"] for point in found["points"]] == [1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3]
-    assert "held-out: temperature 1.3 for distinct-4 = 0.500" in capsys.readouterr().out
+    assert "chosen: temperature 1.3" in capsys.readouterr().out
+    assert {point["target"] for point in found["points"]} == {0.5}
 
     run = tmp_path / "run"
     run.mkdir()
     row = {"kind": "temperature", "step": 0, "stage": 1, "target_distinct4": None, "chosen": 1.0}
     (run / "metrics.jsonl").write_text(json.dumps(row | {"curve": [{"temperature": 1.0, "distinct4": 0.5}]}) + "\n")
-    assert (
-        run_only(command, tmp_path, "-n", 4, "--max-tokens", 8, "--match", str(run), out="as-run")["match"]["held-out"][
-            "target"
-        ]
-        == 0.5
-    )
-    with pytest.raises(SystemExit, match="--match nowhere: neither a number nor a folder"):
-        command("-n", 4, "--max-tokens", 8, "--match", "nowhere", out="none")
+    as_run = run_only(command, tmp_path, "-n", 4, "--max-tokens", 8, "--match", str(run), out="as-run")
+    assert as_run["match"]["held-out"]["chosen"] == 1.3
+    for given, sentence in [
+        ("nowhere", "--match nowhere is neither a number nor a folder"),
+        ("nan", "--match nan: a distinct-4 lies above 0 and at most at 1"),
+        ("5", "a distinct-4 lies above 0 and at most at 1"),
+    ]:
+        with pytest.raises(SystemExit, match=sentence):
+            command("-n", 4, "--max-tokens", 8, "--match", given, out="none")
+        assert not (tmp_path / "none").exists()  # the name is free for the next try
 
 
 def test_match_refuses_a_diversity_measured_otherwise(command, tmp_path):
@@ -379,6 +421,40 @@ def test_match_refuses_a_diversity_measured_otherwise(command, tmp_path):
     with pytest.raises(SystemExit, match="measured its diversity with another n .2, not 3."):
         command("-n", 3, "--max-tokens", 8, "--limit", 2, "--match", tmp_path / "before", out="other")
     command("-n", 2, "--max-tokens", 8, "--limit", 2, "--match", tmp_path / "before", out="same")
+    found = json.loads((tmp_path / "same" / "results.json").read_text())["match"]["held-out"]
+    assert found["chosen"] == 1.0 and len(found["points"]) == 1  # the very same responses
+    with pytest.raises(SystemExit, match="measured its diversity with another top_k .0, not 5."):
+        command("-n", 2, "--max-tokens", 8, "--limit", 2, "--top-k", 5, "--match", tmp_path / "before", out="other")
+
+
+def test_a_curve_goes_on_where_it_stopped_and_ends_the_same(command, tmp_path, monkeypatch):
+    """Guards: NAME-temperature-1.*.part also took NAME-temperature-1.05.0.part for a part of temperature 1."""
+    options = ["-n", 2, "--max-tokens", 8, "--rows", 3, "--curve", "temperature", "1:1.1:0.05"]
+    command(*options, out="whole", temperature=False)
+    real, seen = responses.Recorder.respond, []
+
+    def respond(self, name, problems, n, sampling, budgets=(), key=""):
+        if sampling.temperature == 1.05:
+            asked = lambda _: len(seen) > 12 or seen.append(1)  # noqa: E731
+            monkeypatch.setattr(evaluation.Respondent, "asked_to_stop", asked)
+        return real(self, name, problems, n, sampling, budgets, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(responses.Recorder, "respond", respond)
+        with pytest.raises(SystemExit) as stopped:
+            command(*options, out="cut", temperature=False)
+        assert stopped.value.code == 130
+    monkeypatch.setattr(evaluation.Respondent, "asked_to_stop", lambda self: False)
+    assert list((tmp_path / "cut" / "responses").glob("held-out-temperature-1.05.0.part"))
+    command(*options, out="cut", temperature=False)
+    files = sorted(path.name for path in (tmp_path / "whole" / "responses").iterdir())
+    assert files == [f"held-out-temperature-{t}.jsonl" for t in ("1.05", "1.1", "1")]
+    for name in files:
+        assert (tmp_path / "cut/responses" / name).read_text() == (tmp_path / "whole/responses" / name).read_text()
+    assert (tmp_path / "cut/results.json").read_text() == (tmp_path / "whole/results.json").read_text()
+    with pytest.raises(SystemExit, match="holds a curve, not an evaluation"):
+        monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "cut"), "--out", str(tmp_path / "no")])
+        evaluation.main()
 
 
 def test_the_length_curve_cuts_responses_by_hand():
@@ -462,3 +538,25 @@ def test_regrade_grades_stored_responses_again(command, tmp_path, monkeypatch, c
     assert "held-out: 12 responses graded again; 3 no answer -> right" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="new exists already; give another --out"):
         evaluation.main()
+
+
+def test_folders_that_are_broken_or_unfinished_are_refused(command, tmp_path, monkeypatch):
+    command("-n", 2, "--max-tokens", 4)
+    path = tmp_path / "out" / "responses" / "held-out.jsonl"
+
+    def regrade():
+        monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
+        evaluation.main()
+
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    with pytest.raises(SystemExit, match="does not hold all 2 responses to held-out yet: run its command again"):
+        regrade()
+    path.write_text("".join(lines))
+    (path.parent / "held-out.1.part").write_text("")
+    with pytest.raises(SystemExit, match="does not hold all 2 responses"):
+        regrade()
+    (tmp_path / "out" / "settings.json").write_text("{")
+    with pytest.raises(SystemExit, match="settings.json is broken"):
+        regrade()
+    assert not (tmp_path / "new").exists()

@@ -9,16 +9,18 @@ import pytest
 from data_filter import Problem
 from scores import (
     Response,
+    accuracy_by,
     compare,
     count_votes,
     difficulty_groups,
+    half_width,
     interval,
     length_bands,
     majority,
-    mean_by,
+    majority_half_width,
     pass_at,
+    pass_half_width,
     powers_of_two,
-    resampled_half_width,
     summarise,
 )
 
@@ -89,25 +91,41 @@ def test_the_interval_holds_the_truth_19_times_in_20():
     assert abs(held / 2000 - 0.95) < 0.02  # 4 standard errors of 2,000 trials, and a little for the normal form
 
 
-def test_resampling_the_same_problems_has_the_spread_of_fresh_answers():
-    """The oracle: the same problems answered again 3,000 times, from their true chances."""
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_resampling_the_same_problems_has_the_spread_of_fresh_answers(k):
+    """The oracle: the same problems answered again 4,000 times, from their true chances. k = n is the hard one."""
     random = np.random.default_rng(3)
     chances = random.beta(0.8, 0.8, size=(40, 1))
-    again = (random.random((3000, 40, 8)) < chances).mean(axis=(1, 2))
-    halves = []
-    for _ in range(30):
-        correct = random.random((40, 8)) < chances
-        votes, right = np.where(correct, 0, 1), np.tile([True, False], (40, 1))
-        half_pass, half_maj = resampled_half_width(correct, votes, right, [1])
-        halves.append(half_pass[0])
-        assert half_pass[0] == half_maj[0]  # one vote elects itself
-    assert np.mean(halves) == pytest.approx(Z * again.std(), rel=0.06)
+    again = (random.random((4000, 40, 8)) < chances).sum(2)  # (4000, 40)
+    spread = 1.959964 * pass_at(again, 8, k).mean(1).std()
+    halves = [pass_half_width(row, 8, k) for row in again[:200]]
+    assert np.mean(halves) == pytest.approx(spread, rel=0.06)
 
 
-def test_responses_that_never_differ_are_not_certainty():
-    correct, votes = np.zeros((10, 8), dtype=bool), np.full((10, 8), -1)
-    half_pass, half_maj = resampled_half_width(correct, votes, np.zeros((10, 0), dtype=bool), [1, 4])
-    assert half_pass == pytest.approx([3 / 80, 12 / 80]) and half_maj == pytest.approx(half_pass)
+def test_the_resampled_interval_of_maj_has_the_spread_of_fresh_answers():
+    random = np.random.default_rng(9)
+    chances = random.beta(0.8, 0.8, size=(40, 1))
+    right = np.tile([True, False, False], (40, 1))
+    fresh = []
+    for _ in range(1500):
+        wrong = random.integers(1, 3, (40, 8))
+        fresh.append(np.where(random.random((40, 8)) < chances, 0, wrong))
+    spread = 1.959964 * np.std([majority(votes, right, 4).mean() for votes in fresh])
+    assert np.mean([majority_half_width(votes, right, 4) for votes in fresh[:8]]) == pytest.approx(spread, rel=0.12)
+
+
+@pytest.mark.parametrize("solved", [0, 8])
+def test_responses_that_never_differ_are_not_certainty(solved):
+    halves = [pass_half_width(np.full(10, solved), 8, k) for k in (1, 8)]
+    assert 0.01 < halves[0] < 0.1
+    assert (halves[1] > halves[0]) == (solved == 0)  # a problem that is always solved is all the surer to be once
+    votes = np.full((10, 8), -1)
+    assert majority_half_width(votes, np.zeros((10, 0), dtype=bool), 4) == 0.0
+
+
+def test_a_half_width_by_hand():
+    assert half_width([0.0, 0.5, 1.0, 0.5]) == pytest.approx(Z * math.sqrt(0.5 / 3) / 2)
+    assert half_width([0.5] * 30) == 0.1 and half_width([0.5]) == half_width([]) == 1.0
 
 
 # ------------------------------------------------------------------------------------------------- pass@k, maj@k
@@ -188,8 +206,11 @@ def test_difficulties_are_labels_or_quarters():
     labels = difficulty_groups(problems([i / 100 for i in range(101)]))
     assert sorted(labels.count(label) for label in set(labels)) == [25, 25, 25, 26]
     assert labels[0] == "0 to 0.25" and labels[100] == "0.75 to 1"
-    assert list(mean_by(["10", "9", "", "10"], [1, 0, 1, 0])) == ["9", "10"]
-    assert mean_by(["b", "a", "b"], [1.0, 0.5, 0.0]) == {"a": 0.5, "b": 0.5}
+    assert list(accuracy_by(["10", "9", "", "10"], [1, 0, 1, 0])) == ["9", "10"]
+    assert list(accuracy_by(["² x", "b", "0.5 to 1", "0 to 0.5"], [1, 0, 1, 0])) == ["0 to 0.5", "0.5 to 1", "b", "² x"]
+    grouped = accuracy_by(["b", "a", "b"], [1.0, 0.5, 0.0])
+    assert {label: (group.avg, group.problems) for label, group in grouped.items()} == {"a": (0.5, 1), "b": (0.5, 2)}
+    assert (grouped["b"].low, grouped["b"].high) == interval([1.0, 0.0])
 
 
 def test_accuracy_by_length_by_hand():
@@ -246,8 +267,9 @@ def test_figures_by_hand():
     assert found.pass_at["1"].value == found.avg and found.pass_at["2"].value == 0.5
     assert found.maj_at["1"].value == found.avg and found.maj_at["2"].value == (1 + 0.5 + 0 + 0) / 4
     assert (found.pass_at["2"].low, found.pass_at["2"].high) == interval([1, 1, 0, 0])
-    assert found.by_type == {"algebra": 0.5, "geometry": 0.5}  # the one without a type is in no group
-    assert found.by_difficulty == {"1": 1.0, "2": 0.25}
+    # the one without a type is in no group
+    assert {label: group.avg for label, group in found.by_type.items()} == {"algebra": 0.5, "geometry": 0.5}
+    assert {label: group.avg for label, group in found.by_difficulty.items()} == {"1": 1.0, "2": 0.25}
     assert [band.responses for band in found.by_length] == [7, 0, 1, 0]
     assert found.length_mean == 64 / 8 and found.tokens == 64 and found.truncated_share == 2 / 8
     assert found.no_box_share == 1 / 8

@@ -5,10 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
+from data_filter import Problem
+from rollout import distinct_share
 from scores import Response
 from temperature import TemperaturePoint, find_zones, match_diversity, measure_temperature, never_rising
 
-PROBLEMS = [str(i) for i in range(400)]
+PROBLEMS = [Problem(str(i), "?", ("1",)) for i in range(400)]
 
 
 class Model:
@@ -23,7 +25,7 @@ class Model:
         return [self.group(problem, temperature) for problem in problems]
 
     def group(self, problem, temperature):
-        random = np.random.default_rng(int(problem))
+        random = np.random.default_rng(int(problem.id))
         share = self.diversity(temperature)
         words = "a b c"
         if share is not None:  # 100 four-grams, of which so many are distinct
@@ -33,7 +35,7 @@ class Model:
         verdicts = ["right" if r else "wrong" for r in right]
         texts = [words] + [""] * 7
         return [
-            Response("s", problem, i, 1, "stop", v, "1", t)
+            Response("s", problem.id, i, 1, "stop", v, "1", t)
             for i, (v, t) in enumerate(zip(verdicts, texts, strict=True))
         ]
 
@@ -66,6 +68,27 @@ def test_a_target_outside_the_interval_is_decided_early():
     model = Model(diversity=lambda t: 0.3, spread=0.1)
     assert measure_temperature(model, PROBLEMS, 1.0, margin=0.001, target=0.8).problems == 32
     assert measure_temperature(model, PROBLEMS, 1.0, margin=0.001, target=0.3).problems == 400
+
+
+def test_problems_that_all_agree_are_not_certainty():
+    """Guards: 32 problems without a right answer were "0.0 +-0.0", and enough."""
+    point = measure_temperature(Model(accuracy=lambda t: 0.0, diversity=lambda t: 0.3), PROBLEMS, 1.0, margin=0.03)
+    assert point.problems > 32 and 0 < point.accuracy_half <= 0.03
+
+
+def test_a_target_by_problem_is_compared_problem_by_problem():
+    """The problems differ much among themselves, the temperatures little: pairs tell, means of few problems do not."""
+    before = Model(diversity=lambda t: 0.3, spread=0.2)
+    target = {problem.id: distinct_share([r.text for r in before.group(problem, 1.0)]) for problem in PROBLEMS}
+    now = Model(diversity=lambda t: 0.3 * t, spread=0.2)
+    chosen, curve = match_diversity(now, PROBLEMS, target, 0.9, margin=0.005, say=print)
+    assert chosen == 1.0 and [point.temperature for point in curve] == [0.9, 0.95, 1.0]
+    assert sum(count for _, count in now.asked) < 0.4 * 3 * 400
+    for point in curve:
+        assert point.target == pytest.approx(np.mean([target[p.id] for p in PROBLEMS[: point.problems]]))
+    # the first problems alone are more diverse than the rest, in both: the whole target would mislead
+    ordered = sorted(PROBLEMS, key=lambda problem: -target[problem.id])
+    assert match_diversity(Model(diversity=lambda t: 0.3 * t, spread=0.2), ordered, target, 0.9, margin=0.005)[0] == 1.0
 
 
 # -------------------------------------------------------------------------------------------------------- the search
@@ -164,6 +187,24 @@ def test_zone_borders_lie_between_the_measured_temperatures():
 def test_a_curve_that_never_falls_starts_at_its_end():
     zones = find_zones(curve([0.5, 0.52, 0.49, 0.51]))
     assert (zones.robust_end, zones.exploration_end, zones.start) == (None, None, 0.9)
+
+
+def test_the_start_has_an_interval_and_noise_widens_it():
+    def measured(problems):
+        random = np.random.default_rng(1)
+        chances = random.beta(1.2, 1.0, problems)
+        factors = [1.0, 1.0, 1.0, 1.0, 0.97, 0.85, 0.4]
+        points = []
+        for i, factor in enumerate(factors):
+            right = tuple((random.binomial(8, chances * factor) / 8).tolist())
+            temperature, mean = round(1.0 + i * 0.1, 6), float(np.mean(right))
+            points.append(TemperaturePoint(temperature, mean, 0.5, problems, accuracies=right))
+        return find_zones(points)
+
+    few, many = measured(30), measured(3000)
+    assert many.start_low <= many.start <= many.start_high and few.start_low <= few.start <= few.start_high
+    assert many.start == pytest.approx(1.4, abs=0.051)
+    assert many.start_high - many.start_low < 0.11 < few.start_high - few.start_low
 
 
 def test_a_curve_of_zeros_has_no_zones():
