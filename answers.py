@@ -674,6 +674,11 @@ def work(memory_limit_bytes: int, time_limit_s: float) -> None:
                 ValueError,
             ):
                 errors += 1
+            except (
+                MemoryError
+            ):  # the answer's own doing, as being late is; what is left of this process is not to be used
+                print(json.dumps({"id": job["id"], "exceeded": True}), file=replies)
+                return
         signal.setitimer(signal.ITIMER_REAL, 0)
         failed = errors and not right
         print(json.dumps({"id": job["id"], "right": None if failed else right}), file=replies)

@@ -55,6 +55,12 @@ class Device:
         dist.all_gather_object(values, value, group=self.objects)
         return values
 
+    def free_memory_bytes(self) -> int:
+        """What this process may take: the GPU's free memory, or its share of half of a CPU's memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info()[0]
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // self.ranks
+
     def peak_memory_gib(self) -> float:
         """The most memory held so far: on the GPU, or by the process on a CPU."""
         if self.device.type == "cuda":

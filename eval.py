@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import device as devices
 from attempts import AttemptStats, GraderError, Respondent, check_grader, load_tokenizer, stop_tokens, whole_work
@@ -277,13 +276,11 @@ def start_session(arguments: argparse.Namespace, grader: Grader) -> Session:
 def cache_limits(
     arguments: argparse.Namespace, config: ModelConfig, here: devices.Device, longest_prompt: int
 ) -> CacheLimits:
-    """A cache in which every row can be full; on a GPU no more than two thirds of the free memory hold: rows wait."""
+    """A cache in which every row can be full, or what two thirds of the free memory hold: then rows wait."""
     window = longest_prompt + arguments.max_tokens
-    page, fits = window, (arguments.rows + 2) * window
-    if here.device.type == "cuda":
-        page, (free, _) = KERNEL_PAGE_TOKENS, torch.cuda.mem_get_info()
-        fits = min(fits + page, int(free * 2 / 3) // cache_bytes_per_token(config, here.compute_dtype))
-    return CacheLimits(arguments.cache_tokens or fits, page, arguments.rows)
+    page = KERNEL_PAGE_TOKENS if here.device.type == "cuda" else window
+    fits = here.free_memory_bytes() * 2 // 3 // cache_bytes_per_token(config, here.compute_dtype)
+    return CacheLimits(arguments.cache_tokens or min((arguments.rows + 2) * window + page, fits), page, arguments.rows)
 
 
 def settings_of(

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import answers as answer_matching
 from answers import OPERAND, SIDE, evaluate, text_verdict, tidy
 
-VERDICTS = ("right", "wrong", "no answer", "timed out", "grader failed")
+VERDICTS = ("right", "wrong", "no answer", "timed out", "grader failed")  # timed out: of its time or its memory
 
 MAX_SIDE_LENGTH = 200  # characters of one side of a written step
 CACHED_VERDICTS = 20_000  # of pairs of golds and answer
@@ -304,6 +304,8 @@ class Grader:
                 worker.ready = worker.read(START_LIMIT_S).get("ready", False)
             worker.process.stdin.write(json.dumps({"id": ticket, "golds": golds, "answer": answer}).encode() + b"\n")
             reply = worker.read(self.time_limit_s)
+            if reply.get("exceeded"):
+                raise TimeoutError
             if reply.get("id") == ticket and reply.get("right") in (True, False, None):
                 return {True: "right", False: "wrong", None: "grader failed"}[reply["right"]]
         except TimeoutError:

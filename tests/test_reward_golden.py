@@ -656,3 +656,10 @@ def test_what_text_settles_needs_no_worker():
     settled += [("5", r"\text{five}"), ("5", r"\{5\}")]
     assert [answers.text_verdict(answer, [gold]) for gold, answer in settled] == [("wrong", [])] * len(settled)
     assert answers.text_verdict("x+1", ["1+x", "5 + x"]) == (None, ["1+x", "5+x"])
+
+
+def test_an_answer_that_exhausts_memory_is_its_own_fault_not_the_graders():
+    """Else a model could stop its training by writing such answers."""
+    with Grader() as grader:
+        pairs = [(boxed("10^{10^{10}}!"), ["5"]), (boxed("1+x"), ["x+1"])]
+        assert [grade.verdict for grade in grader.grade(pairs)] == ["timed out", "right"]
