@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from attempts import Attempt, AttemptStats, Respondent, check_grader
@@ -124,6 +124,7 @@ class Recorder:
     respondent: Respondent
     folder: Path  # the same for all processes
     work: AttemptStats  # of this process, over all calls
+    asked: set[str] = field(default_factory=set)  # keys that this session has worked on
 
     def respond(
         self,
@@ -147,8 +148,9 @@ class Recorder:
         share = problems[device.rank :: device.ranks]
         missing = [(p, [i for i in range(n) if (p.id, i) not in have]) for p in share]
         left = sum(len(samples) for _, samples in missing)
-        if have and left:
+        if have and left and key not in self.asked:  # a curve asks for more and more of its own
             device.say(f"{key}: {len(have):,} responses are there already")
+        self.asked.add(key)
         if left:
             prompts = [prompt for problem, samples in missing for prompt in self._prompts(problem, samples)]
             with self._part(whole).open("a", encoding="utf-8") as file:
