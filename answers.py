@@ -112,7 +112,7 @@ TIDY = [
         (r"\\(lt|gt|vert|lvert|rvert|langle|rangle|colon)(?![A-Za-z])", lambda name: SIGNS[name[1]]),
         (r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}", r"\\emptyset"),
         (r" ?(?:\\text ?\{ ?percent ?\}|\bpercent\b)", r"\\%"),
-        (r"(?<![\w}]) | (?![\w\\])|(?<=[\w})\]%])\.\s*$", ""),
+        (r"(?<![\w}]) | (?![\w\\])|(?<=[\w})\]%°])\.\s*$", ""),
         (r"^([-+]?[0-9.]+)[eE]([-+]?[0-9]{1,3})$", r"\1 \\times 10^{\2}"),
     )
 ]
@@ -346,6 +346,7 @@ class _Undecided(Exception):
 
 
 def same_text(gold: str, answer: str) -> bool:
+    """Whether two tidy answers are the same text."""
     return bool(answer) and TEXT.sub(r"\1", gold) == TEXT.sub(r"\1", answer)
 
 
@@ -455,7 +456,7 @@ def _is_true(side: str, value: str, engine) -> bool:
         left = evaluate(side)
         return left is not None and left == evaluate(value)
     # the plain one second: against a plain gold a sum earns nothing
-    return engine("value", *sorted((side, value), key=lambda text: _figure(text) is not None))
+    return engine("sides", *sorted((side, value), key=lambda text: _figure(text) is not None))
 
 
 def _undecided(question: str, gold: str, answer: str) -> bool:
@@ -492,7 +493,9 @@ def _repeating(match: re.Match) -> str:
 READABLE = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
+        (r";", ","),  # tidied apart from a thousands separator; here it separates the ends of an interval
         (r"°", r"^\\circ "),
+        (r"\\frac ?(\\[A-Za-z]+) ?(\d)", r"\\frac{\1}{\2}"),
         (r"(?:\*\*|\^) ?(-?(?:\d+|[A-Za-z]))", r"^{\1}"),  # 2^10 and 2**10 are typed for 2^{10}
         (r"\\binom ?(\d) ?(\d)", r"\\binom{\1}{\2}"),
         (r"(?<=[A-Za-z])'+", lambda primes: "_{" + "p" * len(primes[0]) + "}"),
@@ -578,9 +581,9 @@ def _is_value(gold: str, answer: str) -> bool:
     from math_verify import verify
 
     gold_value, value = _read(gold), _read(answer)
-    if gold_value is not None and gold_value.has(sympy.zoo, sympy.nan):
-        raise ValueError(f"the gold {gold} is no value")
-    if gold_value is None or value is None:
+    if not _is_readable(gold):
+        raise ValueError(f"the gold {gold} cannot be read")  # no answer's fault
+    if value is None:
         return False
     if _figure(gold) is not None and (not isinstance(value, sympy.Expr) or value.free_symbols or _is_arithmetic(value)):
         return False
@@ -598,11 +601,26 @@ def _is_value(gold: str, answer: str) -> bool:
     return verify(gold_value, value, timeout_seconds=None, raise_on_error=True)
 
 
+def _is_readable(text: str) -> bool:
+    """Whether a value can be read, and is one."""
+    import sympy
+
+    value = _read(text)
+    return value is not None and not value.has(sympy.zoo, sympy.nan)
+
+
+def _are_equal(side: str, value: str) -> bool:
+    """Whether two sides of an answer are one value; neither is a gold."""
+    return _is_readable(side) and _is_readable(value) and _is_value(side, value)
+
+
 def _is_equation(gold: str, answer: str) -> bool:
     """Whether the difference of the sides of one equation is a constant times that of the other."""
     import sympy
 
     sides = [_read(side) for text in (gold, answer) for side in _split(text, EQUALS)]
+    if None in sides[:2]:
+        raise ValueError(f"the gold {gold} cannot be read")
     if len(sides) != 4 or not all(isinstance(side, sympy.Expr) for side in sides):
         return False
     differences = sides[0] - sides[1], sides[2] - sides[3]
@@ -632,11 +650,16 @@ def _is_relation(gold: str, answer: str) -> bool:
         return value
 
     sets = as_set(gold), as_set(answer)
-    return None not in sets and verify(*sets, timeout_seconds=None, raise_on_error=True)
+    if sets[0] is None:
+        raise ValueError(f"the gold {gold} cannot be read")
+    return sets[1] is not None and verify(*sets, timeout_seconds=None, raise_on_error=True)
 
 
 def ask_math_verify(question: str, gold: str, answer: str) -> bool:
-    return {"value": _is_value, "equation": _is_equation, "relation": _is_relation}[question](gold, answer)
+    """An engine for `compare`: what the texts leave open, decided by math-verify in this process."""
+    return {"value": _is_value, "sides": _are_equal, "equation": _is_equation, "relation": _is_relation}[question](
+        gold, answer
+    )
 
 
 def work(memory_limit_bytes: int, time_limit_s: float) -> None:

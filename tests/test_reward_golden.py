@@ -244,6 +244,17 @@ GOLDEN = {
         (r"[2,\infty)", r"[2,+\infty)", R, "a sign before infinity"),
         (r"(-\infty,-5)", r"(-\infty, -5]", W, "with its end"),
         (r"(-\infty,-5)", r"(-\infty, 5)", W, "with another end"),
+        (r"(-7, -4] \cup (-1, 2]", r"(-7,-4]\cup(-1,2]", True, "the space after the comma of an interval in a union"),
+        (r"(-7, -4] \cup (-1, 2]", r"(-7,-4]\cup(-1,3]", False, "another end of an interval in a union"),
+        (
+            r"[3, 4) \cup \left(4, \frac{64}{11}\right]",
+            "[3,4) \\cup (4, 64/11]",
+            True,
+            "a union with a fraction, spaced otherwise",
+        ),
+        (r"30^\circ.", "30", True, "a full stop after the degree sign"),
+        (r"2007 + \frac\pi 2", r"2007+\frac{\pi}{2}", True, "a fraction whose braces were left out"),
+        (r"2007 + \frac\pi 2", r"2008+\frac{\pi}{2}", False, "the same with another number"),
         (r"$(-\infty, 0) \cup\{1\}$.", r"\{1\}\cup(-\infty,0)", R, "a union in another order"),
         (r"(0,1)\cup(2,3)", r"(0,1)\cup(2,4)", W, "another union"),
         (r"(-\infty,\infty)", r"\mathbb{R}", R, "all real numbers"),
@@ -663,3 +674,10 @@ def test_an_answer_that_exhausts_memory_is_its_own_fault_not_the_graders():
     with Grader() as grader:
         pairs = [(boxed("10^{10^{10}}!"), ["5"]), (boxed("1+x"), ["x+1"])]
         assert [grade.verdict for grade in grader.grade(pairs)] == ["timed out", "right"]
+
+
+def test_a_gold_that_cannot_be_read_is_the_graders_failure():
+    """Not a silent wrong: no answer but its own text could ever be right."""
+    with Grader() as grader:
+        pairs = [(boxed("5x"), ["$t(0,4]$"]), (boxed("t(0,4]"), ["$t(0,4]$"]), (boxed("x+"), ["1+x"])]
+        assert [grade.verdict for grade in grader.grade(pairs)] == ["grader failed", "right", "wrong"]
