@@ -44,7 +44,7 @@ class Prompt:
     tokens: Sequence[int]
     n: int
     first: int = 0
-    limits: Sequence[int] | None = None  # most new tokens of each of the n, none above Sampling's
+    limits: Sequence[int] | None = None  # most new tokens of each of the n, within Sampling's
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,9 @@ class _Sampler:
             prefix = _Prefix(np.asarray(prompt.tokens[:-1], dtype=np.int64), prompt.n)
             for index in range(prompt.first, prompt.first + prompt.n):
                 key = sequence_key(sampling.seed, sampling.step, prompt.problem_id, index)
-                limit = prompt.limits[index - prompt.first] if prompt.limits else sampling.max_new_tokens
+                limit = sampling.max_new_tokens
+                if prompt.limits is not None:
+                    limit = min(limit, prompt.limits[index - prompt.first])
                 self.waiting.append(_Row(prompt, index, key, prefix, limit))
         longest = max(len(prompt.tokens) for prompt in prompts) + sampling.max_new_tokens
         self.page_size = _page_size(model, limits, longest)

@@ -82,9 +82,7 @@ def run_ours(model: Transformer, case: Case) -> tuple[float, SamplerStats]:
 
 def run_generate(reference: torch.nn.Module, case: Case) -> float:
     """Seconds for the same responses: batches of as many rows, each until its longest response is done."""
-    requests = [
-        (prompt, length) for prompt, own in zip(case.prompts, case.lengths, strict=True) for length in own
-    ]
+    requests = [(prompt, length) for prompt, own in zip(case.prompts, case.lengths, strict=True) for length in own]
     begun = time.perf_counter()
     for start in range(0, len(requests), case.rows):
         batch = requests[start : start + case.rows]
@@ -147,12 +145,12 @@ def main() -> None:
         parser.error("the cases equal and ragged need --model")
     bandwidth, matrix_rate = measure_machine()
     print(f"bandwidth {bandwidth / 1e9:.1f} GB/s, matrix rate {matrix_rate / 1e9:.0f} GFLOP/s")
-    rows, results = [["case", "ours tok/s", "generate tok/s", "ratio", "roofline tok/s", "of roofline", "prefilled"]], {}
+    rows, results = (
+        [["case", "ours tok/s", "generate tok/s", "ratio", "roofline tok/s", "of roofline", "prefilled"]],
+        {},
+    )
     for name in names:
-        folder = arguments.model
-        if name == "wide128":
-            folder = Path(arguments.model or "/tmp").parent / "wide128"
-            folder = write_wide128()
+        folder = write_wide128() if name == "wide128" else arguments.model
         model = load(folder)
         case = make_case(name, min(model.config.vocab_size, 40_000))
         reference = None

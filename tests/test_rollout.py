@@ -133,6 +133,16 @@ def test_later_rollouts_of_a_problem_are_those_of_one_larger_request(model, expe
     assert_same(tail, {key: r for key, r in expected.items() if key[1] == 1})
 
 
+def test_a_limit_of_its_own_cuts_a_response_and_changes_nothing_else(model, expected):
+    limits = [[3, 1], [2, 10_000], [5, 4], [1, 2]]
+    prompts = [replace(p, limits=own) for p, own in zip(make_prompts(), itertools.cycle(limits), strict=False)]
+    wanted = {(p.problem_id, i): p.limits[i] for p in prompts for i in range(2)}
+    for key, found in run(model, prompts, warm()).items():
+        whole = expected[key].tokens[: wanted[key]]
+        assert found.tokens.tolist() == whole.tolist()
+        assert found.finish_reason == ("stop" if whole[-1] in warm().stop_tokens else "length")
+
+
 @pytest.mark.parametrize("page_size", [1, 5, 16, 65, 10_000])
 def test_page_size_changes_nothing(model, expected, page_size):
     assert_same(run(model, make_prompts(), warm(), replace(AMPLE, page_size=page_size)), expected)
