@@ -228,6 +228,8 @@ def by_engine(gold: str, answer: str) -> bool:
     real, answers.same_text = answers.same_text, lambda gold, answer: False
     try:
         return answers.compare(answers.tidy(gold), answers.tidy(answer), answers.ask_math_verify)
+    except ValueError:  # a gold that cannot be read, a grader failure elsewhere
+        return False
     finally:
         answers.same_text = real
 
