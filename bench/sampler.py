@@ -5,7 +5,7 @@
 
 Cases: `equal` (64 prompts of 64 tokens, 64 new tokens each), `ragged` (16 prompts of 64 to 256 tokens, 8 responses to
 each, lengths spread geometrically up to 4 times their mean, through 64 slots), `wide128` (256 rows of a 4-layer Qwen3,
-128 wide). Both samplers are forced to the same lengths, and ours returns log-probs. They run in turn, in the same process,
+128 wide). Both samplers are forced to the same lengths, and ours returns log-probs. They run in turn in one process
 and the best of the rounds counts: absolute times mean nothing on a shared machine, ratios do.
 
 The roofline of a step is the larger of two times: its bytes (weights once, keys and values of every row) over the
