@@ -91,11 +91,18 @@ NUMBER = re.compile(
     rf"|(?:(?P<whole2>\d+)\s+)?(?P<a2>{DECIMAL})\s*/\s*(?P<b2>{DECIMAL}))\s*(?P<percent>\\?%)?",
     re.ASCII,
 )
-TEXT = re.compile(r"\\(?:(?:text|math)(?:rm|bf|it|sf|tt|normal)?|operatorname|mbox)\s*\{\s*([^{}]*?)\s*\}")
+TEXT = re.compile(
+    r"\\(?:(?:text|math)(?:rm|bf|it|sf|tt|normal)?|operatorname|mbox|boldsymbol|bm|bold|underline)\s*\{\s*([^{}]*?)\s*\}"
+)
 SIGNS = {"lt": "<", "gt": ">", "vert": "|", "lvert": "|", "rvert": "|", "langle": "(", "rangle": ")", "colon": ":"}
 TIDY = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
+        (r",\s*\\!\s*(?=\d)", ","),  # `11,\! 111`
+        (r"\\(?:[lL]arge|LARGE|huge|small)(?![A-Za-z])|[€£]|\\\\\s*$", ""),
+        (r"\\textnormal(?![A-Za-z])", r"\\text"),
+        (r"\\\\\s*\[\d+(?:pt|mm|em|ex)\]", r"\\\\"),
+        (r"\b([aApP])\. ?[mM]\.", r"\1m"),
         (r"\\?\$|(?<!\\)\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
         (r"\{,\}", ","),
         (r"(?<=\d),(?:\s|\\[,;: ])+(?=\d)", ";"),  # `100, 200` is a list, `100,200` a number
@@ -103,7 +110,7 @@ TIDY = [
         (r"\\[dtc](frac|binom)", r"\\\1"),
         (r"−", "-"),
         (r"^\s*\\[(\[]|\\[)\]]\s*$|^\s*\\(?:approx|simeq)(?![A-Za-z])", ""),
-        (r"\^ ?\{? ?\\circ ?\}?|\\degree(?![A-Za-z])", "°"),
+        (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", "°"),
         (r"\^ ?(?:\\prime(?![A-Za-z])|\{ ?\\prime ?\})", "'"),
         (r"\^ ?\{ ?\\prime ?\\prime ?\}", "''"),
         (r"(?:\\(?:leqslant|leq|le)(?![A-Za-z])|<=|≤) ?", r"\\le "),
@@ -194,7 +201,7 @@ LIST, EQUALS, APPROXIMATES, RELATION, COLON, PLUS_MINUS, CELL, NOTHING = (
         r"(?!)",
     )
 )
-THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
+THOUSANDS = re.compile(r"(?<![\d.,_^])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
 MATRIX = re.compile(r"[(\[]?\\begin\{([pb]?(?:small)?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}[)\]]?", re.DOTALL)
 SET_LIKE = re.compile(r"\\(?:infty|cup|cap|mathbb|emptyset|setminus)(?![A-Za-z])|^[(\[].*,.*[)\]]$")
 
@@ -220,7 +227,9 @@ kW|V volt|A amp|K kelvin|mol mole|rad radian|° deg degree|'' arcsec arcsecond|'
 cu cubic|erg|pc|nm|C|F|per"""
 UNITS = {name: unit.split()[0] for unit in UNITS.replace("\n", " ").split("|") for name in unit.split()}
 NO_UNIT = frozenset(
-    "hundred thousand million billion trillion dozen half pi sqrt squared cubed more less or and not no".split()
+    """hundred thousand million billion trillion quadrillion quintillion dozen half halve third quarter tenth hundredth
+    thousandth one two three four five six seven eight nine ten zero plus minus times over log ln factorial infinity
+    pi sqrt squared cubed more less or and not no k i e x y z n""".split()
 )
 UNIT_ATOM = (
     r"(?:\\(?:text|mathrm|mathit|textbf|textit|mbox)\{[^{}]*\}|°|''?|[A-Za-zµΩÅ]++)(?:\^(?:\{-?\d\}|-?\d)|[²³])?"
@@ -228,6 +237,7 @@ UNIT_ATOM = (
 UNIT = re.compile(rf" ?(?:{UNIT_ATOM}(?: ?/ ?| ?\\cdot ?| )?)*+(?<=.)")
 BASE = re.compile(r"(-?[0-9A-F.]+)(?:_(\d)|_\{(\d+)\}| ?\\text\{\(?base ?(\d+)\)?\})")
 MAX_UNIT_LENGTH = 100
+MOST_ROUNDING = Fraction(1, 10)  # relative, of `a \\approx b`
 
 
 def _split(text: str, cuts: re.Pattern) -> list[str]:
@@ -266,13 +276,11 @@ def _unwrapped(text: str) -> str:
 
 def _entries(text: str) -> tuple[str, list[str]]:
     r"""The kind of a collection ("list", "set", "[)", "matrix 2x2") and its entries; ("", [text]) of one value."""
-    matrix = MATRIX.fullmatch(text)
+    matrix = MATRIX.fullmatch(_split(text, EQUALS)[-1])
     if matrix:
         rows = [_split(row, CELL) for row in re.split(r"\\\\", matrix[2].strip().removesuffix(r"\\"))]
         return "matrix " + "x".join(str(len(row)) for row in rows), [cell for row in rows for cell in row]
     pair, content = _inside(_split(text, EQUALS)[-1])
-    if not re.search(r"[(\[{]", text):
-        text = THOUSANDS.sub(lambda n: n[0].replace(",", ""), text)
     kind, parts = "list", _split(text, LIST)
     if len(parts) == 1:
         entries = _split(content, LIST)
@@ -284,6 +292,21 @@ def _entries(text: str) -> tuple[str, list[str]]:
         if len(terms) == 2:
             parts[place : place + 1] = [(terms[0] + "+" + terms[1]).removeprefix("+"), terms[0] + "-" + terms[1]]
     return (kind, parts) if kind == "set" or len(parts) > 1 else ("", [text])
+
+
+def _without_separators(text: str) -> str:
+    """Thousands without commas, but not in brackets, where a comma separates."""
+    return text if re.search(r"[(\[]|\\\{", text) else THOUSANDS.sub(lambda n: n[0].replace(",", ""), text)
+
+
+def _before_approximation(text: str) -> str:
+    r"""What is said to be near something: 1/3 of `1/3 \approx 0.33`, 5 of `x \approx 5`; nothing of `5 \approx 6`."""
+    parts = _split(text, APPROXIMATES)
+    first, last = parts[0], parts[-1]
+    figures = _figure(first), _figure(last)
+    if None not in figures and abs(figures[0][0] - figures[1][0]) > MOST_ROUNDING * abs(figures[0][0]):
+        return ""
+    return last if NAME.fullmatch(first) else first
 
 
 def _phrase(text: str) -> tuple[str, bool] | None:
@@ -327,6 +350,8 @@ def _unit(text: str, one_letter: bool) -> tuple[str, str | None]:
         if before in " \\" or (before.isalpha() and text[start].isalpha()) or not UNIT.fullmatch(text, start):
             continue
         value, tail = text[:start], text[start:]
+        if "°" in tail and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", value):
+            return text, None  # the function's argument, not its unit
         words = re.findall(r"[A-Za-zµΩÅ]+", TEXT.sub("", tail))
         is_unit = _figure(value) is not None and all(
             (len(w) > 1 or one_letter) if w in UNITS else (len(w) > 2 and tail[0] == " ") for w in words
@@ -368,15 +393,13 @@ def compare(gold: str, answer: str, engine) -> bool:
     if any(related):
         is_set = [r or bool(SET_LIKE.search(text)) for r, text in zip(related, (gold, answer), strict=True)]
         return all(is_set) and engine("relation", gold, answer)
+    gold, answer = _without_separators(gold), _without_separators(answer)
     (gold_kind, golds), (kind, answers) = _entries(gold), _entries(answer)
     if gold_kind or kind:
         if gold_kind != kind and SET_LIKE.search(gold) and SET_LIKE.search(answer) and "\\" in gold + answer:
             return engine("value", gold, answer)  # unions, \mathbb{R}
         return bool(gold_kind and kind) and _match_entries(gold_kind, golds, kind, answers, engine)
-    gold, answer = (
-        parts[-1 if NAME.fullmatch(parts[0]) else 0]
-        for parts in (_split(gold, APPROXIMATES), _split(answer, APPROXIMATES))
-    )
+    gold, answer = _before_approximation(gold), _before_approximation(answer)
     gold_sides, sides = _split(gold, EQUALS), _split(answer, EQUALS)
     if len(gold_sides) > 1 or len(sides) > 1:
         return _match_sides(gold_sides, sides, engine)
@@ -438,6 +461,8 @@ def _match_sides(gold_sides: list[str], sides: list[str], engine) -> bool:
             named = NAME.fullmatch(sides[0]) or len(symbols(sides[0])) != 1  # 2x = 6 is no 6
             return bool(named) and compare(gold_sides[0], sides[-1], engine)
     gold_named = NAME.fullmatch(gold_sides[0]) is not None
+    if len(sides) == 1 and all(_figure(side) for side in gold_sides):  # 0.56 = 56%
+        return any(compare(side, sides[0], engine) for side in gold_sides)
     if len(sides) == 1:
         return gold_named and compare(gold_sides[-1], sides[0], engine)
     if _phrase(gold_sides[-1]) and _phrase(sides[-1]):  # MR = SRMC, where no letter is a factor
@@ -519,7 +544,7 @@ def _read(text: str):
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
-    if re.search(r"\d\s+\d|!!", text):  # it would add the numbers, and take 3!! for (3!)!
+    if re.search(r"(?<![_^\d])\d+\s+\d|!!|\d_", text):  # it would add the numbers, take 3!! for (3!)!, drop the index
         return None
     for pattern, replacement in READABLE:
         text = pattern.sub(replacement, text)
