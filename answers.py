@@ -11,7 +11,8 @@ The policy:
      as often as in the gold; a set without repetition; tuples, intervals, matrices entry by entry. A bare
      list may stand for a tuple. `100,200` is one number, `100, 200` is two.
   4. `x = 3` is 3, so is `3 = x`; `2x = 6` is not. Sides that are numbers must be equal: `2+3=5` is 5, `4=5`
-     nothing. One equation is another if it is a multiple of it, or gives its value under another name.
+     nothing; `1/3 \approx 0.33` is 1/3, `5 \approx 6` nothing. One equation is another if it is a multiple of
+     it, or gives its value under another name.
   5. `x<3` is `(-\infty,3)`, whatever the variable; an inequality earns no number.
   6. A unit, a degree sign, a base (`52_8`) may be left out on either side; two that differ are wrong, and
      none is converted. A bare letter in the gold (`2t`) is a variable.

@@ -29,6 +29,7 @@ FILES = ("aime24", "aime25", "amc23", "minerva", "olympiad")
 
 
 def boxed(answer: str) -> str:
+    """A response that is its answer alone."""
     return rf"\boxed{{{answer}}}"
 
 
@@ -263,6 +264,7 @@ def seconds_for(grader: reward.Grader, pairs: list[tuple[str, tuple[str, ...]]])
 
 
 def show(table: list[tuple[str, object]]) -> None:
+    """Print the rows as two columns."""
     for name, value in table:
         print(f"{name:62s} {value}")
 

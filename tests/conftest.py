@@ -87,3 +87,14 @@ def checkpoint(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """A laptop world of a few problems with a raw model of one layer."""
+    from arithmetic import World, write_world
+
+    folder = tmp_path_factory.mktemp("worlds") / "world"
+    sizes = {"sft_problems": 1, "train_problems": 5, "held_out_problems": 6, "beyond_problems": 1, "filler_tokens": 3}
+    write_world(World(**sizes, hidden_size=32, layers=1, window=96), folder)
+    return folder

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import attempts
-from arithmetic import World, write_world
 from attempts import AttemptStats, GraderError, Respondent, check_grader, load_tokenizer, stop_tokens, whole_work
 from data_filter import read_problems
 from model import load
@@ -33,19 +32,11 @@ def test_the_work_of_processes_adds_up_and_the_slowest_counts():
     assert whole_work(works) == AttemptStats(40, 2.0, 0.75, 3)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("worlds") / "world"
-    sizes = {"sft_problems": 1, "train_problems": 5, "held_out_problems": 6, "beyond_problems": 1, "filler_tokens": 3}
-    write_world(World(**sizes, hidden_size=32, layers=1, window=96), folder)
-    return folder
-
-
-def respondent(world, grader):
-    model = load(world / "model")
-    tokenizer = load_tokenizer(world / "model", model)
+def respondent(small_world, grader):
+    model = load(small_world / "model")
+    tokenizer = load_tokenizer(small_world / "model", model)
     device = SimpleNamespace(rank=0, ranks=1, device=torch.device("cpu"), gather=lambda value: [value], say=print)
-    stops = stop_tokens(tokenizer, model, world / "model")
+    stops = stop_tokens(tokenizer, model, small_world / "model")
     return Respondent(model, tokenizer, stops, CacheLimits(600, 96, 3), grader, device, instruction="")
 
 
@@ -67,9 +58,9 @@ class SlowGrader:
         return [Grade(self.verdict, 0.0, 0.0, 0.0, None) for _ in tickets]
 
 
-def test_attempts_come_as_soon_as_they_are_graded_and_none_is_lost(world):
+def test_attempts_come_as_soon_as_they_are_graded_and_none_is_lost(small_world):
     grader = SlowGrader()
-    asked, problems = respondent(world, grader), read_problems(world / "held-out.jsonl")
+    asked, problems = respondent(small_world, grader), read_problems(small_world / "held-out.jsonl")
     prompts, stats = [asked.prompt(problem, 3) for problem in problems], AttemptStats()
     waiting, seen = [], []
     for attempt in asked.stream(problems, prompts, Sampling(1.0, 8, asked.stop_tokens, 0), stats):
@@ -80,9 +71,9 @@ def test_attempts_come_as_soon_as_they_are_graded_and_none_is_lost(world):
     assert stats.tokens > 0 and stats.sample_seconds > 0 and stats.grade_seconds > 0
 
 
-def test_a_failing_grader_stops_the_work_with_a_sentence(world):
-    problems = read_problems(world / "held-out.jsonl")
-    asked = respondent(world, SlowGrader("grader failed"))
+def test_a_failing_grader_stops_the_work_with_a_sentence(small_world):
+    problems = read_problems(small_world / "held-out.jsonl")
+    asked = respondent(small_world, SlowGrader("grader failed"))
     with pytest.raises(GraderError, match=r"failed on 12 of 12 answers \(100.0%, more than the 2.0% allowed\)"):
         asked.attempt(problems, 2, Sampling(1.0, 4, asked.stop_tokens, 0))
     asked.most_failed_share = 1.0
@@ -90,15 +81,15 @@ def test_a_failing_grader_stops_the_work_with_a_sentence(world):
     assert [len(group) for group in groups] == [2] * 6
 
 
-def test_the_time_left_is_not_guessed_from_the_shortest(world, monkeypatch, capsys):
+def test_the_time_left_is_not_guessed_from_the_shortest(small_world, monkeypatch, capsys):
     """Guards: after one short response of many the ETA was hours."""
     monkeypatch.setattr(attempts, "SECONDS_BETWEEN_LINES", 0.0)
     seen = []
     monkeypatch.setattr(attempts, "format_eta", lambda seconds: seen.append(seconds) or "soon")
     with Grader() as grader:
-        asked = respondent(world, grader)
+        asked = respondent(small_world, grader)
         asked.limits = CacheLimits(3000, 96, 18)
-        problems = read_problems(world / "held-out.jsonl")
+        problems = read_problems(small_world / "held-out.jsonl")
         asked.attempt(problems, 3, Sampling(1.0, 30, asked.stop_tokens, 0), label="all")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 18 and lines[0].startswith("all: 1/18 responses") and "tok/s  ETA soon" in lines[0]

@@ -14,7 +14,6 @@ import pytest
 
 import eval as evaluation
 import responses
-from arithmetic import World, write_world
 from data_filter import Problem, read_problems
 from eval import length_curve
 from reward import Grader
@@ -27,20 +26,12 @@ OPTIONS = ["--temperature", "1", "--top-k", "0", "--instruction", ""]
 # ------------------------------------------------------------------------------------------- command line
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("worlds") / "world"
-    sizes = {"sft_problems": 1, "train_problems": 5, "held_out_problems": 6, "beyond_problems": 1, "filler_tokens": 3}
-    write_world(World(**sizes, hidden_size=32, layers=1, window=96), folder)
-    return folder
-
-
 @pytest.fixture
-def command(world, tmp_path, monkeypatch):
+def command(small_world, tmp_path, monkeypatch):
     """eval.py as a user calls it, without the start of a process."""
 
-    def run(*arguments, model=world / "model", data=("held-out",), out="out", temperature=True):
-        files = [word for name in data for word in ("--data", str(world / f"{name}.jsonl"))]
+    def run(*arguments, model=small_world / "model", data=("held-out",), out="out", temperature=True):
+        files = [word for name in data for word in ("--data", str(small_world / f"{name}.jsonl"))]
         settings = [*OPTIONS[0 if temperature else 2 :], "--out", str(tmp_path / out)]
         monkeypatch.setattr("sys.argv", ["eval.py", str(model), *files, *settings, *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -62,13 +53,13 @@ def read_out(folder):
     return json.loads((folder / "results.json").read_text()), rows
 
 
-def test_the_files_that_it_writes_agree(command, world, tmp_path, capsys):
+def test_the_files_that_it_writes_agree(command, small_world, tmp_path, capsys):
     results, rows = command("-n", 3, "--max-tokens", 7, "--limit", 4, data=("held-out", "train"))
     printed = capsys.readouterr().out
     results = results["evaluations"]
     assert [result["name"] for result in results] == ["held-out", "train"]
     for result in results:
-        problems = read_problems(world / f"{result['name']}.jsonl")[:4]
+        problems = read_problems(small_world / f"{result['name']}.jsonl")[:4]
         mine = [row for row in rows if row["data"] == result["name"]]
         ids = [(row["problem_id"], row["sample"]) for row in mine]
         assert ids == [(problem.id, sample) for problem in problems for sample in range(3)]
@@ -87,7 +78,9 @@ def test_the_files_that_it_writes_agree(command, world, tmp_path, capsys):
         assert f"{result['name']}: avg@3 0.0 (95% 0.0 to 49.0) over 4 problems" in printed
         assert result["tokens_per_s"] > 0 and result["peak_memory_gib"] > 0
     assert len(rows) == 24
-    assert printed.splitlines()[-1].startswith(f"{world / 'model'} (measured here)")  # the table of the recipe ends it
+    assert printed.splitlines()[-1].startswith(
+        f"{small_world / 'model'} (measured here)"
+    )  # the table of the recipe ends it
     assert "81.2" in printed and f"results in {tmp_path / 'out'}, report in " in printed
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page and rows[0]["text"].split()[0] in page
@@ -183,9 +176,9 @@ def test_an_unknown_benchmark_and_an_unknown_schema(command, tmp_path, monkeypat
         evaluation.main()
 
 
-def test_a_problem_without_an_answer_counts_unless_it_is_to_be_left_out(command, world, tmp_path, capsys):
+def test_a_problem_without_an_answer_counts_unless_it_is_to_be_left_out(command, small_world, tmp_path, capsys):
     rows = [{"problem": "1+1=", "answer": ""}, {"problem": "1+2=", "answer": "3"}]
-    (world / "gap.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (small_world / "gap.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept, _ = command("-n", 1, "--max-tokens", 4, data=("gap",), out="kept")
     said = capsys.readouterr()
     assert "kept, as problems that nothing can solve, 1 unusable rows (row 1 has no answer)" in said.err
@@ -196,13 +189,13 @@ def test_a_problem_without_an_answer_counts_unless_it_is_to_be_left_out(command,
     assert "left out 1 unusable rows (row 1 has no answer)" in capsys.readouterr().err
 
 
-def test_a_tokenizer_of_another_model_is_refused(command, world, tmp_path):
+def test_a_tokenizer_of_another_model_is_refused(command, small_world, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
 
     other = tmp_path / "other"
-    shutil.copytree(world / "model", other)
+    shutil.copytree(small_world / "model", other)
     config = json.loads((other / "config.json").read_text())
     weights = load_file(other / "model.safetensors")
     wide = {
@@ -272,10 +265,10 @@ def test_other_settings_are_not_mixed_in(command):
         command("-n", 1, "--max-tokens", 6, "--limit", 3)
 
 
-def test_other_weights_or_answers_under_the_same_name_are_not_mixed_in(command, world, tmp_path):
+def test_other_weights_or_answers_under_the_same_name_are_not_mixed_in(command, small_world, tmp_path):
     import shutil
 
-    shutil.copytree(world, tmp_path / "copy")
+    shutil.copytree(small_world, tmp_path / "copy")
     data, model = tmp_path / "copy" / "held-out.jsonl", tmp_path / "copy" / "model"
     options = ["-n", 1, "--max-tokens", 6, "--data", data]
     command(*options, model=model, data=())
@@ -298,8 +291,14 @@ def test_a_broken_line_is_named(command, tmp_path):
         command("-n", 1, "--max-tokens", 6, "--limit", 2)
 
 
-def test_a_signal_keeps_what_is_finished(world, tmp_path):
-    arguments = [sys.executable, str(ROOT / "eval.py"), str(world / "model"), "--data", str(world / "held-out.jsonl")]
+def test_a_signal_keeps_what_is_finished(small_world, tmp_path):
+    arguments = [
+        sys.executable,
+        str(ROOT / "eval.py"),
+        str(small_world / "model"),
+        "--data",
+        str(small_world / "held-out.jsonl"),
+    ]
     arguments += [*OPTIONS, "-n", "300", "--max-tokens", "60", "--rows", "8", "--out", str(tmp_path / "out")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -318,7 +317,7 @@ def test_a_signal_keeps_what_is_finished(world, tmp_path):
     assert not list(part.parent.glob("*.part")) and len(read_out(tmp_path / "out")[1]) >= 18
 
 
-def test_two_processes_write_what_one_writes(world, command, tmp_path):
+def test_two_processes_write_what_one_writes(small_world, command, tmp_path):
     single = command("-n", 3, "--max-tokens", 10)
     arguments = [
         sys.executable,
@@ -329,7 +328,7 @@ def test_two_processes_write_what_one_writes(world, command, tmp_path):
         "2",
         str(ROOT / "eval.py"),
     ]
-    arguments += [str(world / "model"), "--data", str(world / "held-out.jsonl"), *OPTIONS]
+    arguments += [str(small_world / "model"), "--data", str(small_world / "held-out.jsonl"), *OPTIONS]
     arguments += ["-n", "3", "--max-tokens", "10", "--out", str(tmp_path / "two")]
     run = subprocess.run(
         arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
@@ -479,11 +478,11 @@ def test_the_length_curve_cuts_responses_by_hand():
     assert (curve[1].low, curve[1].high) == interval([1.0, 0.5])
 
 
-def test_cuts_are_where_the_first_tokens_end(command, world, tmp_path):
+def test_cuts_are_where_the_first_tokens_end(command, small_world, tmp_path):
     command("-n", 2, "--max-tokens", 32, "--limit", 3, "--curve", "length", "--yarn", 1.5, "--original-window", 96)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer = AutoTokenizer.from_pretrained(small_world / "model")
     plain = responses.read_responses(tmp_path / "out" / "responses" / "held-out-no-YaRN.jsonl")
     scaled = responses.read_responses(tmp_path / "out" / "responses" / "held-out-YaRN.jsonl")
     assert len(plain) == len(scaled) == 6 and [r.text for r in plain] != [r.text for r in scaled]
