@@ -27,9 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from decode import DecodeState, StepGraphs, sampling_forward
+from device import out_of_memory
 from model import ModelConfig, Packed, Transformer, flash_attn_varlen_func, packed_attention, varlen_attn
 
 LARGEST_PREFILL = 16_384  # tokens in one prefill forward; a longer prompt goes alone
+LARGEST_CPU_PREFILL = 2_048  # what the caches of a CPU hold
+STEPS_BETWEEN_SYNCS = 8  # with graphs: tokens that every row draws before the host looks for the ends of responses
 
 
 class RolloutError(ValueError):
@@ -109,23 +113,45 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
     logits = logits.float()
     if sampling.temperature == 0:
         tokens = logits.argmax(1)
-    else:
-        logits = logits / sampling.temperature
-        if sampling.top_k or sampling.top_p < 1:
-            tokens = _draw_from_top(logits, sampling, uniform)
-        else:
-            tokens = _draw(logits.softmax(1), uniform)
-    logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
-    return tokens, logprobs
+        logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+        return tokens, logprobs
+    # one pass each: shift, exponentiate in place, sum; a vocabulary is too wide for more than is needed
+    scaled = (logits - logits.amax(1, keepdim=True)).div_(sampling.temperature)
+    if sampling.top_k or sampling.top_p < 1:
+        tokens = _draw_from_top(scaled, sampling, uniform)
+        chosen = scaled.gather(1, tokens[:, None]).squeeze(1)
+        return tokens, chosen - scaled.logsumexp(1)
+    weights = scaled.exp_()
+    tokens, total = _draw(weights, uniform)
+    return tokens, weights.gather(1, tokens[:, None]).squeeze(1).log() - total.log()
 
 
-def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Invert the cumulative distribution: unnormalised weights (B, V) -> indices (B,)."""
-    cumulative = weights.cumsum(1)
-    total = cumulative[:, -1:]
-    # rounding must not carry the target up to the total, past the last token that has any weight
-    target = torch.minimum(uniform[:, None].to(total.dtype) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+DRAW_BLOCK = 128  # weights that are summed first, so that no cumulative sum runs over a whole vocabulary
+
+
+def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative distribution: unnormalised weights (B, V) -> indices (B,), the weights' sums (B,)."""
+    if weights.shape[1] % DRAW_BLOCK:
+        weights = F.pad(weights, (0, -weights.shape[1] % DRAW_BLOCK))
+    blocks = weights.unflatten(1, (-1, DRAW_BLOCK))  # (B, V / 128, 128)
+    sums = blocks.sum(2)
+    total = sums.sum(1)
+    block, rest = _invert(sums, uniform[:, None] * total[:, None])
+    inside = blocks[torch.arange(len(blocks), device=block.device), block]  # (B, 128)
+    place, _ = _invert(inside, rest)
+    return block * DRAW_BLOCK + place, total
+
+
+def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum of weights (B, n) passes target (B, 1): indices (B,), and what is left of it there (B, 1).
+
+    Rounding never carries a draw past the last weight above zero.
+    """
+    cumulative = weights.cumsum(1, dtype=torch.float64)
+    target = torch.minimum(target.double(), cumulative[:, -1:] * (1 - 2.0**-50))
+    index = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
+    before = cumulative.gather(1, index) - weights.gather(1, index)
+    return index.squeeze(1), target - before
 
 
 def _draw_from_top(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -135,7 +161,7 @@ def _draw_from_top(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tenso
     probability = best.softmax(1)
     mass_before = probability.cumsum(1) - probability
     probability = probability.masked_fill(mass_before >= sampling.top_p, 0.0)
-    return index.gather(1, _draw(probability, uniform)[:, None]).squeeze(1)
+    return index.gather(1, _draw(probability, uniform)[0][:, None]).squeeze(1)
 
 
 # -------------------------------------------------------------------------------------------- the paged cache
@@ -149,6 +175,11 @@ def pages_have_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float32 and bool(flash_attn_varlen_func or varlen_attn)
 
 
+def steps_become_graphs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether decode steps are recorded: only kernels that read lengths on the device can be replayed as they grow."""
+    return pages_have_kernels(device, dtype)
+
+
 def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -157,14 +188,15 @@ def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 class PagedCache:
     """Keys and values of every layer, in pages of `page_size` tokens that any sequence may use."""
 
-    def __init__(self, model: Transformer, pages: int, page_size: int, dtype: torch.dtype):
+    def __init__(self, model: Transformer, pages: int, page_size: int, dtype: torch.dtype, scratch: bool = False):
+        """With `scratch` there is one more page, number `pages`, which is never handed out."""
         config, device = model.config, model.device
         heads, size = config.num_key_value_heads, config.head_dim
         self.page_size, self.pages = page_size, pages
         self.has_kernels = pages_have_kernels(device, dtype)
-        shape = (config.num_hidden_layers, pages, page_size, heads, size)
+        shape = (config.num_hidden_layers, pages + scratch, page_size, heads, size)
         if device.type == "cpu":  # SDPA reads one head's tokens in a row; the view has the same shape
-            shape = (config.num_hidden_layers, pages, heads, page_size, size)
+            shape = (config.num_hidden_layers, pages + scratch, heads, page_size, size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         if device.type == "cpu":
@@ -258,8 +290,8 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, decode: Decode) -> 
         k, v = keys[decode.table].flatten(1, 2), values[decode.table].flatten(1, 2)  # (B, pages x size, K, D)
     k, v = k[:, : decode.longest].transpose(1, 2), v[:, : decode.longest].transpose(1, 2)  # (B, K, longest, D)
     q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D): queries that share a key head become its rows
-    bias = decode.bias[:, None, None].expand(-1, 1, q.shape[2], -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(rows, heads, size)
+    scores = torch.matmul(q * size**-0.5, k.transpose(2, 3)) + decode.bias[:, None, None]  # (B, K, H/K, longest)
+    return torch.matmul(scores.softmax(-1), v).reshape(rows, heads, size)
 
 
 # ------------------------------------------------------------------------------------------------ the sampler
@@ -289,6 +321,11 @@ class _Row:
     admitted: int = 0  # a running number: preemption takes the highest
 
     @property
+    def room(self) -> int:
+        """New tokens that it may still make."""
+        return self.limit - len(self.tokens)
+
+    @property
     def length(self) -> int:
         """Tokens so far, prompt and response."""
         return len(self.prompt.tokens) + len(self.tokens)
@@ -302,6 +339,7 @@ class SamplerStats:
     decoded_tokens: int = 0
     decode_steps: int = 0
     preemptions: int = 0
+    memory_retries: int = 0  # times that memory ran out and the batch was made smaller
 
 
 def generate(
@@ -380,94 +418,180 @@ class _Sampler:
         self.page_size = _page_size(model, limits, longest)
         self.pages_per_row = math.ceil(longest / self.page_size)
         self.most_rows = min(limits.rows, len(self.waiting))
-        # as many pages as the budget holds, and no more than full rows and as many held prompts could use
-        pages = min(limits.tokens // self.page_size, 2 * self.most_rows * self.pages_per_row)
-        self.cache = PagedCache(model, pages, self.page_size, model.lm_head.weight.dtype)
+        self.most_prefill = LARGEST_CPU_PREFILL if self.device.type == "cpu" else LARGEST_PREFILL
         self.one_page = self.pages_per_row == 1
+        self.dtype = model.lm_head.weight.dtype
+        self.graphed = steps_become_graphs(self.device, self.dtype)
+        self.cache = self._make_cache(limits)
+        self.forward = sampling_forward(model, self.most_rows)
+        self.graphs = None
+        if self.graphed:
+            self.graphs = StepGraphs(self._step, self.most_rows, self.pages_per_row, self.cache.pages, self.device)
+        self.state: DecodeState | None = None  # None: the rows have changed since the last step
+
+    def _make_cache(self, limits: CacheLimits) -> PagedCache:
+        """As many pages as the budget holds, and no more than full rows and as many held prompts could use."""
+        pages = min(limits.tokens // self.page_size, 2 * self.most_rows * self.pages_per_row)
+        while True:
+            try:
+                return PagedCache(self.model, pages, self.page_size, self.dtype, scratch=self.graphed)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+            pages //= 2
+            if pages <= self.pages_per_row:
+                raise RolloutError(
+                    f"out of memory: not even one sequence of {self.pages_per_row * self.page_size} tokens fits a "
+                    f"cache: shorten the responses or take a smaller model"
+                )
+            self.stats.memory_retries += 1
 
     def run(self) -> Iterator[Rollout]:
         """Decode until nothing runs and nothing waits."""
         stop = set(self.sampling.stop_tokens)
-        changed = True
         while (self.rows or self.waiting) and not self.abandon():
-            changed |= self._admit()
-            changed |= self._give_every_row_a_page()
-            if changed:
-                table, positions, inputs, keys, counts = self._mirror()
-                # so it is unless a tight cache left a held prompt among the low pages
-                in_place = self.one_page and all(row.pages == [i] for i, row in enumerate(self.rows))
-            context = Decode(self.cache, table, positions, max(row.length for row in self.rows), in_place)
-            logits = self.model.logits(self.model.hidden(inputs, context))
-            inputs, logprobs = sample(logits, self.sampling, counted_uniform(keys, counts))
-            positions, counts = positions + 1, counts + 1
-            self.stats.decode_steps += 1
-            self.stats.decoded_tokens += len(self.rows)
+            tokens, logprobs = self._next_tokens()  # each steps x B
+            self.stats.decode_steps += len(tokens)
             finished = []
-            for i, (row, token, logprob) in enumerate(zip(self.rows, inputs.tolist(), logprobs.tolist(), strict=True)):
-                row.tokens.append(token)
-                row.logprobs.append(logprob)
-                if token in stop or len(row.tokens) == row.limit:
-                    finished.append(i)
+            for i, row in enumerate(self.rows):
+                for token, logprob in zip((step[i] for step in tokens), (step[i] for step in logprobs), strict=True):
+                    row.tokens.append(token)
+                    row.logprobs.append(logprob)
+                    self.stats.decoded_tokens += 1
+                    if token in stop or len(row.tokens) == row.limit:
+                        finished.append(i)
+                        break  # what it drew after its end is forgotten
             for i in finished:
                 yield self._rollout(self.rows[i], "stop" if self.rows[i].tokens[-1] in stop else "length")
             self._retire(finished)
-            changed = bool(finished)
 
-    def _admit(self) -> bool:
+    def _next_tokens(self) -> tuple[list[list[int]], list[list[float]]]:
+        """The next tokens of all rows and their log-probs, steps x B; with fewer rows when memory runs out."""
+        while True:
+            try:
+                self._admit()
+                steps = 1
+                if self.graphs is not None:
+                    steps = min([STEPS_BETWEEN_SYNCS, *(row.room for row in self.rows)])
+                self._give_every_row_pages(steps)
+                return self._decode(steps)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+            self._shrink()  # not inside the except: the error's traceback keeps its tensors alive
+
+    def _shrink(self) -> None:
+        """Go on with half the rows and half the prefill. Raises RolloutError when there is nothing left to halve."""
+        if self.most_rows == 1 and self.most_prefill == 1:
+            raise RolloutError("out of memory with one row: lower cache_tokens, shorten the responses, or use LoRA")
+        self.most_rows, self.most_prefill = max(1, len(self.rows) // 2), max(1, self.most_prefill // 2)
+        while len(self.rows) > self.most_rows:
+            self._preempt()
+        self.state, self.graphs = None, self.graphs and self.graphs.again()
+        self.stats.memory_retries += 1
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _step(self, state: DecodeState, longest: int | None = None, in_place: bool = False) -> None:
+        """Draw one token for every row of a state, in place; this is what a graph holds."""
+        context = Decode(self.cache, state.table, state.positions, longest or self._capacity, in_place)
+        logits = self.forward.logits(self.forward.hidden(state.inputs, context))
+        state.advance(*sample(logits, self.sampling, counted_uniform(state.keys, state.counts)))
+
+    @property
+    def _capacity(self) -> int:
+        """The most tokens that a page table can hold."""
+        return self.pages_per_row * self.page_size
+
+    def _decode(self, steps: int) -> tuple[list[list[int]], list[list[float]]]:
+        """So many tokens for every row, and their log-probs: steps x B. The host waits for the device once."""
+        if self.state is None:
+            self.state = self._mirror()
+            if self.graphs is not None:
+                self.state = self.graphs.load(self.state)
+            # so it is unless a tight cache left a held prompt among the low pages
+            self.in_place = self.one_page and all(row.pages == [i] for i, row in enumerate(self.rows))
+        rows, longest, drawn = len(self.rows), max(row.length for row in self.rows), []
+        for i in range(steps):
+            if self.graphs is not None:
+                self.graphs.run(rows)
+            else:
+                self._step(self.state, longest + i, self.in_place)
+            drawn.append((self.state.inputs[:rows].clone(), self.state.logprobs[:rows].clone()))
+        tokens, logprobs = zip(*drawn, strict=True)
+        return torch.stack(tokens).tolist(), torch.stack(logprobs).tolist()
+
+    def _admit(self) -> None:
         """Start waiting responses while there are rows and pages. A prefix is prefilled once for all its rows."""
         started: list[_Row] = []
-        prefixes: list[_Prefix] = []
+        prefills: list[tuple[np.ndarray, list[int]]] = []  # tokens and the pages that they fill
+        held: list[_Prefix] = []
         while self.waiting and len(self.rows) < self.most_rows:
             row = self.waiting[0]
             prefix, size = row.prefix, self.page_size
             whole, part = divmod(len(prefix.tokens), size)
-            needed = 1 + (whole + bool(part) if prefix.pages is None else 0)
+            alone = prefix.pages is None and prefix.rows_to_start == 1  # its pages can be the row's own
+            needed = 1 + (0 if prefix.pages else whole if alone else whole + bool(part))
             # rows that are to grow keep a page each in reserve, or they would only preempt each other
             reserve = 0 if self.one_page else len(self.rows)
             if len(self.cache.free) < needed + reserve:
                 if not self.rows and self._forget_waiting():
                     continue
                 break
-            if prefix.pages is None:  # from the far end, so that rows keep the low pages to themselves
-                prefix.pages = [self.cache.take(highest=True) for _ in range(whole + bool(part))]
-                prefixes.append(prefix)
-            row.pages = [self.cache.share(page) for page in prefix.pages[:whole]] + [self.cache.take()]
+            if alone:
+                row.pages = [self.cache.take() for _ in range(whole + 1)]
+                prefills.append((prefix.tokens, row.pages))
+            else:
+                if prefix.pages is None:  # from the far end, so that rows keep the low pages to themselves
+                    prefix.pages = [self.cache.take(highest=True) for _ in range(whole + bool(part))]
+                    prefills.append((prefix.tokens, prefix.pages))
+                    held.append(prefix)
+                row.pages = [self.cache.share(page) for page in prefix.pages[:whole]] + [self.cache.take()]
             row.admitted = self.admissions = self.admissions + 1
             self.rows.append(self.waiting.popleft())
             started.append(row)
-        self._prefill([prefix for prefix in prefixes if len(prefix.tokens)])
+        if not started:
+            return
+        self.state = None
+        try:
+            self._prefill([prefill for prefill in prefills if len(prefill[0])])
+        except BaseException:  # as if nothing had been admitted
+            del self.rows[len(self.rows) - len(started) :]
+            for row in reversed(started):
+                self.cache.release(row.pages)
+                row.pages = []
+                self.waiting.appendleft(row)
+            for prefix in held:
+                self._forget(prefix)
+            raise
         for row in started:
             whole, part = divmod(len(row.prefix.tokens), self.page_size)
-            if part:  # the page that the row goes on writing is its own copy
+            if part and row.prefix.pages:  # the page that the row goes on writing is its own copy
                 self.cache.copy(row.prefix.pages[whole], row.pages[whole], part)
             row.prefix.rows_to_start -= 1
             if row.prefix.rows_to_start == 0:
                 self._forget(row.prefix)
-        return bool(started)
 
-    def _prefill(self, prefixes: list[_Prefix]) -> None:
-        """Write the keys and values of prefixes, several packed into one forward."""
-        while prefixes:
+    def _prefill(self, prefills: list[tuple[np.ndarray, list[int]]]) -> None:
+        """Write keys and values of tokens into their pages, several sequences packed into one forward."""
+        while prefills:
             batch, tokens = [], 0
-            while prefixes and (not batch or tokens + len(prefixes[0].tokens) <= LARGEST_PREFILL):
-                tokens += len(prefixes[0].tokens)
-                batch.append(prefixes.pop(0))
-            context = Prefill(self.cache, [len(p.tokens) for p in batch], [p.pages for p in batch], self.device)
-            packed = torch.from_numpy(np.concatenate([p.tokens for p in batch])).to(self.device)
-            self.model.hidden(packed, context)
+            while prefills and (not batch or tokens + len(prefills[0][0]) <= self.most_prefill):
+                tokens += len(prefills[0][0])
+                batch.append(prefills.pop(0))
+            context = Prefill(self.cache, [len(t) for t, _ in batch], [pages for _, pages in batch], self.device)
+            self.forward.hidden(torch.from_numpy(np.concatenate([t for t, _ in batch])).to(self.device), context)
             self.stats.prefilled_tokens += tokens
 
-    def _give_every_row_a_page(self) -> bool:
-        """The token about to be decoded needs a place; without a free page the row admitted last must wait."""
-        changed = False
+    def _give_every_row_pages(self, steps: int) -> None:
+        """The tokens about to be decoded need a place; without a free page the row admitted last must wait."""
         for row in sorted(self.rows, key=lambda row: row.admitted):
-            while row.pages and (row.length - 1) // self.page_size == len(row.pages):
+            while row.pages and (row.length + steps - 2) // self.page_size >= len(row.pages):
                 if self.cache.free:
                     row.pages.append(self.cache.take())
                 else:
                     self._preempt()
-                changed = True
-        return changed
+                self.state = None
 
     def _preempt(self) -> None:
         """Free the pages of the row admitted last; or, when one row is left, those of a prompt held for others."""
@@ -498,8 +622,8 @@ class _Sampler:
             self._forget(prefix)
         return bool(held)
 
-    def _mirror(self) -> tuple[Tensor, ...]:
-        """The rows as device tensors: page table (B, pages), positions, inputs, keys and counts, each (B,)."""
+    def _mirror(self) -> DecodeState:
+        """The rows as device tensors."""
         widest = max(len(row.pages) for row in self.rows)
         table = np.zeros((len(self.rows), widest), dtype=np.int64)
         for i, row in enumerate(self.rows):
@@ -511,10 +635,13 @@ class _Sampler:
             [row.key for row in self.rows],
             [len(row.tokens) for row in self.rows],
         )
-        return tuple(torch.from_numpy(np.asarray(x, dtype=np.int64)).to(self.device) for x in (table, *columns))
+        numbers = (np.asarray(x, dtype=np.int64) for x in (table, *columns))
+        return DecodeState(*(torch.from_numpy(x).to(self.device) for x in numbers))
 
     def _retire(self, finished: list[int]) -> None:
         """Remove finished rows; the last row moves into each gap, with its page where a row is one page."""
+        if finished:
+            self.state = None
         for i in reversed(finished):
             self.cache.release(self.rows[i].pages)
             last = self.rows.pop()

@@ -1,0 +1,201 @@
+"""What makes a decode step fast: on a CPU the layout of the weights, on CUDA a graph of the whole step.
+
+A step does little arithmetic per weight, so reading the weights well and starting few kernels is most of its speed.
+
+    PackedModel   float32 on a CPU: q/k/v and gate/up fused, norm weights folded in, all laid out for oneDNN. A copy,
+                  made when sampling begins and dropped when it ends; training never sees it.
+    GraphedStep   half precision on CUDA: the weights as they are (no copy), and one launch per token.
+
+The slow, obvious references are `Transformer.hidden` and `decode_step`; the tests compare both with them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import AttentionContext, Layer, RMSNorm, Transformer
+from yarn import rotate, rotation
+
+Project = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
+
+
+def pack_linears(linears: Sequence[nn.Linear], norm: RMSNorm | None, rows: int) -> Project:
+    """Linear layers that read the same input as one, a norm's weight folded in, for about so many rows at a time.
+
+    oneDNN's own layout is what torch.compile gives frozen weights on a CPU; at tens of rows it beats F.linear by far.
+    """
+    scale = 1.0 if norm is None else norm.weight  # (in,)
+    weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([x.weight for x in linears]) * scale, rows)
+    biases = [x.bias for x in linears if x.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def normalise(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without its weight, in the fewest passes: x (..., C)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_())
+
+
+@dataclass
+class PackedLayer:
+    """A decoder layer's weights for sampling."""
+
+    qkv: Project
+    qk_norm: Tensor | None  # (H + K, D): the weight of each head's norm
+    o: Project
+    gate_up: Project
+    down: Project
+
+
+class PackedModel:
+    """A float32 model's forward from packed copies of its weights. The same numbers, up to rounding."""
+
+    def __init__(self, model: Transformer, rows: int):
+        self.model, config = model, model.config
+        self.eps = config.rms_norm_eps
+        self.heads, self.key_heads, self.head_dim = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        )  # fmt: skip
+        self.layers = [self._pack(layer, rows) for layer in model.model.layers]
+        self.head = pack_linears([model.lm_head], model.model.norm, rows)
+
+    def _pack(self, layer: Layer, rows: int) -> PackedLayer:
+        attention, mlp = layer.self_attn, layer.mlp
+        qk_norm = None
+        if attention.q_norm is not None:
+            norms = [attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.key_heads
+            qk_norm = torch.stack(norms)
+        return PackedLayer(
+            qkv=pack_linears([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm, rows),
+            qk_norm=qk_norm,
+            o=pack_linears([attention.o_proj], None, rows),
+            gate_up=pack_linears([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm, rows),
+            down=pack_linears([mlp.down_proj], None, rows),
+        )
+
+    def hidden(self, tokens: Tensor, context: AttentionContext) -> Tensor:
+        """Tokens (T,) -> last hidden states (T, C), normalised; the last norm's weight is folded into the head."""
+        cos, sin = rotation(self.model.inverse_frequencies, context.positions, self.model.attention_factor)
+        x = F.embedding(tokens, self.model.model.embed_tokens.weight)  # (T, C)
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(normalise(x, self.eps)).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, D)
+            qk, v = qkv.split((self.heads + self.key_heads, self.key_heads), dim=1)
+            if layer.qk_norm is not None:
+                qk = normalise(qk, self.eps) * layer.qk_norm
+            q, k = rotate(qk, cos, sin).split((self.heads, self.key_heads), dim=1)
+            x = x + layer.o(context.attend(i, q, k, v).flatten(-2))  # (T, H, D) -> (T, C)
+            gate, up = layer.gate_up(normalise(x, self.eps)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
+        return normalise(x, self.eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (N, C) as `hidden` gives them -> logits (N, V)."""
+        return self.head(hidden)
+
+
+def sampling_forward(model: Transformer, rows: int) -> "Transformer | PackedModel":
+    """What the sampler calls for hidden states and logits: a packed copy where that pays, else the model itself."""
+    weight = model.lm_head.weight
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return PackedModel(model, rows)
+    return model
+
+
+@dataclass
+class DecodeState:
+    """The rows in flight as tensors: a decode step reads them and leaves them ready for the next."""
+
+    table: Tensor  # int64 (B, pages), each row's pages in order
+    positions: Tensor  # int64 (B,), of the token about to be read
+    inputs: Tensor  # int64 (B,), that token; after a step the one drawn
+    keys: Tensor  # int64 (B,), of the row's random numbers
+    counts: Tensor  # int64 (B,), how many have been drawn
+    logprobs: Tensor | None = None  # float32 (B,), of the token drawn
+    alive: Tensor | None = None  # int64 (B,), 0 where a row only fills up a graph's batch; None: all are alive
+
+    def advance(self, tokens: Tensor, logprobs: Tensor) -> None:
+        """Take the tokens drawn, in place where a graph holds the tensors."""
+        if self.alive is None:
+            self.inputs, self.logprobs = tokens, logprobs
+            self.positions, self.counts = self.positions + 1, self.counts + 1
+            return
+        self.inputs.copy_(tokens)
+        self.logprobs.copy_(logprobs)
+        self.positions += self.alive  # a row that only fills up stays where it is
+        self.counts += self.alive
+
+    def first(self, rows: int) -> "DecodeState":
+        """The first rows, as views."""
+        return DecodeState(*(tensor[:rows] for tensor in vars(self).values()))
+
+
+def capture_graph(step: Callable[[], None], pool: object) -> tuple[Callable[[], None], object]:
+    """Record a step as a CUDA graph: a function that replays it, and the memory pool that graphs share."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph.replay, graph.pool()
+
+
+class StepGraphs:
+    """Graphs of a decode step for growing numbers of rows; a batch in between is filled up with idle rows.
+
+    A step of a 4B model launches over a thousand kernels: without a graph the host, not the memory, sets its speed.
+    """
+
+    def __init__(
+        self, step: Callable[[DecodeState], None], rows: int, pages: int, scratch_page: int, device: torch.device
+    ):
+        self.step, self.rows, self.scratch_page = step, rows, scratch_page
+        self.replays: dict[int, Callable[[], None]] = {}
+        self.pool = None
+        numbers = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)]
+        self.state = DecodeState(
+            torch.full((rows, pages), scratch_page, device=device),
+            *numbers,
+            logprobs=torch.zeros(rows, device=device),
+            alive=torch.zeros(rows, dtype=torch.int64, device=device),
+        )
+
+    def load(self, state: DecodeState) -> DecodeState:
+        """Take over the rows of a state; the others idle, on the scratch page. Returns the tensors that graphs use."""
+        rows, width = state.table.shape
+        self.state.table.fill_(self.scratch_page)
+        self.state.table[:rows, :width] = state.table
+        for name in ("positions", "inputs", "keys", "counts"):
+            tensor = getattr(self.state, name).zero_()
+            tensor[:rows] = getattr(state, name)
+        self.state.alive.zero_()[:rows] = 1
+        return self.state
+
+    def run(self, rows: int) -> None:
+        """One step of the first rows."""
+        size = padded_rows(rows, self.rows)
+        if size not in self.replays:
+            self._record(size)
+        self.replays[size]()
+
+    def _record(self, size: int) -> None:
+        state = self.state.first(size)
+        before = [tensor.clone() for tensor in vars(state).values()]
+        self.step(state)  # what is made at first use (handles, workspaces) must be there before recording
+        for tensor, value in zip(vars(state).values(), before, strict=True):
+            tensor.copy_(value)
+        self.replays[size], self.pool = capture_graph(lambda: self.step(state), self.pool)
+
+    def again(self) -> "StepGraphs":
+        """The same without any graph: their memory is free."""
+        self.replays.clear()
+        self.pool = None
+        return self
+
+
+def padded_rows(rows: int, most: int) -> int:
+    """A batch size with a graph of its own: 1, 2, 4, 8, then steps of an eighth of the next power of two."""
+    step = max(1, (1 << (rows - 1).bit_length()) // 8) if rows > 8 else 1
+    size = -(-rows // step) * step if rows > 8 else 1 << (rows - 1).bit_length()
+    return min(size, most)

@@ -1,0 +1,181 @@
+"""The fast ways of decoding against the slow ones: packed weights, steps replayed as graphs, less memory."""
+
+import numpy as np
+import pytest
+import torch
+from test_rollout import AMPLE, LENGTHS, assert_same, full_logits, make_prompts, run, warm
+
+import decode
+import rollout
+from model import Packed, load
+from rollout import CacheLimits, RolloutError, SamplerStats
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load(checkpoint("qwen3", tied=False))
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """The reference: the model's own forward, one sequence at a time, nothing packed or recorded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "sampling_forward", lambda model, rows: model)
+        return run(model, make_prompts(), warm(), CacheLimits(tokens=1_000, page_size=16, rows=1))
+
+
+# ------------------------------------------------------------------------------------------------ packed weights
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scaling", ["plain", "warm yarn"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@torch.no_grad()
+def test_packed_logits_equal_the_models_own(checkpoint, family, scaling, tied):
+    model = load(checkpoint(family, tied, scaling))
+    for rows in (1, 7, 64):
+        fast = decode.PackedModel(model, rows)
+        tokens = torch.randint(0, 97, (rows + 30,), generator=torch.Generator().manual_seed(rows))
+        context = Packed([rows, 30])
+        slow = model.logits(model.hidden(tokens, context))
+        torch.testing.assert_close(fast.logits(fast.hidden(tokens, context)), slow, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_sampling_draws_what_the_models_own_forward_draws(model, expected):
+    assert isinstance(decode.sampling_forward(model, 8), decode.PackedModel)
+    assert_same(run(model, make_prompts(), warm()), expected)
+
+
+@torch.no_grad()
+def test_packed_copies_follow_the_weights_and_leave_them_alone(checkpoint):
+    model = load(checkpoint("qwen3", tied=True))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = run(model, make_prompts(), warm())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for parameter in model.parameters():
+        parameter.mul_(1.2)
+    for found in run(model, make_prompts(), warm()).values():
+        logits = full_logits(model, np.concatenate([found.prompt, found.tokens]))[len(found.prompt) - 1 : -1]
+        naive = logits.log_softmax(1)[torch.arange(len(found.tokens)), torch.as_tensor(found.tokens).long()]
+        np.testing.assert_allclose(found.logprobs, naive.numpy(), atol=1e-5)
+    assert any(len(f.tokens) for f in first.values())
+
+
+# ---------------------------------------------------------------------------------------- steps that are replayed
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: recording runs nothing, replaying runs the step on the tensors it was recorded with."""
+
+    recorded: list = []
+
+    @classmethod
+    def capture(cls, step, pool):
+        cls.recorded.append(step)
+        return step, pool
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    """Every decode step as on CUDA: static tensors, idle rows, several steps between looks at the ends."""
+    FakeGraph.recorded = []
+    monkeypatch.setattr(rollout, "steps_become_graphs", lambda device, dtype: True)
+    monkeypatch.setattr(decode, "capture_graph", FakeGraph.capture)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize(
+    "limits",
+    [AMPLE, CacheLimits(100_000, 16, 3), CacheLimits(112, 16, 100), CacheLimits(66, 1, 5), CacheLimits(165, 65, 9)],
+)
+def test_replayed_steps_draw_what_single_ones_draw(model, expected, graphed, monkeypatch, steps, limits):
+    monkeypatch.setattr(rollout, "STEPS_BETWEEN_SYNCS", steps)
+    stats = SamplerStats()
+    assert_same(run(model, make_prompts(), warm(), limits, stats), expected)
+    assert stats.decoded_tokens == sum(
+        len(r.tokens) for r in expected.values()
+    )  # what is drawn past an end is not kept
+    assert FakeGraph.recorded
+
+
+def test_each_batch_size_is_recorded_once(model, graphed):
+    run(model, make_prompts(n=4), warm())
+    sizes = {decode.padded_rows(rows, 24) for rows in range(1, 25)}
+    assert 0 < len(FakeGraph.recorded) <= len(sizes)
+
+
+def test_padded_rows_hold_the_rows_and_waste_little():
+    for most in (1, 5, 24, 64, 100, 384):
+        for rows in range(1, most + 1):
+            size = decode.padded_rows(rows, most)
+            assert rows <= size <= most
+            assert size - rows <= max(3, rows // 4)
+    assert len({decode.padded_rows(rows, 384) for rows in range(1, 385)}) <= 40
+
+
+def test_idle_rows_write_to_no_page_of_a_response(model, graphed):
+    """Twenty rows are recorded for as many idle ones again; every key that a response wrote stays its own."""
+    alone = run(model, make_prompts(n=1)[:1], warm())
+    together = run(model, make_prompts(n=3), warm())
+    assert_same(alone, {key: together[key] for key in alone})
+
+
+# ---------------------------------------------------------------------------------------------- out of memory
+
+
+def fail_at(monkeypatch, owner, name: str, times: set[int], error: Exception) -> list[int]:
+    """Make calls of a method, counted from 0, raise; what comes back counts all calls."""
+    original, calls = getattr(owner, name), [0]
+
+    def sometimes(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] - 1 in times:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, sometimes)
+    return calls
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "python"])
+@pytest.mark.parametrize("times", [{0}, {1}, {5}, {3, 4}, {0, 1, 2}])
+def test_running_out_of_memory_shrinks_the_batch_and_loses_nothing(model, expected, monkeypatch, error, times):
+    """In the prefill (the first calls) and in the middle of decoding."""
+    fail_at(monkeypatch, decode.PackedModel, "hidden", times, error)
+    stats = SamplerStats()
+    assert_same(run(model, make_prompts(), warm(), AMPLE, stats), expected)
+    assert stats.memory_retries == len(times)
+
+
+def test_pages_come_back_after_running_out_of_memory(model, monkeypatch):
+    fail_at(monkeypatch, decode.PackedModel, "hidden", {0, 4, 5}, ERRORS[0])
+    with torch.no_grad():
+        sampler = rollout._Sampler(model, make_prompts(), warm(), AMPLE, SamplerStats(), lambda: False)
+        assert len(list(sampler.run())) == 2 * len(LENGTHS)
+    assert sorted(sampler.cache.free) == list(range(sampler.cache.pages))
+
+
+def test_a_cache_that_does_not_fit_is_made_smaller(model, expected, monkeypatch):
+    fail_at(monkeypatch, rollout.PagedCache, "__init__", {0, 1}, ERRORS[0])
+    stats = SamplerStats()
+    assert_same(run(model, make_prompts(), warm(), AMPLE, stats), expected)
+    assert stats.memory_retries == 2
+
+
+def test_memory_that_never_suffices_ends_in_one_sentence(model, monkeypatch):
+    fail_at(monkeypatch, decode.PackedModel, "hidden", set(range(1000)), ERRORS[0])
+    with pytest.raises(RolloutError, match="^out of memory with one row[^\n]+$"):
+        run(model, make_prompts(), warm())
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(model, monkeypatch):
+    fail_at(monkeypatch, decode.PackedModel, "hidden", {3}, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(model, make_prompts(), warm())
