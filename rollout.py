@@ -256,6 +256,9 @@ class Decode:
         self.page = table.gather(1, (positions // cache.page_size)[:, None]).squeeze(1)  # (B,)
         self.offset = positions % cache.page_size
         self.in_place = in_place  # row i is page i, and nothing more: the cache itself is the batch, ungathered
+        if in_place and 2 * longest > cache.page_size:
+            # slots side by side are one stream: skipping the unwritten rest of each costs more than reading it
+            self.longest = longest = cache.page_size
         lengths = positions + 1
         if cache.has_kernels:
             self.lengths, self.table = lengths.int(), table.int()

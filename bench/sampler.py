@@ -99,6 +99,28 @@ def run_generate(reference: torch.nn.Module, case: Case) -> float:
     return time.perf_counter() - begun
 
 
+def run_continuous(reference: torch.nn.Module, case: Case) -> float:
+    """Seconds for the same responses through transformers' continuous batching, each ended at its own length."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
+    manager = reference.init_continuous_batching(generation_config=config)
+    requests = [(prompt, length) for prompt, own in zip(case.prompts, case.lengths, strict=True) for length in own]
+    begun = time.perf_counter()
+    manager.start()
+    for prompt, length in requests:
+        manager.add_request(prompt, max_new_tokens=length)
+    tokens = 0
+    for _ in requests:
+        while (found := manager.get_result(timeout=60)) is None or not found.is_finished():
+            assert manager.is_running(), "continuous batching stopped by itself"
+        tokens += len(found.generated_tokens)
+    seconds = time.perf_counter() - begun
+    manager.stop(block=True)
+    assert tokens == case.tokens
+    return seconds
+
+
 def measure_machine() -> tuple[float, float]:
     """Bandwidth in bytes per second (reading a large array) and matrix rate in FLOP per second (float32)."""
     array, matrix = torch.ones(1 << 27), torch.randn(2048, 2048)
@@ -139,6 +161,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=["equal", "ragged", "wide128"], help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="of each sampler, in turn")
     parser.add_argument("--ours-only", action="store_true", help="no generate beside it")
+    parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching too, once")
     arguments = parser.parse_args()
     names = arguments.case or (["equal", "ragged", "wide128"] if arguments.model else ["wide128"])
     if arguments.model is None and set(names) != {"wide128"}:
@@ -146,7 +169,8 @@ def main() -> None:
     bandwidth, matrix_rate = measure_machine()
     print(f"bandwidth {bandwidth / 1e9:.1f} GB/s, matrix rate {matrix_rate / 1e9:.0f} GFLOP/s")
     rows, results = (
-        [["case", "ours tok/s", "generate tok/s", "ratio", "roofline tok/s", "of roofline", "prefilled"]],
+        [["case", "ours tok/s", "generate tok/s", "ratio", "continuous tok/s", "roofline tok/s", "of roofline",
+          "prefilled"]],
         {},
     )
     for name in names:
@@ -166,17 +190,20 @@ def main() -> None:
             if reference is not None:
                 theirs.append(run_generate(reference, case))
                 print(f"{name}, round {turn + 1}: generate {case.tokens / theirs[-1]:,.0f} tok/s", flush=True)
+        continuous = run_continuous(reference, case) if arguments.continuous and reference is not None else None
         best, limit = min(ours), roofline_seconds(model, case, bandwidth, matrix_rate)
         other = min(theirs) if theirs else None
         results[name] = {
             "ours_tokens_per_s": case.tokens / best,
             "generate_tokens_per_s": case.tokens / other if other else None,
+            "continuous_tokens_per_s": case.tokens / continuous if continuous else None,
             "roofline_tokens_per_s": case.tokens / limit,
             "prefilled_tokens": stats.prefilled_tokens,
         }
         rows.append([
             name, f"{case.tokens / best:,.0f}", f"{case.tokens / other:,.0f}" if other else "-",
-            f"{other / best:.2f}" if other else "-", f"{case.tokens / limit:,.0f}", f"{limit / best:.0%}",
+            f"{other / best:.2f}" if other else "-", f"{case.tokens / continuous:,.0f}" if continuous else "-",
+            f"{case.tokens / limit:,.0f}", f"{limit / best:.0%}",
             f"{stats.prefilled_tokens:,}",
         ])  # fmt: skip
     print(text_table(rows))
