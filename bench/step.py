@@ -18,6 +18,7 @@ and then the rounds, and the best round counts. Absolute times mean nothing on a
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -37,6 +38,7 @@ from benchmarks import text_table  # noqa: E402
 from data_filter import Problem, prompt_text, write_problems  # noqa: E402
 
 GROUP, MOST_TOKENS, LEARNING_RATE, MANY_STEPS = 8, 64, 1e-6, 100_000
+PHASES = ("sample", "grade", "update")  # of ours; grading is the time that it adds to sampling's, and the wait after it
 SUMS = {"smollm2": [
     "A baker sells 24 rolls in the morning and twice as many in the afternoon. How many rolls does he sell that day?",
     "Lena has 3 boxes of 12 pencils. She gives 9 pencils to her brother and 4 to a friend. How many are left?",
@@ -105,7 +107,8 @@ def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
 
         def write(self, row: dict) -> None:
             super().write(row)
-            names = ("seconds", "seconds_sample", "seconds_grade", "seconds_update", "tokens", "skipped")
+            assert not row["skipped"], "a step without an update is no measurement"
+            names = ("seconds", "seconds_sample", "seconds_grade", "seconds_update", "tokens")
             take_turns({name: row[name] for name in names} | {"peak_gib": row["peak_memory_gib"]})
 
     settings = CASES[case]
@@ -159,9 +162,9 @@ def run_trl(case: str, model: Path, scratch: Path, batch: int) -> None:
     instruction = Recipe.instruction
     prompts = [[{"role": "user", "content": prompt_text(p, instruction)}] for p in make_problems(case)]
     settings = GRPOConfig(
-        output_dir=str(scratch), use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, max_steps=MANY_STEPS,
+        output_dir=str(scratch), use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
         per_device_train_batch_size=batch, gradient_accumulation_steps=sequences // batch, num_generations=GROUP,
-        max_completion_length=MOST_TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, num_iterations=1,
+        max_completion_length=MOST_TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, num_iterations=1, max_steps=MANY_STEPS,
         loss_type="dapo", scale_rewards="group", epsilon=0.2, epsilon_high=0.28, learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant", adam_beta2=0.999, weight_decay=0.01, max_grad_norm=1.0, save_strategy="no",
         logging_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
@@ -243,7 +246,7 @@ def write_wide128(folder: Path) -> Path:
     model = Transformer(parse_config(config | {"eos_token_id": 0, "pad_token_id": 0}, "wide128"))
     initialise(model, seed=0)
     # a token of larger embedding tends to repeat itself, and the end comes later: 47 tokens on average
-    model.lm_head.weight.data.mul_(1.4)
+    model.lm_head.weight.data.mul_(1.65)
     save(model, folder / "model", tokenizer_from=folder / "tokenizer")
     return folder / "model"
 
@@ -256,8 +259,11 @@ def compare(case: str, model: Path, rounds: int, threads: int, batches: list[int
         for turn in range(rounds + 1):
             for side, batch in zip(sides, [0, *batches], strict=True):
                 row = side.step()
-                label = f"{case}, {f'round {turn}' if turn else 'warm-up'}: {side.name}{f', batch {batch}' * bool(batch)}"
-                print(f"{label}: {row['seconds']:.2f} s, {row['tokens']:,} tokens", flush=True)
+                label = (
+                    f"{case}, {f'round {turn}' if turn else 'warm-up'}: {side.name}{f', batch {batch}' * bool(batch)}"
+                )
+                parts = "".join(f", {p} {row[f'seconds_{p}']:.2f}" for p in PHASES if side.name == "ours")
+                print(f"{label}: {row['seconds']:.2f} s{parts}, {row['tokens']:,} tokens", flush=True)
     finally:
         for side in sides:
             side.close()
@@ -273,27 +279,33 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=list(CASES), help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each side that count")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, action="append", help="TRL's sequences per micro-batch; more than one: best")
+    parser.add_argument(
+        "--batch", type=int, action="append", help="TRL's sequences per micro-batch; more than one: best"
+    )
     for hidden in ("--side", "--scratch"):  # the command of a side's process
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         side = {"ours": run_ours, "trl": run_trl}[arguments.side]
-        side(arguments.case[0], arguments.model, Path(arguments.scratch), arguments.batch[0])
+        return side(arguments.case[0], arguments.model, Path(arguments.scratch), arguments.batch[0])
     names = arguments.case or (list(CASES) if arguments.model else ["wide128"])
     if "smollm2" in names and arguments.model is None:
         parser.error("the case smollm2 needs --model")
+    if any(batch < 1 or CASES[name].problems * GROUP % batch for name in names for batch in arguments.batch or []):
+        parser.error("--batch must divide the sequences of a step: 32 of smollm2, 256 of wide128")
+    if importlib.util.find_spec("trl") is None:
+        sys.exit("step.py: the package trl is not installed: pip install -r bench/requirements.txt")
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in names:
             model = write_wide128(Path(scratch)) if name == "wide128" else arguments.model.resolve()
             batches = arguments.batch or [CASES[name].trl_batch]
             results[name] = compare(name, model, arguments.rounds, arguments.threads, batches)
-    rows = [["case", "ours s", "sample", "grade", "update", "TRL s", "ratio", "tokens, TRL's", "GiB, TRL's"]]
+    rows = [["case", "ours s", *PHASES, "TRL s", "ratio", "tokens, TRL's", "GiB, TRL's"]]
     for name, found in results.items():
         ours, trl = found["ours"], found["trl"]
         rows.append([
-            name, f"{ours['seconds']:.2f}", *(f"{ours[f'seconds_{part}']:.2f}" for part in ("sample", "grade", "update")),
+            name, f"{ours['seconds']:.2f}", *(f"{ours[f'seconds_{phase}']:.2f}" for phase in PHASES),
             f"{trl['seconds']:.2f}", f"{found['ratio']:.2f}", f"{ours['tokens']:,.0f}, {trl['tokens']:,.0f}",
             f"{ours['peak_gib']:.2f}, {trl['peak_gib']:.2f}",
         ])  # fmt: skip
