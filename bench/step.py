@@ -163,8 +163,9 @@ def run_trl(case: str, model: Path, scratch: Path, batch: int) -> None:
     prompts = [[{"role": "user", "content": prompt_text(p, instruction)}] for p in make_problems(case)]
     settings = GRPOConfig(
         output_dir=str(scratch), use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
+        max_steps=MANY_STEPS,
         per_device_train_batch_size=batch, gradient_accumulation_steps=sequences // batch, num_generations=GROUP,
-        max_completion_length=MOST_TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, num_iterations=1, max_steps=MANY_STEPS,
+        max_completion_length=MOST_TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, num_iterations=1,
         loss_type="dapo", scale_rewards="group", epsilon=0.2, epsilon_high=0.28, learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant", adam_beta2=0.999, weight_decay=0.01, max_grad_norm=1.0, save_strategy="no",
         logging_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
