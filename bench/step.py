@@ -14,7 +14,8 @@ These models earn nothing in 64 tokens, and a batch without a signal would skip 
 parity of the response's bytes; ours has the grader judge every response first, TRL has no such work.
 
 Each side is a process of its own, for its peak memory, and makes a step when told to: they take turns, one warm-up step
-and then the rounds, and the best round counts. Absolute times mean nothing on a shared machine, ratios do.
+and then the rounds, and the best round counts. Absolute times mean nothing on a shared machine, ratios do; where other
+work slows or pauses a side, its seconds of CPU say so.
 """
 
 import argparse
@@ -57,7 +58,7 @@ class Case:
     trl_batch: int  # sequences of one forward and backward of TRL's
 
 
-CASES = {"smollm2": Case(4, 64, 4096, 8), "wide128": Case(32, 256, 16_384, 64)}
+CASES = {"smollm2": Case(4, 64, 2048, 8), "wide128": Case(32, 256, 16_384, 64)}
 
 
 def make_problems(case: str) -> list[Problem]:
@@ -76,6 +77,8 @@ def reward(text: str) -> float:
 
 def take_turns(row: dict) -> None:
     """Tell the parent about a step (or that all is set up), then wait until it wants the next; it may want no more."""
+    row |= {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # it counts in KiB
+    row |= {"cpu_seconds": time.process_time()}  # so far, of all threads: what a paused process does not spend
     print(json.dumps({"turn": row}), flush=True)
     if not sys.stdin.readline():
         os._exit(0)  # nothing of a benchmark's run is worth saving
@@ -109,7 +112,7 @@ def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
             super().write(row)
             assert not row["skipped"], "a step without an update is no measurement"
             names = ("seconds", "seconds_sample", "seconds_grade", "seconds_update", "tokens")
-            take_turns({name: row[name] for name in names} | {"peak_gib": row["peak_memory_gib"]})
+            take_turns({name: row[name] for name in names})
 
     settings = CASES[case]
     problems = make_problems(case)
@@ -155,8 +158,7 @@ def run_trl(case: str, model: Path, scratch: Path, batch: int) -> None:
 
         def on_step_end(self, *_: object, **__: object) -> None:
             seconds = time.perf_counter() - self.begun
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
-            take_turns({"seconds": seconds, "tokens": tokens.pop(), "peak_gib": peak})
+            take_turns({"seconds": seconds, "tokens": tokens.pop()})
 
     sequences = CASES[case].problems * GROUP
     instruction = Recipe.instruction
@@ -196,7 +198,7 @@ class Side:
             [*map(str, command), "--scratch", self.scratch.name], env=environment, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
-        self._answer()
+        self.cpu_seconds = self._answer()["cpu_seconds"]
 
     def _answer(self) -> dict:
         for line in self.process.stdout:
@@ -209,8 +211,10 @@ class Side:
         """Make one step; returns what it took."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        self.rows.append(self._answer())
-        return self.rows[-1]
+        row = self._answer()
+        self.cpu_seconds, row["cpu_seconds"] = row["cpu_seconds"], row["cpu_seconds"] - self.cpu_seconds
+        self.rows.append(row)
+        return row
 
     def close(self) -> None:
         """End the process."""
@@ -264,7 +268,8 @@ def compare(case: str, model: Path, rounds: int, threads: int, batches: list[int
                     f"{case}, {f'round {turn}' if turn else 'warm-up'}: {side.name}{f', batch {batch}' * bool(batch)}"
                 )
                 parts = "".join(f", {p} {row[f'seconds_{p}']:.2f}" for p in PHASES if side.name == "ours")
-                print(f"{label}: {row['seconds']:.2f} s{parts}, {row['tokens']:,} tokens", flush=True)
+                took = f"{row['seconds']:.2f} s ({row['cpu_seconds']:.2f} of CPU){parts}"
+                print(f"{label}: {took}, {row['tokens']:,} tokens", flush=True)
     finally:
         for side in sides:
             side.close()
