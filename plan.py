@@ -239,8 +239,6 @@ def sampling_moment(config: ModelConfig, sampling: Sampling) -> Moment:
     b, rows, kernels = sampling.dtype.itemsize, min(sampling.rows, sampling.requests), sampling.kernels
     prefill = prefill_bytes(config, sampling.prefill_tokens, sampling.dtype, kernels)
     decode = rows * config.vocab_size * (b + 3 * 4)  # logits; scaled, softmax and its cumulative sum in float32
-    if not kernels and sampling.pages_per_row > 1:  # one layer's pages in a row
-        decode += 2 * rows * sampling.pages_per_row * sampling.page_size * attention_widths(config)[1] * b
     cache = sampling.pages * sampling.page_size * cache_bytes_per_token(config, sampling.dtype)
     work = f"prefilling {sampling.prefill_tokens:,} tokens" if prefill > decode else f"decoding {rows} rows"
     return {f"KV cache, {sampling.pages * sampling.page_size:,} tokens": cache, work: max(prefill, decode)}
