@@ -12,7 +12,7 @@ V vocabulary. `b` is the bytes of the compute dtype; float32 has 4.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -44,7 +44,7 @@ PUBLISHED_KEYS = (
 
 
 def find_config(name: str) -> tuple[ModelConfig, str]:
-    """A model's shape and where it was read: a local folder, the hub's cache, the table above. Nothing is downloaded."""
+    """A model's shape and where it was read: a folder, the hub's cache, the table above. Nothing is downloaded."""
     if Path(name).is_dir():
         return read_config(Path(name)), name
     if name.count("/") == 1 and not name.startswith((".", "/")):
@@ -67,6 +67,11 @@ def layer_parameters(config: ModelConfig) -> int:
     projections = sum(inputs * outputs for inputs, outputs in linear_shapes(config))
     biases = (queries + 2 * keys) * config.qkv_bias
     return projections + biases + 2 * width + 2 * config.head_dim * config.qk_norm
+
+
+def model_parameters(config: ModelConfig) -> int:
+    """All of them."""
+    return config.num_hidden_layers * layer_parameters(config) + root_parameters(config)
 
 
 def linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
@@ -130,7 +135,7 @@ def saved_by_layer(config: ModelConfig, update: Update) -> tuple[float, float]:
 def update_moments(config: ModelConfig, update: Update) -> dict[str, Moment]:
     """The moments of forward and backward that can be the peak, each with what is held besides weights and optimizer.
 
-    Names of holdings do not repeat between the moments and the standing parts of `update_phase`.
+    In every moment all gradients are there: from a step's second micro-batch on they are.
     """
     t, n, b, ranks = update.tokens, update.predicted, update.dtype.itemsize, update.processes
     width, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
@@ -150,8 +155,8 @@ def update_moments(config: ModelConfig, update: Update) -> dict[str, Moment]:
     head_gradient = {"gradient of the head": vocabulary * b * trained}
     # the layer in work and, over several processes, the one fetched ahead; the gradient being reduced is float32
     in_work = trained * layer * (b * (1 if ranks == 1 else 3) + 4 + 4 / ranks)
-    # a layer's backward: down_proj's gradient is there, and two (three with adapters) more of the MLP's width
-    mlp = t * inner * b * (2 if trained else 3) + row + trained * width * inner * b
+    # a layer's backward: down_proj's gradient is there; one more tensor of the MLP's width than was saved, then two
+    mlp = t * inner * b * 2 + row + trained * width * inner * b
     # attention's backward: float32 dq, dk and dv of every query head; the MLP's share is gone, its gradients are not
     wide = queries * (3 * b + 4) + keys * 2 * b + (queries * b if config.num_key_value_heads < queries else 0)
     attention = t * wide + 2 * row + trained * (3 * width * inner + width * queries) * b - after
@@ -265,19 +270,27 @@ class StagePlan:
 
 
 def plan_stage(config: ModelConfig, recipe: Recipe, index: int, processes: int) -> StagePlan:
-    """The stage's phases on one of so many GPUs."""
-    stage, rank, dtype = recipe.stage[index], recipe.lora.rank, torch.bfloat16
-    b, weights = dtype.itemsize, config.num_hidden_layers * layer_parameters(config) + root_parameters(config)
+    """A stage's phases on one of so many GPUs; the number after the last stage is the final evaluation."""
+    rank, dtype, final = recipe.lora.rank, torch.bfloat16, index == len(recipe.stage)
+    b, weights = dtype.itemsize, model_parameters(config)
     trained = adapter_parameters(config, rank) if rank else weights
     share = trained / processes
-    moment_bytes = {"adamw": 8}.get(recipe.optimizer, 2)  # a parameter; 8-bit states: a byte each
+    moments = {f"{recipe.optimizer} moments": share * (8 if recipe.optimizer == "adamw" else 2)}  # float32; 8 bits each
     standing = {"frozen weights, bfloat16": weights * b} if rank else {}
     standing |= {"adapters, float32" if rank else "weights, float32": share * 4}
-    moments = {f"{recipe.optimizer} moments": share * moment_bytes}
-    standing |= {} if recipe.offload_optimizer else moments
+    standing |= {} if recipe.offload_optimizer or final else moments
     cuda = {"CUDA itself": CUDA_BYTES}
+    host = {"Python, torch, CUDA": HOST_BYTES, "a shard being written": min(SHARD_BYTES, trained * 4)}
 
-    tokens, predicted, title = stage_tokens(recipe, stage, processes)
+    sampling, problem = {}, ""
+    if (asked := stage_sampling(recipe, index, processes)) is not None:
+        sampling = standing | {"gathered weights, bfloat16": trained * b} | sampling_moment(config, asked) | cuda
+        if (asked.pages_per_row + 1) > recipe.sampler.cache_tokens // asked.page_size:
+            problem = f"{recipe.sampler.cache_tokens:,} cache tokens cannot hold one sequence and a spare page"
+    if final:
+        return StagePlan(f"final evaluation: {asked.longest:,} tokens", sampling, {}, "", host, problem)
+
+    tokens, predicted, title = stage_tokens(recipe, recipe.stage[index], processes)
     update = Update(
         tokens,
         predicted,
@@ -288,93 +301,90 @@ def plan_stage(config: ModelConfig, recipe: Recipe, index: int, processes: int) 
     )
     found = update_moments(config, update)
     peak = max(found, key=lambda name: sum(found[name].values()))
-    sampling, problem = {}, ""
-    if (asked := stage_sampling(recipe, stage, processes)) is not None:
-        sampling = standing | {"gathered weights, bfloat16": trained * b} | sampling_moment(config, asked) | cuda
-        if asked.pages_per_row + 1 > recipe.sampler.cache_tokens // asked.page_size:
-            need = (asked.pages_per_row + 1) * asked.page_size
-            problem = f"sampler.cache_tokens = {recipe.sampler.cache_tokens:,} cannot hold one sequence and a spare page"
-            problem += f": at least {need:,}"
-    host = {"Python, torch, CUDA": HOST_BYTES, "a shard being written": min(SHARD_BYTES, weights * 4)}
     host |= moments if recipe.offload_optimizer else {}
     if recipe.offload_activations and recipe.recompute_activations:
         host |= {"layer inputs": config.num_hidden_layers * tokens * config.hidden_size * b}
-    update_held = standing | {"gradients, float32": share * 4} | found[peak] | cuda
-    return StagePlan(f"stage {index}: {title}", sampling, update_held, peak, host, problem)
+    held = standing | {"gradients, float32": share * 4} | found[peak] | cuda
+    return StagePlan(f"stage {index}: {title}", sampling, held, peak, host, problem)
+
+
+def longest_sequence(stage: SftStage | RlStage) -> int:
+    """Tokens, prompt and response."""
+    return stage.max_tokens if isinstance(stage, SftStage) else stage.max_prompt_tokens + stage.max_response_tokens
 
 
 def stage_tokens(recipe: Recipe, stage: SftStage | RlStage, processes: int) -> tuple[int, int, str]:
     """Tokens of the largest micro-batch, how many of them are predicted, and the stage in words."""
+    longest = longest_sequence(stage)
     if isinstance(stage, SftStage):
-        longest, count, prompt = stage.max_tokens, stage.batch_sequences, 0
-        title = f"sft, {longest:,} tokens"
+        count, prompt, title = stage.batch_sequences, 0, f"sft, {longest:,} tokens"
     else:
-        longest, prompt = stage.max_prompt_tokens + stage.max_response_tokens, stage.max_prompt_tokens
-        count = stage.batch_problems * stage.group_size
+        count, prompt = stage.batch_problems * stage.group_size, stage.max_prompt_tokens
         title = f"rl, {prompt:,} + {stage.max_response_tokens:,} tokens"
     tokens = min(max(recipe.micro_batch_tokens, longest), math.ceil(count / processes) * longest)
     return tokens, tokens - tokens // longest * prompt, f"{title}, micro-batches of at most {tokens:,}"
 
 
-def stage_sampling(recipe: Recipe, stage: SftStage | RlStage, processes: int) -> Sampling | None:
-    """What is sampled inside a stage, evaluations within it included; None for an sft stage."""
-    if isinstance(stage, SftStage):
+def stage_sampling(recipe: Recipe, index: int, processes: int) -> Sampling | None:
+    """The longest that is sampled inside a stage, evaluations included, or at the end; None where nothing is."""
+    stages = [stage for stage in recipe.stage if isinstance(stage, RlStage)]
+    prompt = max((stage.max_prompt_tokens for stage in stages), default=1024)
+    settings, sampler = recipe.final if index == len(recipe.stage) else recipe.eval, recipe.sampler
+    response, group, requests = (settings.max_response_tokens if settings.data else 0), settings.samples, sampler.rows
+    if index < len(recipe.stage) and isinstance(stage := recipe.stage[index], RlStage):
+        response, group = max(response, stage.max_response_tokens), stage.group_size
+        requests = math.ceil(stage.batch_problems / processes) * group
+    if not response:
         return None
-    response = stage.max_response_tokens
-    if recipe.eval.data and recipe.eval.every_steps:
-        response = max(response, recipe.eval.max_response_tokens)
-    requests = math.ceil(stage.batch_problems / processes) * stage.group_size
-    sampler = recipe.sampler
-    return Sampling(
-        stage.max_prompt_tokens,
-        response,
-        requests,
-        stage.group_size,
-        sampler.rows,
-        sampler.page_tokens,
-        sampler.cache_tokens,
-    )
+    return Sampling(prompt, response, requests, group, sampler.rows, sampler.page_tokens, sampler.cache_tokens)
 
 
 # ------------------------------------------------------------------------------------------------------ advice
 
 
-def changes(config: ModelConfig, recipe: Recipe, index: int, processes: int, memory: float) -> Iterator[tuple]:
-    """What could make a stage smaller, the cheapest first: (the words, the change)."""
-    stage = recipe.stage[index]
-    if not recipe.recompute_activations:
-        yield "recompute_activations=true", lambda r: replace(r, recompute_activations=True)
-    if isinstance(stage, RlStage):
-        yield "", lambda r: fit_cache(config, r, index, processes, memory)
-    longest = stage.max_tokens if isinstance(stage, SftStage) else stage.max_prompt_tokens + stage.max_response_tokens
-    if recipe.micro_batch_tokens > longest:
-        yield f"micro_batch_tokens={longest}", lambda r: replace(r, micro_batch_tokens=longest)
-    if not recipe.offload_activations:
-        yield "offload_activations=true", lambda r: replace(r, offload_activations=True)
-    if not recipe.offload_optimizer:
-        yield "offload_optimizer=true", lambda r: replace(r, offload_optimizer=True)
+Change = Callable[[Recipe], Recipe]
+
+
+def changes(config: ModelConfig, recipe: Recipe, index: int, processes: int, memory: float) -> list[tuple[str, Change]]:
+    """What could make a stage smaller, the cheapest first: the setting, and the recipe with it."""
+    found: list[tuple[str, Change]] = []
+    if stage_sampling(recipe, index, processes) is not None:
+        found.append(("", lambda r: fit_cache(config, r, index, processes, memory)))
+    if index < len(recipe.stage):
+        longest = longest_sequence(recipe.stage[index])
+        if recipe.micro_batch_tokens > longest:
+            found.append((f"micro_batch_tokens={longest}", lambda r: replace(r, micro_batch_tokens=longest)))
+        for name in ("recompute_activations", "offload_optimizer", "offload_activations"):
+            if not getattr(recipe, name):
+                found.append((f"{name}=true", lambda r, name=name: replace(r, **{name: True})))
     if not recipe.lora.rank:
-        yield "lora.rank=32", lambda r: replace(r, lora=replace(r.lora, rank=32))
+        found.append(("lora.rank=32", lambda r: replace(r, lora=replace(r.lora, rank=32))))
+    return found
 
 
 def fit_cache(config: ModelConfig, recipe: Recipe, index: int, processes: int, memory: float) -> Recipe:
-    """The recipe with the largest cache that leaves the sampling phase inside the memory; it may still not fit."""
-    size = recipe.sampler.page_tokens
-    spare = memory - sum(plan_stage(config, recipe, index, processes).sampling.values())
+    """The recipe with the largest cache that leaves sampling inside the memory, or the smallest that can work."""
+    asked, size = stage_sampling(recipe, index, processes), recipe.sampler.page_tokens
     page = size * cache_bytes_per_token(config, torch.bfloat16)
-    used = stage_sampling(recipe, recipe.stage[index], processes)
-    least = used.pages_per_row + 1
-    pages = max(least, min(used.pages + math.floor(spare / page), recipe.sampler.cache_tokens // size))
-    return replace(recipe, sampler=replace(recipe.sampler, cache_tokens=pages * size))
+
+    def with_pages(pages: int) -> Recipe:
+        return replace(recipe, sampler=replace(recipe.sampler, cache_tokens=pages * size))
+
+    least = with_pages(asked.pages_per_row + 1)
+    spare = memory - sum(plan_stage(config, least, index, processes).sampling.values())
+    most = min(asked.pages, asked.pages_per_row + 1 + max(0, math.floor(spare / page)))
+    return with_pages(max(asked.pages_per_row + 1, most))
 
 
 def advise(config: ModelConfig, recipe: Recipe, index: int, processes: int, memory: float) -> str:
     """The fewest changes that make a stage fit, as one sentence."""
-    options = list(changes(config, recipe, index, processes, memory))
+    options = changes(config, recipe, index, processes, memory)
     for count in range(1, len(options) + 1):
         for chosen in combinations(options, count):
             changed = recipe
-            for _, change in sorted(chosen, key=lambda option: option[0] == ""):  # the cache takes what the others leave
+            for _, change in sorted(
+                chosen, key=lambda option: option[0] == ""
+            ):  # the cache takes what the others leave
                 changed = change(changed)
             plan = plan_stage(config, changed, index, processes)
             if plan.peak <= memory and not plan.problem:
@@ -402,21 +412,24 @@ def show_plan(recipe: Recipe, memory_gib: float, processes: int = 1) -> bool:
     """Print every stage's table and whether it fits into so much memory per device. Says whether all of them do."""
     if recipe.model.startswith("world/"):
         raise RecipeError(f"{recipe.model} is made by the run itself and fits anywhere: plan a recipe of a real model")
+    if memory_gib <= 0 or processes < 1:
+        raise RecipeError(f"cannot plan for {processes} processes of {memory_gib:g} GiB: both must be above 0")
     config, where = find_config(recipe.model)
-    weights = config.num_hidden_layers * layer_parameters(config) + root_parameters(config)
     how = f"LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else "full fine-tuning"
-    print(f"{recipe.name}: {recipe.model}, {weights:,} parameters (shape from {where})")
-    print(f"{how}, bfloat16 compute on CUDA, {processes} x {memory_gib:g} GiB; GiB of one process")
-    memory, fits = memory_gib * GIB, True
-    for index in range(len(recipe.stage)):
+    print(f"{recipe.name}: {recipe.model}, {model_parameters(config):,} parameters (shape from {where})")
+    print(f"{how}, bfloat16 compute on CUDA, {processes} x {memory_gib:g} GiB; below, GiB of one process")
+    memory, all_fit = memory_gib * GIB, True
+    for index in range(len(recipe.stage) + bool(recipe.final.data)):
         plan = plan_stage(config, recipe, index, processes)
-        print("", *table(plan), sep="\n")
-        phase = "sampling" if sum(plan.sampling.values()) > sum(plan.update.values()) else f"update, in {plan.moment}"
-        verdict = "fits" if plan.peak <= memory and not plan.problem else "does not fit"
-        line = f"  {verdict}: peak {plan.peak / GIB:.1f} of {memory_gib:g} GiB ({phase})"
-        if verdict != "fits":
-            fits = False
-            line += f"; {plan.problem}" if plan.problem else ""
-            line += f": {advise(config, recipe, index, processes, memory)}"
-        print(line)
-    return fits
+        fits = plan.peak <= memory and not plan.problem
+        phase = (
+            "sampling" if sum(plan.sampling.values()) > sum(plan.update.values()) else f"the update, in {plan.moment}"
+        )
+        line = (
+            f"  {'fits' if fits else 'does not fit'}: at most {plan.peak / GIB:.1f} of {memory_gib:g} GiB, in {phase}"
+        )
+        line += f"; {plan.problem}" if plan.problem else ""
+        line += "" if fits else f": {advise(config, recipe, index, processes, memory)}"
+        print("", *table(plan), line, sep="\n")
+        all_fit &= fits
+    return all_fit

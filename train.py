@@ -797,7 +797,9 @@ def main() -> None:
     run, status = None, 0
     try:
         if arguments.plan:
-            sys.exit(not show_plan(load_recipe(arguments.recipe, arguments.set), arguments.memory_gib, arguments.processes))
+            sys.exit(
+                not show_plan(load_recipe(arguments.recipe, arguments.set), arguments.memory_gib, arguments.processes)
+            )
         run = start_run(arguments, devices.start())
         train(run)
         run.metrics.close()

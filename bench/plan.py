@@ -160,9 +160,13 @@ def processes(ranks: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def build(config: ModelConfig, mesh: DeviceMesh, dtype: torch.dtype, recompute: bool = True) -> Transformer:
+def build(
+    config: ModelConfig, mesh: DeviceMesh, dtype: torch.dtype, recompute: bool = True, lora_rank: int = 0
+) -> Transformer:
     """The model as train.py makes it, on fresh weights."""
     model = Transformer(config)
+    if lora_rank:
+        model_file.add_lora(model, model_file.Lora(lora_rank, 32.0, ""))
     if dtype == torch.float32:
         initialise(model, 0)
     for layer in model.model.layers:
@@ -181,14 +185,15 @@ def update_bytes(config: ModelConfig, update: plan.Update, sequences: int = 1) -
     one = TrainingSequence(np.zeros(length, np.int32), prompt, 1.0, np.zeros(length - prompt, np.float32))
     batch = [one] * (2 * sequences * update.processes)
     with processes(update.processes) as mesh, fake_cuda() if update.kernels else nullcontext():
-        model = build(config, mesh, update.dtype, update.recompute)
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
+        model = build(config, mesh, update.dtype, update.recompute, update.lora_rank)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-6)
         with LiveBytes():  # makes the moments
             optimizer_step(model, optimizer, batch[: update.processes], PolicyLoss(), update.tokens)
         counter = LiveBytes()
         for tensor in [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]:
             counter.count(tensor)
-        standing = counter.live + sum(parameter.to_local().nbytes for parameter in model.parameters())
+        trained = [parameter.to_local().nbytes for parameter in model.parameters() if parameter.requires_grad]
+        standing = counter.live + sum(trained)  # the gradients come to as much as what they are of
         with counter:
             optimizer_step(model, optimizer, batch, PolicyLoss(), update.tokens)
     return counter.peak - standing
@@ -208,7 +213,8 @@ def besides_weights(model: Transformer, *others: Tensor) -> Iterator[LiveBytes]:
 def sampling_bytes(config: ModelConfig, sampling: plan.Sampling) -> int:
     """The most that sampling holds besides the weights, for real: every response as long as it may be."""
     prompts = [
-        rollout.Prompt(str(i), [1] * sampling.prompt, sampling.group) for i in range(sampling.requests // sampling.group)
+        rollout.Prompt(str(i), [1] * sampling.prompt, sampling.group)
+        for i in range(sampling.requests // sampling.group)
     ]
     limits = rollout.CacheLimits(sampling.cache_tokens, sampling.page_tokens, sampling.rows)
     with processes(1) as mesh:
@@ -247,12 +253,14 @@ CPU = {"dtype": torch.float32, "kernels": False}
 UPDATES = {  # name: (model, update, sequences of a micro-batch), for real in float32
     "4 layers, 2,048 tokens, recomputed": ({}, plan.Update(2048, 1984, **CPU), 1),
     "the same, nothing recomputed": ({}, plan.Update(2048, 1984, recompute=False, **CPU), 1),
-    "2 layers, width 256, 1,024 tokens": ({"num_hidden_layers": 2, "hidden_size": 256}, plan.Update(1024, 960, **CPU), 1),
+    "2 layers, width 256, 1,024 tokens": (
+        {"num_hidden_layers": 2, "hidden_size": 256}, plan.Update(1024, 960, **CPU), 1),
     "8 layers, 512 tokens in 4 sequences": ({"num_hidden_layers": 8}, plan.Update(512, 256, **CPU), 4),
     "biases, untied head (Qwen2), 1,024 tokens": (
         {"model_type": "qwen2", "tie_word_embeddings": False}, plan.Update(1024, 1000, **CPU), 1),
     "Llama, no recomputation": ({"model_type": "llama"}, plan.Update(1024, 1000, recompute=False, **CPU), 1),
-    "30,000 words, 512 tokens: the log-probs": ({"vocab_size": 30_000, "hidden_size": 64}, plan.Update(512, 448, **CPU), 1),
+    "30,000 words, 512 tokens: the log-probs": (
+        {"vocab_size": 30_000, "hidden_size": 64}, plan.Update(512, 448, **CPU), 1),
     "20,000 words, 64 tokens: the embedding": ({"vocab_size": 20_000}, plan.Update(64, 32, **CPU), 1),
 }  # fmt: skip
 SAMPLERS = {
@@ -268,6 +276,11 @@ LARGE = {  # on fake tensors, in bfloat16; a few layers tell what each of them a
     "0.6B, 4 layers, 2,048 tokens": ("Qwen/Qwen3-0.6B", 4, plan.Update(2048, 1024)),
     "7B, 2 layers, 32,768 tokens": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 2, plan.Update(32_768, 31_744)),
 }
+if hasattr(model_file, "add_lora"):
+    LARGE["4B, 4 layers, 40,960 tokens, LoRA of rank 32"] = (
+        "Qwen/Qwen3-4B", 4, plan.Update(40_960, 39_936, lora_rank=32))  # fmt: skip
+    LARGE["0.6B, 28 layers, 17,408 tokens, LoRA of rank 16"] = (
+        "Qwen/Qwen3-0.6B", 28, plan.Update(17_408, 16_384, lora_rank=16))  # fmt: skip
 FULL = {"4B, 36 layers, 40,960 tokens": ("Qwen/Qwen3-4B", 36, plan.Update(40_960, 39_936))}
 
 
@@ -293,8 +306,11 @@ def comparisons(full: bool) -> Iterator[tuple[str, str, float, float]]:
         yield f"update, bfloat16: {name}", moment, update_bytes(config, update), reckoned
     for tokens in (16_384, 53_248):
         config = published("Qwen/Qwen3-4B", 2)
-        yield f"prefill, bfloat16: 4B, {tokens:,} tokens", "", prefill_bytes(config, tokens), plan.prefill_bytes(
-            config, tokens, torch.bfloat16, kernels=True
+        yield (
+            f"prefill, bfloat16: 4B, {tokens:,} tokens",
+            "",
+            prefill_bytes(config, tokens),
+            plan.prefill_bytes(config, tokens, torch.bfloat16, kernels=True),
         )
 
 
