@@ -219,10 +219,11 @@ class Sampling:
 
     @property
     def prefill_tokens(self) -> int:
-        """Tokens of the largest prefill; a row that was preempted is prefilled again, response and all."""
+        """Tokens of the largest prefill; rows that were preempted are prefilled again, responses and all."""
         rows = min(self.rows, self.requests)
-        prompts = min(LARGEST_PREFILL, math.ceil(rows / self.group) * self.prompt)
-        return max(prompts, self.longest if self.pages < rows * self.pages_per_row else self.prompt)
+        if self.pages >= rows * self.pages_per_row:  # nothing is ever preempted
+            return max(min(LARGEST_PREFILL, math.ceil(rows / self.group) * self.prompt), self.prompt)
+        return max(min(LARGEST_PREFILL, self.pages * self.page_size), self.longest)
 
 
 def prefill_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, kernels: bool) -> float:

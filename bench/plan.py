@@ -251,22 +251,22 @@ SMALL = {
 }  # fmt: skip
 CPU = {"dtype": torch.float32, "kernels": False}
 UPDATES = {  # name: (model, update, sequences of a micro-batch), for real in float32
-    "4 layers, 2,048 tokens, recomputed": ({}, plan.Update(2048, 1984, **CPU), 1),
-    "the same, nothing recomputed": ({}, plan.Update(2048, 1984, recompute=False, **CPU), 1),
+    "4 layers, 1,024 tokens, recomputed": ({}, plan.Update(1024, 960, **CPU), 1),
+    "the same, nothing recomputed": ({}, plan.Update(1024, 960, recompute=False, **CPU), 1),
     "2 layers, width 256, 1,024 tokens": (
         {"num_hidden_layers": 2, "hidden_size": 256}, plan.Update(1024, 960, **CPU), 1),
     "8 layers, 512 tokens in 4 sequences": ({"num_hidden_layers": 8}, plan.Update(512, 256, **CPU), 4),
     "biases, untied head (Qwen2), 1,024 tokens": (
         {"model_type": "qwen2", "tie_word_embeddings": False}, plan.Update(1024, 1000, **CPU), 1),
     "Llama, no recomputation": ({"model_type": "llama"}, plan.Update(1024, 1000, recompute=False, **CPU), 1),
-    "30,000 words, 512 tokens: the log-probs": (
-        {"vocab_size": 30_000, "hidden_size": 64}, plan.Update(512, 448, **CPU), 1),
-    "20,000 words, 64 tokens: the embedding": ({"vocab_size": 20_000}, plan.Update(64, 32, **CPU), 1),
+    "12,000 words, 512 tokens: the log-probs": (
+        {"vocab_size": 12_000, "hidden_size": 64}, plan.Update(512, 448, **CPU), 1),
+    "8,000 words, 64 tokens: the embedding": ({"vocab_size": 8_000}, plan.Update(64, 32, **CPU), 1),
 }  # fmt: skip
 SAMPLERS = {
     "one page a sequence, 16 rows": ({}, plan.Sampling(64, 32, 32, 8, 16, 256, 100_000, **CPU)),
     "long prompts": ({}, plan.Sampling(1024, 4, 8, 2, 8, 2048, 100_000, **CPU)),
-    "30,000 words": ({"vocab_size": 30_000}, plan.Sampling(32, 8, 64, 8, 64, 256, 100_000, **CPU)),
+    "12,000 words": ({"vocab_size": 12_000}, plan.Sampling(32, 4, 64, 8, 64, 256, 100_000, **CPU)),
 }
 LARGE = {  # on fake tensors, in bfloat16; a few layers tell what each of them adds
     "4B, 4 layers, 40,960 tokens": ("Qwen/Qwen3-4B", 4, plan.Update(40_960, 39_936)),

@@ -75,7 +75,7 @@ def test_parameters_are_those_of_the_model():
         assert plan.model_parameters(config) == built
 
 
-def test_a_preempted_row_is_prefilled_whole_as_the_plan_says(monkeypatch):
+def test_preempted_rows_are_prefilled_with_their_responses_as_the_plan_says(monkeypatch):
     config = parse_config(bench.SMALL | {"num_hidden_layers": 1})
     sampling = plan.Sampling(40, 120, 8, 2, 8, 16, 400, torch.float32, kernels=False)
     seen, original = [], rollout.Prefill.__init__
@@ -87,7 +87,7 @@ def test_a_preempted_row_is_prefilled_whole_as_the_plan_says(monkeypatch):
     monkeypatch.setattr(rollout.Prefill, "__init__", note)
     bench.sampling_bytes(config, sampling)
     assert 4 * 40 >= seen[0] > 100  # four prompts in one forward
-    assert 140 < max(seen) <= sampling.prefill_tokens == 160
+    assert 160 < max(seen) <= sampling.prefill_tokens == 400  # several preempted rows at once
 
 
 # -------------------------------------------------------------------------------------------------- what it says
@@ -142,10 +142,9 @@ def test_a_cache_too_small_for_one_response_is_named(capsys):
 def test_the_command_needs_no_weights_and_leaves_nothing_behind(tmp_path, checkpoint):
     text = (ROOT / "recipes" / "consumer-24gb.toml").read_text().replace("Qwen/Qwen3-0.6B", str(checkpoint("qwen3")))
     (tmp_path / "recipe.toml").write_text(text)
-    for memory, status in (("24", 0), ("1", 1)):
-        command = [sys.executable, ROOT / "train.py", "recipe.toml", "--plan", "--memory-gib", memory]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == status and ("does not fit" in done.stdout) == bool(status), done.stderr
+    command = [sys.executable, ROOT / "train.py", "recipe.toml", "--plan", "--memory-gib", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "does not fit" in done.stdout, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.toml"]
 
 
