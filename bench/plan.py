@@ -261,7 +261,7 @@ UPDATES = {  # name: (model, update, sequences of a micro-batch), for real in fl
     "Llama, no recomputation": ({"model_type": "llama"}, plan.Update(1024, 1000, recompute=False, **CPU), 1),
     "12,000 words, 512 tokens: the log-probs": (
         {"vocab_size": 12_000, "hidden_size": 64}, plan.Update(512, 448, **CPU), 1),
-    "8,000 words, 64 tokens: the embedding": ({"vocab_size": 8_000}, plan.Update(64, 32, **CPU), 1),
+    "8,000 words, 64 tokens": ({"vocab_size": 8_000}, plan.Update(64, 32, **CPU), 1),
 }  # fmt: skip
 SAMPLERS = {
     "one page a sequence, 16 rows": ({}, plan.Sampling(64, 32, 32, 8, 16, 256, 100_000, **CPU)),
