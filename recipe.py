@@ -33,6 +33,14 @@ class SamplerSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters on every linear map of the layers; rank 0: all weights are trained."""
+
+    rank: int = 0
+    alpha: float = 32.0
+
+
+@dataclass(frozen=True)
 class RewardSettings:
     """The reward is the weighted sum of its parts; POLARIS uses the right answer alone."""
 
@@ -152,8 +160,13 @@ class Recipe:
     instruction: str = INSTRUCTION  # appended to a problem that does not carry it
     micro_batch_tokens: int = 65_536  # of one forward and backward; a longer sequence goes alone
     recompute_activations: bool = True
+    offload_activations: bool = False
+    offload_optimizer: bool = False
+    float32_head: bool = True
+    optimizer: str = "adamw"
     world: World | None = None
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     final: FinalSettings = field(default_factory=FinalSettings)

@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 train.py recipes/polaris-4b.toml
     python train.py recipes/tiny.toml --set stage.1.temperature=1.1
     torchrun train.py --resume runs/tiny                         # go on where a run stopped
+    python train.py recipes/polaris-4b.toml --plan --memory-gib 80 --processes 8    # will it fit?
 
 A recipe is a list of stages. An `sft` stage imitates worked solutions. An `rl` stage learns from the answer alone:
 
@@ -80,6 +81,7 @@ from model import (
     shard,
 )
 from page import write_report
+from plan import show_plan
 from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
 from report import Metrics, console_line
 from responses import respond
@@ -788,9 +790,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="the folder of a run to go on with")
+    parser.add_argument("--plan", action="store_true", help="say what memory the recipe needs, and run nothing")
+    parser.add_argument("--memory-gib", type=float, default=24.0, metavar="GIB", help="of one device, for --plan")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="one per device, for --plan")
     arguments = parser.parse_args()
     run, status = None, 0
     try:
+        if arguments.plan:
+            sys.exit(
+                not show_plan(load_recipe(arguments.recipe, arguments.set), arguments.memory_gib, arguments.processes)
+            )
         run = start_run(arguments, devices.start())
         train(run)
         run.metrics.close()

@@ -1,0 +1,331 @@
+"""Is the memory that plan.py reckons what the code holds? One command, no GPU, no weights.
+
+    python bench/plan.py              # small models in float32 for real, the 4B's layers in bfloat16 on fake tensors
+    python bench/plan.py --full       # and all 36 layers of the 4B at 40,960 tokens (about a minute)
+
+Counted are the bytes of every live storage while `grpo.optimizer_step` and `rollout.generate` themselves run. Fake
+tensors have shapes and no data, so that the full size needs no memory; attention and the norms are stood in for by
+functions that keep what the CUDA kernels keep. Shown is what comes on top of weights, gradients and moments.
+"""
+
+import argparse
+import json
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import model as model_file  # noqa: E402
+import plan  # noqa: E402
+import rollout  # noqa: E402
+from grpo import PolicyLoss, TrainingSequence, optimizer_step  # noqa: E402
+from model import ModelConfig, Transformer, gathered, initialise, parse_config, shard  # noqa: E402
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of the storages that operations make, until they are freed, and notes the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes: dict[int, tuple[int, weakref.ref]] = {}
+        self.resize = torch.UntypedStorage.resize_
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage from now on."""
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        self.measure(local.untyped_storage(), known=False)
+
+    def measure(self, storage: torch.UntypedStorage, known: bool = True) -> None:
+        """Note a storage's size, which FSDP changes in place to free and to allocate."""
+        key = id(storage)
+        if key in self.sizes or not known:
+            before, reference = self.sizes.get(key) or (0, weakref.ref(storage, lambda _: self.forget(key)))
+            self.sizes[key] = (storage.nbytes(), reference)
+            self.live += storage.nbytes() - before
+            self.peak = max(self.peak, self.live)
+
+    def forget(self, key: int) -> None:
+        """A storage was freed."""
+        self.live -= self.sizes.pop(key)[0]
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        """Run an operation and count its results."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its parts come by themselves
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(
+            arguments[0], torch._subclasses.FakeTensor
+        ):
+            return 1.0  # any number will do where there are no data
+        result = function(*arguments, **(keywords or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return result
+
+    def __enter__(self):
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            self.resize(storage, size)
+            self.measure(storage)
+            return storage
+
+        torch.UntypedStorage.resize_ = resize
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*exception)
+
+
+class FlashShapes(torch.autograd.Function):
+    """What variable-length flash attention allocates and keeps."""
+
+    @staticmethod
+    def forward(context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
+        out = torch.empty_like(q)
+        context.save_for_backward(q, k, v, out, torch.empty(q.shape[:2], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients, a float32 sum for dq, and dk and dv of every query head before they are added."""
+        q, k, v, *_ = context.saved_tensors
+        working = [torch.empty_like(q, dtype=torch.float32), torch.empty_like(q), torch.empty_like(q)]
+        result = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        del working
+        return result
+
+
+class NormShapes(torch.autograd.Function):
+    """What the fused RMS norm allocates and keeps."""
+
+    @staticmethod
+    def forward(context, x: Tensor) -> Tensor:
+        """x -> normalised x."""
+        context.save_for_backward(x, torch.empty(*x.shape[:-1], 1))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        """The input's gradient."""
+        return torch.empty_like(context.saved_tensors[0])
+
+
+@contextmanager
+def fake_cuda() -> Iterator[None]:
+    """Tensors without data, and the CUDA kernels' memory in place of the CPU's."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, packed: model_file.Packed) -> Tensor:
+        return FlashShapes.apply(q, k, v)
+
+    def norm(x: Tensor, shape: object, weight: object = None, eps: object = None) -> Tensor:
+        return NormShapes.apply(x)
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch.object(model_file, "packed_attention", attention),
+        mock.patch.object(rollout, "packed_attention", attention),
+        mock.patch.object(F, "rms_norm", norm),
+    ):
+        yield
+
+
+@contextmanager
+def processes(ranks: int) -> Iterator[DeviceMesh]:
+    """A process group: one real process, or the first of several whose collectives do nothing."""
+    if ranks == 1:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield init_device_mesh("cpu", (ranks,))
+    finally:
+        dist.destroy_process_group()
+
+
+def build(
+    config: ModelConfig, mesh: DeviceMesh, dtype: torch.dtype, recompute: bool = True, lora_rank: int = 0
+) -> Transformer:
+    """The model as train.py makes it, on fresh weights."""
+    model = Transformer(config)
+    if lora_rank:
+        model_file.add_lora(model, model_file.Lora(lora_rank, 32.0, ""))
+    if dtype == torch.float32:
+        initialise(model, 0)
+    for layer in model.model.layers:
+        layer.recompute = recompute
+    shard(model, mesh, dtype)
+    return model
+
+
+def update_bytes(config: ModelConfig, update: plan.Update, sequences: int = 1) -> int:
+    """The most that an update of two micro-batches per rank holds besides weights, gradients and moments.
+
+    A micro-batch is so many sequences of equal length. Kernels: on fake tensors; else for real.
+    """
+    length = update.tokens // sequences
+    prompt = (update.tokens - update.predicted) // sequences
+    one = TrainingSequence(np.zeros(length, np.int32), prompt, 1.0, np.zeros(length - prompt, np.float32))
+    batch = [one] * (2 * sequences * update.processes)
+    with processes(update.processes) as mesh, fake_cuda() if update.kernels else nullcontext():
+        model = build(config, mesh, update.dtype, update.recompute, update.lora_rank)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-6)
+        with LiveBytes():  # makes the moments
+            optimizer_step(model, optimizer, batch[: update.processes], PolicyLoss(), update.tokens)
+        counter = LiveBytes()
+        for tensor in [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]:
+            counter.count(tensor)
+        trained = [parameter.to_local().nbytes for parameter in model.parameters() if parameter.requires_grad]
+        standing = counter.live + sum(trained)  # the gradients come to as much as what they are of
+        with counter:
+            optimizer_step(model, optimizer, batch, PolicyLoss(), update.tokens)
+    return counter.peak - standing
+
+
+@contextmanager
+def besides_weights(model: Transformer, *others: Tensor) -> Iterator[LiveBytes]:
+    """Count what comes on top of gathered weights and of these tensors."""
+    counter = LiveBytes()
+    for tensor in (*model.parameters(), *others):
+        counter.count(tensor)
+    counter.live = counter.peak = 0
+    with counter:
+        yield counter
+
+
+def sampling_bytes(config: ModelConfig, sampling: plan.Sampling) -> int:
+    """The most that sampling holds besides the weights, for real: every response as long as it may be."""
+    prompts = [
+        rollout.Prompt(str(i), [1] * sampling.prompt, sampling.group)
+        for i in range(sampling.requests // sampling.group)
+    ]
+    limits = rollout.CacheLimits(sampling.cache_tokens, sampling.page_tokens, sampling.rows)
+    with processes(1) as mesh:
+        model = build(config, mesh, sampling.dtype)
+        with gathered(model), besides_weights(model) as counter:
+            for _ in rollout.generate(model, prompts, rollout.Sampling(1.0, sampling.response, (), 0), limits):
+                pass
+    return counter.peak
+
+
+def prefill_bytes(config: ModelConfig, tokens: int) -> int:
+    """The most that one prefill holds on CUDA, besides weights and cache, on fake tensors."""
+    with processes(1) as mesh, fake_cuda():
+        model = build(config, mesh, torch.bfloat16)
+        with gathered(model):
+            cache = rollout.PagedCache(model, 1, tokens, torch.bfloat16)
+            with besides_weights(model, cache.keys, cache.values) as counter:
+                context = rollout.Prefill(cache, [tokens], [[0]], torch.device("cpu"))
+                model.hidden(torch.zeros(tokens, dtype=torch.int64), context)
+    return counter.peak
+
+
+def reckoned_update(config: ModelConfig, update: plan.Update) -> tuple[str, float]:
+    """The plan's figure for `update_bytes`, and the moment of the peak."""
+    moments = plan.update_moments(config, update)
+    name = max(moments, key=lambda moment: sum(moments[moment].values()))
+    return name, sum(moments[name].values())
+
+
+SMALL = {
+    "model_type": "qwen3", "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+CPU = {"dtype": torch.float32, "kernels": False}
+UPDATES = {  # name: (model, update, sequences of a micro-batch), for real in float32
+    "4 layers, 1,024 tokens, recomputed": ({}, plan.Update(1024, 960, **CPU), 1),
+    "the same, nothing recomputed": ({}, plan.Update(1024, 960, recompute=False, **CPU), 1),
+    "2 layers, width 256, 1,024 tokens": (
+        {"num_hidden_layers": 2, "hidden_size": 256}, plan.Update(1024, 960, **CPU), 1),
+    "8 layers, 512 tokens in 4 sequences": ({"num_hidden_layers": 8}, plan.Update(512, 256, **CPU), 4),
+    "biases, untied head (Qwen2), 1,024 tokens": (
+        {"model_type": "qwen2", "tie_word_embeddings": False}, plan.Update(1024, 1000, **CPU), 1),
+    "Llama, no recomputation": ({"model_type": "llama"}, plan.Update(1024, 1000, recompute=False, **CPU), 1),
+    "12,000 words, 512 tokens: the log-probs": (
+        {"vocab_size": 12_000, "hidden_size": 64}, plan.Update(512, 448, **CPU), 1),
+    "8,000 words, 64 tokens": ({"vocab_size": 8_000}, plan.Update(64, 32, **CPU), 1),
+}  # fmt: skip
+SAMPLERS = {
+    "one page a sequence, 16 rows": ({}, plan.Sampling(64, 32, 32, 8, 16, 256, 100_000, **CPU)),
+    "long prompts": ({}, plan.Sampling(1024, 4, 8, 2, 8, 2048, 100_000, **CPU)),
+    "12,000 words": ({"vocab_size": 12_000}, plan.Sampling(32, 4, 64, 8, 64, 256, 100_000, **CPU)),
+}
+LARGE = {  # on fake tensors, in bfloat16; a few layers tell what each of them adds
+    "4B, 4 layers, 40,960 tokens": ("Qwen/Qwen3-4B", 4, plan.Update(40_960, 39_936)),
+    "4B, 4 layers, 40,960 tokens, of 8 processes": ("Qwen/Qwen3-4B", 4, plan.Update(40_960, 39_936, processes=8)),
+    "4B, 4 layers, 8,192 tokens, nothing recomputed": ("Qwen/Qwen3-4B", 4, plan.Update(8192, 7168, recompute=False)),
+    "0.6B, 28 layers, 17,408 tokens": ("Qwen/Qwen3-0.6B", 28, plan.Update(17_408, 16_384)),
+    "0.6B, 4 layers, 2,048 tokens": ("Qwen/Qwen3-0.6B", 4, plan.Update(2048, 1024)),
+    "7B, 2 layers, 32,768 tokens": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 2, plan.Update(32_768, 31_744)),
+}
+if hasattr(model_file, "add_lora"):
+    LARGE["4B, 4 layers, 40,960 tokens, LoRA of rank 32"] = (
+        "Qwen/Qwen3-4B", 4, plan.Update(40_960, 39_936, lora_rank=32))  # fmt: skip
+    LARGE["0.6B, 28 layers, 17,408 tokens, LoRA of rank 16"] = (
+        "Qwen/Qwen3-0.6B", 28, plan.Update(17_408, 16_384, lora_rank=16))  # fmt: skip
+FULL = {"4B, 36 layers, 40,960 tokens": ("Qwen/Qwen3-4B", 36, plan.Update(40_960, 39_936))}
+
+
+def published(name: str, layers: int) -> ModelConfig:
+    """A published shape with fewer layers."""
+    source = dict(zip(plan.PUBLISHED_KEYS, plan.PUBLISHED[name], strict=True))
+    return parse_config(source | {"num_hidden_layers": layers})
+
+
+def comparisons(full: bool) -> Iterator[tuple[str, str, float, float]]:
+    """What was run, where its peak is by the plan, measured and reckoned bytes."""
+    for name, (overrides, update, sequences) in UPDATES.items():
+        config = parse_config(SMALL | overrides)
+        moment, reckoned = reckoned_update(config, update)
+        yield f"update: {name}", moment, update_bytes(config, update, sequences), reckoned
+    for name, (overrides, sampling) in SAMPLERS.items():
+        config = parse_config(SMALL | overrides)
+        moment = plan.sampling_moment(config, sampling)
+        yield f"sampling: {name}", list(moment)[1], sampling_bytes(config, sampling), sum(moment.values())
+    for name, (model_name, layers, update) in (LARGE | (FULL if full else {})).items():
+        config = published(model_name, layers)
+        moment, reckoned = reckoned_update(config, update)
+        yield f"update, bfloat16: {name}", moment, update_bytes(config, update), reckoned
+    for tokens in (16_384, 53_248):
+        config = published("Qwen/Qwen3-4B", 2)
+        yield (
+            f"prefill, bfloat16: 4B, {tokens:,} tokens",
+            "",
+            prefill_bytes(config, tokens),
+            plan.prefill_bytes(config, tokens, torch.bfloat16, kernels=True),
+        )
+
+
+def main() -> None:
+    """Measure, reckon, print both."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="also all layers of the 4B")
+    rows = []
+    print("| what | at its peak in | measured, MiB | plan, MiB | plan / measured |\n|---|---|---|---|---|")
+    for name, moment, measured, reckoned in comparisons(parser.parse_args().full):
+        rows.append({"what": name, "measured": measured, "plan": round(reckoned), "ratio": reckoned / measured})
+        mib = f"{measured / 2**20:,.1f} | {reckoned / 2**20:,.1f}"
+        print(f"| {name} | {moment} | {mib} | {reckoned / measured:.3f} |", flush=True)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
