@@ -152,6 +152,7 @@ class Recipe:
     instruction: str = INSTRUCTION  # appended to a problem that does not carry it
     micro_batch_tokens: int = 65_536  # of one forward and backward; a longer sequence goes alone
     recompute_activations: bool = True
+    float32_head: bool = True  # logits of a bfloat16 model come out as float32, in sampler and trainer alike
     world: World | None = None
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
