@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -58,7 +59,7 @@ except ImportError:
     varlen_attn = None
 
 SHARD_BYTES = 5 * 2**30
-LOGPROB_CHUNK = 1024  # positions whose logits exist at once; 1,024 x 152K float32 is 0.6 GiB
+LOGIT_CHUNK_BYTES = 512 * 2**20  # of float32 logits that exist at once: 883 positions of a vocabulary of 152K
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "generation_config.json", "tokenizer.model",
@@ -198,6 +199,8 @@ class PaddedRun:
     rows: int
     gather: Tensor  # (rows x longest,) the token in each cell; padding repeats a sequence's last token
     keep: Tensor  # (tokens of the run,) the cells that hold tokens
+    start: int  # the run's first token
+    plain: bool  # sequences of one length: the rectangle is a view
 
 
 class Packed:
@@ -239,7 +242,8 @@ def padded_runs(lengths: list[int], device: torch.device | str, most_padding: fl
         column = torch.arange(longest)[None]  # (1, longest)
         gather = (starts + torch.minimum(column, sizes - 1)).flatten()
         keep = (column < sizes).flatten().nonzero().squeeze(1)
-        runs.append(PaddedRun(last - first, gather.to(device), keep.to(device)))
+        plain = tokens == longest * (last - first)
+        runs.append(PaddedRun(last - first, gather.to(device), keep.to(device), offset, plain))
         first, offset = last, offset + tokens
     return runs
 
@@ -258,13 +262,96 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
             return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
     outputs = []
     for run in packed.runs:
+        of_run = slice(run.start, run.start + len(run.keep))
         q_run, k_run, v_run = (
-            x.index_select(0, run.gather).unflatten(0, (run.rows, -1)).transpose(1, 2) for x in (q, k, v)
+            (x[of_run] if run.plain else x.index_select(0, run.gather)).unflatten(0, (run.rows, -1)).transpose(1, 2)
+            for x in (q, k, v)
         )  # (rows, H, longest, D)
         grouped = q.shape[1] != k.shape[1]
         attended = F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=True, enable_gqa=grouped)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, run.keep))  # (t, H, D)
-    return torch.cat(outputs)
+        attended = attended.transpose(1, 2).flatten(0, 1)  # (cells, H, D)
+        outputs.append(attended if run.plain else attended.index_select(0, run.keep))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+# -------------------------------------------------------------------------------------------------- log-probs
+
+
+def head_logits(hidden: Tensor, weight: Tensor, float32: bool) -> Tensor:
+    """hidden (N, C) and a head's weight (V, C) -> logits (N, V), in the inputs' dtype or in float32.
+
+    Half precision is multiplied as it is and only the sums are kept in float32, where the device can do that.
+    """
+    if not float32 or hidden.dtype == torch.float32:
+        return F.linear(hidden, weight)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return F.linear(hidden.float(), weight.float())
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs, float32 (N,), of targets under the softmax of logits / temperature, with one chunk of logits alive.
+
+    hidden (N, C), weight (V, C), targets int64 (N,), temperature float32 (N,). Backward computes the logits again,
+    for the weight's gradient needs that of the log-probs; under a frozen head forward leaves what backward scales.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, float32_head: bool
+    ) -> Tensor:
+        targets, divisors = targets[:, None], temperature[:, None]  # (N, 1)
+        logprobs, normalisers = temperature.new_empty(len(hidden)), torch.empty_like(divisors)
+        frozen_head = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        slopes = torch.empty_like(hidden) if frozen_head else None  # of each log-prob with respect to its hidden state
+        for part in _chunks(len(hidden), len(weight)):
+            scaled = head_logits(hidden[part], weight, float32_head).float().div_(divisors[part])  # (n, V)
+            largest, picked = scaled.amax(1, keepdim=True), scaled.gather(1, targets[part])
+            sums = scaled.sub_(largest).exp_().sum(1, keepdim=True)
+            normalisers[part] = largest + sums.log()
+            logprobs[part] = (picked - normalisers[part]).squeeze(1)
+            if slopes is not None:
+                # (one-hot - softmax) / temperature, (n, V)
+                scaled.div_(-sums * divisors[part]).scatter_add_(1, targets[part], 1 / divisors[part])
+                torch.mm(scaled.to(weight.dtype), weight, out=slopes[part])
+            del scaled  # before the next chunk is made
+        ctx.float32_head = float32_head
+        if frozen_head:
+            ctx.save_for_backward(slopes)
+        else:
+            ctx.save_for_backward(hidden, weight, targets, divisors, normalisers)
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradient[:, None]  # (N, 1)
+        if len(ctx.saved_tensors) == 1:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * gradient).to(slopes.dtype), None, None, None, None
+        hidden, weight, targets, divisors, normalisers = ctx.saved_tensors
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # chunk after chunk is added: in bfloat16 the sum would lose the small ones
+        of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        gradient = gradient / divisors
+        for part in _chunks(len(hidden), len(weight)):
+            scaled = head_logits(hidden[part], weight, ctx.float32_head).float().div_(divisors[part])  # (n, V)
+            softmax = scaled.sub_(normalisers[part]).exp_()
+            slope = softmax.mul_(-gradient[part]).scatter_add_(1, targets[part], gradient[part]).to(weight.dtype)
+            del scaled, softmax
+            if of_hidden is not None:
+                torch.mm(slope, weight, out=of_hidden[part])
+            if weight.dtype == torch.float32:
+                of_weight.addmm_(slope.t(), hidden[part])
+            else:
+                of_weight += head_logits(slope.t(), hidden[part].t(), float32=True)
+            del slope  # before the next chunk is made
+        return of_hidden, of_weight.to(weight.dtype), None, None, None
+
+
+def _chunks(positions: int, vocabulary: int) -> list[slice]:
+    rows = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary))
+    return [slice(start, start + rows) for start in range(0, positions, rows)]
 
 
 # -------------------------------------------------------------------------------------------------- the model
@@ -306,8 +393,23 @@ class Attention(nn.Module):
         return self.o_proj(attended.flatten(-2))  # (T, H, D) -> (T, C)
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) x up (arXiv 2002.05202); autograd's own would also keep silu(gate) for backward."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """Gated feed-forward network."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -316,7 +418,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -361,6 +463,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        # rounding logits to bfloat16 is the largest difference between sampler and trainer, and buys only memory
+        self.float32_head = True
         self.set_rope(config.rope)
 
     def set_rope(self, rope: Rope) -> None:
@@ -386,8 +490,8 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (N, C) -> logits (N, V) in the compute dtype."""
-        return self.lm_head(hidden)
+        """Hidden states (N, C) -> logits (N, V), in float32 when `float32_head`, else in the compute dtype."""
+        return head_logits(hidden, self.lm_head.weight, self.float32_head)
 
     def forward(
         self,
@@ -399,20 +503,12 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Log-probs, float32 (N,), of `targets` (N,) after the packed positions `predict` (N,).
 
-        They are of logits / temperature (a number, or one per target), and no more than LOGPROB_CHUNK rows of
+        They are of logits / temperature (a number, or one per target), and no more than LOGIT_CHUNK_BYTES of
         logits exist at once: backward computes them again.
         """
         hidden = self.hidden(tokens, context).index_select(0, predict)
         temperature = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(len(targets))
-        chunks = zip(*(x.split(LOGPROB_CHUNK) for x in (hidden, targets, temperature)), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([self._logprobs(*chunk) for chunk in chunks])
-        again = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.cat([checkpoint(self._logprobs, *chunk, **again) for chunk in chunks])
-
-    def _logprobs(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
-        scaled = self.logits(hidden).float() / temperature[:, None]  # (n, V)
-        return scaled.gather(1, targets[:, None]).squeeze(1) - scaled.logsumexp(1)
+        return TokenLogprobs.apply(hidden, self.lm_head.weight, targets, temperature, self.float32_head)
 
 
 def initialise(model: Transformer, seed: int) -> None:

@@ -162,7 +162,7 @@ class Recipe:
     recompute_activations: bool = True
     offload_activations: bool = False
     offload_optimizer: bool = False
-    float32_head: bool = True
+    float32_head: bool = True  # logits of a bfloat16 model come out as float32, in sampler and trainer alike
     optimizer: str = "adamw"
     world: World | None = None
     sampler: SamplerSettings = field(default_factory=SamplerSettings)

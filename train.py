@@ -595,7 +595,7 @@ def make_optimizer(run: Run, stage: SftStage | RlStage) -> torch.optim.Optimizer
     """AdamW, new in each stage; when the run resumes inside a stage, with the moments (and weights) it had."""
     betas = (0.9, stage.adam_beta2)
     optimizer = torch.optim.AdamW(
-        run.model.parameters(), stage.learning_rate, betas=betas, weight_decay=stage.weight_decay
+        run.model.parameters(), stage.learning_rate, betas=betas, weight_decay=stage.weight_decay, fused=True
     )
     if run.resume_from is not None:
         load_weights_and_optimizer(run.resume_from, run.model, optimizer, run.device)
@@ -664,6 +664,7 @@ def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
         model = Transformer(model_config(folder, recipe))
     for layer in model.model.layers:
         layer.recompute = recipe.recompute_activations
+    model.float32_head = recipe.float32_head
     shard(model, device.mesh, device.compute_dtype)
     model.to_empty(device=device.device)
     load_weights(model, folder)

@@ -120,9 +120,9 @@ def rotation(inverse_frequencies: Tensor, positions: Tensor, attention_factor: f
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn queries or keys (T, H, D) by their positions' angles (T, D/2): pair i is dimensions i and i + D/2."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (T, 1, D/2)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    cos = torch.cat((cos, cos), dim=-1)[:, None].to(x.dtype)  # (T, 1, D)
+    sin = torch.cat((-sin, sin), dim=-1)[:, None].to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:

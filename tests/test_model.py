@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from conftest import SCALINGS, VOCABULARY, WINDOW, tiny_reference
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
 from model import (
     ModelError,
     Packed,
+    TokenLogprobs,
     Transformer,
     extend_window,
     gathered,
@@ -378,7 +381,7 @@ def gradients(model, logprobs) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 @pytest.mark.parametrize("family, tied", [("qwen3", True), ("qwen2", False), ("llama", True)])
 def test_logprobs_and_gradients_equal_the_naive_ones(checkpoint, monkeypatch, family, tied, chunk):
-    monkeypatch.setattr(model_file, "LOGPROB_CHUNK", chunk)
+    monkeypatch.setattr(model_file, "LOGIT_CHUNK_BYTES", chunk * 4 * VOCABULARY)
     model = load(checkpoint(family, tied))
     tokens, lengths, predict, targets, temperature = scored()
     ours = model(tokens, Packed(lengths), predict, targets, temperature)
@@ -401,14 +404,106 @@ def test_one_temperature_for_all_is_the_same_as_one_for_each(checkpoint, tempera
     assert torch.equal(for_all, for_each) and difference(for_all, naive) < 1e-5
 
 
-def test_no_more_than_a_chunk_of_logits_exists_at_once(checkpoint, monkeypatch):
-    monkeypatch.setattr(model_file, "LOGPROB_CHUNK", 5)
-    model = load(checkpoint())
-    rows = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+class LiveLogits(TorchDispatchMode):
+    """The most elements, in tensors as wide as the vocabulary, that were alive at once; views count once."""
+
+    def __init__(self, head: torch.Tensor):
+        super().__init__()
+        self.head, self.live, self.most = head, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        wide = isinstance(found, torch.Tensor) and found.dim() == 2 and found.shape[1] == len(self.head)
+        if wide and found.data_ptr() != self.head.data_ptr():  # not the head itself, transposed
+            storage = found.untyped_storage()
+            self.live[storage.data_ptr()] = weakref.ref(storage), storage.nbytes() // found.element_size()
+        self.live = {pointer: held for pointer, held in self.live.items() if held[0]() is not None}
+        self.most = max(self.most, sum(elements for _, elements in self.live.values()))
+        return found
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_more_than_a_chunk_of_logits_exists_at_once(checkpoint, monkeypatch, frozen):
+    monkeypatch.setattr(model_file, "LOGIT_CHUNK_BYTES", 5 * 4 * VOCABULARY)
+    model = load(checkpoint("qwen3", False))
+    model.lm_head.weight.requires_grad_(not frozen)
     tokens, lengths, predict, targets, temperature = scored()
-    model(tokens, Packed(lengths), predict, targets, temperature).sum().backward()
-    assert max(rows) == 5 and sum(rows) == 2 * len(predict)  # forward, and once more in backward
+    with LiveLogits(model.lm_head.weight) as logits:
+        model(tokens, Packed(lengths), predict, targets, temperature).sum().backward()
+    assert logits.most == 5 * VOCABULARY
+    with LiveLogits(model.lm_head.weight) as logits:
+        naive_logprobs(model, tokens, lengths, predict, targets, temperature).sum().backward()
+    assert logits.most > 2 * len(predict) * VOCABULARY  # what is counted is what there is
+
+
+def head_case(positions: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Hidden states and a head whose logits spread widely, with targets and a temperature for each."""
+    random_ = torch.Generator().manual_seed(positions)
+    hidden = torch.randn(positions, 24, generator=random_).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, 24, generator=random_).to(dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (positions,), generator=random_)
+    return hidden, weight, targets, 0.5 + torch.rand(positions, generator=random_)
+
+
+def whole_logprobs(hidden, weight, targets, temperature):
+    """Plain autograd over all logits at once."""
+    return ((hidden @ weight.T) / temperature[:, None]).log_softmax(1)[torch.arange(len(targets)), targets]
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("positions", [1, 7, 64])
+def test_chunked_logprobs_equal_plain_autograd(monkeypatch, positions, rows, frozen):
+    monkeypatch.setattr(model_file, "LOGIT_CHUNK_BYTES", rows * 4 * VOCABULARY)
+    hidden, weight, targets, temperature = head_case(positions)
+    weight.requires_grad_(not frozen)
+    inputs = [hidden] if frozen else [hidden, weight]
+    upstream = torch.linspace(-2, 3, positions)
+    wanted = whole_logprobs(hidden, weight, targets, temperature)
+    found = TokenLogprobs.apply(hidden, weight, targets, temperature, True)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
+    wanted = torch.autograd.grad(wanted, inputs, upstream)
+    for ours, plain in zip(torch.autograd.grad(found, inputs, upstream), wanted, strict=True):
+        assert plain.norm() > 0 and relative(ours, plain) < 1e-5
+
+
+def test_logprobs_of_nothing_have_a_gradient_of_zero():
+    hidden, weight, targets, temperature = head_case(0)
+    found = TokenLogprobs.apply(hidden, weight, targets, temperature, True)
+    found.sum().backward()
+    assert found.shape == (0,) and hidden.grad.shape == (0, 24) and torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_bfloat16_logprobs_are_those_of_float32_unless_the_logits_are_rounded(monkeypatch):
+    monkeypatch.setattr(model_file, "LOGIT_CHUNK_BYTES", 2 * 4 * VOCABULARY)
+    hidden, weight, targets, temperature = head_case(600, torch.bfloat16)
+    wanted = whole_logprobs(hidden.float(), weight.float(), targets, temperature)
+    of_hidden, of_weight = torch.autograd.grad(wanted.sum(), [hidden, weight])
+    exact = TokenLogprobs.apply(hidden, weight, targets, temperature, True)
+    rounded = TokenLogprobs.apply(hidden, weight, targets, temperature, False)
+    assert exact.dtype == torch.float32 and difference(exact, wanted) < 1e-4 < 1e-2 < difference(rounded, wanted)
+    ours = torch.autograd.grad(exact.sum(), [hidden, weight])
+    assert relative(ours[0], of_hidden) < 5e-3
+    assert relative(ours[1], of_weight) < 5e-3  # 300 chunks added in bfloat16 would be several times as far off
+    weight.requires_grad_(False)
+    frozen = TokenLogprobs.apply(hidden, weight, targets, temperature, True)
+    assert torch.equal(frozen, exact) and relative(torch.autograd.grad(frozen.sum(), hidden)[0], of_hidden) < 5e-3
+
+
+@pytest.mark.parametrize("float32_head", [True, False])
+def test_sampler_and_trainer_read_the_same_bfloat16_logits(checkpoint, float32_head):
+    model = load(checkpoint(), dtype=torch.bfloat16)
+    model.float32_head = float32_head
+    tokens, lengths, predict, targets, temperature = scored()
+    with torch.no_grad():
+        logits = model.logits(model.hidden(tokens, Packed(lengths)).index_select(0, predict))
+        assert logits.dtype == (torch.float32 if float32_head else torch.bfloat16)
+        wanted = (logits.float() / temperature[:, None]).log_softmax(1)[torch.arange(len(predict)), targets]
+        assert difference(model(tokens, Packed(lengths), predict, targets, temperature), wanted) < 1e-5
 
 
 def test_recompute_gives_the_same_gradients_and_runs_each_layer_again(checkpoint):
