@@ -111,6 +111,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, the accelerator's or the CPU's, had nothing left to give."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 class Interrupted(Exception):
     """Sampling was abandoned because the run was asked to stop; every process raises it."""
 
