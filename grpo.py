@@ -338,7 +338,14 @@ def optimizer_step(
         dist.all_reduce(loss_sum)
     stepped = math.isfinite(norm) and math.isfinite(float(loss_sum))
     if stepped:
-        optimizer.step()
+        try:
+            optimizer.step()  # the first one makes the moments
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UpdateError(
+                "out of memory in the optimizer's step: set offload_optimizer = true or train a LoRA adapter"
+            ) from None
     optimizer.zero_grad(set_to_none=True)
     ratios = ratio_stats(ratio_sums, total, model.device, ranks) if isinstance(loss, PolicyLoss) else None
     return UpdateStats(float(loss_sum) / total, norm, total, stepped, most_tokens, retries, ratios)

@@ -692,10 +692,10 @@ def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
     """The model, split over all processes before any weight is read, so that no process holds all of it."""
     with torch.device("meta"):
         model = Transformer(model_config(folder, recipe))
-    offload = Offload(torch.cuda.Stream() if device.device.type == "cuda" else None)
+    stream = torch.cuda.Stream() if recipe.offload_activations and device.device.type == "cuda" else None
+    offload = Offload(stream) if recipe.offload_activations else None
     for layer in model.model.layers:
-        layer.recompute = recipe.recompute_activations
-        layer.offload = offload if recipe.offload_activations else None
+        layer.recompute, layer.offload = recipe.recompute_activations, offload
     shard(model, device.mesh, device.compute_dtype)
     model.to_empty(device=device.device)
     load_weights(model, folder)

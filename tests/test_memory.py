@@ -380,6 +380,16 @@ def test_no_memory_for_one_sequence_is_one_sentence(monkeypatch):
     assert "\n" not in str(caught.value) and isinstance(caught.value, train.EXPECTED_ERRORS)
 
 
+def test_no_memory_for_the_moments_is_one_sentence():
+    class Greedy(torch.optim.SGD):
+        def step(self, closure=None):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model = tiny()
+    with pytest.raises(UpdateError, match="set offload_optimizer = true"):
+        grpo.optimizer_step(model, Greedy(model.parameters(), lr=0.0), ragged_sequences(), PolicyLoss(), 1_000)
+
+
 def test_several_processes_do_not_try_again(monkeypatch):
     monkeypatch.setattr(grpo.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(grpo.dist, "get_rank", lambda: 1)
