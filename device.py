@@ -71,13 +71,6 @@ class Device:
         return kilobytes / 2**20
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: on the GPU, or where a CPU's allocator could not get any."""
-    said = str(error).lower()
-    allocator = "not enough memory" in said or "can't allocate memory" in said
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and allocator)
-
-
 def speaks() -> bool:
     """Whether this is the process that speaks, also before `start` and after `stop`."""
     return os.environ.get("RANK", "0") == "0"
@@ -116,6 +109,14 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, the accelerator's or the CPU's, had nothing left to give."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 class Interrupted(Exception):

@@ -14,6 +14,7 @@ Source: RECIPE.md sections 4 and 5; GRPO (arXiv 2402.03300) equation 3; DAPO (ar
 clip-higher and the token mean; dual clip (arXiv 1912.09729) equation 5.
 """
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,12 +23,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from data_filter import Problem
+from device import out_of_memory
 from model import Packed, Transformer
 from rollout import Rollout
 
 ADVANTAGE_EPSILON = 1e-6
+
+
+class UpdateError(RuntimeError):
+    """An update that cannot be made, in one sentence."""
 
 
 # ----------------------------------------------------------------------------------------------------- groups
@@ -278,6 +285,8 @@ class UpdateStats:
     grad_norm: float  # before clipping
     tokens: int  # response tokens
     stepped: bool  # False: the loss or the gradient was not finite, and nothing was changed
+    micro_batch_tokens: int  # what was asked for, or less where memory ran out
+    memory_retries: int  # how often it did
     ratios: RatioStats | None = None  # None in supervised fine-tuning
 
 
@@ -293,13 +302,66 @@ def optimizer_step(
 
     All ranks call it with the same sequences and take their share of the micro-batches; how the batch is cut, and
     over how many ranks, does not change the gradient. A non-finite gradient leaves the weights as they are.
+    Where memory runs out, the step begins again with smaller micro-batches; UpdateError when there are none.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = sum(sequence.response_length for sequence in sequences)
-    batches = cut_into_micro_batches([len(sequence.tokens) for sequence in sequences], most_tokens, ranks)
-    loss_sum, ratio_sums = torch.zeros((), dtype=torch.float64, device=model.device), []
+    lengths, retries = [len(sequence.tokens) for sequence in sequences], 0
+    while True:
+        batches = cut_into_micro_batches(lengths, most_tokens, ranks)
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            loss_sum, ratio_sums = accumulate_gradient(model, sequences, batches[rank::ranks], loss, total, ranks)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            loads = [sum(lengths[i] for i in batch) for batch in batches if len(batch) > 1]
+            if not loads:
+                raise UpdateError(
+                    f"out of memory in the update with one sequence at a time, of at most {max(lengths):,} tokens: "
+                    "train a LoRA adapter, set offload_activations or offload_optimizer, or shorten the stage"
+                ) from None
+            # the other processes wait in a collective of this micro-batch and cannot be told to begin again; a torch
+            # without this method cannot undo the half-done pass of a sharded model
+            if ranks > 1 or (isinstance(model, FSDPModule) and not hasattr(model, "reset_iter_state")):
+                raise UpdateError(
+                    f"out of memory in the update: set micro_batch_tokens to {max(loads) // 2} or less and resume the "
+                    "run; a smaller one is found by itself only in a run of one process, on torch 2.13 or newer"
+                ) from None
+            most_tokens, retries = max(loads) // 2, retries + 1
+        # only here, where the error is forgotten, do the frames of its traceback let go of what they held
+        forget_half_done_pass(model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if ranks > 1:
+        dist.all_reduce(loss_sum)
+    stepped = math.isfinite(norm) and math.isfinite(float(loss_sum))
+    if stepped:
+        try:
+            optimizer.step()  # the first one makes the moments
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UpdateError(
+                "out of memory in the optimizer's step: set offload_optimizer = true or train a LoRA adapter"
+            ) from None
     optimizer.zero_grad(set_to_none=True)
-    for indices in batches[rank::ranks]:
+    ratios = ratio_stats(ratio_sums, total, model.device, ranks) if isinstance(loss, PolicyLoss) else None
+    return UpdateStats(float(loss_sum) / total, norm, total, stepped, most_tokens, retries, ratios)
+
+
+def accumulate_gradient(
+    model: Transformer,
+    sequences: Sequence[TrainingSequence],
+    batches: list[list[int]],
+    loss: TokenLoss,
+    total: int,
+    ranks: int,
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Forward and backward of this rank's micro-batches; the sum of the losses, and what RatioStats is made of."""
+    loss_sum, ratio_sums = torch.zeros((), dtype=torch.float64, device=model.device), []
+    for indices in batches:
         # a rank without work still takes part in the collectives of forward and backward, with weight zero
         batch = pack([sequences[i] for i in indices or [0]], model.device)
         logprobs = model(batch.tokens, batch.context, batch.predict, batch.targets, batch.temperature)
@@ -308,16 +370,21 @@ def optimizer_step(
         loss_sum += summed.detach()
         if indices and isinstance(loss, PolicyLoss):
             ratio_sums.append(loss.sums(logprobs.detach(), batch))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if ranks > 1:
-        dist.all_reduce(loss_sum)
-    stepped = math.isfinite(norm) and math.isfinite(float(loss_sum))
-    if stepped:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    ratios = ratio_stats(ratio_sums, total, model.device, ranks) if isinstance(loss, PolicyLoss) else None
-    return UpdateStats(float(loss_sum) / total, norm, total, stepped, ratios)
+    return loss_sum, ratio_sums
+
+
+def forget_half_done_pass(model: Transformer) -> None:
+    """After a forward or backward that died: no memory held, no gradient begun, every weight sharded again."""
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # it leaves the gradients of weights that were still gathered
+                module.unshard()
+                module.zero_grad(set_to_none=True)
+                module.reshard()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def ratio_stats(parts: list[dict[str, Tensor]], total: int, device: torch.device, ranks: int) -> RatioStats:

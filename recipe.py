@@ -160,10 +160,9 @@ class Recipe:
     instruction: str = INSTRUCTION  # appended to a problem that does not carry it
     micro_batch_tokens: int = 65_536  # of one forward and backward; a longer sequence goes alone
     recompute_activations: bool = True
-    offload_activations: bool = False
-    offload_optimizer: bool = False
+    offload_activations: bool = False  # what recomputation starts from waits in host memory
+    offload_optimizer: bool = False  # AdamW's moments live in host memory
     float32_head: bool = True  # logits of a bfloat16 model come out as float32, in sampler and trainer alike
-    optimizer: str = "adamw"
     world: World | None = None
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -282,6 +281,10 @@ def _check_least(settings: typing.Any, where: str) -> None:
 def _check(recipe: Recipe) -> None:
     """What the types cannot say."""
     _check_least(recipe, "")
+    if recipe.offload_activations and not recipe.recompute_activations:
+        raise RecipeError(
+            "offload_activations moves what recompute_activations keeps: set recompute_activations = true as well"
+        )
     first_rl = True
     for i, stage in enumerate(recipe.stage):
         where = f"stage.{i}"

@@ -62,7 +62,9 @@ from grpo import (
     Group,
     PolicyLoss,
     Substitution,
+    TokenLoss,
     TrainingSequence,
+    UpdateError,
     UpdateStats,
     optimizer_step,
     substitute,
@@ -72,6 +74,7 @@ from grpo import (
 from model import (
     ModelConfig,
     ModelError,
+    Offload,
     Transformer,
     extend_window,
     load_weights,
@@ -80,6 +83,7 @@ from model import (
     save,
     shard,
 )
+from optimizer import HostAdamW
 from page import write_report
 from plan import show_plan
 from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
@@ -95,7 +99,17 @@ EVALUATION_DRAW, ESTIMATE_DRAW, SEARCH_DRAW = -1, -2, -3
 ESTIMATE_SLICE = 512  # problems whose pass rates are estimated, and saved, at a time
 BEFORE_STAGE = -0.5  # an estimate before stage k is filed between the visits of stages k - 1 and k
 # what a person can put right: one sentence, no traceback
-EXPECTED_ERRORS = (RecipeError, ModelError, DataError, RolloutError, GraderError, CheckpointError, ImportError, OSError)
+EXPECTED_ERRORS = (
+    RecipeError,
+    ModelError,
+    DataError,
+    RolloutError,
+    GraderError,
+    CheckpointError,
+    UpdateError,
+    ImportError,
+    OSError,
+)
 
 
 @dataclass
@@ -112,6 +126,7 @@ class Run:
     state: RunState
     stop: StopRequest
     resume_from: Path | None  # a checkpoint whose weights and optimizer the first stage to run loads
+    micro_batch_tokens: int  # the recipe's, until memory runs out; a resumed run tries the recipe's again
     sft_sequences: dict[int, list[TrainingSequence]] = field(default_factory=dict)  # by stage
     stage_began: float = 0.0  # for the ETA: when, and at which of its steps, the stage began in this launch
     stage_first_step: int = 0
@@ -154,9 +169,7 @@ def sft_stage(run: Run, index: int, stage: SftStage) -> None:
         epoch_order = [run.recipe.seed, index]
         batch = sft_batch(sequences, stage.batch_sequences, state.stage_step, epoch_order)
         set_learning_rate(optimizer, learning_rate(stage, state.stage_step))
-        update = optimizer_step(
-            run.model, optimizer, batch, supervised_loss, run.recipe.micro_batch_tokens, stage.max_grad_norm
-        )
+        update = update_model(run, optimizer, batch, supervised_loss, stage)
         seconds = time.perf_counter() - begun
         row = {
             "kind": "sft",
@@ -165,6 +178,8 @@ def sft_stage(run: Run, index: int, stage: SftStage) -> None:
             "nonfinite": int(not update.stepped),
             "lr": learning_rate(stage, state.stage_step),
             "tokens": sum(len(sequence.tokens) for sequence in batch),
+            "micro_batch_tokens": update.micro_batch_tokens,
+            "memory_retries": update.memory_retries,
             "seconds": seconds,
         }
         row["tokens_per_s"] = row["tokens"] / seconds
@@ -224,12 +239,12 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         update, update_begun = None, time.perf_counter()
         if not substitution.skip_update:
             sequences = training_sequences(substitution.groups)
-            update = optimizer_step(
-                run.model, optimizer, sequences, loss, recipe.micro_batch_tokens, stage.max_grad_norm
-            )
+            update = update_model(run, optimizer, sequences, loss, stage)
         state.position += stage.batch_problems
         row |= describe_update(update, time.perf_counter() - update_begun)
         row |= {
+            "micro_batch_tokens": run.micro_batch_tokens,
+            "memory_retries": update.memory_retries if update else 0,
             "temperature": state.temperature,
             "lr": learning_rate(stage, state.stage_step),
             "seconds": time.perf_counter() - begun,
@@ -434,6 +449,24 @@ def describe(groups: list[Group], attempts: list[list[Attempt]], work: AttemptSt
     }
 
 
+def update_model(
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    sequences: list[TrainingSequence],
+    loss: TokenLoss,
+    stage: SftStage | RlStage,
+) -> UpdateStats:
+    """One optimizer step; micro-batches that memory has made smaller stay so for the rest of the run."""
+    update = optimizer_step(run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm)
+    if update.micro_batch_tokens < run.micro_batch_tokens:
+        run.device.say(
+            f"step {run.state.step + 1}: out of memory in the update: micro-batches of at most "
+            f"{update.micro_batch_tokens:,} tokens from now on, not {run.micro_batch_tokens:,}"
+        )
+        run.micro_batch_tokens = update.micro_batch_tokens
+    return update
+
+
 def describe_update(update: UpdateStats | None, seconds: float) -> dict:
     """The optimizer step in numbers; None is a batch with too few informative groups, which is skipped."""
     if update is None:
@@ -594,9 +627,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def make_optimizer(run: Run, stage: SftStage | RlStage) -> torch.optim.Optimizer:
     """AdamW, new in each stage; when the run resumes inside a stage, with the moments (and weights) it had."""
     betas = (0.9, stage.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        run.model.parameters(), stage.learning_rate, betas=betas, weight_decay=stage.weight_decay, fused=True
-    )
+    settings = {"lr": stage.learning_rate, "betas": betas, "weight_decay": stage.weight_decay}
+    if run.recipe.offload_optimizer:
+        optimizer = HostAdamW(run.model.parameters(), **settings)
+    else:
+        optimizer = torch.optim.AdamW(run.model.parameters(), **settings, fused=True)
     if run.resume_from is not None:
         load_weights_and_optimizer(run.resume_from, run.model, optimizer, run.device)
         run.resume_from = None
@@ -662,8 +697,10 @@ def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
     """The model, split over all processes before any weight is read, so that no process holds all of it."""
     with torch.device("meta"):
         model = Transformer(model_config(folder, recipe))
+    stream = torch.cuda.Stream() if recipe.offload_activations and device.device.type == "cuda" else None
+    offload = Offload(stream) if recipe.offload_activations else None
     for layer in model.model.layers:
-        layer.recompute = recipe.recompute_activations
+        layer.recompute, layer.offload = recipe.recompute_activations, offload
     model.float32_head = recipe.float32_head
     shard(model, device.mesh, device.compute_dtype)
     model.to_empty(device=device.device)
@@ -771,7 +808,8 @@ def start_run(arguments: argparse.Namespace, device: Device) -> Run:
     metrics = Metrics(folder, recipe.run.tensorboard, enabled=device.is_main)
     if arguments.resume is not None:
         metrics.cut_back_to(state.metrics_position)
-    run = Run(recipe, folder, device, model, model_folder, respondent, metrics, state, stop, resume_from)
+    most = recipe.micro_batch_tokens
+    run = Run(recipe, folder, device, model, model_folder, respondent, metrics, state, stop, resume_from, most)
     check_inputs(run)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, device.compute_dtype) / 2**30
@@ -811,7 +849,8 @@ def main() -> None:
     except Interrupted:  # between stages: what the last checkpoint holds is all there is
         run.device.say(f"stopped; go on with: torchrun train.py --resume {run.folder}")
     except EXPECTED_ERRORS as error:
-        status = f"train.py: {error}" if devices.speaks() else 1
+        # memory may run out in one process alone: then it is the one to say so
+        status = f"train.py: {error}" if devices.speaks() or isinstance(error, UpdateError) else 1
     finally:
         if run is not None:
             run.respondent.grader.close()

@@ -78,6 +78,12 @@ def test_a_pair_of_numbers_in_the_world(tmp_path):
         )
 
 
+def test_inputs_can_only_be_offloaded_where_they_are_kept(tmp_path):
+    assert load(tmp_path, overrides=["offload_activations=true"]).offload_activations
+    message = refusal(tmp_path, overrides=["offload_activations=true", "recompute_activations=false"])
+    assert message.startswith("offload_activations moves what recompute_activations keeps")
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
