@@ -8,6 +8,7 @@ recipe leaves out has the default below, and what was resolved is written into t
 
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -84,6 +85,18 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """A low-rank adapter, trained instead of the weights (arXiv 2106.09685).
+
+    It wants about 10 times the learning rate of full training ("LoRA Without Regret", Schulman et al. 2025): see each
+    stage's `learning_rate`.
+    """
+
+    rank: int = 0  # of every projection of every layer; 0: no adapter, all weights are trained
+    alpha: float = 32.0  # what the adapter adds is multiplied by alpha / rank
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """What is kept of a run."""
 
@@ -153,6 +166,7 @@ class Recipe:
     micro_batch_tokens: int = 65_536  # of one forward and backward; a longer sequence goes alone
     recompute_activations: bool = True
     world: World | None = None
+    lora: LoraSettings = field(default_factory=LoraSettings)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
@@ -253,6 +267,7 @@ LEAST = {  # the smallest value that makes sense, by field name, wherever it sta
     "steps": 1, "every_steps": 0, "problems_within_stage": 0, "max_response_tokens": 1, "max_prompt_tokens": 1,
     "checkpoint_every_steps": 1, "checkpoints_kept": 1, "rollouts_written": 0, "batch_sequences": 1,
     "batch_problems": 1, "group_size": 2, "max_tokens": 2, "micro_batch_tokens": 1, "learning_rate": 0.0,
+    "rank": 0,
 }  # fmt: skip
 
 
@@ -269,6 +284,8 @@ def _check_least(settings: typing.Any, where: str) -> None:
 def _check(recipe: Recipe) -> None:
     """What the types cannot say."""
     _check_least(recipe, "")
+    if not 0 < recipe.lora.alpha < math.inf:
+        raise RecipeError(f"lora.alpha must be above 0, not {recipe.lora.alpha}")
     first_rl = True
     for i, stage in enumerate(recipe.stage):
         where = f"stage.{i}"
