@@ -105,11 +105,10 @@ def read_state(folder: Path) -> tuple[Path, RunState] | None:
 
 def trained_parts(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
     """The tensors of a checkpoint. A frozen base is left out: it is in the model's folder."""
-    options = StateDictOptions(ignore_frozen_params=True)
-    return {
-        "model": get_model_state_dict(model, options=options),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
+    weights = get_model_state_dict(model)
+    if model.lora:
+        weights = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
+    return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def adapter_rank(checkpoint: Path) -> int:

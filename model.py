@@ -458,6 +458,8 @@ def initialise(model: Transformer, seed: int) -> None:
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# the base's config with the window of the training; under the name config.json transformers would take it for a model
+TRAINED_CONFIG = "trained_config.json"
 PEFT_PREFIX = "base_model.model."
 # keys of PEFT's config that do not change what a finished adapter computes; any other must be off
 HARMLESS_KEYS = {
@@ -610,9 +612,11 @@ def resolve_folder(name: str | Path) -> Path:
         raise ModelError(f"{name}: not a local folder, and the hub did not give it ({reason})") from None
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
     """The config of a Hugging Face model folder."""
-    path = folder / "config.json"
+    path = folder / name
+    if (folder / ADAPTER_CONFIG).exists() and not path.exists():
+        raise ModelError(f"{folder}: an adapter, not a model: merge it first (python model.py {folder} OUT)")
     try:
         return parse_config(json.loads(path.read_text()), path)
     except FileNotFoundError:
@@ -624,8 +628,6 @@ def read_config(folder: Path) -> ModelConfig:
 def weight_files(folder: Path) -> dict[str, Path]:
     """Which safetensors file of a folder holds which tensor."""
     index = folder / "model.safetensors.index.json"
-    if (folder / ADAPTER_CONFIG).exists():
-        raise ModelError(f"{folder}: an adapter, not a model: merge it first (python model.py {folder} OUT)")
     try:
         if index.exists():
             return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
@@ -688,13 +690,14 @@ def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
 def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
     """An unsharded model from a folder or hub id, on one device (evaluation, tests, export).
 
-    An adapter folder gives its base with the adapter on it, both in `dtype`; its own config.json, if any, counts.
+    An adapter folder gives its base with the adapter on it, both in `dtype`, and the window it was trained with.
     """
     folder = resolve_folder(name)
     lora = read_adapter_config(folder)
     base = resolve_folder(lora.base) if lora else folder
     with torch.device("meta"):
-        model = Transformer(read_config(folder if (folder / "config.json").exists() else base))
+        has_own = (folder / TRAINED_CONFIG).exists()
+        model = Transformer(read_config(folder, TRAINED_CONFIG) if has_own else read_config(base))
         if lora:
             add_lora(model, lora)
     model.to_empty(device=device).to(dtype)
@@ -756,7 +759,7 @@ def save(
         name_shards(unfinished, shards)
     source = config_to_json(model.config) | {"dtype": str(dtype).removeprefix("torch.")}
     source.pop("torch_dtype", None)
-    (unfinished / "config.json").write_text(json.dumps(source, indent=2) + "\n")
+    (unfinished / (TRAINED_CONFIG if lora else "config.json")).write_text(json.dumps(source, indent=2) + "\n")
     for file in TOKENIZER_FILES if tokenizer_from else ():
         if (tokenizer_from / file).exists():
             shutil.copy(tokenizer_from / file, unfinished / file)

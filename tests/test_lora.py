@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import VOCABULARY
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -221,6 +220,16 @@ def sequences() -> list[TrainingSequence]:
     return [TrainingSequence(part.numpy().astype(np.int32), 1) for part in tokens_of([9, 14, 23]).split([9, 14, 23])]
 
 
+def plain_gradients(model: Transformer, batch: list[TrainingSequence]) -> dict[str, torch.Tensor]:
+    """What a step on these sequences must see: cross-entropy through autograd alone, one sequence at a time."""
+    total = sum(len(sequence.tokens) - 1 for sequence in batch)
+    for sequence in batch:
+        tokens = torch.from_numpy(sequence.tokens).long()
+        logits = model.logits(model.hidden(tokens, Packed([len(tokens)])))
+        (torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="sum") / total).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def whole(model: Transformer) -> dict[str, torch.Tensor]:
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
@@ -282,41 +291,37 @@ def check_sharded(base: Path, out: Path, device: devices.Device) -> None:
         logits = our_logits(unsharded)
     expected = trained_gradients(unsharded)
     model = stir(from_meta(base, device.mesh))
-    for _ in range(2):  # train, sample, train again
-        found = trained_gradients(model)
-        assert found.keys() == expected.keys()
-        assert all(relative(found[name], expected[name]) < 1e-5 for name in expected)
-        with gathered(model):
+    found = trained_gradients(model)
+    assert found.keys() == expected.keys()
+    assert all(relative(found[name], expected[name]) < 1e-5 for name in expected)
+    with gathered(model):
+        for _ in range(1 + device.rank):  # no collective
             assert relative(our_logits(model), logits) < 1e-6
-    unsharded_optimizer, optimizer = optimizer_of(unsharded), optimizer_of(model)
+
+    optimizer, alone = optimizer_of(model), optimizer_of(unsharded)
     for _ in range(2):
         update = optimizer_step(model, optimizer, sequences(), supervised_loss, most_tokens=25)
-        names = [name for name, p in unsharded.named_parameters() if p.requires_grad]
-        rank, ranks = dist.get_rank, dist.get_world_size
-        try:  # the reference takes the whole batch by itself
-            dist.get_rank, dist.get_world_size = lambda *_: 0, lambda *_: 1
-            alone = optimizer_step(unsharded, unsharded_optimizer, sequences(), supervised_loss, most_tokens=25)
-        finally:
-            dist.get_rank, dist.get_world_size = rank, ranks
-        assert update.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
+        norm = torch.nn.utils.get_total_norm(plain_gradients(unsharded, sequences()).values())
+        torch.nn.utils.clip_grad_norm_(unsharded.parameters(), 1.0)
+        alone.step()
+        alone.zero_grad()
+        assert update.grad_norm == pytest.approx(norm.item(), rel=1e-5)
     found, wanted = whole(model), whole(unsharded)
-    assert all(relative(found[name], wanted[name]) < 1e-4 for name in names)
+    assert all(relative(found[name], wanted[name]) < 1e-4 for name in expected)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted.keys() - expected.keys())
     save(model, out)
-    device.share(None)
-    assert all(torch.equal(value, found[name]) for name, value in whole(load(out)).items())
-
     state = checkpoints.RunState(step=1)
     folder = checkpoints.save_checkpoint(out.parent / "run", model, optimizer, state, device, 1)
+    assert all(torch.equal(value, found[name]) for name, value in whole(load(out)).items())
+
     other = stir(from_meta(base, device.mesh))
     other_optimizer = optimizer_of(other)
     checkpoints.load_weights_and_optimizer(folder, other, other_optimizer, device)
-    for _ in range(2):
-        both = [
-            optimizer_step(m, o, sequences(), supervised_loss, most_tokens=25)
-            for m, o in ((model, optimizer), (other, other_optimizer))
-        ]
-        assert both[0] == both[1]
-    assert all(torch.equal(value, whole(model)[name]) for name, value in whole(other).items())
+    for trained, its_optimizer in ((model, optimizer), (other, other_optimizer)):
+        optimizer_step(trained, its_optimizer, sequences(), supervised_loss, most_tokens=25)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        a, b = (x.to_local() if isinstance(x, DTensor) else x for x in (a, b))
+        assert torch.equal(a, b)
 
 
 def test_sharded_in_one_process(checkpoint, tmp_path, here):
@@ -351,7 +356,7 @@ def test_a_checkpoint_holds_the_adapter_alone(checkpoint, tmp_path, here):
     names = set(checkpoints.dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
     weights = {name.removeprefix("model.") for name in names if name.startswith("model.")}
     assert weights == {name for name, p in model.named_parameters() if p.requires_grad}
-    moments = {name for name in names if name.startswith("optimizer.state.")}
+    moments = {name for name in names if name.startswith("optimizer.state.")}  # two and a count for each
     assert len(moments) == 3 * 28 and all(".lora_" in name for name in moments)
 
 
@@ -382,7 +387,7 @@ def test_exported_adapter_has_the_same_logits_in_peft(checkpoint, tmp_path, fami
     model = adapted(base, alpha=alpha)
     save(model, tmp_path / "adapter", torch.bfloat16)  # the dtype is that of whole models: an adapter stays float32
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "config.json",
+        "adapter_config.json", "adapter_model.safetensors", "trained_config.json",
     ]  # fmt: skip
     with torch.no_grad():
         ours, theirs = our_logits(model), their_logits(peft_loads(base, tmp_path / "adapter"))
@@ -483,7 +488,7 @@ WRONG_CONFIGS = [
     ({"layers_to_transform": [1]}, "layers_to_transform = [1]"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
     ({"a_key_of_the_future": 1}, "a_key_of_the_future = 1 is not supported"),
-    ({"peft_type": "LOHA"}, "of the type LORA"),
+    ({"peft_type": "LOHA"}, "only LORA adapters"),
     ({"target_modules": "all-linear"}, "list of target_modules"),
     ({"target_modules": ["q_proj", "lm_head"]}, "the target module lm_head is not supported"),
     ({"r": 0}, "r above 0"),
@@ -543,13 +548,13 @@ def test_an_adapter_of_another_base_is_refused(adapter, checkpoint):
     path = adapter / "adapter_config.json"
     path.write_text(path.read_text().replace(str(checkpoint()), str(checkpoint("qwen2", False))))
     assert "tensor" in refusal(adapter)  # with the config that it was trained with
-    (adapter / "config.json").unlink()
+    (adapter / "trained_config.json").unlink()
     assert "has shape" in refusal(adapter)
 
 
 def test_training_from_an_adapter_folder_says_to_merge_it(adapter):
     with pytest.raises(ModelError, match="merge it first"):
-        load_weights(Transformer(read_config(adapter)), adapter)
+        read_config(adapter)
 
 
 # ----------------------------------------------------------------------------------------------- the whole recipe
@@ -561,15 +566,15 @@ instruction = ""
 micro_batch_tokens = 300
 sampler = {{ rows = 16, page_tokens = 16, cache_tokens = 2000 }}
 eval = {{ data = "{world}/held-out.jsonl", samples = 1, max_response_tokens = 16 }}
-run = {{ checkpoint_every_steps = 1, checkpoints_kept = 9 }}
+run = {{ checkpoint_every_steps = 2, checkpoints_kept = 20 }}
 lora = {{ rank = 4, alpha = 8 }}
 reward = {{ correct = 1.0, format = 0.1, steps = 0.5 }}
 [[stage]]
 kind = "sft"
 data = "{world}/sft.jsonl"
-steps = 3
-batch_sequences = 1
-learning_rate = 1e-2
+steps = 15
+batch_sequences = 4
+learning_rate = 3e-2
 [[stage]]
 kind = "rl"
 data = "{world}/train.jsonl"
@@ -579,7 +584,7 @@ temperature = 1.0
 max_prompt_tokens = 64
 max_response_tokens = 24
 informative_share = 0.0
-learning_rate = 1e-2
+learning_rate = 3e-3
 drop_above = 1.0
 """
 DETERMINISTIC = ("kind", "step", "loss", "grad_norm", "reward_mean", "response_length_mean", "distinct4", "avg")
@@ -615,55 +620,74 @@ def figures(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def finished(small_world, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs")
-    (out / "recipe.toml").write_text(RECIPE.format(world=small_world))
-    done = start(ROOT / "train.py", out / "recipe.toml", "--out", out)
+def world(small_world, tmp_path_factory) -> Path:
+    """The small world, with a base that can say something and solutions that an adapter of it soon learns to write."""
+    folder = tmp_path_factory.mktemp("lora") / "world"
+    shutil.copytree(small_world, folder)
+    weights = load_file(folder / "model" / "model.safetensors")
+    # embeddings as fresh as the rest leave every token as likely, and an adapter cannot change them
+    weights["model.embed_tokens.weight"] *= 30
+    save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    rows = [
+        {"problem": f" {k} + {k}", "answer": f"{2 * k}", "solution": f"</think> \\boxed{{{2 * k}}}"} for k in range(4)
+    ]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(world) -> Path:
+    (world.parent / "recipe.toml").write_text(RECIPE.format(world=world))
+    done = start(ROOT / "train.py", world.parent / "recipe.toml", "--out", world.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "of them trained)" in done.stdout
-    return out / "lora"
+    return world.parent / "lora"
 
 
-def test_a_run_trains_one_adapter_through_its_stages(finished, small_world):
+def test_a_run_trains_one_adapter_through_its_stages(finished, world):
     steps = [row for row in figures(finished) if row["kind"] in ("sft", "rl")]
-    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
-    assert all(row["grad_norm"] > 0 for row in steps[:3]) and any(row.get("grad_norm", 0) > 0 for row in steps[3:])
+    assert [row["step"] for row in steps] == list(range(1, 19))
+    assert all(row["grad_norm"] > 0 for row in steps[:15]) and any(row.get("grad_norm", 0) > 0 for row in steps[15:])
     first, last = (load_file(finished / f"stage-{k}" / "adapter_model.safetensors") for k in (0, 1))
-    assert first.keys() == last.keys() and any(not torch.equal(first[name], last[name]) for name in first)
-    model = load(finished / "stage-1")
-    assert model.lora == Lora(4, 8.0, str(small_world / "model"))
+    assert first.keys() == last.keys() and all(0 < relative(last[name], first[name]) < 0.9 for name in first)
+    assert load(finished / "stage-1").lora == Lora(4, 8.0, str(world / "model"))
+
+
+def test_the_adapter_of_a_run_has_the_same_logits_in_peft(finished, world):
     from transformers import AutoTokenizer
 
-    lengths = [20]
-    ids = AutoTokenizer.from_pretrained(finished / "stage-1")("3 + 4 - 2").input_ids
-    assert len(ids) > 3
-    peft = peft_loads(small_world / "model", finished / "stage-1")
-    tokens = torch.arange(20) % model.config.vocab_size
+    ids = AutoTokenizer.from_pretrained(finished / "stage-1")(" 3 + 4 - 2</think>", return_tensors="pt").input_ids
+    assert ids.shape[1] > 5
+    model = load(finished / "stage-1")
     with torch.no_grad():
-        ours = model.logits(model.hidden(tokens, Packed(lengths)))
-        assert relative(peft(tokens[None]).logits[0], ours) < 1e-5
-        assert relative(load(small_world / "model").hidden(tokens, Packed(lengths)), ours[:, :1]) != 0
+        ours = model.logits(model.hidden(ids[0], Packed([ids.shape[1]])))
+        assert relative(peft_loads(world / "model", finished / "stage-1")(ids).logits[0], ours) < 1e-5
 
 
-@pytest.mark.parametrize("step", [2, 5])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_path, step):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_path):
     folder = tmp_path / "lora"
     shutil.copytree(finished, folder)
-    for path in (folder / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    for stage in range(2) if step < 3 else (1,):
-        shutil.rmtree(folder / f"stage-{stage}")
+    shutil.rmtree(folder / "stage-1")
+    shutil.rmtree(folder / "checkpoints" / "step-18")
     done = start(ROOT / "train.py", "--resume", folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"after step {step}" in done.stdout
+    assert "after step 17" in done.stdout
     assert figures(folder) == figures(finished)
     resumed, straight = (load_file(f / "stage-1" / "adapter_model.safetensors") for f in (folder, finished))
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
-def test_eval_reads_an_adapter(finished, small_world, tmp_path):
-    arguments = ["--data", small_world / "held-out.jsonl", "-n", "1", "--max-tokens", "8", "--out", tmp_path / "out"]
+def test_a_run_is_not_resumed_with_another_rank(finished, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-18")
+    done = start(ROOT / "train.py", "--resume", folder, "--set", "lora.rank=8")
+    assert done.returncode == 1 and "was saved with lora.rank = 4, not 8" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_eval_reads_an_adapter(finished, world, tmp_path):
+    arguments = ["--data", world / "held-out.jsonl", "-n", "1", "--max-tokens", "8", "--out", tmp_path / "out"]
     done = start(ROOT / "eval.py", finished / "stage-1", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "results.json").exists()
