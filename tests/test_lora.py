@@ -572,9 +572,10 @@ reward = {{ correct = 1.0, format = 0.1, steps = 0.5 }}
 [[stage]]
 kind = "sft"
 data = "{world}/sft.jsonl"
-steps = 15
+steps = 30
 batch_sequences = 4
 learning_rate = 3e-2
+decay_share = 0.5
 [[stage]]
 kind = "rl"
 data = "{world}/train.jsonl"
@@ -628,9 +629,9 @@ def world(small_world, tmp_path_factory) -> Path:
     # embeddings as fresh as the rest leave every token as likely, and an adapter cannot change them
     weights["model.embed_tokens.weight"] *= 30
     save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
-    rows = [
-        {"problem": f" {k} + {k}", "answer": f"{2 * k}", "solution": f"</think> \\boxed{{{2 * k}}}"} for k in range(4)
-    ]
+    # one way to answer that earns the reward of form and one that does not, so that groups have a signal
+    problems = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rows = [problem | {"solution": reply} for problem in problems for reply in ("</think> \\boxed{1}", " 1")]
     (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -646,8 +647,8 @@ def finished(world) -> Path:
 
 def test_a_run_trains_one_adapter_through_its_stages(finished, world):
     steps = [row for row in figures(finished) if row["kind"] in ("sft", "rl")]
-    assert [row["step"] for row in steps] == list(range(1, 19))
-    assert all(row["grad_norm"] > 0 for row in steps[:15]) and any(row.get("grad_norm", 0) > 0 for row in steps[15:])
+    assert [row["step"] for row in steps] == list(range(1, 34))
+    assert all(row["grad_norm"] > 0 for row in steps[:30]) and all(row["grad_norm"] > 0 for row in steps[30:])
     first, last = (load_file(finished / f"stage-{k}" / "adapter_model.safetensors") for k in (0, 1))
     assert first.keys() == last.keys() and all(0 < relative(last[name], first[name]) < 0.9 for name in first)
     assert load(finished / "stage-1").lora == Lora(4, 8.0, str(world / "model"))
@@ -668,10 +669,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
     folder = tmp_path / "lora"
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "stage-1")
-    shutil.rmtree(folder / "checkpoints" / "step-18")
+    shutil.rmtree(folder / "checkpoints" / "step-33")
     done = start(ROOT / "train.py", "--resume", folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "after step 17" in done.stdout
+    assert "after step 32" in done.stdout
     assert figures(folder) == figures(finished)
     resumed, straight = (load_file(f / "stage-1" / "adapter_model.safetensors") for f in (folder, finished))
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
@@ -680,7 +681,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
 def test_a_run_is_not_resumed_with_another_rank(finished, tmp_path):
     folder = tmp_path / "lora"
     shutil.copytree(finished, folder)
-    shutil.rmtree(folder / "checkpoints" / "step-18")
+    shutil.rmtree(folder / "checkpoints" / "step-33")
     done = start(ROOT / "train.py", "--resume", folder, "--set", "lora.rank=8")
     assert done.returncode == 1 and "was saved with lora.rank = 4, not 8" in done.stderr
     assert done.stderr.count("\n") == 1
