@@ -1,6 +1,6 @@
 """Saving and resuming a run: everything that the next step depends on.
 
-    RUN/checkpoints/step-N/         weights and optimizer, sharded, by torch.distributed.checkpoint
+    RUN/checkpoints/step-N/         weights (of LoRA, the adapter alone) and optimizer, by torch.distributed.checkpoint
     RUN/checkpoints/step-N/run.pt   where the run stands: stage, data position, pass rates, sinks, temperature
 
 A checkpoint is written under another name and renamed when it is complete, so that a name that can be seen is a
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -62,7 +63,7 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     device.share(None)  # nobody writes before the folder is there
-    parts = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    parts = trained_parts(model, optimizer)
     # a writer thread with an OpenMP team of its own would leave more threads than cores, and every later operation slow
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -102,19 +103,39 @@ def read_state(folder: Path) -> tuple[Path, RunState] | None:
         ) from None
 
 
+def trained_parts(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """The tensors of a checkpoint. A frozen base is left out: it is in the model's folder."""
+    weights = get_model_state_dict(model)
+    if model.lora:
+        weights = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
+    return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def adapter_rank(checkpoint: Path) -> int:
+    """The rank of the adapter in a checkpoint; 0 when it holds whole weights."""
+    tensors = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return next((tensor.size[0] for name, tensor in tensors.items() if name.endswith(".lora_A")), 0)
+
+
 def load_weights_and_optimizer(
     checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer, device: Device
 ) -> None:
     """Fill model and optimizer, on any number of processes. Every process calls it."""
-    parts = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    parts = trained_parts(model, optimizer)
+    wanted = model.lora.rank if model.lora else 0
     try:
-        dcp.load(parts, checkpoint_id=checkpoint, process_group=device.objects)
+        saved = adapter_rank(checkpoint)
+        if saved == wanted:
+            dcp.load(parts, checkpoint_id=checkpoint, process_group=device.objects)
     except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{checkpoint} cannot be read ({reason}): remove it to resume from an older one"
         ) from None
-    set_model_state_dict(model, parts["model"])
+    if saved != wanted:
+        raise CheckpointError(f"{checkpoint} was saved with lora.rank = {saved}, not {wanted}: resume with that rank")
+    # not strict: a frozen base is no part of a checkpoint
+    set_model_state_dict(model, parts["model"], options=StateDictOptions(strict=not wanted))
     set_optimizer_state_dict(model, optimizer, parts["optimizer"])
 
 

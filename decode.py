@@ -26,12 +26,26 @@ def pack_linears(linears: Sequence[nn.Linear], norm: RMSNorm | None, rows: int) 
     """Linear layers that read the same input as one, a norm's weight folded in, for about so many rows at a time.
 
     oneDNN's own layout is what torch.compile gives frozen weights on a CPU; at tens of rows it beats F.linear by far.
+    A low-rank update stays beside it, as in training.
     """
     scale = 1.0 if norm is None else norm.weight  # (in,)
     weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([x.weight for x in linears]) * scale, rows)
     biases = [x.bias for x in linears if x.bias is not None]
     bias = torch.cat(biases) if biases else None
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    updates, start = [], 0  # columns of the output, A^T (in, rank), B^T (rank, out)
+    for linear in linears:
+        if getattr(linear, "lora_A", None) is not None:
+            columns = slice(start, start + linear.out_features)
+            updates.append((columns, (linear.lora_A * scale).T, linear.lora_B.T * linear.lora_scale))
+        start += linear.out_features
+
+    def project(x: Tensor) -> Tensor:
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        for columns, down, up in updates:
+            y[:, columns].addmm_(x @ down, up)
+        return y
+
+    return project
 
 
 def normalise(x: Tensor, eps: float) -> Tensor:

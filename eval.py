@@ -38,7 +38,7 @@ from eval_page import (
     temperature_table,
     write_evaluation_page,
 )
-from model import ModelConfig, ModelError, extend_window, load, resolve_folder
+from model import ModelConfig, ModelError, extend_window, load, resolve_folder, tokenizer_folder
 from report import read_metrics, write_atomically
 from responses import (
     Recorder,
@@ -245,9 +245,10 @@ def start_session(arguments: argparse.Namespace, grader: Grader) -> Session:
         config = extend_window(config, arguments.yarn, arguments.original_window)
     # without scaling, the same positions: rotary angles have no end, only an untrained part
     plain = replace(model.config, max_position_embeddings=config.max_position_embeddings)
-    tokenizer = load_tokenizer(folder, model)
+    tokens_from = tokenizer_folder(folder)
+    tokenizer = load_tokenizer(tokens_from, model)
     sampling = Sampling(
-        arguments.temperature, arguments.max_tokens, stop_tokens(tokenizer, model, folder), arguments.seed,
+        arguments.temperature, arguments.max_tokens, stop_tokens(tokenizer, model, tokens_from), arguments.seed,
         top_k=arguments.top_k, top_p=arguments.top_p,
     )  # fmt: skip
     stop = StopRequest("the responses that are finished are kept")

@@ -1,6 +1,7 @@
 """The transformer, written by hand: one decoder for the Qwen3, Qwen2 and Llama families.
 
     python model.py MODEL OUT --yarn 1.5          # export a checkpoint whose config carries the scaling
+    python model.py ADAPTER OUT                   # merge a LoRA adapter into its base
 
 Tokens flow as one packed row of T tokens, several sequences end to end and no padding. How tokens of one
 sequence see each other is the business of an attention context: `Packed` here (training), the paged KV cache
@@ -14,6 +15,7 @@ dimension, V vocabulary, N predicted positions.
 import argparse
 import inspect
 import json
+import math
 import shutil
 import sys
 import weakref
@@ -370,6 +372,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
 
 
+class Linear(nn.Linear):
+    """A projection that an adapter may extend: x W^T + b + scale (x A^T) B^T (LoRA, arXiv 2106.09685, equation 3)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool):
+        super().__init__(inputs, outputs, bias)
+        self.register_parameter("lora_A", None)  # (rank, inputs)
+        self.register_parameter("lora_B", None)  # (outputs, rank)
+        self.lora_scale: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)  # (T, outputs)
+        if self.lora_A is None:
+            return y
+        # into y, which no backward needs: a temporary of its size would be the largest of a long sequence
+        return y.addmm_(F.linear(x, self.lora_A), self.lora_B.t(), alpha=self.lora_scale)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -377,10 +396,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -414,9 +433,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
@@ -521,13 +540,18 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.lora: Lora | None = None
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
         # rounding logits to bfloat16 is the largest difference between sampler and trainer, and buys only memory
         self.float32_head = True
         self.set_rope(config.rope)
+
+    def tie(self) -> None:
+        """Make the output weights those of the embedding, where the config says so; to_empty parts them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def set_rope(self, rope: Rope) -> None:
         """Use these rotary frequencies from now on (evaluation switches YaRN on and off on one set of weights)."""
@@ -588,6 +612,143 @@ def initialise(model: Transformer, seed: int) -> None:
                 parameter.normal_(0.0, narrow if into_residual else 0.02, generator=generator)
 
 
+# ------------------------------------------------------------------------------------------------------- LoRA
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# the base's config with the window of the training; under the name config.json transformers would take it for a model
+TRAINED_CONFIG = "trained_config.json"
+PEFT_PREFIX = "base_model.model."
+# keys of PEFT's config that do not change what a finished adapter computes; any other must be off
+HARMLESS_KEYS = {
+    "base_model_name_or_path", "r", "lora_alpha", "target_modules", "peft_type", "peft_version", "task_type",
+    "inference_mode", "auto_mapping", "lora_dropout", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+HARMLESS_VALUES = {
+    "bias": ("none",),
+    "revision": ("main",),
+    "init_lora_weights": (True, "gaussian", "orthogonal"),  # not PiSSA's kind, which begins by changing the base
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter of the layers' projections (arXiv 2106.09685), trained while its base stays as it is."""
+
+    rank: int
+    alpha: float  # what the adapter adds is multiplied by alpha / rank
+    base: str  # the folder or hub id of the model that is adapted
+    targets: tuple[str, ...] = LORA_TARGETS  # the projections, by the last part of their names
+
+
+def add_lora(model: Transformer, lora: Lora) -> None:
+    """Freeze the model and give its projections a float32 adapter, which `initialise_lora` or `load_lora` fills."""
+    model.requires_grad_(False)
+    model.lora = lora
+    for linear in adapted(model).values():
+        options = {"dtype": torch.float32, "device": linear.weight.device}
+        linear.lora_A = nn.Parameter(torch.empty(lora.rank, linear.in_features, **options))
+        linear.lora_B = nn.Parameter(torch.empty(linear.out_features, lora.rank, **options))
+        linear.lora_scale = lora.alpha / lora.rank
+
+
+def adapted(model: Transformer) -> dict[str, Linear]:
+    """The projections that the model's adapter extends, by name."""
+    targets = model.lora.targets if model.lora else ()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and name.rpartition(".")[2] in targets
+    }
+
+
+def initialise_lora(model: Transformer, seed: int) -> None:
+    """A fresh adapter, sharded or not: A uniform within 1 / sqrt(inputs), as PEFT's; B zero: no change yet."""
+    generator = torch.Generator().manual_seed(seed)
+    for linear in adapted(model).values():
+        a = nn.init.kaiming_uniform_(torch.empty(linear.lora_A.shape), a=math.sqrt(5), generator=generator)
+        fill(linear.lora_A, a)
+        nn.init.zeros_(linear.lora_B)
+
+
+def merge_lora(model: Transformer) -> None:
+    """Add an unsharded model's adapter, if any, to its weights, in float32: for export only, never in training."""
+    with torch.no_grad():
+        for linear in adapted(model).values():
+            change = linear.lora_scale * (linear.lora_B.float() @ linear.lora_A.float())  # (outputs, inputs)
+            linear.weight.copy_(linear.weight.float() + change)
+            linear.lora_A = linear.lora_B = linear.lora_scale = None
+    model.lora = None
+    model.requires_grad_(True)
+
+
+def adapter_parameters(model: Transformer) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by the names that PEFT gives them in a file."""
+    return {
+        f"{PEFT_PREFIX}{name}.{part}.weight": getattr(linear, part)
+        for name, linear in adapted(model).items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def adapter_config(lora: Lora) -> dict:
+    """The adapter_config.json that makes PEFT compute this very adapter."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": lora.base,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        "target_modules": list(lora.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+
+
+def read_adapter_config(folder: Path) -> Lora | None:
+    """The adapter that a folder holds, None when it holds none; one that would compute something else is refused."""
+    path = folder / ADAPTER_CONFIG
+    if not path.exists():
+        return None
+    try:
+        source = json.loads(path.read_text())
+        lora = Lora(int(source["r"]), float(source["lora_alpha"]), str(source["base_model_name_or_path"]))
+        kind, targets = source["peft_type"], source["target_modules"]
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    except KeyError as missing:
+        raise ModelError(f"{path}: the key {missing} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path}: not the config of a LoRA adapter ({error})") from None
+    for key, value in source.items():
+        if value and key not in HARMLESS_KEYS and value not in HARMLESS_VALUES.get(key, ()):
+            raise ModelError(f"{path}: {key} = {value!r} is not supported: merge the adapter with peft and use that")
+    if kind != "LORA" or not isinstance(targets, list) or lora.rank < 1:
+        raise ModelError(f"{path}: only LORA adapters with r above 0 and a list of target_modules are supported")
+    if unknown := sorted(set(targets) - set(LORA_TARGETS)):
+        raise ModelError(f"{path}: the target module {unknown[0]} is not supported (known: {', '.join(LORA_TARGETS)})")
+    return replace(lora, targets=tuple(target for target in LORA_TARGETS if target in targets))
+
+
+def load_lora(model: Transformer, folder: Path) -> None:
+    """Fill a model's adapter from a folder as PEFT writes it. Strict: see ModelError."""
+    path, parameters = folder / ADAPTER_WEIGHTS, adapter_parameters(model)
+    try:
+        with safe_open(path, "pt") as tensors:
+            found = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ModelError(f"{path}: the adapter cannot be read ({error}): download it again") from None
+    if missing := sorted(parameters.keys() - found.keys()):
+        raise ModelError(f"{path}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
+    if surplus := sorted(found.keys() - parameters.keys()):
+        raise ModelError(f"{path}: the tensor {surplus[0]} has no place in {model.lora.base}")
+    for name, parameter in parameters.items():
+        copy_into(parameter, found[name], name, path)
+
+
 # ----------------------------------------------------------------------------------------- loading and saving
 
 
@@ -609,9 +770,11 @@ def resolve_folder(name: str | Path) -> Path:
         raise ModelError(f"{name}: not a local folder, and the hub did not give it ({reason})") from None
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
     """The config of a Hugging Face model folder."""
-    path = folder / "config.json"
+    path = folder / name
+    if (folder / ADAPTER_CONFIG).exists() and not path.exists():
+        raise ModelError(f"{folder}: an adapter, not a model: merge it first (python model.py {folder} OUT)")
     try:
         return parse_config(json.loads(path.read_text()), path)
     except FileNotFoundError:
@@ -638,7 +801,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 def load_weights(model: Transformer, folder: Path) -> None:
     """Copy a folder's tensors into a model, sharded or not, one tensor at a time. Strict: see ModelError."""
     files = weight_files(folder)
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
     surplus = {name for name in files.keys() - parameters.keys() if not name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
         surplus.discard("lm_head.weight")  # some tied checkpoints carry a copy; compared below
@@ -670,6 +833,11 @@ def copy_into(parameter: nn.Parameter, tensor: Tensor, name: str, path: Path) ->
     """Fill a parameter, or this rank's shard of it, from a whole tensor."""
     if tensor.shape != parameter.shape:
         raise ModelError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config says {tuple(parameter.shape)}")
+    fill(parameter, tensor)
+
+
+def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or this rank's part of it into its shard."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
@@ -678,15 +846,30 @@ def copy_into(parameter: nn.Parameter, tensor: Tensor, name: str, path: Path) ->
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """An unsharded model from a folder or hub id, on one device (evaluation, tests, export)."""
+    """An unsharded model from a folder or hub id, on one device (evaluation, tests, export).
+
+    An adapter folder gives its base with the adapter on it, both in `dtype`, and the window it was trained with.
+    """
     folder = resolve_folder(name)
+    lora = read_adapter_config(folder)
+    base = resolve_folder(lora.base) if lora else folder
     with torch.device("meta"):
-        model = Transformer(read_config(folder))
+        has_own = (folder / TRAINED_CONFIG).exists()
+        model = Transformer(read_config(folder, TRAINED_CONFIG) if has_own else read_config(base))
+        if lora:
+            add_lora(model, lora)
     model.to_empty(device=device).to(dtype)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # to_empty gives each its own storage
-    load_weights(model, folder)
+    model.tie()
+    load_weights(model, base)
+    if lora:
+        load_lora(model, folder)
     return model
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where a model folder's tokenizer is: an adapter that was saved without one has its base's."""
+    lora = read_adapter_config(folder)
+    return resolve_folder(lora.base) if lora and not (folder / "tokenizer_config.json").exists() else folder
 
 
 def save(
@@ -694,6 +877,7 @@ def save(
 ) -> None:
     """Write a folder that transformers loads with the same logits. Every rank calls it; rank 0 writes.
 
+    Of a model with an adapter it holds the adapter alone, in float32, and PEFT loads it with the same logits.
     The folder appears whole or not at all, and an existing one is never overwritten. Tensors are gathered one at
     a time into files of at most SHARD_BYTES, so that no rank holds a whole large model twice.
     """
@@ -713,22 +897,27 @@ def save(
             save_file(waiting, unfinished / f"shard-{len(shards)}", metadata={"format": "pt"})
         waiting.clear()
 
-    for name, parameter in model.named_parameters():
+    lora = model.lora
+    for name, parameter in (adapter_parameters(model) if lora else dict(model.named_parameters())).items():
         whole = parameter.detach()
         if isinstance(whole, DTensor):
             whole = whole.full_tensor()  # a collective: every rank takes part, rank 0 keeps the result
         if not writes:
             continue
-        waiting[name] = whole.to("cpu", dtype).contiguous()
-        if sum(tensor.nbytes for tensor in waiting.values()) > SHARD_BYTES:
+        waiting[name] = whole.to("cpu", torch.float32 if lora else dtype).contiguous()
+        if not lora and sum(tensor.nbytes for tensor in waiting.values()) > SHARD_BYTES:
             flush()
     flush()
     if not writes:
         return
-    name_shards(unfinished, shards)
+    if lora:
+        (unfinished / "shard-1").rename(unfinished / ADAPTER_WEIGHTS)
+        (unfinished / ADAPTER_CONFIG).write_text(json.dumps(adapter_config(lora), indent=2) + "\n")
+    else:
+        name_shards(unfinished, shards)
     source = config_to_json(model.config) | {"dtype": str(dtype).removeprefix("torch.")}
     source.pop("torch_dtype", None)
-    (unfinished / "config.json").write_text(json.dumps(source, indent=2) + "\n")
+    (unfinished / (TRAINED_CONFIG if lora else "config.json")).write_text(json.dumps(source, indent=2) + "\n")
     for file in TOKENIZER_FILES if tokenizer_from else ():
         if (tokenizer_from / file).exists():
             shutil.copy(tokenizer_from / file, unfinished / file)
@@ -754,12 +943,19 @@ def name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
 
 
 def shard(model: Transformer, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Split every parameter over the mesh (FSDP2); float32 master weights, forward and backward in compute_dtype."""
+    """Split every parameter over the mesh (FSDP2); float32 master weights, forward and backward in compute_dtype.
+
+    Of a model with an adapter only the adapter is split; the frozen base is whole on every rank, in compute_dtype.
+    """
+    # sampling needs all of the base at once: a shard of it would be a second copy beside what is gathered
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    for parameter in frozen:
+        parameter.data = parameter.data.to(compute_dtype)
     # inputs are left alone: a temperature of 1.45 cast to bfloat16 would be scored as 1.453
     policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
 
 
 @contextmanager
@@ -781,9 +977,9 @@ def gathered(model: Transformer) -> Iterator[None]:
 
 
 def main() -> None:
-    """Export a checkpoint, with YaRN when asked."""
+    """Export a checkpoint, an adapter merged into its base, with YaRN when asked."""
     parser = argparse.ArgumentParser(description="Export a model folder, with a longer window through YaRN.")
-    parser.add_argument("model", help="a model folder or hub id")
+    parser.add_argument("model", help="a model folder or hub id, or an adapter's, which is merged into its base")
     parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--yarn", type=float, metavar="FACTOR", help="lengthen the window by this factor")
     parser.add_argument("--original-window", type=int, metavar="TOKENS", help="the window to lengthen (the config's)")
@@ -792,11 +988,12 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         model = load(arguments.model)
+        merge_lora(model)
         if arguments.yarn is not None:
             model.config = extend_window(
                 model.config, arguments.yarn, arguments.original_window, arguments.attention_factor
             )
-        save(model, arguments.out, getattr(torch, arguments.dtype), resolve_folder(arguments.model))
+        save(model, arguments.out, getattr(torch, arguments.dtype), tokenizer_folder(resolve_folder(arguments.model)))
     except ModelError as error:
         sys.exit(f"model.py: {error}")
     print(f"wrote {arguments.out}: window {model.config.max_position_embeddings:,} tokens, {model.config.rope}")

@@ -276,7 +276,7 @@ def plan_stage(config: ModelConfig, recipe: Recipe, index: int, processes: int) 
     b, weights = dtype.itemsize, model_parameters(config)
     trained = adapter_parameters(config, rank) if rank else weights
     share = trained / processes
-    moments = {f"{recipe.optimizer} moments": share * (8 if recipe.optimizer == "adamw" else 2)}  # float32; 8 bits each
+    moments = {"AdamW moments": share * 8}  # two, float32
     standing = {"frozen weights, bfloat16": weights * b} if rank else {}
     standing |= {"adapters, float32" if rank else "weights, float32": share * 4}
     standing |= {} if recipe.offload_optimizer or final else moments

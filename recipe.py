@@ -8,6 +8,7 @@ recipe leaves out has the default below, and what was resolved is written into t
 
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -30,14 +31,6 @@ class SamplerSettings:
     rows: int = 64  # sequences decoded at once
     page_tokens: int = 256
     cache_tokens: int = 1_000_000  # of all sequences together
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Low-rank adapters on every linear map of the layers; rank 0: all weights are trained."""
-
-    rank: int = 0
-    alpha: float = 32.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +82,18 @@ class SearchSettings:
     problems: int = 64  # at most
     samples: int = 8
     margin: float = 0.0  # half width of distinct-4's 95% interval that is enough; 0: all problems are asked
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A low-rank adapter, trained instead of the weights (arXiv 2106.09685).
+
+    It wants about 10 times the learning rate of full training ("LoRA Without Regret", Schulman et al. 2025): see each
+    stage's `learning_rate`.
+    """
+
+    rank: int = 0  # of every projection of every layer; 0: no adapter, all weights are trained
+    alpha: float = 32.0  # what the adapter adds is multiplied by alpha / rank
 
 
 @dataclass(frozen=True)
@@ -164,8 +169,8 @@ class Recipe:
     offload_optimizer: bool = False  # AdamW's moments live in host memory
     float32_head: bool = True  # logits of a bfloat16 model come out as float32, in sampler and trainer alike
     world: World | None = None
-    sampler: SamplerSettings = field(default_factory=SamplerSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     final: FinalSettings = field(default_factory=FinalSettings)
@@ -265,6 +270,7 @@ LEAST = {  # the smallest value that makes sense, by field name, wherever it sta
     "steps": 1, "every_steps": 0, "problems_within_stage": 0, "max_response_tokens": 1, "max_prompt_tokens": 1,
     "checkpoint_every_steps": 1, "checkpoints_kept": 1, "rollouts_written": 0, "batch_sequences": 1,
     "batch_problems": 1, "group_size": 2, "max_tokens": 2, "micro_batch_tokens": 1, "learning_rate": 0.0,
+    "rank": 0,
 }  # fmt: skip
 
 
@@ -285,6 +291,8 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(
             "offload_activations moves what recompute_activations keeps: set recompute_activations = true as well"
         )
+    if not 0 < recipe.lora.alpha < math.inf:
+        raise RecipeError(f"lora.alpha must be above 0, not {recipe.lora.alpha}")
     first_rl = True
     for i, stage in enumerate(recipe.stage):
         where = f"stage.{i}"

@@ -72,11 +72,14 @@ from grpo import (
     training_sequences,
 )
 from model import (
+    Lora,
     ModelConfig,
     ModelError,
     Offload,
     Transformer,
+    add_lora,
     extend_window,
+    initialise_lora,
     load_weights,
     read_config,
     resolve_folder,
@@ -627,11 +630,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def make_optimizer(run: Run, stage: SftStage | RlStage) -> torch.optim.Optimizer:
     """AdamW, new in each stage; when the run resumes inside a stage, with the moments (and weights) it had."""
     betas = (0.9, stage.adam_beta2)
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     settings = {"lr": stage.learning_rate, "betas": betas, "weight_decay": stage.weight_decay}
     if run.recipe.offload_optimizer:
-        optimizer = HostAdamW(run.model.parameters(), **settings)
+        optimizer = HostAdamW(trained, **settings)
     else:
-        optimizer = torch.optim.AdamW(run.model.parameters(), **settings, fused=True)
+        optimizer = torch.optim.AdamW(trained, **settings, fused=True)
     if run.resume_from is not None:
         load_weights_and_optimizer(run.resume_from, run.model, optimizer, run.device)
         run.resume_from = None
@@ -694,9 +698,15 @@ def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
 
 
 def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
-    """The model, split over all processes before any weight is read, so that no process holds all of it."""
+    """The model, split over all processes before any weight is read, so that no process holds all of it.
+
+    With an adapter, every process holds the frozen base (see `shard`), and the adapter is split.
+    """
     with torch.device("meta"):
         model = Transformer(model_config(folder, recipe))
+    if recipe.lora.rank:
+        is_hub_id = not recipe.model.startswith("world/") and not Path(recipe.model).is_dir()
+        add_lora(model, Lora(recipe.lora.rank, recipe.lora.alpha, recipe.model if is_hub_id else str(folder.resolve())))
     stream = torch.cuda.Stream() if recipe.offload_activations and device.device.type == "cuda" else None
     offload = Offload(stream) if recipe.offload_activations else None
     for layer in model.model.layers:
@@ -704,7 +714,9 @@ def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
     model.float32_head = recipe.float32_head
     shard(model, device.mesh, device.compute_dtype)
     model.to_empty(device=device.device)
+    model.tie()
     load_weights(model, folder)
+    initialise_lora(model, recipe.seed)
     return model
 
 
@@ -812,9 +824,11 @@ def start_run(arguments: argparse.Namespace, device: Device) -> Run:
     run = Run(recipe, folder, device, model, model_folder, respondent, metrics, state, stop, resume_from, most)
     check_inputs(run)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    of_these = f" ({trained:,} of them trained)" * (trained < parameters)
     cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, device.compute_dtype) / 2**30
     device.say(
-        f"{recipe.name}: {parameters:,} parameters, {device.ranks} processes, "
+        f"{recipe.name}: {parameters:,} parameters{of_these}, {device.ranks} processes, "
         f"at most {cache_gib:.2f} GiB of cache each, {folder}"
     )
     return run

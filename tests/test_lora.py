@@ -1,0 +1,694 @@
+"""LoRA equals peft: logits, gradients, files both ways; the base stays as it is; sharded, resumed, merged alike."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+import checkpoint as checkpoints
+import device as devices
+import model as model_file
+from grpo import TrainingSequence, optimizer_step, supervised_loss
+from model import (
+    LORA_TARGETS,
+    Linear,
+    Lora,
+    ModelError,
+    Packed,
+    Transformer,
+    add_lora,
+    gathered,
+    initialise_lora,
+    load,
+    load_weights,
+    merge_lora,
+    read_config,
+    save,
+    shard,
+)
+from recipe import LoraSettings, Recipe, RecipeError, load_recipe, to_toml
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = [("qwen3", True), ("qwen2", False), ("llama", True)]
+LENGTHS = [9, 1, 23, 14]
+
+
+def tokens_of(lengths=LENGTHS) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+
+
+def our_logits(model, lengths=LENGTHS) -> torch.Tensor:
+    """Logits (T, V) of packed sequences."""
+    return model.logits(model.hidden(tokens_of(lengths), Packed(lengths)))
+
+
+def their_logits(model, lengths=LENGTHS) -> torch.Tensor:
+    """The same of a model of transformers or peft, one sequence at a time."""
+    return torch.cat([model(part[None]).logits[0] for part in tokens_of(lengths).split(lengths)])
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value of b."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def peft_model(base: Path, targets=LORA_TARGETS, rank: int = 4, alpha: int = 12, **options):
+    """peft's adapter on transformers' model, with A and B drawn so wide that they matter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def peft_loads(base: Path, adapter: Path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+
+
+def adapted(base: Path, rank: int = 4, alpha: float = 12.0, fresh: bool = False) -> Transformer:
+    """Our model with an adapter; unless fresh, one that matters."""
+    model = load(base)
+    add_lora(model, Lora(rank, alpha, str(base)))
+    initialise_lora(model, seed=5)
+    return model if fresh else stir(model)
+
+
+def stir(model: Transformer) -> Transformer:
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            model_file.fill(parameter, 0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def weighted_logprobs(logits: torch.Tensor) -> torch.Tensor:
+    return (logits.log_softmax(1)[:, :5] * torch.linspace(-1, 2, 5)).sum()
+
+
+def trained_gradients(model) -> dict[str, torch.Tensor]:
+    """Gradients of the adapter, through the path that training takes; whole ones also of a sharded model."""
+    tokens = tokens_of()
+    targets = tokens.roll(-1)
+    logprobs = model(tokens, Packed(LENGTHS), torch.arange(len(tokens)), targets)
+    (logprobs * torch.linspace(-1, 2, len(logprobs))).sum().backward()
+    found = {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    model.zero_grad()
+    return found
+
+
+# ------------------------------------------------------------------------------------------ the same numbers as peft
+
+
+@pytest.mark.parametrize("family, tied", FAMILIES)
+def test_logits_and_gradients_equal_peft(checkpoint, tmp_path, family, tied):
+    theirs = peft_model(checkpoint(family, tied))
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load(tmp_path / "adapter")
+    assert relative(our_logits(ours), their_logits(theirs)) < 1e-5
+    assert relative(our_logits(load(checkpoint(family, tied))), their_logits(theirs)) > 0.05  # the adapter matters
+
+    weighted_logprobs(our_logits(ours)).backward()
+    weighted_logprobs(their_logits(theirs)).backward()
+    expected = {
+        name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if parameter.grad is not None
+    }
+    found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
+    assert found.keys() == expected.keys() and len(found) == 2 * 7 * 2
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0 and relative(found[name], gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize("family, tied", FAMILIES)
+def test_a_fresh_adapter_changes_no_bit(checkpoint, family, tied):
+    plain, fresh = load(checkpoint(family, tied)), adapted(checkpoint(family, tied), fresh=True)
+    with torch.no_grad():
+        assert torch.equal(our_logits(fresh), our_logits(plain))
+    assert trained_gradients(fresh)["model.layers.0.mlp.up_proj.lora_B"].abs().max() > 0  # and yet it can learn
+
+
+def test_a_fresh_adapter_is_drawn_as_peft_draws_it(checkpoint):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=64, target_modules=list(LORA_TARGETS))
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint()), config).state_dict()
+    model = adapted(checkpoint(), rank=64, fresh=True)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            expected = theirs[f"base_model.model.{name}.lora_A.default.weight"]
+            assert module.lora_A.shape == expected.shape and module.lora_A.dtype == torch.float32
+            assert module.lora_A.abs().max().item() == pytest.approx(expected.abs().max().item(), rel=0.02)
+            assert module.lora_A.std().item() == pytest.approx(expected.std().item(), rel=0.05)
+            assert not module.lora_B.any()
+    layers = [module.lora_A for name, module in model.named_modules() if name.endswith("up_proj")]
+    assert not torch.equal(*layers)  # one stream of draws, not one draw for all
+
+
+def test_a_fresh_adapter_is_fixed_by_its_seed(checkpoint):
+    draws = {}
+    for name, seed in {"one": 1, "again": 1, "other": 2}.items():
+        model = adapted(checkpoint())
+        torch.manual_seed(len(draws))
+        initialise_lora(model, seed)
+        draws[name] = model.model.layers[0].mlp.up_proj.lora_A
+    assert torch.equal(draws["one"], draws["again"]) and not torch.equal(draws["one"], draws["other"])
+
+
+def test_a_bfloat16_base_is_never_merged_and_its_adapter_computes_in_bfloat16(checkpoint, tmp_path):
+    save(adapted(checkpoint()), tmp_path / "adapter")
+    model = load(tmp_path / "adapter", dtype=torch.bfloat16)
+    expected = load(checkpoint(), dtype=torch.bfloat16)
+    linear, plain = model.model.layers[0].mlp.up_proj, expected.model.layers[0].mlp.up_proj
+    assert torch.equal(linear.weight, plain.weight) and linear.lora_A.dtype == torch.bfloat16
+    x = torch.randn(5, 48).bfloat16()
+    exact = x.double() @ (plain.weight.double() + 3.0 * linear.lora_B.double() @ linear.lora_A.double()).T
+    assert relative(linear(x).double(), exact) < 0.01
+
+
+# ---------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.fixture
+def here():
+    yield devices.start()
+    devices.stop()
+
+
+def from_meta(base: Path, mesh, compute_dtype=torch.float32, rank: int = 4) -> Transformer:
+    """As train.build_model builds it."""
+    with torch.device("meta"):
+        model = Transformer(read_config(base))
+    add_lora(model, Lora(rank, 12.0, str(base)))
+    shard(model, mesh, compute_dtype)
+    model.to_empty(device="cpu")
+    model.tie()
+    load_weights(model, base)
+    initialise_lora(model, seed=5)
+    return model
+
+
+def optimizer_of(model: Transformer) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def sequences() -> list[TrainingSequence]:
+    return [TrainingSequence(part.numpy().astype(np.int32), 1) for part in tokens_of([9, 14, 23]).split([9, 14, 23])]
+
+
+def plain_gradients(model: Transformer, batch: list[TrainingSequence]) -> dict[str, torch.Tensor]:
+    """What a step on these sequences must see: cross-entropy through autograd alone, one sequence at a time."""
+    total = sum(len(sequence.tokens) - 1 for sequence in batch)
+    for sequence in batch:
+        tokens = torch.from_numpy(sequence.tokens).long()
+        logits = model.logits(model.hidden(tokens, Packed([len(tokens)])))
+        (torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="sum") / total).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def whole(model: Transformer) -> dict[str, torch.Tensor]:
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("family, tied", FAMILIES)
+def test_a_step_trains_the_adapter_and_leaves_the_base(checkpoint, here, family, tied):
+    model = from_meta(checkpoint(family, tied), here.mesh)
+    before, losses = whole(model), []
+    optimizer = optimizer_of(model)
+    for _ in range(5):
+        update = optimizer_step(model, optimizer, sequences(), supervised_loss, most_tokens=25)
+        assert update.stepped and update.grad_norm > 0
+        losses.append(update.loss)
+    assert losses[-1] < losses[0] - 0.01
+    after = whole(model)
+    for name, value in load_file(checkpoint(family, tied) / "model.safetensors").items():
+        assert torch.equal(after[name], value), name
+    for name in after:
+        assert torch.equal(after[name], before[name]) == (".lora_" not in name), name
+
+
+def test_the_base_gets_no_gradient(checkpoint):
+    found = trained_gradients(adapted(checkpoint()))
+    assert len(found) == 28 and all(name.endswith(("lora_A", "lora_B")) for name in found)
+
+
+def test_recompute_gives_the_same_gradients(checkpoint, here):
+    plain, recomputed = stir(from_meta(checkpoint(), here.mesh)), stir(from_meta(checkpoint(), here.mesh))
+    for layer in recomputed.model.layers:
+        layer.recompute = True
+    expected, found = trained_gradients(plain), trained_gradients(recomputed)
+    assert len(expected) == 28 and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_frozen_base_is_kept_once_in_the_compute_dtype(checkpoint, here):
+    model = stir(from_meta(checkpoint(), here.mesh, torch.bfloat16))
+    for name, parameter in model.named_parameters():
+        is_adapter = ".lora_" in name
+        assert isinstance(parameter, DTensor) == is_adapter
+        assert parameter.dtype == (torch.float32 if is_adapter else torch.bfloat16)
+    addresses = {name: p.data_ptr() for name, p in model.named_parameters() if ".lora_" not in name}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with gathered(model):
+        inside = dict(model.named_parameters())
+        assert {name: inside[name].data_ptr() for name in addresses} == addresses
+        assert {p.dtype for p in inside.values()} == {torch.bfloat16}
+        assert not any(isinstance(p, DTensor) for p in inside.values())
+        assert model.model.layers[0].mlp.up_proj.lora_scale == 3.0
+    assert {gradient.dtype for gradient in trained_gradients(model).values()} == {torch.float32}
+
+
+def check_sharded(base: Path, out: Path, device: devices.Device) -> None:
+    """What must hold on any number of processes: the numbers of a whole model."""
+    unsharded = adapted(base)
+    with torch.no_grad():
+        logits = our_logits(unsharded)
+    expected = trained_gradients(unsharded)
+    model = stir(from_meta(base, device.mesh))
+    found = trained_gradients(model)
+    assert found.keys() == expected.keys()
+    assert all(relative(found[name], expected[name]) < 1e-5 for name in expected)
+    with gathered(model):
+        for _ in range(1 + device.rank):  # no collective
+            assert relative(our_logits(model), logits) < 1e-6
+
+    optimizer, alone = optimizer_of(model), optimizer_of(unsharded)
+    for _ in range(2):
+        update = optimizer_step(model, optimizer, sequences(), supervised_loss, most_tokens=25)
+        norm = torch.nn.utils.get_total_norm(plain_gradients(unsharded, sequences()).values())
+        torch.nn.utils.clip_grad_norm_(unsharded.parameters(), 1.0)
+        alone.step()
+        alone.zero_grad()
+        assert update.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    found, wanted = whole(model), whole(unsharded)
+    assert all(relative(found[name], wanted[name]) < 1e-4 for name in expected)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted.keys() - expected.keys())
+    save(model, out)
+    state = checkpoints.RunState(step=1)
+    folder = checkpoints.save_checkpoint(out.parent / "run", model, optimizer, state, device, 1)
+    assert all(torch.equal(value, found[name]) for name, value in whole(load(out)).items())
+
+    other = stir(from_meta(base, device.mesh))
+    other_optimizer = optimizer_of(other)
+    checkpoints.load_weights_and_optimizer(folder, other, other_optimizer, device)
+    for trained, its_optimizer in ((model, optimizer), (other, other_optimizer)):
+        optimizer_step(trained, its_optimizer, sequences(), supervised_loss, most_tokens=25)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        a, b = (x.to_local() if isinstance(x, DTensor) else x for x in (a, b))
+        assert torch.equal(a, b)
+
+
+def test_sharded_in_one_process(checkpoint, tmp_path, here):
+    check_sharded(checkpoint(), tmp_path / "out", here)
+
+
+def in_two_processes(rank: int, base: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": (tmp_path / "port").read_text()}
+    check_sharded(base, tmp_path / "out", devices.start())
+    devices.stop()
+
+
+def test_two_processes_equal_one(checkpoint, tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(in_two_processes, (checkpoint("qwen2", False), tmp_path), nprocs=2)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_holds_the_adapter_alone(checkpoint, tmp_path, here):
+    model = from_meta(checkpoint(), here.mesh)
+    optimizer = optimizer_of(model)
+    optimizer_step(model, optimizer, sequences(), supervised_loss, most_tokens=25)
+    folder = checkpoints.save_checkpoint(tmp_path, model, optimizer, checkpoints.RunState(step=1), here, 1)
+    names = set(checkpoints.dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    weights = {name.removeprefix("model.") for name in names if name.startswith("model.")}
+    assert weights == {name for name, p in model.named_parameters() if p.requires_grad}
+    moments = {name for name in names if name.startswith("optimizer.state.")}  # two and a count for each
+    assert len(moments) == 3 * 28 and all(".lora_" in name for name in moments)
+
+
+def test_a_checkpoint_of_another_rank_is_one_sentence(checkpoint, tmp_path, here):
+    def parts(rank):
+        if rank:
+            model = from_meta(checkpoint(), here.mesh, rank=rank)
+        else:
+            model = load(checkpoint())
+            shard(model, here.mesh, torch.float32)
+        return model, optimizer_of(model)
+
+    for saved, wanted in ((4, 8), (4, 0), (0, 4)):
+        folder = checkpoints.save_checkpoint(tmp_path, *parts(saved), checkpoints.RunState(step=1), here, 1)
+        with pytest.raises(checkpoints.CheckpointError) as caught:
+            checkpoints.load_weights_and_optimizer(folder, *parts(wanted), here)
+        assert f"was saved with lora.rank = {saved}, not {wanted}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("family, tied", FAMILIES)
+@pytest.mark.parametrize("alpha", [12.0, 2.5])
+def test_exported_adapter_has_the_same_logits_in_peft(checkpoint, tmp_path, family, tied, alpha):
+    base = checkpoint(family, tied)
+    model = adapted(base, alpha=alpha)
+    save(model, tmp_path / "adapter", torch.bfloat16)  # the dtype is that of whole models: an adapter stays float32
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "trained_config.json",
+    ]  # fmt: skip
+    with torch.no_grad():
+        ours, theirs = our_logits(model), their_logits(peft_loads(base, tmp_path / "adapter"))
+        assert relative(theirs, ours) < 1e-5
+        assert torch.equal(our_logits(load(tmp_path / "adapter")), ours)
+
+
+def test_transformers_finds_the_base_of_an_exported_adapter(checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(checkpoint())
+    save(model, tmp_path / "adapter")
+    with torch.no_grad():
+        found = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval())
+        assert relative(found, our_logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], LORA_TARGETS])
+def test_adapter_made_by_peft_is_read(checkpoint, tmp_path, targets):
+    theirs = peft_model(checkpoint("llama"), targets, rank=3, alpha=5, lora_dropout=0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = load(tmp_path / "adapter")
+    adapters = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+    assert adapters == set(targets)
+    with torch.no_grad():
+        assert relative(our_logits(model), their_logits(theirs)) < 1e-5
+        save(model, tmp_path / "again")
+        found = their_logits(peft_loads(checkpoint("llama"), tmp_path / "again"))
+        assert relative(found, their_logits(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize("family, tied", FAMILIES)
+def test_command_line_merges_an_adapter(checkpoint, tmp_path, monkeypatch, family, tied):
+    from transformers import AutoModelForCausalLM
+
+    theirs = peft_model(checkpoint(family, tied))
+    theirs.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(sys, "argv", ["model.py", str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype=float32"])
+    model_file.main()
+    assert not list((tmp_path / "out").glob("adapter*"))
+    with torch.no_grad():
+        merged = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
+        assert relative(merged, their_logits(theirs)) < 1e-5
+    weights = theirs.merge_and_unload().state_dict()
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert relative(tensor, weights[name]) < 1e-6, name
+
+
+def test_merging_is_rounded_once(checkpoint, tmp_path, monkeypatch):
+    """In float32 even where the base is bfloat16: what is written is the nearest bfloat16 of W + scale B A."""
+    base = tmp_path / "base"
+    save(load(checkpoint()), base, torch.bfloat16)
+    save(adapted(base), tmp_path / "adapter")
+    monkeypatch.setattr(sys, "argv", ["model.py", str(tmp_path / "adapter"), str(tmp_path / "out")])
+    model_file.main()
+    name, adapter = "model.layers.1.mlp.down_proj", load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    expected = load_file(base / "model.safetensors")[f"{name}.weight"].float() + 3.0 * (b @ a)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"], expected.bfloat16())
+
+
+def test_a_merged_model_is_an_ordinary_one(checkpoint):
+    model = adapted(checkpoint())
+    with torch.no_grad():
+        before = our_logits(model)
+        merge_lora(model)
+        assert relative(our_logits(model), before) < 1e-5
+    assert model.lora is None and all(parameter.requires_grad for parameter in model.parameters())
+    assert dict(model.named_parameters()).keys() == dict(load(checkpoint()).named_parameters()).keys()
+
+
+def test_the_window_that_an_adapter_was_trained_with_is_kept(checkpoint, tmp_path):
+    model = adapted(checkpoint())
+    model.config = replace(model.config, max_position_embeddings=1000)
+    save(model, tmp_path / "adapter")
+    assert load(tmp_path / "adapter").config.max_position_embeddings == 1000
+
+
+def test_an_adapter_without_a_tokenizer_has_its_bases(checkpoint, tmp_path):
+    save(adapted(checkpoint()), tmp_path / "adapter")
+    assert model_file.tokenizer_folder(tmp_path / "adapter") == checkpoint()
+    (tmp_path / "adapter" / "tokenizer_config.json").write_text("{}")
+    assert model_file.tokenizer_folder(tmp_path / "adapter") == tmp_path / "adapter"
+    assert model_file.tokenizer_folder(checkpoint()) == checkpoint()
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+WRONG_CONFIGS = [
+    ({"use_dora": True}, "use_dora = True is not supported"),
+    ({"use_rslora": True}, "use_rslora = True is not supported"),
+    ({"bias": "all"}, "bias = 'all' is not supported"),
+    ({"lora_bias": True}, "lora_bias = True"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out = True"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head']"),
+    ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+    ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+    ({"layers_to_transform": [1]}, "layers_to_transform = [1]"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+    ({"a_key_of_the_future": 1}, "a_key_of_the_future = 1 is not supported"),
+    ({"peft_type": "LOHA"}, "only LORA adapters"),
+    ({"target_modules": "all-linear"}, "list of target_modules"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "the target module lm_head is not supported"),
+    ({"r": 0}, "r above 0"),
+    ({"r": "four"}, "not the config of a LoRA adapter"),
+    ({"r": 8}, "lora_A.weight has shape (4, 48), the config says (8, 48)"),
+    ({"target_modules": ["q_proj"]}, "has no place in"),
+    ({"base_model_name_or_path": "./nowhere"}, "nowhere: no such model folder"),
+]
+
+
+def refusal(adapter: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        load(adapter)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path) -> Path:
+    save(adapted(checkpoint()), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("change, said", WRONG_CONFIGS)
+def test_an_adapter_that_computes_something_else_is_refused(adapter, change, said):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert said in refusal(adapter)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"])
+def test_an_adapter_config_without_a_key_is_refused(adapter, key):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    assert f"the key '{key}' is missing" in refusal(adapter)
+
+
+def test_broken_adapter_files_are_refused(adapter, tmp_path):
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors, text = load_file(weights), config.read_text()
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, weights)
+    assert f"the tensor {name} is missing" in refusal(adapter)
+    save_file(tensors | {"base_model.model.lm_head.weight": torch.zeros(1)}, weights)
+    assert "the tensor base_model.model.lm_head.weight has no place" in refusal(adapter)
+    weights.write_bytes(b"cut off")
+    assert "the adapter cannot be read" in refusal(adapter)
+    weights.unlink()
+    assert "the adapter cannot be read" in refusal(adapter)
+    for wrong in ("{", "[]", "null", '"lora"'):
+        config.write_text(wrong)
+        assert "adapter_config.json: not " in refusal(adapter)
+    config.write_text(text)
+
+
+def test_an_adapter_of_another_base_is_refused(adapter, checkpoint):
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(checkpoint()), str(checkpoint("qwen2", False))))
+    assert "tensor" in refusal(adapter)  # with the config that it was trained with
+    (adapter / "trained_config.json").unlink()
+    assert "has shape" in refusal(adapter)
+
+
+def test_training_from_an_adapter_folder_says_to_merge_it(adapter):
+    with pytest.raises(ModelError, match="merge it first"):
+        read_config(adapter)
+
+
+# ----------------------------------------------------------------------------------------------- the whole recipe
+
+RECIPE = """
+name = "lora"
+model = "{world}/model"
+instruction = ""
+micro_batch_tokens = 300
+sampler = {{ rows = 16, page_tokens = 16, cache_tokens = 2000 }}
+eval = {{ data = "{world}/held-out.jsonl", samples = 1, max_response_tokens = 16 }}
+run = {{ checkpoint_every_steps = 2, checkpoints_kept = 20 }}
+lora = {{ rank = 4, alpha = 8 }}
+reward = {{ correct = 1.0, format = 0.1, steps = 0.5 }}
+[[stage]]
+kind = "sft"
+data = "{world}/sft.jsonl"
+steps = 30
+batch_sequences = 4
+learning_rate = 3e-2
+decay_share = 0.5
+[[stage]]
+kind = "rl"
+data = "{world}/train.jsonl"
+steps = 3
+batch_problems = 4
+temperature = 1.0
+max_prompt_tokens = 64
+max_response_tokens = 24
+informative_share = 0.0
+learning_rate = 3e-3
+drop_above = 1.0
+"""
+DETERMINISTIC = ("kind", "step", "loss", "grad_norm", "reward_mean", "response_length_mean", "distinct4", "avg")
+
+
+def test_recipe_checks_the_adapter(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(world="world"))
+    assert load_recipe(path).lora == LoraSettings(rank=4, alpha=8.0)
+    assert Recipe("x", "y", ()).lora.rank == 0
+    path.write_text(to_toml(load_recipe(path)))
+    assert load_recipe(path).lora == LoraSettings(rank=4, alpha=8.0)
+    for wrong, said in [
+        ("lora.rank=-1", "lora.rank must be at least 0"),
+        ("lora.rank=1.5", "lora.rank must be of type int"),
+        ("lora.alpha=0", "lora.alpha must be above 0"),
+        ("lora.alpha=nan", "lora.alpha must be above 0"),
+        ("lora.rang=4", "did you mean rank?"),
+    ]:
+        with pytest.raises(RecipeError, match=said.replace("?", r"\?")):
+            load_recipe(path, [wrong])
+
+
+def start(*arguments) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+
+
+def figures(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in DETERMINISTIC if key in row} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def world(small_world, tmp_path_factory) -> Path:
+    """The small world, with a base that can say something and solutions that an adapter of it soon learns to write."""
+    folder = tmp_path_factory.mktemp("lora") / "world"
+    shutil.copytree(small_world, folder)
+    weights = load_file(folder / "model" / "model.safetensors")
+    # embeddings as fresh as the rest leave every token as likely, and an adapter cannot change them
+    weights["model.embed_tokens.weight"] *= 30
+    save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    # one way to answer that earns the reward of form and one that does not, so that groups have a signal
+    problems = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rows = [problem | {"solution": reply} for problem in problems for reply in ("</think> \\boxed{1}", " 1")]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(world) -> Path:
+    (world.parent / "recipe.toml").write_text(RECIPE.format(world=world))
+    done = start(ROOT / "train.py", world.parent / "recipe.toml", "--out", world.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "of them trained)" in done.stdout
+    return world.parent / "lora"
+
+
+def test_a_run_trains_one_adapter_through_its_stages(finished, world):
+    steps = [row for row in figures(finished) if row["kind"] in ("sft", "rl")]
+    assert [row["step"] for row in steps] == list(range(1, 34))
+    assert all(row["grad_norm"] > 0 for row in steps[:30]) and all(row["grad_norm"] > 0 for row in steps[30:])
+    first, last = (load_file(finished / f"stage-{k}" / "adapter_model.safetensors") for k in (0, 1))
+    assert first.keys() == last.keys() and all(0 < relative(last[name], first[name]) < 0.9 for name in first)
+    assert load(finished / "stage-1").lora == Lora(4, 8.0, str(world / "model"))
+
+
+def test_the_adapter_of_a_run_has_the_same_logits_in_peft(finished, world):
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(finished / "stage-1")(" 3 + 4 - 2</think>", return_tensors="pt").input_ids
+    assert ids.shape[1] > 5
+    model = load(finished / "stage-1")
+    with torch.no_grad():
+        ours = model.logits(model.hidden(ids[0], Packed([ids.shape[1]])))
+        assert relative(peft_loads(world / "model", finished / "stage-1")(ids).logits[0], ours) < 1e-5
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "stage-1")
+    shutil.rmtree(folder / "checkpoints" / "step-33")
+    done = start(ROOT / "train.py", "--resume", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "after step 32" in done.stdout
+    assert figures(folder) == figures(finished)
+    resumed, straight = (load_file(f / "stage-1" / "adapter_model.safetensors") for f in (folder, finished))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_a_run_is_not_resumed_with_another_rank(finished, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-33")
+    done = start(ROOT / "train.py", "--resume", folder, "--set", "lora.rank=8")
+    assert done.returncode == 1 and "was saved with lora.rank = 4, not 8" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_eval_reads_an_adapter(finished, world, tmp_path):
+    arguments = ["--data", world / "held-out.jsonl", "-n", "1", "--max-tokens", "8", "--out", tmp_path / "out"]
+    done = start(ROOT / "eval.py", finished / "stage-1", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "results.json").exists()
