@@ -19,16 +19,15 @@ from pathlib import Path
 
 import torch
 
-from model import LOGPROB_CHUNK, SHARD_BYTES, ModelConfig, ModelError, parse_config, read_config
+from model import LOGIT_CHUNK_BYTES, SHARD_BYTES, ModelConfig, ModelError, parse_config, read_config
 from recipe import Recipe, RecipeError, RlStage, SftStage
-from rollout import LARGEST_PREFILL, cache_bytes_per_token
+from rollout import DRAW_BLOCK, LARGEST_PREFILL, cache_bytes_per_token
 
 GIB = 2**30
 # what no tensor of ours holds: the driver's own (a card of 24 GiB offers 23.6), the context with its kernels and
 # workspaces (about 0.6), and what the allocator loses to rounding
 CUDA_BYTES = round(1.25 * GIB)
 HOST_BYTES = 3 * GIB  # Python, torch and the CUDA libraries of one process
-LOGITS_ALIVE = 4  # float32 chunks (n, V) at once in the log-probs' backward
 INPUTS_IN_FLIGHT = 2  # offloaded layer inputs that are on the device at once: one in use, one on its way
 
 PUBLISHED = {  # config.json of the models that recipes/ name: read only where the model is not at hand
@@ -128,7 +127,7 @@ def saved_by_layer(config: ModelConfig, update: Update) -> tuple[float, float]:
     attended = keys * b + queries * b * (1 if update.kernels else 2)  # values, output (and its unpadded copy)
     small = 4 * config.num_attention_heads + 2 * config.head_dim * b  # log-sum-exp; cos and sin
     adapters = 7 * update.lora_rank * b
-    second = width * (norm + b) + 4 * inner * b  # gate, silu(gate), up, their product
+    second = width * (norm + b) + 3 * inner * b  # gate, up, silu(gate) x up
     return t * (first + heads + attended + small + adapters), t * second
 
 
@@ -167,13 +166,15 @@ def update_moments(config: ModelConfig, update: Update) -> dict[str, Moment]:
         | gathered
         | head_gradient
     }
-    chunk = min(LOGPROB_CHUNK, n) * config.vocab_size * 4
+    rows = min(n, max(1, LOGIT_CHUNK_BYTES // (4 * config.vocab_size)))
+    chunk = rows * config.vocab_size * (4 if b == 4 else 4 + b)  # float32, and the slopes in the compute dtype
+    of_head = vocabulary * (4 if b == 4 else 8) * trained  # the sum in float32, and what a chunk adds
     moments["the log-probs"] = (
         kept
-        | {"logits": max(LOGITS_ALIVE * chunk, 2 * vocabulary * b * trained)}
+        | {"logits": chunk}
         | {"last hidden states": t * width * (4 + b) + 2 * n * width * b}
         | gathered
-        | head_gradient
+        | {"gradient of the head": of_head}
     )
     reduced = trained * (root * b + root * 4 * (1 + 1 / ranks))
     summed = trained * (root * b + vocabulary * b * (3 if config.tie_word_embeddings else 2)) + 2 * row
@@ -242,9 +243,10 @@ def prefill_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, kernels:
 
 def sampling_moment(config: ModelConfig, sampling: Sampling) -> Moment:
     """What sampling holds besides the weights: the cache, and the larger of prefilling and decoding."""
-    b, rows, kernels = sampling.dtype.itemsize, min(sampling.rows, sampling.requests), sampling.kernels
+    rows, kernels = min(sampling.rows, sampling.requests), sampling.kernels
     prefill = prefill_bytes(config, sampling.prefill_tokens, sampling.dtype, kernels)
-    decode = rows * config.vocab_size * (b + 3 * 4)  # logits; scaled, softmax and its cumulative sum in float32
+    # float32: logits, their weights, and those padded to whole blocks
+    decode = rows * config.vocab_size * 4 * (2 + bool(config.vocab_size % DRAW_BLOCK))
     cache = sampling.pages * sampling.page_size * cache_bytes_per_token(config, sampling.dtype)
     work = f"prefilling {sampling.prefill_tokens:,} tokens" if prefill > decode else f"decoding {rows} rows"
     return {f"KV cache, {sampling.pages * sampling.page_size:,} tokens": cache, work: max(prefill, decode)}

@@ -140,9 +140,9 @@ def fake_cuda() -> Iterator[None]:
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.object(model_file, "packed_attention", attention),
-        mock.patch.object(rollout, "packed_attention", attention),
-        mock.patch.object(F, "rms_norm", norm),
+        mock.mock.patch.object(model_file, "packed_attention", attention),
+        mock.mock.patch.object(rollout, "packed_attention", attention),
+        mock.mock.patch.object(F, "rms_norm", norm),
     ):
         yield
 
@@ -211,7 +211,10 @@ def besides_weights(model: Transformer, *others: Tensor) -> Iterator[LiveBytes]:
 
 
 def sampling_bytes(config: ModelConfig, sampling: plan.Sampling) -> int:
-    """The most that sampling holds besides the weights, for real: every response as long as it may be."""
+    """The most that sampling holds besides the weights, for real: every response as long as it may be.
+
+    As on CUDA: from the weights themselves, without the packed copy of a CPU, and with CUDA's prefills.
+    """
     prompts = [
         rollout.Prompt(str(i), [1] * sampling.prompt, sampling.group)
         for i in range(sampling.requests // sampling.group)
@@ -219,7 +222,12 @@ def sampling_bytes(config: ModelConfig, sampling: plan.Sampling) -> int:
     limits = rollout.CacheLimits(sampling.cache_tokens, sampling.page_tokens, sampling.rows)
     with processes(1) as mesh:
         model = build(config, mesh, sampling.dtype)
-        with gathered(model), besides_weights(model) as counter:
+        with (
+            gathered(model),
+            mock.patch.object(rollout, "sampling_forward", lambda model, rows: model),
+            mock.patch.object(rollout, "LARGEST_CPU_PREFILL", rollout.LARGEST_PREFILL),
+            besides_weights(model) as counter,
+        ):
             for _ in rollout.generate(model, prompts, rollout.Sampling(1.0, sampling.response, (), 0), limits):
                 pass
     return counter.peak
