@@ -24,9 +24,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.machine import measure_machine  # noqa: E402
 from benchmarks import text_table  # noqa: E402
 from model import Transformer, gathered, load, save  # noqa: E402
-from rollout import CacheLimits, Prompt, SamplerStats, Sampling, cache_bytes_per_token, generate  # noqa: E402
+from rollout import (  # noqa: E402
+    KERNEL_PAGE_TOKENS,
+    CacheLimits,
+    Prompt,
+    SamplerStats,
+    Sampling,
+    cache_bytes_per_token,
+    generate,
+    pages_have_kernels,
+)
 
 WIDE128 = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -67,10 +77,13 @@ def make_case(name: str, vocabulary: int) -> Case:
 def run_ours(model: Transformer, case: Case) -> tuple[float, SamplerStats]:
     """Seconds for all responses, as train.py samples them."""
     longest = max(len(p) + max(n) for p, n in zip(case.prompts, case.lengths, strict=True))
+    page = longest
+    if pages_have_kernels(model.device, model.lm_head.weight.dtype):
+        page, longest = KERNEL_PAGE_TOKENS, -(-longest // KERNEL_PAGE_TOKENS) * KERNEL_PAGE_TOKENS
     prompts = [
         Prompt(str(i), p, len(n), limits=n) for i, (p, n) in enumerate(zip(case.prompts, case.lengths, strict=True))
     ]
-    limits = CacheLimits((case.rows + 2) * longest, longest, case.rows)
+    limits = CacheLimits((case.rows + 2) * longest, page, case.rows)
     stats, begun = SamplerStats(), time.perf_counter()
     with gathered(model):
         most = max(map(max, case.lengths))
@@ -87,8 +100,9 @@ def run_generate(reference: torch.nn.Module, case: Case) -> float:
     for start in range(0, len(requests), case.rows):
         batch = requests[start : start + case.rows]
         longest = max(len(prompt) for prompt, _ in batch)
-        tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in batch])  # padded on the left
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in batch])
+        tokens = [[0] * (longest - len(prompt)) + prompt for prompt, _ in batch]  # padded on the left
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in batch]
+        tokens, mask = (torch.tensor(x, device=reference.device) for x in (tokens, mask))
         most = max(length for _, length in batch)
         with torch.no_grad():
             out = reference.generate(
@@ -121,26 +135,13 @@ def run_continuous(reference: torch.nn.Module, case: Case) -> float:
     return seconds
 
 
-def measure_machine() -> tuple[float, float]:
-    """Bandwidth in bytes per second (reading a large array) and matrix rate in FLOP per second (float32)."""
-    array, matrix = torch.ones(1 << 27), torch.randn(2048, 2048)
-    reads, products = [], []
-    for _ in range(5):
-        begun = time.perf_counter()
-        array.sum()
-        reads.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
-        matrix @ matrix
-        products.append(time.perf_counter() - begun)
-    return array.nbytes / min(reads), 2 * 2048**3 / min(products)
-
-
 def roofline_seconds(model: Transformer, case: Case, bandwidth: float, matrix_rate: float) -> float:
     """The least time in which the machine could decode the case (prefill of each prompt once included)."""
     config = model.config
     weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
     weights += model.lm_head.weight.numel() if config.tie_word_embeddings else 0
-    kv_bytes = cache_bytes_per_token(config, torch.float32)
+    dtype = model.lm_head.weight.dtype
+    kv_bytes = cache_bytes_per_token(config, dtype)
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim  # FLOPs per key and row
     requests = sorted(
         ((len(p), n) for p, own in zip(case.prompts, case.lengths, strict=True) for n in own), key=lambda r: -r[1]
@@ -149,7 +150,7 @@ def roofline_seconds(model: Transformer, case: Case, bandwidth: float, matrix_ra
     # rows that are never idle: so many steps, each with the mean context
     contexts = sum(length * (prompt + length / 2) for prompt, length in requests)
     steps = max(case.tokens / case.rows, max(length for _, length in requests))
-    bytes_all = steps * 4 * weights + contexts * kv_bytes
+    bytes_all = steps * dtype.itemsize * weights + contexts * kv_bytes
     flops_all = 2 * weights * case.tokens + contexts * attention
     return seconds + max(bytes_all / bandwidth, flops_all / matrix_rate)
 
@@ -169,8 +170,18 @@ def main() -> None:
     bandwidth, matrix_rate = measure_machine()
     print(f"bandwidth {bandwidth / 1e9:.1f} GB/s, matrix rate {matrix_rate / 1e9:.0f} GFLOP/s")
     rows, results = (
-        [["case", "ours tok/s", "generate tok/s", "ratio", "continuous tok/s", "roofline tok/s", "of roofline",
-          "prefilled"]],
+        [
+            [
+                "case",
+                "ours tok/s",
+                "generate tok/s",
+                "ratio",
+                "continuous tok/s",
+                "roofline tok/s",
+                "of roofline",
+                "prefilled",
+            ]
+        ],
         {},
     )
     for name in names:

@@ -35,7 +35,17 @@ import model as models  # noqa: E402
 from bench.machine import measure_machine, peak_of, seconds_of  # noqa: E402
 from benchmarks import text_table  # noqa: E402
 from grpo import PolicyLoss, TrainingSequence, optimizer_step  # noqa: E402
-from model import ModelConfig, Transformer, initialise, parse_config, shard  # noqa: E402
+from model import (  # noqa: E402
+    Lora,
+    ModelConfig,
+    Offload,
+    Transformer,
+    add_lora,
+    initialise,
+    initialise_lora,
+    parse_config,
+    shard,
+)
 
 QWEN3 = {
     "model_type": "qwen3", "vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6,
@@ -59,6 +69,10 @@ FEATURES = {
     "none": {},
     "recompute": {"recompute": True},
     "plain log-probs": {"plain_logprobs": True},
+    "offload activations": {"recompute": True, "offload_activations": True},
+    "offload optimizer": {"offload_optimizer": True},
+    "lora": {"lora": True},
+    "lora, recompute": {"lora": True, "recompute": True},
 }
 GIB = 2**30
 
@@ -114,11 +128,17 @@ def measure_update(case: Case) -> dict:
     settings = FEATURES[case.feature]
     model = Transformer(parse_config(SHAPES[case.shape]))
     initialise(model, seed=0)
+    if settings.get("lora"):
+        add_lora(model, Lora(rank=32, alpha=32.0, base=""))
+        initialise_lora(model, seed=0)
+    stream = torch.cuda.Stream() if here.device.type == "cuda" else None
+    offload = Offload(stream) if settings.get("offload_activations") else None
     for layer in model.model.layers:
-        layer.recompute = settings.get("recompute", False)
+        layer.recompute, layer.offload = settings.get("recompute", False), offload
     model.to(here.device)
     shard(model, here.mesh, here.compute_dtype)
-    optimizer = make_optimizer(SimpleNamespace(model=model, resume_from=None), RlStage())
+    recipe = SimpleNamespace(offload_optimizer=settings.get("offload_optimizer", False))
+    optimizer = make_optimizer(SimpleNamespace(model=model, resume_from=None, recipe=recipe), RlStage())
 
     random, length = np.random.default_rng(0), case.sequence or case.tokens
     lengths = [length] * (case.tokens // length)
