@@ -43,6 +43,7 @@ class AttemptStats:
     sample_seconds: float = 0.0
     grade_seconds: float = 0.0  # of this process: the exact path, and the wait after sampling; workers hide behind it
     preemptions: int = 0
+    memory_retries: int = 0  # times that sampling ran out of memory and went on with fewer rows
 
 
 class GraderError(Exception):
@@ -181,6 +182,12 @@ class Respondent:
         stats.sample_seconds += sampled - started
         stats.tokens += sampler.decoded_tokens
         stats.preemptions += sampler.preemptions
+        stats.memory_retries += sampler.memory_retries
+        if sampler.memory_retries:
+            self.device.say(
+                f"sampling ran out of memory {sampler.memory_retries} times and went on with fewer rows: "
+                f"lower the recipe's sampler.rows or cache_tokens"
+            )
 
     def attempt(
         self, problems: Sequence[Problem], n: int, sampling: Sampling, label: str | None = None
@@ -213,4 +220,5 @@ def whole_work(works: Sequence[AttemptStats]) -> AttemptStats:
         sample_seconds=max(work.sample_seconds for work in works),
         grade_seconds=max(work.grade_seconds for work in works),
         preemptions=sum(work.preemptions for work in works),
+        memory_retries=sum(work.memory_retries for work in works),
     )

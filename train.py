@@ -449,6 +449,7 @@ def describe(groups: list[Group], attempts: list[list[Attempt]], work: AttemptSt
         "seconds_grade": work.grade_seconds,
         "sample_tokens_per_s": work.tokens / work.sample_seconds,
         "preemptions": work.preemptions,
+        "sample_memory_retries": work.memory_retries,
     }
 
 

@@ -64,7 +64,8 @@ SHAPES = {
         "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
     },
 }  # fmt: skip
-# what a case switches on, by name; `none` keeps activations and cuts log-probs into chunks
+# what a case switches on, by name; `none` keeps activations and cuts log-probs into chunks. A further memory feature
+# (activations or optimizer in host memory) is a line here and its switch in measure_update
 FEATURES = {
     "none": {},
     "recompute": {"recompute": True},
