@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,58 +46,70 @@ def measure_machine(
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of every storage that is made inside and still alive: exact, and blind to the allocator.
 
-    `most` is their largest sum. What was there before is not counted; FSDP's resizing of storages is followed.
+    `most` is their largest sum. What was there before is not counted, unless `count` was called with it; what FSDP
+    frees and allocates by resizing a storage is followed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.most = 0
-        self.sizes: dict[int, int] = {}  # by the storage's address as an object
-        self.before: dict[int, weakref.ref] = {}  # storages that were passed in and not made here
+        self.sizes: dict[int, tuple[int, weakref.ref]] = {}  # by id; a storage is gone before its id is given again
+        self.resize = torch.UntypedStorage.resize_
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's memory from now on."""
+        owner = memory_of(tensor)
+        self._know(owner, 0)
+        self._measure(owner)
+
+    def _know(self, owner: object, size: int) -> None:
+        key = id(owner)
+        if key not in self.sizes:
+            self.sizes[key] = size, weakref.ref(owner, lambda _: self._forget(key))
+
+    def _measure(self, owner: object) -> None:
+        """Note what a storage that is known takes now."""
+        key = id(owner)
+        before, reference = self.sizes[key]
+        size = owner.nbytes() if isinstance(owner, torch.UntypedStorage) else owner.numel() * owner.itemsize
+        self.sizes[key] = size, reference
+        self.live += size - before
+        self.most = max(self.most, self.live)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)[0]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its parts come by themselves
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and isinstance(owner := memory_of(leaf), torch.UntypedStorage):
+                self._know(owner, owner.nbytes())  # it was there before, and counts for nothing until it is resized
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf)
+        return found
 
     def __enter__(self) -> "LiveBytes":
-        resize = self._resize = torch.UntypedStorage.resize_
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            self._know(storage, storage.nbytes())
+            self.resize(storage, size)
+            self._measure(storage)
+            return storage
 
-        def followed(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            found = resize(storage, size)
-            if storage._cdata in self.sizes:
-                self._add(storage._cdata, storage.nbytes())
-            return found
-
-        torch.UntypedStorage.resize_ = followed
+        torch.UntypedStorage.resize_ = resize
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
-        torch.UntypedStorage.resize_ = self._resize
+        torch.UntypedStorage.resize_ = self.resize
         super().__exit__(*error)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):
-            if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.sizes and key not in self.before:
-                    self.before[key] = weakref.ref(storage, lambda _, key=key: self.before.pop(key, None))
-        found = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if type(tensor) is torch.Tensor:
-                self._note(tensor.untyped_storage())
-        return found
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.before:
-            return
-        if key not in self.sizes:
-            weakref.finalize(storage, self._add, key, None).atexit = False
-        self._add(key, storage.nbytes())
-
-    def _add(self, key: int, size: int | None) -> None:
-        """A storage has this size from now on; None: it is gone."""
-        self.live += (size or 0) - self.sizes.pop(key, 0)
-        if size is not None:
-            self.sizes[key] = size
-        self.most = max(self.most, self.live)
+def memory_of(tensor: torch.Tensor) -> torch.UntypedStorage | torch.Tensor:
+    """What owns a tensor's memory: its storage, or the tensor itself where the layout is a library's own."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local if local.layout == torch._mkldnn else local.untyped_storage()
 
 
 @dataclass

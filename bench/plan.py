@@ -11,7 +11,6 @@ functions that keep what the CUDA kernels keep. Shown is what comes on top of we
 import argparse
 import json
 import sys
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,73 +23,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as model_file  # noqa: E402
 import plan  # noqa: E402
 import rollout  # noqa: E402
+from bench.machine import LiveBytes  # noqa: E402
 from grpo import PolicyLoss, TrainingSequence, optimizer_step  # noqa: E402
 from model import ModelConfig, Transformer, gathered, initialise, parse_config, shard  # noqa: E402
 
 
-class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of the storages that operations make, until they are freed, and notes the most."""
+class LiveFakeBytes(LiveBytes):
+    """The same on fake tensors, which have no data to read a number from."""
 
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.sizes: dict[int, tuple[int, weakref.ref]] = {}
-        self.resize = torch.UntypedStorage.resize_
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage from now on."""
-        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-        self.measure(local.untyped_storage(), known=False)
-
-    def measure(self, storage: torch.UntypedStorage, known: bool = True) -> None:
-        """Note a storage's size, which FSDP changes in place to free and to allocate."""
-        key = id(storage)
-        if key in self.sizes or not known:
-            before, reference = self.sizes.get(key) or (0, weakref.ref(storage, lambda _: self.forget(key)))
-            self.sizes[key] = (storage.nbytes(), reference)
-            self.live += storage.nbytes() - before
-            self.peak = max(self.peak, self.live)
-
-    def forget(self, key: int) -> None:
-        """A storage was freed."""
-        self.live -= self.sizes.pop(key)[0]
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        """Run an operation and count its results."""
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its parts come by themselves
-        if function is torch.ops.aten._local_scalar_dense.default and isinstance(
-            arguments[0], torch._subclasses.FakeTensor
-        ):
-            return 1.0  # any number will do where there are no data
-        result = function(*arguments, **(keywords or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.count(leaf)
-        return result
-
-    def __enter__(self):
-        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            self.resize(storage, size)
-            self.measure(storage)
-            return storage
-
-        torch.UntypedStorage.resize_ = resize
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        torch.UntypedStorage.resize_ = self.resize
-        return super().__exit__(*exception)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        fake = function is torch.ops.aten._local_scalar_dense.default
+        if fake and isinstance(args[0], torch._subclasses.FakeTensor):
+            return 1.0  # any number will do
+        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 class FlashShapes(torch.autograd.Function):
@@ -140,9 +92,9 @@ def fake_cuda() -> Iterator[None]:
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        mock.mock.patch.object(model_file, "packed_attention", attention),
-        mock.mock.patch.object(rollout, "packed_attention", attention),
-        mock.mock.patch.object(F, "rms_norm", norm),
+        mock.patch.object(model_file, "packed_attention", attention),
+        mock.patch.object(rollout, "packed_attention", attention),
+        mock.patch.object(F, "rms_norm", norm),
     ):
         yield
 
@@ -187,25 +139,25 @@ def update_bytes(config: ModelConfig, update: plan.Update, sequences: int = 1) -
     with processes(update.processes) as mesh, fake_cuda() if update.kernels else nullcontext():
         model = build(config, mesh, update.dtype, update.recompute, update.lora_rank)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-6)
-        with LiveBytes():  # makes the moments
+        with LiveFakeBytes():  # makes the moments
             optimizer_step(model, optimizer, batch[: update.processes], PolicyLoss(), update.tokens)
-        counter = LiveBytes()
+        counter = LiveFakeBytes()
         for tensor in [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]:
             counter.count(tensor)
         trained = [parameter.to_local().nbytes for parameter in model.parameters() if parameter.requires_grad]
         standing = counter.live + sum(trained)  # the gradients come to as much as what they are of
         with counter:
             optimizer_step(model, optimizer, batch, PolicyLoss(), update.tokens)
-    return counter.peak - standing
+    return counter.most - standing
 
 
 @contextmanager
 def besides_weights(model: Transformer, *others: Tensor) -> Iterator[LiveBytes]:
     """Count what comes on top of gathered weights and of these tensors."""
-    counter = LiveBytes()
+    counter = LiveFakeBytes()
     for tensor in (*model.parameters(), *others):
         counter.count(tensor)
-    counter.live = counter.peak = 0
+    counter.live = counter.most = 0
     with counter:
         yield counter
 
@@ -230,7 +182,7 @@ def sampling_bytes(config: ModelConfig, sampling: plan.Sampling) -> int:
         ):
             for _ in rollout.generate(model, prompts, rollout.Sampling(1.0, sampling.response, (), 0), limits):
                 pass
-    return counter.peak
+    return counter.most
 
 
 def prefill_bytes(config: ModelConfig, tokens: int) -> int:
@@ -242,7 +194,7 @@ def prefill_bytes(config: ModelConfig, tokens: int) -> int:
             with besides_weights(model, cache.keys, cache.values) as counter:
                 context = rollout.Prefill(cache, [tokens], [[0]], torch.device("cpu"))
                 model.hidden(torch.zeros(tokens, dtype=torch.int64), context)
-    return counter.peak
+    return counter.most
 
 
 def reckoned_update(config: ModelConfig, update: plan.Update) -> tuple[str, float]:

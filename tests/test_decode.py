@@ -7,7 +7,9 @@ from test_rollout import AMPLE, LENGTHS, assert_same, full_logits, make_prompts,
 
 import decode
 import rollout
-from model import Packed, load
+from bench.machine import LiveBytes
+from grpo import PolicyLoss, TrainingSequence, optimizer_step
+from model import Lora, Packed, add_lora, initialise_lora, load
 from rollout import CacheLimits, RolloutError, SamplerStats
 
 
@@ -59,6 +61,25 @@ def test_packed_copies_follow_the_weights_and_leave_them_alone(checkpoint):
         naive = logits.log_softmax(1)[torch.arange(len(found.tokens)), torch.as_tensor(found.tokens).long()]
         np.testing.assert_allclose(found.logprobs, naive.numpy(), atol=1e-5)
     assert any(len(f.tokens) for f in first.values())
+
+
+@pytest.mark.parametrize("family, tied", [("qwen3", True), ("qwen2", False), ("llama", True)])
+@torch.no_grad()
+def test_an_adapter_is_sampled_beside_packed_weights(checkpoint, family, tied):
+    """On the fly, fused projections and folded norms or not; B is drawn too, so that the adapter says something."""
+    model = load(checkpoint(family, tied))
+    plain = run(model, make_prompts(), warm())
+    add_lora(model, Lora(rank=3, alpha=6.0, base=""))
+    initialise_lora(model, seed=0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(1))
+    found = run(model, make_prompts(), warm())
+    assert any(found[key].tokens.tolist() != plain[key].tokens.tolist() for key in found)
+    for response in found.values():
+        logits = full_logits(model, np.concatenate([response.prompt, response.tokens]))[len(response.prompt) - 1 : -1]
+        naive = logits.log_softmax(1)[torch.arange(len(response.tokens)), torch.as_tensor(response.tokens).long()]
+        np.testing.assert_allclose(response.logprobs, naive.numpy(), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- steps that are replayed
@@ -179,3 +200,32 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(model, monkeypatch):
     fail_at(monkeypatch, decode.PackedModel, "hidden", {3}, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
         run(model, make_prompts(), warm())
+
+
+# -------------------------------------------------------------------------------------- two phases, one memory
+
+
+def test_the_peak_of_a_step_is_the_larger_of_its_phases_and_not_their_sum(checkpoint):
+    """The cache is gone before the update begins, though the rollouts live on."""
+    model = load(checkpoint("qwen3", tied=True))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    prompts, limits = make_prompts(n=8), CacheLimits(tokens=100_000, page_size=64, rows=48)
+
+    def sample() -> list[TrainingSequence]:
+        with torch.no_grad():
+            rollouts = list(rollout.generate(model, prompts, warm(), limits))
+        tokens = [np.concatenate([r.prompt, r.tokens]) for r in rollouts]
+        return [TrainingSequence(t, len(r.prompt), 1.0, r.logprobs, 1.0) for t, r in zip(tokens, rollouts, strict=True)]
+
+    def update(sequences: list[TrainingSequence]) -> None:
+        optimizer_step(model, optimizer, sequences, PolicyLoss(), most_tokens=4096)
+
+    update(sample())  # the optimizer's moments are there from now on
+    with LiveBytes() as sampling:
+        sequences = sample()
+    with LiveBytes() as updating:
+        update(sequences)
+    with LiveBytes() as step:
+        update(sample())
+    assert min(sampling.most, updating.most) > 0.2 * max(sampling.most, updating.most)
+    assert step.most < 1.05 * max(sampling.most, updating.most)

@@ -65,7 +65,7 @@ def test_the_counter_sees_what_lives_and_not_what_died():
             second = torch.ones(500)
         second.untyped_storage().resize_(0)
     assert counter.live == 4000 and view.numel() == 990
-    assert counter.peak == 4000 + 2 * 2000  # one made while its predecessor still has its name
+    assert counter.most == 4000 + 2 * 2000  # one made while its predecessor still has its name
 
 
 def test_parameters_are_those_of_the_model():
