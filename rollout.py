@@ -293,8 +293,11 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, decode: Decode) -> 
         k, v = keys[decode.table].flatten(1, 2), values[decode.table].flatten(1, 2)  # (B, pages x size, K, D)
     k, v = k[:, : decode.longest].transpose(1, 2), v[:, : decode.longest].transpose(1, 2)  # (B, K, longest, D)
     q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D): queries that share a key head become its rows
-    scores = torch.matmul(q * size**-0.5, k.transpose(2, 3)) + decode.bias[:, None, None]  # (B, K, H/K, longest)
-    return torch.matmul(scores.softmax(-1), v).reshape(rows, heads, size)
+    q, k, v = (q * size**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B x K, ., D)
+    # keys first: with few queries to a key, the product reads memory twice as fast in this order
+    scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2).contiguous()  # (B x K, H/K, longest)
+    scores.view(rows, -1, decode.longest).add_(decode.bias[:, None])
+    return torch.bmm(scores.softmax(-1), v).view(rows, heads, size)
 
 
 # ------------------------------------------------------------------------------------------------ the sampler

@@ -40,7 +40,7 @@ from rollout import (  # noqa: E402
 
 WIDE128 = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
 
 
