@@ -4,9 +4,9 @@ A step does little arithmetic per weight, so reading the weights well and starti
 
     PackedModel   float32 on a CPU: q/k/v and gate/up fused, norm weights folded in, all laid out for oneDNN. A copy,
                   made when sampling begins and dropped when it ends; training never sees it.
-    GraphedStep   half precision on CUDA: the weights as they are (no copy), and one launch per token.
+    StepGraphs    half precision on CUDA: the weights as they are (no copy), and one launch per token.
 
-The slow, obvious references are `Transformer.hidden` and `decode_step`; the tests compare both with them.
+The slow, obvious references are `Transformer.hidden` and steps launched one by one; the tests compare with both.
 """
 
 from collections.abc import Callable, Sequence
