@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from data_filter import Problem
 from device import out_of_memory
-from model import Packed, Transformer
+from model import Packed, SharedPrompts, Transformer
 from rollout import Rollout
 
 ADVANTAGE_EPSILON = 1e-6
@@ -168,26 +168,49 @@ class TokenBatch:
     rescued: Tensor  # bool
 
 
+LEAST_SHARED = 0.1  # of a micro-batch's tokens; fewer are not worth taking sequences apart in every attention
+
+
+def by_prompt(sequences: Sequence[TrainingSequence]) -> list[list[int]]:
+    """Which sequences begin with the same prompt, each list in the order given."""
+    alike: dict[bytes, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        alike.setdefault(sequence.tokens[: sequence.prompt_length].tobytes(), []).append(i)
+    return list(alike.values())
+
+
 def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBatch:
-    """Lay sequences end to end, longest first, and list their response tokens."""
+    """Lay sequences end to end, longest first, and list their response tokens. A prompt that several share is laid once
+    where that saves enough.
+    """
     sequences = sorted(sequences, key=lambda sequence: -len(sequence.tokens))
     lengths = [len(sequence.tokens) for sequence in sequences]
-    starts = np.cumsum([0, *lengths[:-1]])
-    # the token at position p is predicted from position p - 1
-    predict = [
-        start + np.arange(s.prompt_length - 1, len(s.tokens) - 1) for start, s in zip(starts, sequences, strict=True)
-    ]
+    starts = np.cumsum([0, *lengths])
     tokens = np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64)
-    predict = np.concatenate(predict)
+    context, place = Packed(lengths, device), np.arange(len(tokens))  # of every token in the row that the model reads
+    own = np.ones(len(tokens), dtype=bool)  # not a repeated prompt
+    for first, *others in by_prompt(sequences):
+        for i in others:
+            prompt = np.arange(sequences[i].prompt_length)
+            place[starts[i] + prompt], own[starts[i] + prompt] = starts[first] + prompt, False
+    if (~own).mean() >= LEAST_SHARED:
+        place = (own.cumsum() - 1)[place]
+        context = SharedPrompts(lengths, torch.from_numpy(place), torch.from_numpy(np.flatnonzero(own)), device)
+    else:
+        place, own = np.arange(len(tokens)), np.ones_like(own)
+    # the token at position p is predicted from position p - 1
+    predict = np.concatenate(
+        [start + np.arange(s.prompt_length - 1, len(s.tokens) - 1) for start, s in zip(starts, sequences, strict=False)]
+    )
 
     def per_token(value: Callable[[TrainingSequence], float | np.ndarray], dtype: type) -> Tensor:
         columns = [np.broadcast_to(np.asarray(value(s), dtype=dtype), s.response_length) for s in sequences]
         return torch.from_numpy(np.concatenate(columns)).to(device)
 
     return TokenBatch(
-        tokens=torch.from_numpy(tokens).to(device),
-        context=Packed(lengths, device),
-        predict=torch.from_numpy(predict).to(device),
+        tokens=torch.from_numpy(tokens[own]).to(device),
+        context=context,
+        predict=torch.from_numpy(place[predict]).to(device),
         targets=torch.from_numpy(tokens[predict + 1]).to(device),
         advantages=per_token(lambda s: s.advantage, np.float32),
         old_logprobs=per_token(lambda s: 0.0 if s.old_logprobs is None else s.old_logprobs, np.float32),
@@ -264,6 +287,30 @@ def cut_into_micro_batches(lengths: Sequence[int], most_tokens: int, ranks: int 
         per_rank += 1
 
 
+def packed_tokens(sequences: Sequence[TrainingSequence]) -> int:
+    """Tokens of a micro-batch of these, every prompt counted once."""
+    repeated = sum(sequences[i].prompt_length for _, *others in by_prompt(sequences) for i in others)
+    return sum(len(sequence.tokens) for sequence in sequences) - repeated
+
+
+def micro_batches(sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int) -> list[list[int]]:
+    """`cut_into_micro_batches`, with the responses to one prompt together as far as they fit."""
+    units: list[list[int]] = []
+    sizes: list[int] = []
+    for alike in by_prompt(sequences):
+        prompt = sequences[alike[0]].prompt_length
+        fresh = True
+        for i in alike:
+            response = sequences[i].response_length
+            if fresh or sizes[-1] + response > most_tokens:
+                units.append([])
+                sizes.append(prompt)
+            units[-1].append(i)
+            sizes[-1] += response
+            fresh = False
+    return [[i for unit in batch for i in units[unit]] for batch in cut_into_micro_batches(sizes, most_tokens, ranks)]
+
+
 @dataclass
 class RatioStats:
     """New policy / sampler, token by token, over the batch of one step."""
@@ -308,7 +355,7 @@ def optimizer_step(
     total = sum(sequence.response_length for sequence in sequences)
     lengths, retries = [len(sequence.tokens) for sequence in sequences], 0
     while True:
-        batches = cut_into_micro_batches(lengths, most_tokens, ranks)
+        batches = micro_batches(sequences, most_tokens, ranks)
         optimizer.zero_grad(set_to_none=True)
         try:
             loss_sum, ratio_sums = accumulate_gradient(model, sequences, batches[rank::ranks], loss, total, ranks)
@@ -316,7 +363,7 @@ def optimizer_step(
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            loads = [sum(lengths[i] for i in batch) for batch in batches if len(batch) > 1]
+            loads = [packed_tokens([sequences[i] for i in batch]) for batch in batches if len(batch) > 1]
             if not loads:
                 raise UpdateError(
                     f"out of memory in the update with one sequence at a time, of at most {max(lengths):,} tokens: "

@@ -230,6 +230,26 @@ class Packed:
         return self._runs
 
 
+class SharedPrompts(Packed):
+    """Sequences of which some begin with the same prompt: its tokens are there once, and every one of them sees it.
+
+    All that a layer does token by token is done once for a prompt; attention alone takes the sequences apart.
+    """
+
+    def __init__(self, lengths: Sequence[int], apart: Tensor, together: Tensor, device: torch.device | str = "cpu"):
+        """`apart` (sum of lengths,) int64: the token of the row at each place of the sequences laid end to end;
+        `together` (T,) int64: for each token of the row one of its places.
+        """
+        super().__init__(lengths, device)
+        self.apart, self.together = apart.to(device), together.to(device)
+        self.positions = self.positions[self.together]  # (T,)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention inside each sequence: (T, H, D) -> (T, H, D)."""
+        q, k, v = (x.index_select(0, self.apart) for x in (q, k, v))  # (sum of lengths, H or K, D)
+        return packed_attention(q, k, v, self).index_select(0, self.together)
+
+
 def padded_runs(lengths: list[int], device: torch.device | str, most_padding: float = 0.25) -> list[PaddedRun]:
     """Cut packed sequences into runs in which at most this share of the cells is padding."""
     runs, first, offset = [], 0, 0

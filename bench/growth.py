@@ -32,7 +32,7 @@ WHY = {
     "batch": "falls while every step reads the same weights for more rows, and rests once matrix work sets its pace",
     "length": "rises with the context that each new token reads and, in the update, with causal attention's square",
     "group": "falls: the prompt is prefilled once for its group (the counts), the rest is the batch growing",
-    "width": "weights grow with the square of the width; at small widths the overhead of each operation is what is seen",
+    "width": "weights grow with the square of the width; at small widths it is each operation's overhead that is seen",
 }
 
 

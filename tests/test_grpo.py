@@ -291,6 +291,72 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(tiny, most_tokens):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+def grouped_sequences(prompts=(7, 1, 4, 7), seed=3):
+    """Groups of responses to prompts of these lengths, shuffled; the first and the last prompt are one, the second
+    response of each is there twice (as after substitution), and a prompt begins another's.
+    """
+    random = np.random.default_rng(seed)
+    long = random.integers(0, 23, 7)
+    sequences = []
+    for length in prompts:
+        prompt = long[:length]
+        for _ in range(int(random.integers(2, 5))):
+            response = int(random.integers(1, 9))
+            sequences.append(
+                TrainingSequence(
+                    tokens=np.concatenate([prompt, random.integers(0, 23, response)]).astype(np.int32),
+                    prompt_length=length,
+                    advantage=float(random.normal()),
+                    old_logprobs=random.normal(-3, 0.7, response).astype(np.float32),
+                    temperature=float(random.choice([0.7, 1.0, 1.4])),
+                )
+            )
+        sequences.append(sequences[-1])
+    return [sequences[i] for i in random.permutation(len(sequences))]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("most_tokens", [1, 12, 25, 60, 10_000])
+def test_a_prompt_shared_by_its_group_gives_the_naive_loss_and_gradient(tiny, most_tokens, recompute):
+    sequences = grouped_sequences()
+    expected = naive_loss(tiny, sequences, PolicyLoss())
+    gradients = torch.autograd.grad(expected, list(tiny.parameters()))
+    for layer in tiny.model.layers:
+        layer.recompute = recompute
+    stats, optimizer = update(tiny, sequences, most_tokens)
+    assert stats.loss == pytest.approx(expected.item(), abs=1e-6)
+    for found, wanted in zip(optimizer.seen, gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_prompt_is_laid_once_and_only_where_that_saves_enough():
+    cpu, sequences = torch.device("cpu"), grouped_sequences()
+    batch = grpo.pack(sequences, cpu)
+    prompts = {tuple(s.tokens[: s.prompt_length].tolist()) for s in sequences}
+    responses = sum(s.response_length for s in sequences)
+    assert isinstance(batch.context, models.SharedPrompts)
+    assert len(batch.tokens) == sum(map(len, prompts)) + responses == grpo.packed_tokens(sequences)
+    assert batch.targets.tolist() == [
+        int(t) for s in sorted(sequences, key=lambda s: -len(s.tokens)) for t in s.tokens[s.prompt_length :]
+    ]
+    long = [TrainingSequence(np.arange(20, dtype=np.int32), 1, 1.0, np.zeros(19, np.float32)) for _ in range(2)]
+    batch = grpo.pack(long, cpu)  # one token in forty
+    assert type(batch.context) is models.Packed and len(batch.tokens) == 40
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("most_tokens", [1, 12, 25, 60, 10_000])
+def test_micro_batches_keep_a_group_together_as_far_as_it_fits(most_tokens, ranks):
+    sequences = grouped_sequences()
+    batches = grpo.micro_batches(sequences, most_tokens, ranks)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(sequences))) and len(batches) % ranks == 0
+    for batch in batches:
+        assert len(batch) <= 1 or grpo.packed_tokens([sequences[i] for i in batch]) <= most_tokens
+    groups = grpo.by_prompt(sequences)
+    if most_tokens == 60 and ranks == 1:
+        assert all(any(set(group) <= set(batch) for batch in batches) for group in groups)
+
+
 def test_end_of_sequence_is_in_the_loss_even_where_it_is_the_pad_token():
     end = 0  # the laptop world's pad and end-of-sequence token
     batch = grpo.pack([TrainingSequence(np.array([3, 4, 5, end], dtype=np.int32), 2)], torch.device("cpu"))
