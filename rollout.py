@@ -3,7 +3,7 @@
 `generate` yields rollouts as they finish, so that grading can overlap sampling. One loop serves every device:
 
     admit    waiting responses take free rows and pages; a prompt is prefilled once for its whole group
-    decode   one token for every row: attention over pages, then one draw per row
+    decode   one token for every row: attention over pages, then one draw per row (decode.py says how fast)
     retire   finished rows leave at once, and the last row closes the gap
 
 A row that needs a page when none is free preempts the row admitted last, which waits and is prefilled again;
@@ -195,7 +195,7 @@ class PagedCache:
         self.page_size, self.pages = page_size, pages
         self.has_kernels = pages_have_kernels(device, dtype)
         shape = (config.num_hidden_layers, pages + scratch, page_size, heads, size)
-        if device.type == "cpu":  # SDPA reads one head's tokens in a row; the view has the same shape
+        if device.type == "cpu":  # attention reads one head's tokens in a row; the view has the same shape
             shape = (config.num_hidden_layers, pages + scratch, heads, page_size, size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -460,13 +460,13 @@ class _Sampler:
             self.stats.decode_steps += len(tokens)
             finished = []
             for i, row in enumerate(self.rows):
-                for token, logprob in zip((step[i] for step in tokens), (step[i] for step in logprobs), strict=True):
-                    row.tokens.append(token)
-                    row.logprobs.append(logprob)
-                    self.stats.decoded_tokens += 1
-                    if token in stop or len(row.tokens) == row.limit:
+                for step, (drawn, scored) in enumerate(zip(tokens, logprobs, strict=True), 1):
+                    row.tokens.append(drawn[i])
+                    row.logprobs.append(scored[i])
+                    if drawn[i] in stop or len(row.tokens) == row.limit:
                         finished.append(i)
                         break  # what it drew after its end is forgotten
+                self.stats.decoded_tokens += step
             for i in finished:
                 yield self._rollout(self.rows[i], "stop" if self.rows[i].tokens[-1] in stop else "length")
             self._retire(finished)
@@ -490,7 +490,8 @@ class _Sampler:
         """Go on with half the rows and half the prefill. Raises RolloutError when there is nothing left to halve."""
         if self.most_rows == 1 and self.most_prefill == 1:
             raise RolloutError("out of memory with one row: lower cache_tokens, shorten the responses, or use LoRA")
-        self.most_rows, self.most_prefill = max(1, len(self.rows) // 2), max(1, self.most_prefill // 2)
+        self.most_rows = max(1, (len(self.rows) or self.most_rows) // 2)
+        self.most_prefill = max(1, self.most_prefill // 2)
         while len(self.rows) > self.most_rows:
             self._preempt()
         self.state, self.graphs = None, self.graphs and self.graphs.again()

@@ -58,7 +58,7 @@ class Case:
     trl_batch: int  # sequences of one forward and backward of TRL's
 
 
-CASES = {"smollm2": Case(4, 64, 2048, 8), "wide128": Case(32, 256, 16_384, 64)}
+CASES = {"smollm2": Case(4, 64, 4096, 8), "wide128": Case(32, 256, 16_384, 64)}
 
 
 def make_problems(case: str) -> list[Problem]:
