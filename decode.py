@@ -150,8 +150,10 @@ class DecodeState:
 def capture_graph(step: Callable[[], None], pool: object) -> tuple[Callable[[], None], object]:
     """Record a step as a CUDA graph: a function that replays it, and the memory pool that graphs share."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step()
+    # a capture that fails must not leave its stream current; other threads (nccl's watchdog) may go on calling CUDA
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            step()
     return graph.replay, graph.pool()
 
 
@@ -161,10 +163,8 @@ class StepGraphs:
     A step of a 4B model launches over a thousand kernels: without a graph the host, not the memory, sets its speed.
     """
 
-    def __init__(
-        self, step: Callable[[DecodeState], None], rows: int, pages: int, scratch_page: int, device: torch.device
-    ):
-        self.step, self.rows, self.scratch_page = step, rows, scratch_page
+    def __init__(self, rows: int, pages: int, scratch_page: int, device: torch.device):
+        self.rows, self.scratch_page = rows, scratch_page
         self.replays: dict[int, Callable[[], None]] = {}
         self.pool = None
         numbers = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)]
@@ -186,20 +186,20 @@ class StepGraphs:
         self.state.alive.zero_()[:rows] = 1
         return self.state
 
-    def run(self, rows: int) -> None:
-        """One step of the first rows."""
+    def run(self, step: Callable[[DecodeState], None], rows: int) -> None:
+        """One step of the first rows. It is passed and not kept: a cycle would keep the KV cache into the update."""
         size = padded_rows(rows, self.rows)
         if size not in self.replays:
-            self._record(size)
+            self._record(step, size)
         self.replays[size]()
 
-    def _record(self, size: int) -> None:
+    def _record(self, step: Callable[[DecodeState], None], size: int) -> None:
         state = self.state.first(size)
         before = [tensor.clone() for tensor in vars(state).values()]
-        self.step(state)  # what is made at first use (handles, workspaces) must be there before recording
+        step(state)  # what is made at first use (handles, workspaces) must be there before recording
         for tensor, value in zip(vars(state).values(), before, strict=True):
             tensor.copy_(value)
-        self.replays[size], self.pool = capture_graph(lambda: self.step(state), self.pool)
+        self.replays[size], self.pool = capture_graph(lambda: step(state), self.pool)
 
     def again(self) -> "StepGraphs":
         """The same without any graph: their memory is free."""

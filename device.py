@@ -79,6 +79,9 @@ def speaks() -> bool:
 def start() -> Device:
     """Join the process group that torchrun described, or make one of a single process."""
     cuda = torch.cuda.is_available()
+    # the sampler's cache comes and goes every step: without this, what lives on splits its place for good; the
+    # allocator reads it when CUDA begins
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -92,8 +95,6 @@ def start() -> Device:
         device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIME_LIMIT)
     if cuda:
-        # the sampler's cache comes and goes every step: without this, what lives on splits its place for good
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; the work is done in bfloat16
     return Device(
         device=device,
@@ -113,6 +114,8 @@ def stop() -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocator, the accelerator's or the CPU's, had nothing left to give."""
+    if error.__context__ is not None and out_of_memory(error.__context__):  # such as a graph's capture cut short
+        return True
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -168,21 +168,20 @@ class TokenBatch:
     rescued: Tensor  # bool
 
 
-LEAST_SHARED = 0.1  # of a micro-batch's tokens; fewer are not worth taking sequences apart in every attention
+LEAST_SHARED = 0.1  # of a sequence: a shorter prompt is not worth taking sequences apart in every attention
 
 
 def by_prompt(sequences: Sequence[TrainingSequence]) -> list[list[int]]:
-    """Which sequences begin with the same prompt, each list in the order given."""
-    alike: dict[bytes, list[int]] = {}
+    """Which sequences share a prompt, each list in the order given; a sequence that is nearly all response is alone."""
+    alike: dict[bytes | int, list[int]] = {}
     for i, sequence in enumerate(sequences):
-        alike.setdefault(sequence.tokens[: sequence.prompt_length].tobytes(), []).append(i)
+        shares = sequence.prompt_length >= LEAST_SHARED * len(sequence.tokens)
+        alike.setdefault(sequence.tokens[: sequence.prompt_length].tobytes() if shares else i, []).append(i)
     return list(alike.values())
 
 
 def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBatch:
-    """Lay sequences end to end, longest first, and list their response tokens. A prompt that several share is laid once
-    where that saves enough.
-    """
+    """Lay sequences end to end, longest first, a shared prompt once, and list their response tokens."""
     sequences = sorted(sequences, key=lambda sequence: -len(sequence.tokens))
     lengths = [len(sequence.tokens) for sequence in sequences]
     starts = np.cumsum([0, *lengths])
@@ -193,11 +192,9 @@ def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBa
         for i in others:
             prompt = np.arange(sequences[i].prompt_length)
             place[starts[i] + prompt], own[starts[i] + prompt] = starts[first] + prompt, False
-    if (~own).mean() >= LEAST_SHARED:
+    if not own.all():
         place = (own.cumsum() - 1)[place]
         context = SharedPrompts(lengths, torch.from_numpy(place), torch.from_numpy(np.flatnonzero(own)), device)
-    else:
-        place, own = np.arange(len(tokens)), np.ones_like(own)
     # the token at position p is predicted from position p - 1
     predict = np.concatenate(
         [start + np.arange(s.prompt_length - 1, len(s.tokens) - 1) for start, s in zip(starts, sequences, strict=False)]

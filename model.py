@@ -233,7 +233,8 @@ class Packed:
 class SharedPrompts(Packed):
     """Sequences of which some begin with the same prompt: its tokens are there once, and every one of them sees it.
 
-    All that a layer does token by token is done once for a prompt; attention alone takes the sequences apart.
+    All that a layer does token by token is done once for a prompt; attention alone takes the sequences apart, and there
+    holds queries, keys and values of as many tokens as without sharing.
     """
 
     def __init__(self, lengths: Sequence[int], apart: Tensor, together: Tensor, device: torch.device | str = "cpu"):
@@ -307,7 +308,7 @@ def head_logits(hidden: Tensor, weight: Tensor, float32: bool) -> Tensor:
     """
     if not float32 or hidden.dtype == torch.float32:
         return F.linear(hidden, weight)
-    if hidden.is_cuda:
+    if hidden.is_cuda and not torch.is_grad_enabled():  # it has no derivative of its own
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     return F.linear(hidden.float(), weight.float())
 

@@ -249,7 +249,9 @@ def sampling_moment(config: ModelConfig, sampling: Sampling) -> Moment:
     decode = rows * config.vocab_size * 4 * (2 + bool(config.vocab_size % DRAW_BLOCK))
     cache = sampling.pages * sampling.page_size * cache_bytes_per_token(config, sampling.dtype)
     work = f"prefilling {sampling.prefill_tokens:,} tokens" if prefill > decode else f"decoding {rows} rows"
-    return {f"KV cache, {sampling.pages * sampling.page_size:,} tokens": cache, work: max(prefill, decode)}
+    # the memory of graphs of decode steps is theirs alone
+    at_work = prefill + decode if kernels else max(prefill, decode)
+    return {f"KV cache, {sampling.pages * sampling.page_size:,} tokens": cache, work: at_work}
 
 
 # ---------------------------------------------------------------------------------------------------- a stage

@@ -150,6 +150,7 @@ def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     cumulative = weights.cumsum(1, dtype=torch.float64)
     target = torch.minimum(target.double(), cumulative[:, -1:] * (1 - 2.0**-50))
     index = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
+    index = index.clamp_(max=weights.shape[1] - 1)  # past the end only where weights are not numbers
     before = cumulative.gather(1, index) - weights.gather(1, index)
     return index.squeeze(1), target - before
 
@@ -283,7 +284,8 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, decode: Decode) -> 
         ends, key_ends, table, longest = decode.query_ends, decode.key_ends, decode.table, decode.longest
         if flash_attn_varlen_func is not None:
             return flash_attn_varlen_func(q, keys, values, ends, key_ends, 1, longest, block_table=table)
-        # one split: splitting by the longest row would make a row's result depend on the others
+        # one split: splitting by the longest row would make a row's result depend on the others (flash-attn, above,
+        # chooses for itself)
         options = {"enable_gqa": True, "seqused_k": decode.lengths, "block_table": table, "num_splits": 1}
         return varlen_attn(q, keys, values, ends, key_ends, 1, longest, **options)
     rows, heads, size = q.shape
@@ -387,6 +389,8 @@ def check_requests(model: Transformer, prompts: Sequence[Prompt], sampling: Samp
     for prompt in prompts:
         needs = len(prompt.tokens) + sampling.max_new_tokens
         what = f"problem {prompt.problem_id}: prompt of {len(prompt.tokens)} tokens + {sampling.max_new_tokens} new"
+        if min(prompt.limits or [1]) < 1:
+            raise RolloutError(f"problem {prompt.problem_id}: a limit of {min(prompt.limits)} new tokens is below 1")
         if not len(prompt.tokens):
             raise RolloutError(f"problem {prompt.problem_id}: the prompt is empty")
         if needs > window:
@@ -432,7 +436,7 @@ class _Sampler:
         self.forward = sampling_forward(model, self.most_rows)
         self.graphs = None
         if self.graphed:
-            self.graphs = StepGraphs(self._step, self.most_rows, self.pages_per_row, self.cache.pages, self.device)
+            self.graphs = StepGraphs(self.most_rows, self.pages_per_row, self.cache.pages, self.device)
         self.state: DecodeState | None = None  # None: the rows have changed since the last step
 
     def _make_cache(self, limits: CacheLimits) -> PagedCache:
@@ -460,13 +464,14 @@ class _Sampler:
             self.stats.decode_steps += len(tokens)
             finished = []
             for i, row in enumerate(self.rows):
-                for step, (drawn, scored) in enumerate(zip(tokens, logprobs, strict=True), 1):
+                before = len(row.tokens)
+                for drawn, scored in zip(tokens, logprobs, strict=True):
                     row.tokens.append(drawn[i])
                     row.logprobs.append(scored[i])
                     if drawn[i] in stop or len(row.tokens) == row.limit:
                         finished.append(i)
                         break  # what it drew after its end is forgotten
-                self.stats.decoded_tokens += step
+                self.stats.decoded_tokens += len(row.tokens) - before
             for i in finished:
                 yield self._rollout(self.rows[i], "stop" if self.rows[i].tokens[-1] in stop else "length")
             self._retire(finished)
@@ -521,7 +526,7 @@ class _Sampler:
         rows, longest, drawn = len(self.rows), max(row.length for row in self.rows), []
         for i in range(steps):
             if self.graphs is not None:
-                self.graphs.run(rows)
+                self.graphs.run(self._step, rows)
             else:
                 self._step(self.state, longest + i, self.in_place)
             drawn.append((self.state.inputs[:rows].clone(), self.state.logprobs[:rows].clone()))

@@ -134,8 +134,11 @@ def update_bytes(config: ModelConfig, update: plan.Update, sequences: int = 1) -
     """
     length = update.tokens // sequences
     prompt = (update.tokens - update.predicted) // sequences
-    one = TrainingSequence(np.zeros(length, np.int32), prompt, 1.0, np.zeros(length - prompt, np.float32))
-    batch = [one] * (2 * sequences * update.processes)
+    every = 2 * sequences * update.processes
+    batch = [  # no prompt is another's: what is shared would be computed once
+        TrainingSequence(np.full(length, i, np.int32), prompt, 1.0, np.zeros(length - prompt, np.float32))
+        for i in range(every)
+    ]
     with processes(update.processes) as mesh, fake_cuda() if update.kernels else nullcontext():
         model = build(config, mesh, update.dtype, update.recompute, update.lora_rank)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-6)

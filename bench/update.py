@@ -84,7 +84,7 @@ class PlainLogprobs:
     @staticmethod
     def apply(hidden, weight, targets, temperature, float32_head):
         """hidden (N, C), weight (V, C), targets (N,), temperature (N,) -> (N,)."""
-        scaled = models.head_logits(hidden, weight, float32_head).float() / temperature[:, None]  # (N, V)
+        scaled = torch.nn.functional.linear(hidden.float(), weight.float()) / temperature[:, None]  # (N, V)
         return scaled.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
 
 

@@ -1,5 +1,8 @@
 """The fast ways of decoding against the slow ones: packed weights, steps replayed as graphs, less memory."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +105,23 @@ def graphed(monkeypatch):
     FakeGraph.recorded = []
     monkeypatch.setattr(rollout, "steps_become_graphs", lambda device, dtype: True)
     monkeypatch.setattr(decode, "capture_graph", FakeGraph.capture)
+
+
+def test_nothing_keeps_the_cache_alive_once_sampling_is_over(model, graphed):
+    """Regression: graphs held the sampler, and with it the cache, until the garbage collector came by."""
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            sampler = rollout._Sampler(model, make_prompts(), warm(), AMPLE, SamplerStats(), lambda: False)
+            cache = weakref.ref(sampler.cache)
+            list(sampler.run())
+        FakeGraph.recorded.clear()
+        sampler.graphs.replays.clear()  # a CUDA graph holds no Python object; the stand-in holds its step
+        del sampler
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])

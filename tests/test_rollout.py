@@ -359,6 +359,7 @@ def test_pages_in_use_are_counted_at_every_step(model, limits):
         (Prompt("p7", [1] * 225, 1), warm(), AMPLE, "exceeds the model's window of 256"),
         (Prompt("p7", [1] * 20, 1), warm(), CacheLimits(79, 16, 4), "exceed the cache of 79 tokens"),
         (Prompt("p7", [1] * 20, 1), warm(), CacheLimits(103, 60, 4), "exceed the cache of 103 tokens"),
+        (Prompt("p7", [1], 2, limits=[3, 0]), warm(), AMPLE, "problem p7: a limit of 0 new tokens is below 1"),
         (Prompt("p7", [1], 1), warm(temperature=-1.0), AMPLE, "cannot sample"),
         (Prompt("p7", [1], 1), warm(max_new_tokens=0), AMPLE, "cannot sample"),
         (Prompt("p7", [1], 1), warm(top_p=0.0), AMPLE, "cannot sample"),
