@@ -8,7 +8,7 @@ Cases: `smollm2` (4 prompts x 8 rollouts of at most 64 tokens), `wide128` (32 x 
 a 4-layer Qwen3 with 64 tokens of vocabulary). Ours is train.rl_stage itself, log-probs returned, and the figures are
 those of its metrics. Both: float32 on a CPU, temperature 1, no top-k or top-p, clip 0.2 and 0.28, the mean over all
 tokens, advantages over the group's deviation, AdamW, gradients clipped to 1, no KL term, no gradient checkpointing.
-TRL generates with transformers' `generate`, and its micro-batch is the fastest of those tried (`--batch` tries others).
+TRL generates with transformers' `generate`; `--batch`, repeated, tries other micro-batches and takes the fastest.
 
 These models earn nothing in 64 tokens, and a batch without a signal would skip our update. So the reward of both is the
 parity of the response's bytes; ours has the grader judge every response first, TRL has no such work.
