@@ -201,15 +201,14 @@ class StepGraphs:
             tensor.copy_(value)
         self.replays[size], self.pool = capture_graph(lambda: step(state), self.pool)
 
-    def again(self) -> "StepGraphs":
-        """The same without any graph: their memory is free."""
+    def forget(self) -> None:
+        """Let go of all graphs and their memory; the next steps are recorded anew."""
         self.replays.clear()
         self.pool = None
-        return self
 
 
 def padded_rows(rows: int, most: int) -> int:
     """A batch size with a graph of its own: 1, 2, 4, 8, then steps of an eighth of the next power of two."""
-    step = max(1, (1 << (rows - 1).bit_length()) // 8) if rows > 8 else 1
-    size = -(-rows // step) * step if rows > 8 else 1 << (rows - 1).bit_length()
-    return min(size, most)
+    power = 1 << (rows - 1).bit_length()
+    step = power // 8 if rows > 8 else power
+    return min(-(-rows // step) * step, most)

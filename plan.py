@@ -242,16 +242,17 @@ def prefill_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, kernels:
 
 
 def sampling_moment(config: ModelConfig, sampling: Sampling) -> Moment:
-    """What sampling holds besides the weights: the cache, and the larger of prefilling and decoding."""
+    """What sampling holds besides the weights: the cache, prefilling and decoding (the larger, where they share)."""
     rows, kernels = min(sampling.rows, sampling.requests), sampling.kernels
     prefill = prefill_bytes(config, sampling.prefill_tokens, sampling.dtype, kernels)
     # float32: logits, their weights, and those padded to whole blocks
     decode = rows * config.vocab_size * 4 * (2 + bool(config.vocab_size % DRAW_BLOCK))
-    cache = sampling.pages * sampling.page_size * cache_bytes_per_token(config, sampling.dtype)
-    work = f"prefilling {sampling.prefill_tokens:,} tokens" if prefill > decode else f"decoding {rows} rows"
-    # the memory of graphs of decode steps is theirs alone
-    at_work = prefill + decode if kernels else max(prefill, decode)
-    return {f"KV cache, {sampling.pages * sampling.page_size:,} tokens": cache, work: at_work}
+    cache_tokens = sampling.pages * sampling.page_size
+    cache = {f"KV cache, {cache_tokens:,} tokens": cache_tokens * cache_bytes_per_token(config, sampling.dtype)}
+    phases = {f"prefilling {sampling.prefill_tokens:,} tokens": prefill, f"decoding {rows} rows": decode}
+    if not kernels:
+        phases = dict([max(phases.items(), key=lambda phase: phase[1])])
+    return cache | phases  # with kernels decode steps are graphs, whose memory is theirs alone
 
 
 # ---------------------------------------------------------------------------------------------------- a stage

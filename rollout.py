@@ -131,15 +131,17 @@ DRAW_BLOCK = 128  # weights that are summed first, so that no cumulative sum run
 
 def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Invert the cumulative distribution: unnormalised weights (B, V) -> indices (B,), the weights' sums (B,)."""
-    if weights.shape[1] % DRAW_BLOCK:
-        weights = F.pad(weights, (0, -weights.shape[1] % DRAW_BLOCK))
+    vocabulary = weights.shape[1]
+    if vocabulary % DRAW_BLOCK:
+        weights = F.pad(weights, (0, -vocabulary % DRAW_BLOCK))
     blocks = weights.unflatten(1, (-1, DRAW_BLOCK))  # (B, V / 128, 128)
     sums = blocks.sum(2)
     total = sums.sum(1)
     block, rest = _invert(sums, uniform[:, None] * total[:, None])
     inside = blocks[torch.arange(len(blocks), device=block.device), block]  # (B, 128)
     place, _ = _invert(inside, rest)
-    return block * DRAW_BLOCK + place, total
+    # in the padding only where weights are not numbers; a token past the end would kill the process on CUDA
+    return (block * DRAW_BLOCK + place).clamp_(max=vocabulary - 1), total
 
 
 def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,7 +362,7 @@ def generate(
 ) -> Iterator[Rollout]:
     """Yield every rollout as it finishes, in no particular order. Call it with the weights gathered, without grad.
 
-    `abandon` is asked before every token; once it says yes, sampling ends and what is unfinished is forgotten.
+    `abandon` is asked before every token (with graphs: every few); after a yes the unfinished is forgotten.
 
     Raises RolloutError before any work when a sequence could outgrow the model's window or the cache.
     """
@@ -390,7 +392,8 @@ def check_requests(model: Transformer, prompts: Sequence[Prompt], sampling: Samp
         needs = len(prompt.tokens) + sampling.max_new_tokens
         what = f"problem {prompt.problem_id}: prompt of {len(prompt.tokens)} tokens + {sampling.max_new_tokens} new"
         if min(prompt.limits or [1]) < 1:
-            raise RolloutError(f"problem {prompt.problem_id}: a limit of {min(prompt.limits)} new tokens is below 1")
+            least = min(prompt.limits)
+            raise RolloutError(f"problem {prompt.problem_id}: a limit of {least} new tokens is below 1: raise it")
         if not len(prompt.tokens):
             raise RolloutError(f"problem {prompt.problem_id}: the prompt is empty")
         if needs > window:
@@ -499,7 +502,9 @@ class _Sampler:
         self.most_prefill = max(1, self.most_prefill // 2)
         while len(self.rows) > self.most_rows:
             self._preempt()
-        self.state, self.graphs = None, self.graphs and self.graphs.again()
+        self.state = None
+        if self.graphs is not None:
+            self.graphs.forget()
         self.stats.memory_retries += 1
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

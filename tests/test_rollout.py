@@ -460,6 +460,14 @@ def test_extreme_uniforms_never_draw_a_token_without_probability(cut, scale):
         assert logprobs.isfinite().all() and tokens.max() < 500 and tokens.min() >= 3
 
 
+def test_logits_that_are_not_numbers_draw_a_token_that_exists():
+    """On CUDA an index past the vocabulary would end the process before its work is saved."""
+    uniform = torch.tensor([0.0, 0.9], dtype=torch.float64)
+    for size in (5, 128, 300):
+        tokens, logprobs = sample(torch.full((2, size), math.nan), warm(), uniform)
+        assert ((tokens >= 0) & (tokens < size)).all() and logprobs.isnan().all()
+
+
 def test_uniform_zero_and_the_largest_take_the_first_and_the_last_token():
     logits = torch.tensor([[-math.inf, 0.0, 0.0, 0.0, -math.inf]])
     ends = [sample(logits, warm(), torch.tensor([u], dtype=torch.float64))[0].item() for u in (0.0, 1 - 2.0**-53)]
