@@ -25,8 +25,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_filter import DataError, Problem, write_problems
 from model import Transformer, initialise, parse_config, save
+from problems import DataError, Problem, write_problems
 
 FILLER = " ."
 MOST_MISSES = 10_000  # draws in a row that found no new sum

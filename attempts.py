@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data_filter import DataError, Problem, prompt_text
 from device import Device, Interrupted, StopRequest
 from model import ModelError, Transformer, gathered
+from problems import DataError, Problem, prompt_text
 from report import format_eta
 from reward import Grade, Grader
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_filter import DATA_FILES, HUB_ID, DataError
+from problems import DATA_FILES, HUB_ID, DataError
 from scores import Evaluation
 
 
@@ -15,7 +15,7 @@ class Benchmark:
     """Where a benchmark is to be had, and what it is called in a table."""
 
     title: str
-    hub_id: str  # "owner/name:split", as data_filter.read_problems takes it
+    hub_id: str  # "owner/name:split", as problems.read_problems takes it
     published_k: int | None = None  # samples per problem behind the published figures
     file: str = ""  # another name that its local file goes by
 

@@ -28,7 +28,6 @@ import numpy as np
 import device as devices
 from attempts import AttemptStats, GraderError, Respondent, check_grader, load_tokenizer, stop_tokens, whole_work
 from benchmarks import find_data, published_table, text_table
-from data_filter import INSTRUCTION, DataError, Problem, read_problems, write_problems
 from device import Interrupted, StopRequest
 from eval_page import (
     budget_table,
@@ -39,6 +38,7 @@ from eval_page import (
     write_evaluation_page,
 )
 from model import ModelConfig, ModelError, extend_window, load, resolve_folder, tokenizer_folder
+from problems import INSTRUCTION, DataError, Problem, read_problems, write_problems
 from report import read_metrics, write_atomically
 from responses import (
     Recorder,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import charts
 from benchmarks import file_name
-from data_filter import Problem
 from page import folded, html_figures, html_page, html_table, html_text
+from problems import Problem
 from report import write_atomically
 from scores import Estimate, Evaluation, Response
 

@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from data_filter import Problem
 from device import out_of_memory
 from model import Packed, SharedPrompts, Transformer
+from problems import Problem
 from rollout import Rollout
 
 ADVANTAGE_EPSILON = 1e-6

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from arithmetic import World
-from data_filter import INSTRUCTION
+from problems import INSTRUCTION
 
 
 class RecipeError(ValueError):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from attempts import Attempt, AttemptStats, Respondent, check_grader
 from benchmarks import file_name
-from data_filter import DataError, Problem, read_problems
 from device import Interrupted
+from problems import DataError, Problem, read_problems
 from report import write_atomically
 from rollout import Prompt, Sampling
 from scores import Response

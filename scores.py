@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from answers import normal_form
-from data_filter import Problem
+from problems import Problem
 from rollout import distinct_ngrams
 
 NORMAL_95 = 1.959964  # half the width of a 95% interval in standard errors

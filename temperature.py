@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_filter import Problem
+from problems import Problem
 from rollout import distinct_share
 from scores import Response, half_width
 

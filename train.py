@@ -39,20 +39,13 @@ from arithmetic import write_world
 from attempts import Attempt, AttemptStats, GraderError, Respondent, encode, encode_chat, load_tokenizer, stop_tokens
 from checkpoint import CheckpointError, RunState, load_weights_and_optimizer, read_state, save_checkpoint
 from data_filter import (
-    DATA_FILES,
-    DataError,
     DataOrder,
     Filtered,
     History,
-    Problem,
     Visit,
     draw_histogram,
     drop_easy,
-    existing_file,
     filter_mirrored_j,
-    has_chats,
-    read_chats,
-    read_problems,
     require_batch,
     zero_variance_share,
 )
@@ -89,6 +82,7 @@ from model import (
 from optimizer import HostAdamW
 from page import write_report
 from plan import show_plan
+from problems import DATA_FILES, DataError, Problem, existing_file, has_chats, read_chats, read_problems
 from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
 from report import Metrics, console_line
 from responses import respond

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import answers  # noqa: E402
 import reward  # noqa: E402
-from data_filter import read_problems  # noqa: E402
+from problems import read_problems  # noqa: E402
 
 FILES = ("aime24", "aime25", "amc23", "minerva", "olympiad")
 

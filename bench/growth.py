@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sampler import WIDE128  # noqa: E402
 
 from benchmarks import text_table  # noqa: E402
-from data_filter import Problem  # noqa: E402
 from grpo import Group, PolicyLoss, optimizer_step, training_sequences  # noqa: E402
 from model import Transformer, gathered, initialise, load, parse_config  # noqa: E402
+from problems import Problem  # noqa: E402
 from rollout import CacheLimits, Prompt, SamplerStats, Sampling, generate  # noqa: E402
 
 WHY = {

@@ -13,7 +13,7 @@ import arithmetic
 import model as models
 from arithmetic import FILLER, World, make_problems, make_terms, make_tokenizer, solve, write_sum, write_world
 from attempts import encode_chat, load_tokenizer, stop_tokens
-from data_filter import DataError, read_problems
+from problems import DataError, read_problems
 from reward import last_boxed, step_reward
 
 SETS = ("train", "held-out", "beyond-window", "sft")

@@ -7,8 +7,8 @@ import torch
 
 import attempts
 from attempts import AttemptStats, GraderError, Respondent, check_grader, load_tokenizer, stop_tokens, whole_work
-from data_filter import read_problems
 from model import load
+from problems import read_problems
 from reward import Grade, Grader
 from rollout import CacheLimits, Sampling
 

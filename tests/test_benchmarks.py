@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import BENCHMARKS, PUBLISHED, find_data, published_table, text_table
-from data_filter import DataError, Problem
+from problems import DataError, Problem
 from scores import Response, summarise
 
 

@@ -14,8 +14,8 @@ import pytest
 
 import eval as evaluation
 import responses
-from data_filter import Problem, read_problems
 from eval import length_curve
+from problems import Problem, read_problems
 from reward import Grader
 from scores import Response, interval
 

@@ -8,8 +8,8 @@ import torch
 
 import grpo
 import model as models
-from data_filter import Problem
 from grpo import Group, PolicyLoss, Sinks, TrainingSequence
+from problems import Problem
 from rollout import Rollout
 
 

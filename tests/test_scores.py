@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from data_filter import Problem
+from problems import Problem
 from scores import (
     Response,
     accuracy_by,

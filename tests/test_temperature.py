@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from data_filter import Problem
+from problems import Problem
 from rollout import distinct_share
 from scores import Response
 from temperature import TemperaturePoint, find_zones, match_diversity, measure_temperature, never_rising

@@ -1,0 +1,354 @@
+"""Problems: reading them from the formats in use, writing them, and telling two copies of one apart.
+
+Ids survive shuffling, filtering and resuming; a row that cannot be used stops at once or is counted, as asked.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
+DATA_FILES = (".parquet", ".jsonl", ".json")
+HUB_ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(:(?P<split>[\w./-]+))?")
+
+
+class DataError(Exception):
+    """Something in the data that a person has to put right; the message says what, where and how."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem to solve: its text, what counts as right, and what the data says about it."""
+
+    id: str  # "source/name"; survives shuffling, filtering and resuming
+    text: str  # the user's message as the data has it, before prompt_text
+    answers: tuple[str, ...]  # accepted answers; any match counts
+    type: str = ""  # the data's own kind of problem, where it has one
+    difficulty: float | None = None  # the data's own figure, on the data's own scale
+    solution: str = ""  # worked solution, for sft stages
+
+
+# ---- reading and writing -------------------------------------------------------------------------
+
+
+def read_problems(source: str | Path, on_bad_row: str = "stop") -> list[Problem]:
+    """The problems of a local .parquet, .json or .jsonl file, or of a Hugging Face dataset "owner/name[:split]".
+
+    on_bad_row: "stop" raises at the first row that cannot be used; "skip" leaves such rows out and says how many;
+    "keep" keeps problems without an answer, says how many, and stops at other faults: an evaluation may have to count
+    them. Of rows with the same id and text the first is kept, and the count is printed.
+    Ids begin with the file's stem (the dataset's name), so that sources can be mixed. Raises DataError.
+    """
+    if on_bad_row not in ("stop", "skip", "keep"):
+        raise DataError(f'on_bad_row is {on_bad_row!r}; it must be "stop", "skip" or "keep".')
+    path, hub_id = Path(source), HUB_ID.fullmatch(str(source))
+    if hub_id and path.suffix not in DATA_FILES and not path.parent.is_dir():
+        stem, files = hub_id["name"], download(f"{hub_id['owner']}/{hub_id['name']}", hub_id["split"])
+    else:
+        stem, files = path.stem, [existing_file(path)]
+    problems, repeated = settle_ids([p for file in files for p in read_file(file, stem, on_bad_row)], stem)
+    if repeated:
+        print(f"{source}: left out {len(repeated)} duplicate rows (first: {repeated[0]})", file=sys.stderr)
+    return problems
+
+
+def read_chats(source: str | Path) -> list[list[dict]]:
+    """The chats of a .jsonl, .json or .parquet file whose rows have `messages`: role and content, an assistant's last.
+
+    Fine-tuning data alone; raises DataError with the row's number. `has_chats` says whether a file is one.
+    """
+    path, chats = existing_file(Path(source)), []
+    for number, row in parquet_rows(path) if path.suffix == ".parquet" else json_rows(path):
+        messages = row.get("messages") if isinstance(row, dict) else None
+        whole = (
+            isinstance(messages, list)
+            and messages
+            and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in messages
+            )
+        )
+        if not whole or messages[-1]["role"] != "assistant":
+            raise DataError(f"{path}, row {number} is no chat that ends with the assistant's message; mend the row.")
+        chats.append(messages)
+    return chats
+
+
+def has_chats(source: str | Path) -> bool:
+    """Whether a local file's first row has `messages`."""
+    path = Path(source)
+    if not path.is_file():
+        return False
+    _, row = next(iter(parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)), (0, {}))
+    return isinstance(row, dict) and "messages" in row
+
+
+def existing_file(path: Path) -> Path:
+    """The path itself; where there is no such file, DataError with the nearest name in its folder."""
+    if path.is_file() and path.suffix in DATA_FILES:
+        return path
+    kinds = ", ".join(DATA_FILES)
+    if path.is_file():
+        raise DataError(f"{path} is not one of {kinds}; convert it to one of these.")
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        raise DataError(f"{path} cannot be read: the folder {folder} does not exist; check the path.")
+    here = sorted(p.name for p in folder.iterdir() if p.suffix in DATA_FILES)
+    near = difflib.get_close_matches(path.name, here, n=1, cutoff=0.0)
+    hint = f"did you mean {folder / near[0]}?" if near else f"nor does {folder} hold any of {kinds}."
+    raise DataError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; {hint}")
+
+
+def download(repo: str, split: str | None) -> list[Path]:
+    """The data files of a hub dataset: those of the split (default: train where there is one, else all)."""
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub.errors import HTTPError
+    except ImportError as error:
+        raise DataError(f"{repo} is no local file, and the hub needs: pip install huggingface_hub") from error
+    try:
+        names = HfApi().list_repo_files(repo, repo_type="dataset")
+        data = sorted(n for n in names if n.endswith(DATA_FILES) and not n.endswith("dataset_infos.json"))
+        of_split = [n for n in data if re.search(rf"(^|[/_-]){re.escape(split or 'train')}([-_./]|$)", n)]
+        chosen = of_split or ([] if split else data)
+        if not chosen:
+            has = ", ".join(data) or "none"
+            raise DataError(f"the dataset {repo} has no data file for {split or 'any split'}; it has: {has}.")
+        return [Path(hf_hub_download(repo, name, repo_type="dataset")) for name in chosen]
+    except (HTTPError, OSError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise DataError(
+            f"{repo} is no local file and not to be had from the hub ({why}); check name and network."
+        ) from error
+
+
+def read_file(path: Path, stem: str, on_bad_row: str) -> list[Problem]:
+    """The usable rows of one file; id is "stem/own id", or "" where a row states none."""
+    rows = list(parquet_rows(path) if path.suffix == ".parquet" else json_rows(path))
+    if not rows:
+        raise DataError(f"{path} holds no rows; put at least one problem into it.")
+    schema = schema_of([row for _, row in rows if isinstance(row, dict)], path)
+    problems, bad = [], []
+    for number, row in rows:
+        problem = schema(row) if isinstance(row, dict) else None
+        reason = fault(problem) if problem else row
+        kept = on_bad_row == "keep" and problem is not None and problem.text.strip()
+        if reason and not kept and on_bad_row != "skip":
+            raise DataError(f'{path}, row {number} {reason}; mend the row, or read with on_bad_row="skip".')
+        if reason:
+            bad.append(f"row {number} {reason}")
+        if reason and not kept:
+            continue
+        # an id that names its source already was written by write_problems, and stays
+        settled = not problem.id or (schema is from_own and "/" in problem.id)
+        problems.append(problem if settled else replace(problem, id=f"{stem}/{problem.id}"))
+    if not problems:
+        raise DataError(f"{path} holds no usable row: {bad[0]}, and so on for all {len(bad)}; mend the file.")
+    if bad:
+        what = "kept, as problems that nothing can solve," if on_bad_row == "keep" else "left out"
+        some = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
+        print(f"{path}: {what} {len(bad)} unusable rows ({some})", file=sys.stderr)
+    return problems
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(row number, row) of a parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"{path} is no readable parquet file ({str(error).splitlines()[0]}); fetch it again."
+        ) from error
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """(row number, row) of a JSON array or of JSON lines; in place of a row that is none, what is wrong with it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        array = json.loads(text) if text.lstrip().startswith("[") else None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno} is malformed JSON ({error.msg}); mend the file there.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (at byte {error.start}); convert it to UTF-8.") from error
+    if array is not None:
+        yield from ((n, row if isinstance(row, dict) else "is no JSON object") for n, row in enumerate(array, start=1))
+        return
+    # not splitlines(): U+2028 may stand inside a JSON string
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, f"is malformed JSON ({error.msg}, column {error.colno})"
+        else:
+            yield number, row if isinstance(row, dict) else "is no JSON object"
+
+
+# ---- schemas: row -> Problem, whose id is the row's own, or "" -----------------------------------
+
+
+def from_own(row: dict) -> Problem:
+    """What write_problems wrote: id, problem, answers."""
+    return problem_of(row, row.get("id"), row.get("problem"), row.get("answers"))
+
+
+def from_verl(row: dict) -> Problem:
+    """POLARIS and verl: chat messages, reward_model.ground_truth, extra_info.index or .id."""
+    extra, messages = nested(row, "extra_info"), row.get("prompt") or []
+    # a system message is the chat template's business; an earlier turn would change the problem
+    turns = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") != "system"]
+    own_id = extra.get("index") if extra.get("index") is not None else extra.get("id")
+    return problem_of(
+        row, own_id, turns[0] if len(turns) == 1 else None, nested(row, "reward_model").get("ground_truth")
+    )
+
+
+def from_math(row: dict) -> Problem:
+    """DeepScaleR and MATH: problem, answer, and what else there is."""
+    own_id = row.get("id") if row.get("id") is not None else row.get("unique_id")
+    return problem_of(row, own_id, row.get("problem"), row.get("answer"))
+
+
+def from_gsm8k(row: dict) -> Problem:
+    """GSM8K: a worked solution with calculator marks (<<48/2=24>>), then "#### 1,080"."""
+    steps, _, answer = str(row.get("answer") or "").partition("####")
+    answer = answer.strip().replace(",", "")
+    solution = re.sub(r"<<[^<>]*>>", "", steps).strip() + f"\nThe final answer is \\boxed{{{answer}}}."
+    return problem_of({**row, "solution": solution}, row.get("id"), row.get("question"), answer)
+
+
+def from_questions(row: dict) -> Problem:
+    """question and plain answer, as Minerva on the hub."""
+    return problem_of(row, row.get("id"), row.get("question"), row.get("answer"))
+
+
+def from_olympiad(row: dict) -> Problem:
+    """OlympiadBench: question, and the list of accepted answers."""
+    return problem_of(row, row.get("id"), row.get("question"), row.get("final_answer"))
+
+
+SCHEMAS = {
+    ("problem", "answers"): from_own,
+    ("prompt", "reward_model"): from_verl,
+    ("problem", "answer"): from_math,
+    ("question", "final_answer"): from_olympiad,
+    ("question", "answer"): from_questions,
+}
+
+
+def schema_of(rows: Sequence[dict], path: Path) -> Callable[[dict], Problem]:
+    """The reader of rows with these columns; DataError shows the columns where none is known."""
+    first = rows[0] if rows else {}
+    for columns, schema in SCHEMAS.items():
+        if first.keys() >= set(columns) or not first:
+            # one marked solution makes a GSM8K file, in which a row without the mark has no answer
+            marked = schema is from_questions and any("####" in str(row.get("answer")) for row in rows)
+            return from_gsm8k if marked else schema
+    known = ", or ".join(" + ".join(columns) for columns in SCHEMAS)
+    raise DataError(f"{path} has the columns {', '.join(first)}, which is no known schema; rename them to {known}.")
+
+
+def problem_of(row: dict, own_id, text, answers) -> Problem:
+    """A Problem from what every schema has; fields that a row lacks stay empty."""
+    return Problem(
+        id="" if own_id is None else str(own_id),
+        text=text if isinstance(text, str) else "",
+        answers=accepted(answers),
+        type=str(row.get("type") or row.get("subject") or ""),
+        difficulty=figure(row["difficulty"] if row.get("difficulty") is not None else row.get("level")),
+        solution=str(row.get("solution") or "").strip(),
+    )
+
+
+def nested(row: dict, column: str) -> dict:
+    """A column that should hold a mapping; empty where it does not."""
+    return row[column] if isinstance(row.get(column), dict) else {}
+
+
+def accepted(value) -> tuple[str, ...]:
+    """A ground truth as the distinct answers that it accepts; () where there is none."""
+    if isinstance(value, str) and value.startswith('["'):  # only strings: "[-9, 9]" is a closed interval
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            pass  # then it is an answer that happens to begin so
+    values = value if isinstance(value, list) else [value]
+    known = [str(v).strip() for v in values if v is not None and v == v]  # nan is no answer
+    return tuple(dict.fromkeys(a for a in known if a))
+
+
+def figure(value) -> float | None:
+    """A difficulty as a number ("3/8", as POLARIS writes it, is 0.375; "Level 5", as MATH does, is 5), or None."""
+    match = re.fullmatch(r"(?:Level )?(-?\d+(?:\.\d+)?)(?:/([1-9]\d*))?", str(value))
+    return float(match[1]) / float(match[2] or 1) if match else None
+
+
+def fault(problem: Problem) -> str:
+    """What makes a problem unusable, in words; empty when nothing does."""
+    if not problem.text.strip():
+        return "has no problem text"
+    return "" if problem.answers else "has no answer"
+
+
+def settle_ids(problems: list[Problem], stem: str) -> tuple[list[Problem], list[str]]:
+    """Problems with unique ids, and the ids of the duplicates left out.
+
+    An id that stands for several texts, or is missing, gives way to a hash of the text.
+    """
+    keys = [normalised(p.text) for p in problems]
+    texts = defaultdict(set)
+    for problem, key in zip(problems, keys, strict=True):
+        texts[problem.id].add(key)
+    unique, repeated = {}, []
+    for problem, key in zip(problems, keys, strict=True):
+        if not problem.id or len(texts[problem.id]) > 1:
+            problem = replace(problem, id=f"{stem}/{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+        if problem.id in unique:
+            repeated.append(problem.id)
+        else:
+            unique[problem.id] = problem
+    return list(unique.values()), repeated
+
+
+def write_problems(problems: Iterable[Problem], path: str | Path) -> None:
+    """One JSON object per line, as read_problems reads it; atomic. Raises DataError rather than overwrite."""
+    path = Path(path)
+    if path.exists():
+        raise DataError(f"{path} exists already; choose another name, or remove it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for p in problems:
+            row = {"id": p.id, "problem": p.text, "answers": p.answers, "type": p.type,
+                   "difficulty": p.difficulty, "solution": p.solution}  # fmt: skip
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def prompt_text(problem: Problem, instruction: str = INSTRUCTION) -> str:
+    """The user's message with the instruction, which benchmark files carry already (RECIPE section 1)."""
+    if not instruction or instruction in problem.text or INSTRUCTION in problem.text:
+        return problem.text
+    return f"{problem.text.rstrip()} {instruction}"
+
+
+def normalised(text: str) -> str:
+    """The text without the instruction, letter case, white space and dollar signs: what two copies share."""
+    return "".join(text.replace(INSTRUCTION, "").replace("$", "").lower().split())
+
+
+def contaminated(train: Iterable[Problem], benchmark: Iterable[Problem]) -> list[Problem]:
+    """The training problems whose text, normalised, is a benchmark's."""
+    held_out = {normalised(p.text) for p in benchmark}
+    return [p for p in train if normalised(p.text) in held_out]

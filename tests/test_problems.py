@@ -1,0 +1,372 @@
+"""Reading and writing problems: every format, every fault, the hub, and real files."""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import problems
+from data_filter import (
+    History,
+    Visit,
+)
+from problems import INSTRUCTION, DataError, Problem, contaminated, prompt_text, read_problems, write_problems
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real problems are not here")
+
+
+def write_rows(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def good(n):
+    return {"problem": f"p{n}", "answer": str(n)}
+
+
+def problem(id, text="", answers=("1",)):
+    return Problem(id, text or f"What is {id}?", answers)
+
+
+def history_of(*visits):
+    history = History()
+    for problem_id, stage, step, rewards in visits:
+        history.append(Visit(problem_id, stage, step, tuple(rewards)))
+    return history
+
+
+def solved(k, of=8):
+    return (1.0,) * k + (0.0,) * (of - k)
+
+
+# ---- schemas -------------------------------------------------------------------------------------
+
+
+def test_gsm8k_answer_loses_its_thousands_separators_and_the_solution_its_calculator_marks(tmp_path):
+    rows = [{"question": "How much?", "answer": "He has 40*27 = <<40*27=1080>>1,080 left.\n#### 1,080"}]
+    (read,) = read_problems(write_rows(tmp_path / "gsm.jsonl", rows))
+    assert read.text == "How much?" and read.answers == ("1080",)
+    assert read.solution == "He has 40*27 = 1,080 left.\nThe final answer is \\boxed{1080}."
+
+
+def verl(content, truth, extra):
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    return {"prompt": prompt, "reward_model": {"ground_truth": truth}, "extra_info": extra}
+
+
+def test_verl_ground_truths_are_strings_floats_or_lists_with_stray_newlines(tmp_path):
+    rows = [
+        verl("a?", "025", {"index": 0}),
+        verl("b?", 142.0, {"id": 1}),
+        verl("c?", ["9.6\n", "9.6", "-1/3\n"], {"index": 2}),
+        verl("d?", '["7", "8"]', {"index": 3}),
+    ]
+    read = read_problems(write_rows(tmp_path / "aime.jsonl", rows))
+    assert [p.answers for p in read] == [("025",), ("142.0",), ("9.6", "-1/3"), ("7", "8")]
+    assert [p.id for p in read] == ["aime/0", "aime/1", "aime/2", "aime/3"]
+    assert [p.text for p in read] == ["a?", "b?", "c?", "d?"]
+
+
+def test_verl_parquet_reads_as_json_does(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [verl("a?", ["1\n", "2"], {"index": 7})]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
+    assert read_problems(tmp_path / "set.parquet") == read_problems(write_rows(tmp_path / "set.jsonl", rows))
+
+
+def test_earlier_turns_of_a_conversation_are_not_dropped_in_silence(tmp_path):
+    row = verl("and b?", "1", {"index": 0})
+    row["prompt"][1:1] = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "1"}]
+    with pytest.raises(DataError, match="row 1 has no problem text"):
+        read_problems(write_rows(tmp_path / "chat.jsonl", [row]))
+
+
+def test_math_json_array_keeps_type_difficulty_and_solution(tmp_path):
+    rows = [
+        {"problem": "p", "answer": "[-9, 9]", "solution": "so", "difficulty": 4.5, "type": "Algebra"},
+        {"problem": "q", "answer": 3, "difficulty": "3/8", "unique_id": "test/algebra/1.json"},
+    ]
+    path = tmp_path / "math.json"
+    path.write_text(json.dumps(rows, indent=2))
+    first, second = read_problems(path)
+    # a closed interval is JSON too, but no list of answers
+    assert (first.answers, first.type, first.difficulty, first.solution) == (("[-9, 9]",), "Algebra", 4.5, "so")
+    assert (second.answers, second.difficulty, second.id) == (("3",), 0.375, "math/test/algebra/1.json")
+
+
+def test_own_file_round_trip_is_exact_and_ids_survive_a_change_of_file(tmp_path):
+    problems = [
+        Problem("aime24/17", "x\u2028\n$y$ ", ("1", "\\frac12"), "Algebra", 2.5, "because"),
+        Problem("gsm/ä", "z", ("[0,3)",)),
+    ]
+    write_problems(problems, tmp_path / "new" / "filtered.jsonl")
+    assert read_problems(tmp_path / "new" / "filtered.jsonl") == problems
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["filtered.jsonl"]
+    with pytest.raises(DataError, match="exists already"):
+        write_problems(problems[:1], tmp_path / "new" / "filtered.jsonl")
+
+
+def test_json_is_told_from_json_lines_by_content(tmp_path):
+    lines = write_rows(tmp_path / "a.json", [{"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2"}])
+    array = tmp_path / "a.jsonl"
+    array.write_text(json.dumps([{"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2"}]))
+    assert read_problems(lines) == read_problems(array)
+
+
+# ---- ids and duplicates --------------------------------------------------------------------------
+
+
+def test_an_id_used_for_different_problems_gives_way_to_a_hash(tmp_path):
+    rows = [{"id": 1, **good(1)}, {"id": 1, **good(2)}, {"id": 2, **good(3)}]
+    read = read_problems(write_rows(tmp_path / "s.jsonl", rows))
+    again = read_problems(write_rows(tmp_path / "s.jsonl", rows[::-1]))[::-1]
+    assert read == again  # a hash does not depend on the place in the file
+    assert len({p.id for p in read}) == 3 and read[2].id == "s/2" and "s/1" not in {p.id for p in read}
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path, capsys):
+    texts = ["What is $x + 1$?", "What is  $x+1$?\n", "r"]
+    rows = [{"problem": text, "answer": "1"} for text in texts]
+    read = read_problems(write_rows(tmp_path / "s.jsonl", rows))
+    said = capsys.readouterr().err
+    assert [p.text for p in read] == ["What is $x + 1$?", "r"]
+    assert "left out 1 duplicate rows" in said and read[0].id in said and said.count("\n") == 1
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('{"problem": "p", ', "row 2 is malformed JSON"),
+        ("[1, 2]", "row 2 is no JSON object"),
+        ('"p"', "row 2 is no JSON object"),
+        ({"problem": "  ", "answer": "1"}, "row 2 has no problem text"),
+        ({"problem": "p", "answer": None}, "row 2 has no answer"),
+        ({"problem": "p", "answer": " \n"}, "row 2 has no answer"),
+        ({"problem": "p", "answer": float("nan")}, "row 2 has no answer"),
+        ({"problem": "p"}, "row 2 has no answer"),
+    ],
+)
+def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, capsys, row, message):
+    path = write_rows(tmp_path / "s.jsonl", [good(1), row, good(3)])
+    with pytest.raises(DataError, match=message) as raised:
+        read_problems(path)
+    assert str(path) in str(raised.value) and "skip" in str(raised.value)
+    assert [p.text for p in read_problems(path, on_bad_row="skip")] == ["p1", "p3"]
+    said = capsys.readouterr().err
+    assert "left out 1 unusable rows" in said and message in said
+
+
+def test_gsm8k_row_without_its_mark_has_no_answer(tmp_path):
+    rows = [{"question": "q", "answer": "a long way to 72"}, {"question": "r", "answer": "so\n#### 72"}]
+    with pytest.raises(DataError, match="row 1 has no answer"):
+        read_problems(write_rows(tmp_path / "s.jsonl", rows))
+
+
+def test_benchmarks_of_the_hub_have_plain_or_several_answers_and_levels(tmp_path):
+    minerva = write_rows(tmp_path / "minerva.jsonl", [{"question": "q", "answer": r"\frac{1}{2}"}])
+    assert read_problems(minerva)[0].answers == (r"\frac{1}{2}",)
+    olympiad = write_rows(tmp_path / "olympiad.jsonl", [{"question": "q", "final_answer": ["2", "3"], "answer": "x"}])
+    assert read_problems(olympiad)[0].answers == ("2", "3")
+    math = write_rows(tmp_path / "math.jsonl", [good(1) | {"level": "Level 5", "subject": "Algebra"}])
+    (problem,) = read_problems(math)
+    assert (problem.difficulty, problem.type) == (5.0, "Algebra")
+
+
+def test_a_problem_without_an_answer_is_kept_only_when_asked(tmp_path, capsys):
+    rows = [good(1), {"problem": "p2", "answer": ""}, {"problem": "p3", "answer": None}, good(4)]
+    path = write_rows(tmp_path / "s.jsonl", rows)
+    assert [p.answers for p in read_problems(path, on_bad_row="keep")] == [("1",), (), (), ("4",)]
+    assert "kept, as problems that nothing can solve, 2 unusable rows (row 2 has no answer, row 3" in (
+        capsys.readouterr().err
+    )
+    rows[1]["problem"] = " "
+    with pytest.raises(DataError, match="row 2 has no problem text"):
+        read_problems(write_rows(tmp_path / "t.jsonl", rows), on_bad_row="keep")
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    write_rows(tmp_path / "train.jsonl", [good(1)])
+    write_rows(tmp_path / "other.jsonl", [good(1)])
+    with pytest.raises(DataError, match=r"trian\.jsonl does not exist; did you mean .*train\.jsonl"):
+        read_problems(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match="is a folder; did you mean"):
+        read_problems(tmp_path)
+    with pytest.raises(DataError, match="the folder .*nowhere does not exist"):
+        read_problems(tmp_path / "nowhere" / "train.jsonl")
+
+
+def test_unknown_columns_are_shown(tmp_path):
+    with pytest.raises(DataError, match="has the columns prob, ans, which is no known schema"):
+        read_problems(write_rows(tmp_path / "s.jsonl", [{"prob": "p", "ans": "1"}]), on_bad_row="skip")
+
+
+def test_unreadable_files_say_so(tmp_path):
+    (tmp_path / "a.json").write_text('[{"problem": "p",\n oops]')
+    with pytest.raises(DataError, match=r"a\.json, line 2 is malformed JSON"):
+        read_problems(tmp_path / "a.json")
+    (tmp_path / "e.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="holds no rows"):
+        read_problems(tmp_path / "e.jsonl")
+    (tmp_path / "b.jsonl").write_text("nonsense\n")
+    with pytest.raises(DataError, match="no usable row: row 1 is malformed"):
+        read_problems(tmp_path / "b.jsonl", on_bad_row="skip")
+    (tmp_path / "l.jsonl").write_bytes(b'{"problem": "\xe9"}')
+    with pytest.raises(DataError, match="is not UTF-8"):
+        read_problems(tmp_path / "l.jsonl")
+    (tmp_path / "t.csv").write_text("a,b")
+    with pytest.raises(DataError, match="is not one of .parquet"):
+        read_problems(tmp_path / "t.csv")
+    with pytest.raises(DataError, match="on_bad_row is 'ignore'"):
+        read_problems(tmp_path / "e.jsonl", on_bad_row="ignore")
+    pytest.importorskip("pyarrow")
+    (tmp_path / "p.parquet").write_text("not parquet at all")
+    with pytest.raises(DataError, match="is no readable parquet file"):
+        read_problems(tmp_path / "p.parquet")
+
+
+# ---- the hub -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub: the files of a dataset, and those that were asked for."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    files = {
+        "README.md": [],
+        "data/train-00000-of-00002.jsonl": [{**good(1), "id": "a"}, {**good(2), "id": "b"}],
+        "data/train-00001-of-00002.jsonl": [{**good(3), "id": "b"}],
+        "data/test-00000-of-00001.jsonl": [{**good(4), "id": "t"}],
+    }
+    asked = []
+
+    def hf_hub_download(repo_id, filename, *, repo_type):
+        assert repo_type == "dataset"
+        asked.append(filename)
+        return str(write_rows(tmp_path / filename.replace("/", "-"), files[filename]))
+
+    def list_repo_files(self, repo_id, *, repo_type):
+        return ["README.md", "data/test-00000-of-00001.jsonl"] if repo_id == "owner/tests" else list(files)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return asked
+
+
+def test_hub_dataset_reads_all_shards_of_its_split(hub):
+    read = read_problems("owner/set")
+    assert hub == ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]
+    assert [p.text for p in read] == ["p1", "p2", "p3"]
+    # "b" names one problem in each shard
+    assert read[0].id == "set/a" and read[1].id != read[2].id and all(p.id.startswith("set/") for p in read)
+    assert [p.id for p in read_problems("owner/set:test")] == ["set/t"]
+    with pytest.raises(DataError, match="no data file for dev; it has: data/test-"):
+        read_problems("owner/set:dev")
+
+
+def test_hub_dataset_without_a_train_split_is_read_whole(hub):
+    assert [p.text for p in read_problems("owner/tests")] == ["p4"]
+
+
+def test_hub_errors_become_one_sentence(hub, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    for error in (HTTPError("no such host"), ConnectionError("offline\nsecond line"), ValueError("bad id")):
+
+        def fails(self, repo_id, *, repo_type, error=error):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fails)
+        with pytest.raises(DataError, match=f"owner/set is no local file.*{str(error)[:7]}") as raised:
+            read_problems("owner/set")
+        assert "\n" not in str(raised.value)
+
+
+def test_a_path_is_never_taken_for_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for source in ("data/train", "nowhere/train.jsonl"):
+        with pytest.raises(DataError, match="nor does data hold|folder nowhere does not exist"):
+            read_problems(source)
+    assert hub == []
+
+
+# ---- prompts and contamination -------------------------------------------------------------------
+
+
+def test_instruction_is_appended_once():
+    bare = Problem("a", "What is 1+1?\n", ("2",))
+    assert prompt_text(bare) == f"What is 1+1? {INSTRUCTION}"
+    carries = Problem("a", f"What is 1+1? {INSTRUCTION}", ("2",))
+    assert prompt_text(carries) == carries.text
+
+
+def test_contamination_sees_through_instruction_case_and_spacing():
+    train = [problem("a", "Find $x+1$."), problem("b", "Find $x-1$.")]
+    assert contaminated(train, [problem("c", f"find $ x + 1 $. {INSTRUCTION}")]) == train[:1]
+    assert contaminated(train, [problem("c", "Find $x+12$.")]) == []
+
+
+# ---- real files, real sizes ----------------------------------------------------------------------
+
+REAL = [  # rows, rows without an answer, duplicates
+    ("benchmarks/aime24.parquet", 30, 0, 0),
+    ("benchmarks/aime25.parquet", 30, 0, 0),
+    ("benchmarks/amc23.parquet", 83, 0, 0),
+    ("benchmarks/minerva.parquet", 272, 0, 0),
+    ("benchmarks/olympiad.parquet", 675, 0, 0),
+    ("gsm8k/train.jsonl", 7473, 0, 0),
+    ("gsm8k/test.jsonl", 1319, 0, 0),
+    ("math/math_train.json", 7474, 4, 3),
+    ("math/math500.json", 500, 0, 0),
+    ("math/aime_1983_2023.json", 975, 0, 0),
+]
+
+
+@needs_data
+@pytest.mark.parametrize("name, rows, unanswered, repeated", REAL)
+def test_real_file_reads_whole(name, rows, unanswered, repeated, capsys):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    read = read_problems(DATA / name, on_bad_row="skip" if unanswered else "stop")
+    assert len(read) == rows - unanswered - repeated
+    assert len({p.id for p in read}) == len(read)
+    assert all(a == a.strip() and a and "####" not in a for p in read for a in p.answers)
+    assert all(prompt_text(p).count(INSTRUCTION) == 1 and prompt_text(p).endswith(" " + INSTRUCTION) for p in read)
+    said = capsys.readouterr().err
+    assert ("unusable" in said) == bool(unanswered) and ("duplicate" in said) == bool(repeated)
+    if name.startswith("gsm8k"):
+        assert all(p.solution.endswith(f"\\boxed{{{p.answers[0]}}}.") and "<<" not in p.solution for p in read)
+        assert all(p.answers[0].lstrip("-").isdigit() for p in read)
+
+
+@needs_data
+def test_real_minerva_lists_lose_their_stray_newlines_and_repeats():
+    pytest.importorskip("pyarrow")
+    read = read_problems(DATA / "benchmarks" / "minerva.parquet")
+    assert Counter(len(p.answers) for p in read) == {1: 232, 2: 38, 3: 2}
+    assert read[0].answers == ("9.6",) and read[0].id == "minerva/0"
+
+
+def test_53_000_problems_open_in_seconds(tmp_path):
+    text = "Let $x_{%d}$ be the number of ways to tile a board. " * 6
+    row = json.dumps(verl(text + "Find it.", "%d", {"index": "%d"}))
+    path = tmp_path / "polaris.jsonl"
+    path.write_text("\n".join(row % ((n,) * 8) for n in range(53_000)))
+    start = time.process_time()
+    assert len(read_problems(path)) == 53_000
+    assert time.process_time() - start < 5
+
+
+def test_heavy_libraries_are_imported_only_where_they_are_used():
+    source = Path(problems.__file__).read_text()
+    assert not {"import pyarrow", "import huggingface_hub"} & set(source.splitlines())
+    assert "\nfrom huggingface_hub" not in source
