@@ -112,6 +112,22 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def leave(status: int | str) -> None:
+    """End with a status as sys.exit takes it; one of several processes goes without Python's own teardown.
+
+    There, a thread of gloo's that lets go of a Python object would abort a process whose work is done and saved.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if status:
+            sys.exit(status)
+        return
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocator, the accelerator's or the CPU's, had nothing left to give."""
     if error.__context__ is not None and out_of_memory(error.__context__):  # such as a graph's capture cut short

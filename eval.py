@@ -624,8 +624,7 @@ def main() -> None:
         status = f"eval.py: {error}" if devices.speaks() else 1
     finally:
         devices.stop()
-    if status:
-        sys.exit(status)
+    devices.leave(status)
 
 
 if __name__ == "__main__":

@@ -864,7 +864,7 @@ def main() -> None:
         if run is not None:
             run.respondent.grader.close()
         devices.stop()
-    sys.exit(status)
+    devices.leave(status)
 
 
 if __name__ == "__main__":

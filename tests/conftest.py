@@ -12,6 +12,17 @@ import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # on models this small, threads only cost
 
+
+def in_processes(function, *arguments, processes=2):
+    """Call function(rank, *arguments) in several processes at once."""
+    torch.multiprocessing.spawn(_call_and_leave, (function, arguments), nprocs=processes)
+
+
+def _call_and_leave(rank, function, arguments):
+    function(rank, *arguments)
+    os._exit(0)  # as device.leave does, and for its reason
+
+
 WINDOW = 256
 VOCABULARY = 97
 SCALINGS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, in_processes
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -342,7 +342,7 @@ def test_two_processes_equal_one(checkpoint, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(in_two_processes, (checkpoint("qwen2", False), tmp_path), nprocs=2)
+    in_processes(in_two_processes, checkpoint("qwen2", False), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

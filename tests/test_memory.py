@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import in_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,7 +141,7 @@ def in_two_processes(rank, folder):
 
 def test_moments_of_two_processes_are_one_checkpoint(here, tmp_path):
     # the head size 6 and the vocabulary 23 do not divide by two: shards of unequal size
-    torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2)
+    in_processes(in_two_processes, tmp_path)
     model = tiny(here.mesh, seed=1)
     optimizer = HostAdamW(model.parameters(), **SETTINGS)
     load_weights_and_optimizer(tmp_path / "checkpoints/step-3", model, optimizer, here)

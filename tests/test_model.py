@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import SCALINGS, VOCABULARY, WINDOW, tiny_reference
+from conftest import SCALINGS, VOCABULARY, WINDOW, in_processes, tiny_reference
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -672,7 +672,7 @@ def in_two_processes(rank: int, folder: Path, tmp_path: Path) -> None:
 
 
 def test_sharded_model_in_two_processes_is_the_same_model(checkpoint, tmp_path):
-    torch.multiprocessing.spawn(in_two_processes, (checkpoint(), tmp_path), nprocs=2)
+    in_processes(in_two_processes, checkpoint(), tmp_path)
 
 
 def test_recompute_and_sharding_together_give_the_same_gradients(checkpoint, mesh):
