@@ -162,7 +162,8 @@ def run_jobs(jobs: list[Job], side_by_side: int) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // side_by_side)
     begun, last_line, before = time.perf_counter(), 0.0, len(done)
     print(f"{len(done)} of {len(jobs)} runs are done; {side_by_side} at a time, {threads} threads each", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a machine taken away is Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # a machine taken away is Ctrl-C, which a shell's "&" ignores
+        signal.signal(number, signal.default_int_handler)
     try:
         while waiting or running:
             ready = [job for job in waiting if job.needs is None or job.needs in done]
