@@ -41,6 +41,7 @@ class RunState:
     step: int = 0  # over all stages
     stage: int = 0
     stage_step: int = 0
+    stage_tokens: int = 0  # of this stage's training rollouts so far
     prepared: bool = False  # the stage's filter and temperature search are done
     position: int = 0  # problems handed out in this stage
     problem_ids: list[str] = field(default_factory=list)  # of the stage; empty before the first rl stage

@@ -130,6 +130,7 @@ class RlStage:
     kind: str = "rl"
     data: str = ""  # empty: what the stage before has left
     steps: int = 0
+    generated_tokens: int = 0  # training rollouts' tokens after which the stage ends, before `steps`; 0: by steps alone
     batch_problems: int = 128
     group_size: int = 8
     temperature: float | str = 1.4  # a number, or "match": restore the diversity of the stage before
@@ -270,7 +271,7 @@ LEAST = {  # the smallest value that makes sense, by field name, wherever it sta
     "steps": 1, "every_steps": 0, "problems_within_stage": 0, "max_response_tokens": 1, "max_prompt_tokens": 1,
     "checkpoint_every_steps": 1, "checkpoints_kept": 1, "rollouts_written": 0, "batch_sequences": 1,
     "batch_problems": 1, "group_size": 2, "max_tokens": 2, "micro_batch_tokens": 1, "learning_rate": 0.0,
-    "rank": 0,
+    "rank": 0, "generated_tokens": 0,
 }  # fmt: skip
 
 

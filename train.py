@@ -18,6 +18,7 @@ Departures from the official code are listed in the README.
 """
 
 import argparse
+import math
 import platform
 import subprocess
 import sys
@@ -151,7 +152,8 @@ def train(run: Run) -> None:
             save(run.model, export, run.device.compute_dtype, tokenizer_from=run.model_folder)
         if isinstance(stage, RlStage):
             drop_and_hand_on(run, index, stage)
-        state.stage, state.stage_step, state.position, state.prepared = index + 1, 0, 0, False
+        state.stage, state.stage_step, state.stage_tokens, state.position = index + 1, 0, 0, 0
+        state.prepared = False
     final_evaluation(run)
 
 
@@ -201,7 +203,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         f"stage {index}: rl on {len(problems):,} problems, {stage.steps} steps of {stage.batch_problems} x "
         f"{stage.group_size}, temperature {state.temperature:g}, {stage.max_response_tokens:,} tokens"
     )
-    while state.stage_step < stage.steps:
+    while steps_left(stage, state):
         begun = time.perf_counter()
         # sample and grade: 8 rollouts of each problem of the batch
         batch = order.batch(state.position)
@@ -238,6 +240,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
             sequences = training_sequences(substitution.groups)
             update = update_model(run, optimizer, sequences, loss, stage)
         state.position += stage.batch_problems
+        state.stage_tokens += row["tokens"]
         row |= describe_update(update, time.perf_counter() - update_begun)
         row |= {
             "micro_batch_tokens": run.micro_batch_tokens,
@@ -296,6 +299,7 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
     known: History = run.device.share(History.load(path) if run.device.is_main and path.exists() else History())
     sampling = training_sampling(run, stage, run_temperature(run, stage), draw=ESTIMATE_DRAW)
     missing = [problem for problem in problems if not known.visits(problem.id)]
+    tokens = 0
     for start in range(0, len(missing), ESTIMATE_SLICE):
         part = missing[start : start + ESTIMATE_SLICE]
         try:
@@ -304,6 +308,7 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
             raise Stopped(f"stopped while estimating; go on with: torchrun train.py --resume {run.folder}") from None
         for problem, group in zip(part, attempts, strict=True):
             rewards = tuple(attempt.grade.correct for attempt in group)
+            tokens += sum(len(attempt.rollout.tokens) for attempt in group)
             known.append(Visit(problem.id, index + BEFORE_STAGE, run.state.step, rewards))
         if run.device.is_main:
             known.save(path)
@@ -313,7 +318,8 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
         for visit in known.visits(problem.id):
             run.state.history.append(visit)
     filtered = filter_mirrored_j(problems, run.state.history, stage.drop_at, group_size=stage.group_size)
-    report_filter(run, index, f"before stage {index}", f"pass rate below {stage.drop_at:g}", filtered)
+    counted = tokens if len(missing) == len(problems) else None  # an earlier launch has made some of them
+    report_filter(run, index, f"before stage {index}", f"pass rate below {stage.drop_at:g}", filtered, counted)
     require_batch(filtered, stage.batch_problems)
     rates = [run.state.history.estimate(problem.id) for problem in filtered.kept]
     share = zero_variance_share(rates, stage.group_size)
@@ -335,12 +341,15 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
     if not state.probe_ids:
         probe = DataOrder(problems, min(search.problems, len(problems)), run.recipe.seed, index).batch(0)
         state.probe_ids, state.probe_tokens = [problem.id for problem in probe], stage.max_response_tokens
-    probe = probe_problems(run)
+    probe, tokens = probe_problems(run), 0
 
     def answer(problems: list[Problem], temperature: float) -> list[list[Response]]:
+        nonlocal tokens
         sampling = training_sampling(run, stage, temperature, draw=SEARCH_DRAW)
         sampling = replace(sampling, max_new_tokens=state.probe_tokens)
-        return respond(run.respondent, "temperature", problems, search.samples, sampling)
+        groups = respond(run.respondent, "temperature", problems, search.samples, sampling)
+        tokens += sum(response.tokens for group in groups for response in group)
+        return groups
 
     start, target = run_temperature(run, stage), state.diversity if stage.temperature == "match" else None
     if target is None:
@@ -357,6 +366,7 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
     )
     row = {"kind": "temperature", "step": state.step, "stage": index, "label": f"before stage {index}"}
     row |= {"target_distinct4": target, "chosen": state.temperature, "curve": [point.row() for point in curve]}
+    row |= {"tokens": tokens}
     run.metrics.write(row)
 
 
@@ -380,12 +390,12 @@ def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
         require_batch(filtered, later[0].batch_problems)
 
 
-def report_filter(run: Run, index: int, label: str, rule: str, filtered: Filtered) -> None:
-    """Show a filter's two histograms, and keep them for the report."""
+def report_filter(run: Run, index: int, label: str, rule: str, filtered: Filtered, tokens: int | None = 0) -> None:
+    """Show a filter's two histograms, and keep them for the report; `tokens` were generated to know the rates."""
     run.device.say(f"{label}: kept {len(filtered.kept):,}, dropped {len(filtered.dropped):,} (rule: {rule})")
     run.device.say(draw_histogram(filtered.before, filtered.after))
     row = {"kind": "filter", "step": run.state.step, "stage": index, "label": label, "rule": rule}
-    row |= {"before": filtered.before, "after": filtered.after}
+    row |= {"before": filtered.before, "after": filtered.after, "tokens": tokens}
     run.metrics.write(row | {"kept": len(filtered.kept), "dropped": len(filtered.dropped)})
 
 
@@ -486,7 +496,7 @@ def end_step(run: Run, index: int, stage: SftStage | RlStage, row: dict, optimiz
     row = {"kind": row["kind"], "step": state.step, "stage": index} | row
     run.metrics.write(row)
     state.metrics_position = list(run.metrics.position)
-    left = stage.steps - state.stage_step
+    left = steps_left(stage, state)
     per_step = (time.perf_counter() - run.stage_began) / (state.stage_step - run.stage_first_step)
     run.device.say(console_line(row, sum(s.steps for s in run.recipe.stage), per_step * left))
     if row["nonfinite"]:
@@ -495,6 +505,15 @@ def end_step(run: Run, index: int, stage: SftStage | RlStage, row: dict, optimiz
         save_and_stop(run, optimizer)
     if left == 0 or state.stage_step % settings.checkpoint_every_steps == 0:
         save_checkpoint(run.folder, run.model, optimizer, state, run.device, settings.checkpoints_kept)
+
+
+def steps_left(stage: SftStage | RlStage, state: RunState) -> int:
+    """Steps until the stage ends, by number or, at the length of its rollouts so far, by their tokens; 0 at its end."""
+    left = stage.steps - state.stage_step
+    if isinstance(stage, RlStage) and stage.generated_tokens and state.stage_tokens:
+        tokens_left = max(0, stage.generated_tokens - state.stage_tokens)
+        left = min(left, math.ceil(tokens_left * state.stage_step / state.stage_tokens))
+    return max(0, left)
 
 
 def save_and_stop(run: Run, optimizer: torch.optim.Optimizer) -> NoReturn:

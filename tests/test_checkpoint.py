@@ -47,8 +47,8 @@ def tensors(model, optimizer):
 
 def state_of(step):
     state = RunState(
-        step=step, stage=2, stage_step=4, prepared=True, position=96, problem_ids=["a/1", "b/é"], temperature=1.15,
-        diversity=0.625,
+        step=step, stage=2, stage_step=4, stage_tokens=99, prepared=True, position=96, problem_ids=["a/1", "b/é"],
+        temperature=1.15, diversity=0.625,
     )  # fmt: skip
     state.history.append(Visit("a/1", 1, 3, (1.0, 0.0, 0.5)))
     state.history.append(Visit("a/1", 2, 6, (0.0, 0.0)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,43 @@ learning_rate = 1e-3
             assert one[key] == pytest.approx(two[key], abs=1e-9), key
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
+
+
+def test_a_stage_ends_with_its_budget_of_tokens_however_it_was_interrupted(finished, tmp_path):
+    folder, recipe = finished[0], tmp_path / "budget.toml"
+    stage = "steps = 40\ngenerated_tokens = 2500\nbatch_problems = 8\nmax_prompt_tokens = 64\nmax_response_tokens = 48"
+    stage = f'[[stage]]\nkind = "rl"\ntemperature = 1.0\nfilter_before = true\n{stage}\n'
+    recipe.write_text(
+        f"""name = "budget"
+model = "{folder / "stage-0"}"
+instruction = ""
+sampler = {{ rows = 64, page_tokens = 128, cache_tokens = 10000 }}
+run = {{ checkpoint_every_steps = 1, checkpoints_kept = 99 }}
+search = {{ problems = 8, samples = 2 }}
+{stage}data = "{folder / "world" / "train.jsonl"}"
+{stage}"""
+    )
+    done = run([*command(None), str(recipe), "--out", str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = [row for row in metrics(tmp_path / "budget") if row["kind"] == "rl"]
+    for stage in (0, 1):
+        tokens = [row["tokens"] for row in whole if row["stage"] == stage]
+        assert 2 <= len(tokens) < 40 and sum(tokens[:-1]) < 2500 <= sum(tokens)
+    # what estimates and searches generated is told apart: 8 rollouts of each problem, 2 of each probe, two tokens least
+    rows = metrics(tmp_path / "budget")
+    spent = [row["tokens"] for row in rows if row["kind"] == "filter" and row["label"].startswith("before")]
+    assert len(spent) == 2 and all(2 * 8 * 16 < tokens < 48 * 8 * 32 for tokens in spent)
+    assert all(2 * 16 <= row["tokens"] <= 48 * 16 for row in rows if row["kind"] == "temperature")
+    # from the first step of the second stage, whose tokens the checkpoint holds
+    first = next(row["step"] for row in whole if row["stage"] == 1)
+    for path in (tmp_path / "budget" / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > first:
+            shutil.rmtree(path)
+    again = run(command(None, "--resume", str(tmp_path / "budget")))
+    assert again.returncode == 0 and f"after step {first}" in again.stdout, again.stderr[-3000:]
+    assert [row["tokens"] for row in metrics(tmp_path / "budget") if row["kind"] == "rl"] == [
+        r["tokens"] for r in whole
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- bad input

@@ -1,0 +1,113 @@
+"""Does YaRN help beyond the trained window? The same problems, later and later in a longer text.
+
+    python bench/extrapolation.py runs/tiny                      # a finished run of recipes/tiny.toml
+    python bench/extrapolation.py runs/tiny --window 128 --ratios 1 1.5 2
+
+Difficulty must not grow with length, or a floor hides the effect. So the sums stay the same (the run's world/
+beyond-window set without its filler), and only the filler before each changes, one token at a time, until prompt and
+right response end at RATIO x the trained window. Each ratio is answered without scaling, with YaRN and its attention
+temperature (0.1 ln s + 1, arXiv 2309.00071) and with YaRN alone, as the recipe has it; s is the ratio. Where nothing
+has to be extended, s is 1.5 all the same: that shows what scaling costs inside the window.
+
+avg@8 with 95% intervals, problems being the sampling unit. The figures also go to RUN/extrapolation.json.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import device as devices  # noqa: E402
+from arithmetic import FILLER  # noqa: E402
+from attempts import Respondent, encode, load_tokenizer, stop_tokens  # noqa: E402
+from eval import evaluate  # noqa: E402
+from model import ModelConfig, extend_window, load  # noqa: E402
+from problems import Problem, read_problems  # noqa: E402
+from recipe import load_recipe  # noqa: E402
+from report import write_atomically  # noqa: E402
+from reward import Grader  # noqa: E402
+from rollout import CacheLimits, Sampling  # noqa: E402
+from train import EVALUATION_DRAW  # noqa: E402
+
+WINDOW, RATIOS = 128, (0.75, 1.0, 1.25, 1.5, 2.0)  # tokens; at 0.75 the end lies where training had been
+INSIDE_FACTOR, SAMPLES, ROWS, SPARE_ROWS = 1.5, 8, 256, 64
+SETTINGS = ("no scaling", "YaRN, attention temperature", "YaRN alone")
+
+
+def lengthen(problem: Problem, respondent: Respondent, end: int) -> Problem:
+    """The same sum behind as much filler as lets prompt and right response end at token `end`, not before its own."""
+    bare = replace(problem, text=problem.text.replace(FILLER, ""))
+    own = len(respondent.prompt(bare, 1).tokens) + len(encode(respondent.tokenizer, problem.solution)) + 1  # the stop
+    return replace(bare, text=FILLER * max(0, end - own) + bare.text)
+
+
+def scaled(config: ModelConfig, setting: str, ratio: float, window: int, longest: int) -> ModelConfig:
+    """The config of a setting at a ratio, with room for `longest` tokens: only frequencies and their factor differ."""
+    if setting != SETTINGS[0]:
+        factor = ratio if ratio > 1 else INSIDE_FACTOR
+        config = extend_window(config, factor, window, 0.1 * math.log(factor) + 1 if setting == SETTINGS[1] else 1.0)
+    return replace(config, max_position_embeddings=longest)
+
+
+def measure(folder: Path, window: int, ratios: list[float]) -> list[dict]:
+    """One row for each ratio and setting."""
+    recipe, here = load_recipe(folder / "recipe.toml"), devices.start()
+    trained = folder / f"stage-{len(recipe.stage) - 1}"
+    held_out = folder / recipe.eval.data if recipe.eval.data.startswith("world/") else Path(recipe.eval.data)
+    problems = read_problems(held_out.with_name("beyond-window.jsonl"))
+    model = load(trained, here.device, here.compute_dtype)
+    plain, tokenizer = model.config, load_tokenizer(trained, model)
+    stops, rows = stop_tokens(tokenizer, model, trained), []
+    sampling = Sampling(1.0, recipe.eval.max_response_tokens, stops, recipe.seed, EVALUATION_DRAW)
+    with Grader(1, thinking=recipe.thinking) as grader:
+        for ratio in ratios:
+            respondent = Respondent(model, tokenizer, stops, None, grader, here, recipe.instruction)
+            later = [lengthen(problem, respondent, round(ratio * window)) for problem in problems]
+            longest = max(len(respondent.prompt(problem, 1).tokens) for problem in later) + sampling.max_new_tokens
+            respondent.limits = CacheLimits((ROWS + SPARE_ROWS) * longest, longest, ROWS)
+            for setting in SETTINGS:
+                model.config = scaled(plain, setting, ratio, window, longest)
+                model.set_rope(model.config.rope)
+                found, _ = evaluate(respondent, setting, later, SAMPLES, sampling, f"{ratio:g}x, {setting}")
+                row = {"ratio": ratio, "setting": setting} | {k: getattr(found, k) for k in ("avg", "low", "high")}
+                rows.append(row | {"length_mean": found.length_mean, "truncated_share": found.truncated_share})
+                print(f"{ratio:g}x, {setting}: {cell(rows[-1])}", flush=True)
+    devices.stop()
+    return rows
+
+
+def cell(row: dict) -> str:
+    """Accuracy in percent with its interval."""
+    return f"{100 * row['avg']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+
+
+def table(rows: list[dict], window: int) -> str:
+    """Settings down, lengths across, as Markdown."""
+    ratios = list(dict.fromkeys(row["ratio"] for row in rows))
+    cells = {(row["ratio"], row["setting"]): cell(row) for row in rows}
+    lines = [["avg@8, ending at", *(f"{ratio:g}x = {ratio * window:.0f} tokens" for ratio in ratios)]]
+    lines += [["---"] * len(lines[0]), *([name, *(cells[ratio, name] for ratio in ratios)] for name in SETTINGS)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Measure one run, print its table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder of a finished run in the laptop world")
+    parser.add_argument("--window", type=int, default=WINDOW, help="the trained window, in tokens")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
+    arguments = parser.parse_args()
+    rows = measure(arguments.run, arguments.window, arguments.ratios)
+    text = json.dumps({"run": arguments.run.name, "window": arguments.window, "rows": rows})
+    write_atomically(arguments.run / "extrapolation.json", [text.encode()])
+    print(table(rows, arguments.window))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
