@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import re
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -58,7 +59,7 @@ class Machine:
     name: str = ""
     tflops: float = 0.0  # bfloat16 products summed in float32, without sparsity
     bandwidth_gbs: float = 0.0  # of the card's memory, in 10^9 bytes
-    price_per_hour: float = 0.0  # of one card
+    price_per_hour: float = 0.0  # of one card, in dollars
     utilisation: float = 0.4  # the share of both rates that is reached
     response_tokens: int = 0  # the mean; 0: RESPONSE_SHARE of the limit
 
@@ -644,18 +645,17 @@ def days(config: ModelConfig, recipe: Recipe, machine: Machine) -> float:
 def smaller(recipe: Recipe, batch: int = 1, length: int = 1, known: bool = False) -> Recipe:
     """The recipe with batches, and all responses, so many times smaller; known: no pass rates are estimated."""
 
-    def shorter(settings, **others):
-        return replace(settings, max_response_tokens=settings.max_response_tokens // length, **others)
+    def cut(settings: typing.Any) -> typing.Any:
+        settings = replace(settings, max_response_tokens=max(1, settings.max_response_tokens // length))
+        if isinstance(settings, RlStage):
+            filtered = settings.filter_before and not known
+            settings = replace(
+                settings, batch_problems=max(1, settings.batch_problems // batch), filter_before=filtered
+            )
+        return settings
 
-    stages = [
-        stage
-        if isinstance(stage, SftStage)
-        else shorter(
-            stage, batch_problems=stage.batch_problems // batch, filter_before=stage.filter_before and not known
-        )
-        for stage in recipe.stage
-    ]
-    return replace(recipe, stage=tuple(stages), eval=shorter(recipe.eval), final=shorter(recipe.final))
+    stages = tuple(cut(stage) if isinstance(stage, RlStage) else stage for stage in recipe.stage)
+    return replace(recipe, stage=stages, eval=cut(recipe.eval), final=cut(recipe.final))
 
 
 def ways_out(config: ModelConfig, recipe: Recipe, machine: Machine) -> Iterator[tuple[str, str, float]]:
@@ -668,25 +668,24 @@ def ways_out(config: ModelConfig, recipe: Recipe, machine: Machine) -> Iterator[
     cards = [n for k in range(1, 12) if (n := machine.gpus * 2**k) <= batch]
     models = {name: find_config(name)[0] for name in PUBLISHED}
     models = {name: model for name, model in models.items() if model_parameters(model) < model_parameters(config)}
-    cuts = sorted(product(PARTS, repeat=2), key=lambda cut: (cut[0] * cut[1], cut[0]))
+    parts = [n for n in PARTS if n <= min(batch, limit)]
 
-    def both(model: ModelConfig) -> list[tuple[str, ModelConfig, Recipe, Machine]]:
-        words = [f"batch_problems={batch // b}, responses of at most {limit // n:,} tokens" for b, n in cuts]
+    def together(model: ModelConfig) -> list[tuple[str, ModelConfig, Recipe, Machine]]:
+        cuts = sorted(product(parts, repeat=2), key=lambda cut: (cut[0] * cut[1], cut[0]))
+        words = [f"batch_problems={batch // b}, at most {limit // n:,} tokens" for b, n in cuts]
         return [(w, model, smaller(recipe, b, n, known=True), machine) for w, (b, n) in zip(words, cuts, strict=True)]
 
-    kinds = {
+    kinds = {  # what is tried: words, and the plan
         "more cards": [(f"--gpus {n}", config, recipe, replace(machine, gpus=n)) for n in cards],
-        "smaller batches": [
-            (f"batch_problems={batch // n}", config, smaller(recipe, batch=n), machine) for n in PARTS[1:]
-        ],
+        "smaller batches": [(f"batch_problems={batch // n}", config, smaller(recipe, n), machine) for n in parts[1:]],
         "shorter responses": [
-            (f"at most {limit // n:,} tokens", config, smaller(recipe, length=n), machine) for n in PARTS[1:]
+            (f"at most {limit // n:,} tokens", config, smaller(recipe, 1, n), machine) for n in parts[1:]
         ],
         "a smaller model": [(name, model, recipe, machine) for name, model in reversed(models.items())],
-        "pass rates known beforehand": both(config),
+        "pass rates known beforehand": together(config),
     }
-    for name, model in list(models.items())[:1]:
-        kinds[f"{name}, pass rates known beforehand"] = both(model)
+    for name, model in list(models.items())[:1]:  # the smallest
+        kinds[f"{name}, pass rates known beforehand"] = together(model)
     for kind, tried in kinds.items():
         best = ("", math.inf)
         for words, *plan in tried:
@@ -786,7 +785,7 @@ def show_cost(config: ModelConfig, recipe: Recipe, machine: Machine) -> None:
     if not machine.timed:
         return
     cards = f"{machine.gpus} card{'s' * (machine.gpus > 1)}"
-    cost = f"{hours * machine.gpus * machine.price_per_hour:,.0f} at {machine.price_per_hour:g} an hour and card"
+    cost = f"${hours * machine.gpus * machine.price_per_hour:,.0f} at ${machine.price_per_hour:g} an hour and card"
     cost = cost if machine.price_per_hour else "the cost wants --price-per-hour"
     print(f"  {hours:,.0f} hours ({hours / 24:,.1f} days) on {cards}; {cost}")
     if hours / 24 > PATIENCE_DAYS and any(isinstance(stage, RlStage) for stage in recipe.stage):
@@ -807,7 +806,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpus", type=int, default=1, metavar="N", help="cards, a process on each")
     group.add_argument("--tflops", type=float, help="of one card, bfloat16 without sparsity; default: the known card's")
     group.add_argument("--bandwidth-gbs", type=float, help="of its memory, in GB/s; default: the known card's")
-    group.add_argument("--price-per-hour", type=float, help="of one card; default: about what the known one rents for")
+    group.add_argument(
+        "--price-per-hour", type=float, help="of one card, in dollars; default: about what the known one rents for"
+    )
     group.add_argument("--utilisation", type=float, default=0.4, help="share of both rates reached (default 0.4)")
     group.add_argument(
         "--response-tokens",

@@ -182,8 +182,11 @@ def test_a_small_cache_holds_few_rows_and_the_longest_response_cannot_be_hastene
         return plan.sampling_work(config, changed, 128, 8, 1024, 39_936, machine(80.0, gpus)).seconds / 3600
 
     assert hours(1, 60_000) > 1.5 * hours(1, 300_000) > 1.5 * hours(1, 1_000_000)
-    weights = 2 * (4.02e9 - 36 * 5376)  # bytes, without the norms
-    assert hours(128, 300_000) > 39_936 * weights / (0.4 * 3350e9) / 3600 > hours(16, 300_000) / 10
+    # 8 responses to a card at once, 39,936 steps for the one that goes to the limit: weights and rows, in bytes
+    weights = 2 * (36 * (2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728) + 151_936 * 2560)
+    mean, context = 0.4 * 39_936, 1024 + 0.4 / 1.4 * 39_936
+    read = 39_936 * weights + 8 * mean * context * 147_456
+    assert hours(128, 300_000) == pytest.approx(read / (0.4 * 3350e9) / 3600, rel=1e-3)
 
 
 def test_the_published_cost_of_the_4b_is_met():
@@ -230,6 +233,15 @@ def test_the_4b_on_one_card_of_24_gb_is_called_impractical_and_every_way_out_is_
     assert plan.days(config, load_recipe(LORA_24GB, cut), machine()) == pytest.approx(float(took), abs=0.05)
 
 
+def test_the_least_of_a_way_out_that_does_is_named(capsys):
+    _, text = lines(capsys, ROOT / "recipes" / "polaris-4b.toml", memory=80.0, processes=8)
+    recipe = load_recipe(ROOT / "recipes" / "polaris-4b.toml")
+    config, _ = plan.find_config(recipe.model)
+    assert "    more cards: --gpus 16, " in text and "    smaller batches: batch_problems=32, " in text
+    at = {batch: plan.days(config, plan.smaller(recipe, batch=128 // batch), machine(80.0, 8)) for batch in (64, 32)}
+    assert at[64] > plan.PATIENCE_DAYS >= at[32]
+
+
 RESPONSES = {"stage.0": 39_936, "stage.1": 48_128, "stage.2": 52_224, "eval": 52_224, "final": 61_440}
 
 
@@ -252,7 +264,7 @@ def test_short_responses_fit_a_cache_whose_prefill_grows_as_it_shrinks():
 
 def test_hours_and_cost_follow_the_options(capsys):
     consumer = ROOT / "recipes" / "consumer-24gb.toml"
-    total = r"  ([\d,]+) hours \(([\d.]+) days\) on 1 card; ([\d,]+) at 0.4 an hour and card"
+    total = r"  ([\d,]+) hours \(([\d.]+) days\) on 1 card; \$([\d,]+) at \$0.4 an hour and card"
     hours, days, cost = (float(x.replace(",", "")) for x in re.search(total, lines(capsys, consumer)[1]).groups())
     assert days == pytest.approx(hours / 24, abs=0.1) and cost == pytest.approx(0.4 * hours, abs=0.6)
     longer = re.search(total, lines(capsys, consumer, response_tokens=8000)[1])
@@ -270,6 +282,13 @@ def test_problems_are_counted_where_the_file_is_and_named_where_not(capsys, tmp_
     _, text = lines(capsys, consumer, [f"stage.0.data={tmp_path / 'own.jsonl'}", "eval.data=somebody/some-set"])
     assert "pass rates of 2 problems" in text
     assert "not counted: what is sampled of somebody/some-set" in text and "evaluation, around" not in text
+    recipe = load_recipe(consumer)
+    for first, asked in ((0, 30), (10, 10), (99, 30)):  # of AIME24
+        found = plan.jobs(
+            plan.find_config(recipe.model)[0], replace(recipe, eval=replace(recipe.eval, problems=first)), machine()
+        )
+        held_out = next(job for job in found if job.what.startswith("evaluation, around"))
+        assert held_out.sampling.tokens == pytest.approx(asked * 8 * 0.4 * 16_384)
 
 
 def test_the_options_describe_a_machine():
