@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 train.py recipes/polaris-4b.toml
     python train.py recipes/tiny.toml --set stage.1.temperature=1.1
     torchrun train.py --resume runs/tiny                         # go on where a run stopped
-    python train.py recipes/polaris-4b.toml --plan --memory-gib 80 --processes 8    # will it fit?
+    python train.py recipes/polaris-4b.toml --plan --device 80GB --gpus 8    # will it fit, what does it cost?
 
 A recipe is a list of stages. An `sft` stage imitates worked solutions. An `rl` stage learns from the answer alone:
 
@@ -82,7 +82,7 @@ from model import (
 )
 from optimizer import HostAdamW
 from page import write_report
-from plan import show_plan
+from plan import add_plan_options, read_machine, show_plan
 from problems import DATA_FILES, DataError, Problem, existing_file, has_chats, read_chats, read_problems
 from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
 from report import Metrics, console_line
@@ -857,16 +857,13 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="the folder of a run to go on with")
-    parser.add_argument("--plan", action="store_true", help="say what memory the recipe needs, and run nothing")
-    parser.add_argument("--memory-gib", type=float, default=24.0, metavar="GIB", help="of one device, for --plan")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="one per device, for --plan")
+    parser.add_argument("--plan", action="store_true", help="say what memory, time and money it takes, and run nothing")
+    add_plan_options(parser)
     arguments = parser.parse_args()
     run, status = None, 0
     try:
         if arguments.plan:
-            sys.exit(
-                not show_plan(load_recipe(arguments.recipe, arguments.set), arguments.memory_gib, arguments.processes)
-            )
+            sys.exit(not show_plan(load_recipe(arguments.recipe, arguments.set), read_machine(arguments)))
         run = start_run(arguments, devices.start())
         train(run)
         run.metrics.close()
