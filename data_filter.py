@@ -559,7 +559,8 @@ def drop_command(arguments: argparse.Namespace) -> None:
     stage = stages[index]
     above = stage.drop_above if arguments.above is None else arguments.above
     window = arguments.window or stage.drop_window
-    print(f"{run}, after stage {index}: dropping accuracy above {above:g} by the visits of {window}")
+    visits = "that stage" if window == "stage" else "all stages"
+    print(f"{run}, after stage {index}: dropping accuracy above {above:g} by the visits of {visits}")
     filtered = drop_easy(problems, state.history, index, above, window, stage.group_size)
     write_filtered(arguments, filtered, stage.group_size)
 

@@ -314,7 +314,7 @@ def test_drop_takes_the_last_stage_that_ended_and_the_runs_own_rule(command, run
     command("drop", *run, tmp_path / "out.jsonl")
     assert kept(tmp_path / "out.jsonl") == [3, 4, 5]  # above 0.7 by the visits of stage 1, or the estimate before it
     printed = capsys.readouterr().out
-    assert "after stage 1: dropping accuracy above 0.7 by the visits of stage" in printed
+    assert "after stage 1: dropping accuracy above 0.7 by the visits of that stage" in printed
     assert "kept 3, dropped 3 of 6 problems (1 of the kept were never visited)" in printed
     assert (tmp_path / "out.png").exists() and re.search(r"^all +5 +2$", (tmp_path / "out.txt").read_text(), re.M)
 
