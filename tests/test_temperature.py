@@ -164,12 +164,12 @@ def test_a_few_unlucky_rollouts_are_no_collapse():
     """8 problems of 2 rollouts: 3 right of 16, then 1; a model that never solves any has nothing to lose."""
 
     def point(right):
-        accuracies = tuple(right / 2 for right in right)
+        accuracies = tuple(count / 2 for count in right)
         return TemperaturePoint(1.0, float(np.mean(accuracies)), 0.5, len(accuracies), accuracies=accuracies)
 
     first, unlucky = point([1, 1, 1, 0, 0, 0, 0, 0]), point([0, 0, 1, 0, 0, 0, 0, 0])
     assert not has_collapsed(unlucky, first) and not has_collapsed(point([0] * 8), point([0] * 8))
-    # by hand: differences of -0.375 (all 64) and 0; 64 equal values leave 3/64, so -0.375 + 0.047 is below 0
+    # by hand: 0 - 0.75 x 0.5 = -0.375 on all 64, and 64 equal values leave 3/64 open: surely below 0
     assert has_collapsed(point([0] * 64), point([1] * 64)) and not has_collapsed(first, first)
     assert not has_collapsed(point([0] * 4), point([1] * 4))  # 4 equal values leave 3/4
 
