@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

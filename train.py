@@ -40,18 +40,20 @@ from arithmetic import write_world
 from attempts import Attempt, AttemptStats, GraderError, Respondent, encode, encode_chat, load_tokenizer, stop_tokens
 from checkpoint import CheckpointError, RunState, load_weights_and_optimizer, read_state, save_checkpoint
 from data_filter import (
+    BEFORE_STAGE,
+    ESTIMATE_DRAW,
     DataOrder,
     Filtered,
-    History,
     Visit,
     draw_histogram,
     drop_easy,
+    estimate,
     filter_mirrored_j,
     require_batch,
     zero_variance_share,
 )
 from device import Device, Interrupted, StopRequest
-from eval import evaluate, print_evaluation
+from eval import evaluate, fingerprint, print_evaluation
 from grpo import (
     Group,
     PolicyLoss,
@@ -93,9 +95,7 @@ from scores import Evaluation, Response
 from temperature import match_diversity, measure_temperature
 
 # samples drawn for a purpose other than a training step are counted from a place of their own
-EVALUATION_DRAW, ESTIMATE_DRAW, SEARCH_DRAW = -1, -2, -3
-ESTIMATE_SLICE = 512  # problems whose pass rates are estimated, and saved, at a time
-BEFORE_STAGE = -0.5  # an estimate before stage k is filed between the visits of stages k - 1 and k
+EVALUATION_DRAW, SEARCH_DRAW = -1, -3
 # what a person can put right: one sentence, no traceback
 EXPECTED_ERRORS = (
     RecipeError,
@@ -293,36 +293,22 @@ def stage_problems(run: Run, index: int, stage: RlStage) -> list[Problem]:
 def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Problem]) -> list[Problem]:
     """Pass rates of the model about to be trained, 8 rollouts each; the always solved are dropped.
 
-    Estimates are kept slice by slice in pass-rates-INDEX.jsonl, and an interrupted run goes on with the next slice.
+    Estimates are kept in pass-rates-INDEX.jsonl, and an interrupted run goes on from there.
     """
     path = run.folder / f"pass-rates-{index}.jsonl"
-    known: History = run.device.share(History.load(path) if run.device.is_main and path.exists() else History())
     sampling = training_sampling(run, stage, run_temperature(run, stage), draw=ESTIMATE_DRAW)
-    missing = [problem for problem in problems if not known.visits(problem.id)]
-    tokens = 0
-    for start in range(0, len(missing), ESTIMATE_SLICE):
-        part = missing[start : start + ESTIMATE_SLICE]
-        try:
-            attempts, _ = run.respondent.attempt(part, stage.group_size, sampling, label="pass rates")
-        except Interrupted:
-            raise Stopped(f"stopped while estimating; go on with: torchrun train.py --resume {run.folder}") from None
-        for problem, group in zip(part, attempts, strict=True):
-            rewards = tuple(attempt.grade.correct for attempt in group)
-            tokens += sum(len(attempt.rollout.tokens) for attempt in group)
-            known.append(Visit(problem.id, index + BEFORE_STAGE, run.state.step, rewards))
-        if run.device.is_main:
-            known.save(path)
-        done = len(problems) - len(missing) + start + len(part)
-        run.device.say(f"pass rates: {done:,}/{len(problems):,} problems")
+    trained = run.folder / f"stage-{index - 1}" if index else run.model_folder  # the model in hand, as files
+    weights = run.device.share(fingerprint(trained) if run.device.is_main else None)
+    visits = (index + BEFORE_STAGE, run.state.step)
+    known = estimate(run.respondent, problems, stage.group_size, sampling, path, weights, *visits)
     for problem in problems:
         for visit in known.visits(problem.id):
             run.state.history.append(visit)
     filtered = filter_mirrored_j(problems, run.state.history, stage.drop_at, group_size=stage.group_size)
-    counted = tokens if len(missing) == len(problems) else None  # an earlier launch has made some of them
-    report_filter(run, index, f"before stage {index}", f"pass rate below {stage.drop_at:g}", filtered, counted)
+    tokens = sum(visit.tokens for problem in problems for visit in known.visits(problem.id))
+    report_filter(run, index, f"before stage {index}", f"pass rate below {stage.drop_at:g}", filtered, tokens)
     require_batch(filtered, stage.batch_problems)
-    rates = [run.state.history.estimate(problem.id) for problem in filtered.kept]
-    share = zero_variance_share(rates, stage.group_size)
+    share = zero_variance_share(filtered.known_rates(filtered.kept), stage.group_size)
     run.device.say(f"expected share of groups without a signal: {share:.0%}")
     return filtered.kept
 
@@ -390,7 +376,7 @@ def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
         require_batch(filtered, later[0].batch_problems)
 
 
-def report_filter(run: Run, index: int, label: str, rule: str, filtered: Filtered, tokens: int | None = 0) -> None:
+def report_filter(run: Run, index: int, label: str, rule: str, filtered: Filtered, tokens: int = 0) -> None:
     """Show a filter's two histograms, and keep them for the report; `tokens` were generated to know the rates."""
     run.device.say(f"{label}: kept {len(filtered.kept):,}, dropped {len(filtered.dropped):,} (rule: {rule})")
     run.device.say(draw_histogram(filtered.before, filtered.after))
@@ -421,7 +407,8 @@ def record_visits(run: Run, index: int, groups: list[Group]) -> None:
     """Every problem's pass rate follows the training, from the original rewards."""
     for group in groups:
         solved = tuple(float(right) for right in group.correct)
-        run.state.history.append(Visit(group.problem.id, index, run.state.step, solved))
+        tokens = sum(len(rollout.tokens) for rollout in group.rollouts)
+        run.state.history.append(Visit(group.problem.id, index, run.state.step, solved, tokens))
 
 
 def describe(groups: list[Group], attempts: list[list[Attempt]], work: AttemptStats) -> dict:
@@ -871,7 +858,7 @@ def main() -> None:
             print(f"report in {write_report(run.folder)}")
     except Stopped as stopped:
         run.device.say(stopped)
-    except Interrupted:  # between stages: what the last checkpoint holds is all there is
+    except Interrupted:  # between stages: the last checkpoint and the estimated pass rates are all there is
         run.device.say(f"stopped; go on with: torchrun train.py --resume {run.folder}")
     except EXPECTED_ERRORS as error:
         # memory may run out in one process alone: then it is the one to say so

@@ -8,10 +8,6 @@ from pathlib import Path
 import pytest
 
 import problems
-from data_filter import (
-    History,
-    Visit,
-)
 from problems import INSTRUCTION, DataError, Problem, contaminated, prompt_text, read_problems, write_problems
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -29,17 +25,6 @@ def good(n):
 
 def problem(id, text="", answers=("1",)):
     return Problem(id, text or f"What is {id}?", answers)
-
-
-def history_of(*visits):
-    history = History()
-    for problem_id, stage, step, rewards in visits:
-        history.append(Visit(problem_id, stage, step, tuple(rewards)))
-    return history
-
-
-def solved(k, of=8):
-    return (1.0,) * k + (0.0,) * (of - k)
 
 
 # ---- schemas -------------------------------------------------------------------------------------
@@ -71,11 +56,9 @@ def test_verl_ground_truths_are_strings_floats_or_lists_with_stray_newlines(tmp_
 
 
 def test_verl_parquet_reads_as_json_does(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [verl("a?", ["1\n", "2"], {"index": 7})]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
     assert read_problems(tmp_path / "set.parquet") == read_problems(write_rows(tmp_path / "set.jsonl", rows))
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data_filter
+import eval as evaluation
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +209,24 @@ search = {{ problems = 8, samples = 2 }}
     assert [row["tokens"] for row in metrics(tmp_path / "budget") if row["kind"] == "rl"] == [
         r["tokens"] for r in whole
     ]
+
+
+def test_the_tools_filter_and_drop_as_the_run_did(finished, tmp_path, monkeypatch):
+    folder = finished[0]
+    filters = {row["label"]: row for row in metrics(folder) if row["kind"] == "filter"}
+    data = folder / "world" / "train.jsonl"
+    for words, label, option in (
+        (["filter", folder / "pass-rates-1.jsonl"], "before stage 1", []),
+        (["drop", folder], "after stage 1", ["--stage", "1"]),
+        (["drop", folder], "after stage 3", []),
+    ):
+        out = tmp_path / f"{label.replace(' ', '-')}.jsonl"
+        monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, [*words, data, out]), *option])
+        data_filter.main()
+        # the run dropped from what the filter before it had left, the tool from all
+        assert len(out.read_text().splitlines()) == filters[label]["kept"], label
+    first = json.loads((folder / "pass-rates-1.jsonl").read_text().splitlines()[0])["settings"]
+    assert first["weights"] == evaluation.fingerprint(folder / "stage-0") and first["n"] == 8
 
 
 # -------------------------------------------------------------------------------------------------- bad input
