@@ -204,6 +204,7 @@ def token_batch(logprobs, old, advantages):
         torch.tensor(old),
         torch.ones(size),
         torch.zeros(size, dtype=bool),
+        torch.arange(size),
     )
 
 
