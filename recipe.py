@@ -346,7 +346,7 @@ def _check_variant(stage: RlStage, where: str) -> None:
     variant = stage.variant
     for name, known in {"loss": ("polaris", "gspo", "cispo"), "average": ("tokens", "sequences", "constant")}.items():
         value = getattr(variant, name)
-        if value not in (*known, VariantSettings.average):
+        if value not in (*known, getattr(VariantSettings, name)):
             nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
             raise RecipeError(f"unknown {where}.variant.{name} {value!r}: {hint}")
