@@ -321,6 +321,17 @@ def test_a_stage_runs_with_it(monkeypatch, settings, made, learned):
         assert row["zero_variance"] == 1 and row["substituted"] == 0
 
 
+def test_punished_rewards_are_learned_from_and_nowhere_else(monkeypatch):
+    # the group in which nothing is right has a signal now; what was counted, remembered and recorded has not moved
+    [row], updates, run = run_stage(monkeypatch, SCRIPT[:1], variant=VariantSettings(punish_last_tokens=9))
+    assert (row["zero_variance"], row["solve_none"], row["substituted"]) == (1, 1, 0)
+    assert {reward for _, reward in run.state.sinks.held.values()} == {1.0}
+    assert run.state.history.visits("b")[0].rewards == (0, 0, 0, 0)
+    failed = [s for _, sequences in updates for s in sequences if s.tokens[1] == 2]
+    by_length = sorted(failed, key=lambda s: s.response_length)
+    assert by_length[0].advantage > 0 > by_length[-1].advantage
+
+
 def test_a_batch_of_which_nothing_is_left_is_skipped_and_counted(monkeypatch):
     script = [{name: [0, 0, 0, 0] for name in "abcd"}]
     variant = VariantSettings(drop_zero_variance=True)
