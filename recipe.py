@@ -124,6 +124,23 @@ class SftStage:
 
 
 @dataclass(frozen=True)
+class VariantSettings:
+    """What else the field does, one at a time or together; the defaults are POLARIS. Sources are in variants.py."""
+
+    loss: str = "polaris"  # the ratio clipped by token; "gspo": by response; "cispo": as a weight
+    gspo_clip_low: float = 3e-4
+    gspo_clip_high: float = 4e-4
+    cispo_cap: float = 5.0  # the largest ratio, 1 + epsilon
+    divide_by_std: bool = True  # false: an advantage is reward - mean (Dr. GRPO)
+    average: str = ""  # over "tokens" or "sequences", or by a "constant" (Dr. GRPO); empty: as the loss's paper has it
+    drop_zero_variance: bool = False  # groups of equal rewards are left out; `substitute` must be false
+    drop_truncated: bool = False  # overlong filtering: responses cut at the limit are not learned from
+    punish_last_tokens: int = 0  # soft overlong punishment in the last so many tokens before the limit; 0: none
+    importance_cap: float = 0.0  # truncated importance sampling: the largest weight of a token; 0: none
+    optimizer_steps: int = 1  # per batch, each on its share of the problems
+
+
+@dataclass(frozen=True)
 class RlStage:
     """One stage of reinforcement learning. The defaults are the POLARIS recipe's."""
 
@@ -151,6 +168,7 @@ class RlStage:
     adam_beta2: float = 0.999
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    variant: VariantSettings = field(default_factory=VariantSettings)
 
 
 @dataclass(frozen=True)
@@ -271,7 +289,8 @@ LEAST = {  # the smallest value that makes sense, by field name, wherever it sta
     "steps": 1, "every_steps": 0, "problems_within_stage": 0, "max_response_tokens": 1, "max_prompt_tokens": 1,
     "checkpoint_every_steps": 1, "checkpoints_kept": 1, "rollouts_written": 0, "batch_sequences": 1,
     "batch_problems": 1, "group_size": 2, "max_tokens": 2, "micro_batch_tokens": 1, "learning_rate": 0.0,
-    "rank": 0, "generated_tokens": 0,
+    "rank": 0, "generated_tokens": 0, "gspo_clip_low": 0.0, "gspo_clip_high": 0.0, "cispo_cap": 1.0, "punish_last_tokens": 0,
+    "importance_cap": 0.0, "optimizer_steps": 1,
 }  # fmt: skip
 
 
@@ -304,6 +323,7 @@ def _check(recipe: Recipe) -> None:
             continue
         if stage.drop_window not in ("stage", "all"):
             raise RecipeError(f'{where}.drop_window must be "stage" or "all", not {stage.drop_window!r}')
+        _check_variant(stage, where)
         if isinstance(stage.temperature, str) and (stage.temperature != "match" or first_rl):
             what = "the first rl stage needs a number" if first_rl else "write a number or match"
             raise RecipeError(f"{where}.temperature is {stage.temperature!r}: {what}")
@@ -322,6 +342,37 @@ def _check(recipe: Recipe) -> None:
         first_rl = False
 
 
+def _check_variant(stage: RlStage, where: str) -> None:
+    """A known loss and average, and nothing that contradicts the stage."""
+    variant = stage.variant
+    for name, known in {"loss": ("polaris", "gspo", "cispo"), "average": ("tokens", "sequences", "constant")}.items():
+        value = getattr(variant, name)
+        if value not in (*known, getattr(VariantSettings, name)):
+            nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+            raise RecipeError(f"unknown {where}.variant.{name} {value!r}: {hint}")
+    if variant.drop_zero_variance and stage.substitute:
+        raise RecipeError(
+            f"{where}.variant.drop_zero_variance leaves out the groups that {where}.substitute overwrites: "
+            f"set {where}.substitute = false as well"
+        )
+    if 0 < variant.importance_cap < 1:
+        raise RecipeError(
+            f"{where}.variant.importance_cap must be 0 (none) or at least 1, the weight of a token on policy, "
+            f"not {variant.importance_cap}"
+        )
+    if stage.batch_problems % variant.optimizer_steps:
+        raise RecipeError(
+            f"{where}.variant.optimizer_steps = {variant.optimizer_steps} does not divide the "
+            f"{stage.batch_problems} problems of a batch into equal shares"
+        )
+    if variant.punish_last_tokens > stage.max_response_tokens:
+        raise RecipeError(
+            f"{where}.variant.punish_last_tokens = {variant.punish_last_tokens} exceeds "
+            f"max_response_tokens = {stage.max_response_tokens}"
+        )
+
+
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe as TOML, every value spelt out; reading it back gives the same recipe."""
     table = asdict(recipe)
@@ -338,6 +389,8 @@ def _literal(value: object) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_literal(inner)}' for key, inner in value.items())} }}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_literal, value))}]"
     return repr(value)

@@ -56,7 +56,6 @@ from device import Device, Interrupted, StopRequest
 from eval import evaluate, fingerprint, print_evaluation
 from grpo import (
     Group,
-    PolicyLoss,
     Substitution,
     TokenLoss,
     TrainingSequence,
@@ -65,7 +64,6 @@ from grpo import (
     optimizer_step,
     substitute,
     supervised_loss,
-    training_sequences,
 )
 from model import (
     Lora,
@@ -93,6 +91,7 @@ from reward import Grader
 from rollout import CacheLimits, RolloutError, Sampling, cache_bytes_per_token, check_requests, distinct_ngrams
 from scores import Evaluation, Response
 from temperature import match_diversity, measure_temperature
+from variants import choose_loss, mini_batches, over_steps, punish_overlong
 
 # samples drawn for a purpose other than a training step are counted from a place of their own
 EVALUATION_DRAW, SEARCH_DRAW = -1, -3
@@ -196,7 +195,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         held_out_evaluation(run, index, f"before stage {index}")
         state.problem_ids, state.prepared = [problem.id for problem in problems], True
     order = DataOrder(problems, stage.batch_problems, recipe.seed, index)
-    loss = PolicyLoss(stage.clip_low, stage.clip_high, stage.dual_clip)
+    loss = choose_loss(stage)  # grpo.PolicyLoss, unless the stage asks for a variant
     sink_is_used = any(isinstance(later, RlStage) and later.rescue for later in recipe.stage[index:])
     optimizer = make_optimizer(run, stage)
     run.device.say(
@@ -228,23 +227,26 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         if stage.rescue:
             groups = state.sinks.rescue(groups, recipe.seed, state.step)
         row["rescued"] = sum(group.rescued is not None for group in groups)
+        groups = punish_overlong(groups, stage)  # a variant: POLARIS leaves the rewards as they are
         substitution = Substitution(groups, 0, skip_update=False)
         if stage.substitute:
             substitution = substitute(groups, recipe.seed, state.step, stage.informative_share)
         row["substituted"] = substitution.substituted
 
-        # learn: one optimizer step on the whole batch
+        # learn: one optimizer step on the whole batch; a variant may leave some of it out, or make several steps
         set_learning_rate(optimizer, learning_rate(stage, state.stage_step))
-        update, update_begun = None, time.perf_counter()
+        updates, update_begun = [], time.perf_counter()
         if not substitution.skip_update:
-            sequences = training_sequences(substitution.groups)
-            update = update_model(run, optimizer, sequences, loss, stage)
+            for sequences, divisor in mini_batches(substitution.groups, stage):
+                updates.append(update_model(run, optimizer, sequences, loss, stage, divisor))
+        update = over_steps(updates)
         state.position += stage.batch_problems
         state.stage_tokens += row["tokens"]
         row |= describe_update(update, time.perf_counter() - update_begun)
         row |= {
             "micro_batch_tokens": run.micro_batch_tokens,
             "memory_retries": update.memory_retries if update else 0,
+            "optimizer_steps": sum(one.stepped for one in updates),
             "temperature": state.temperature,
             "lr": learning_rate(stage, state.stage_step),
             "seconds": time.perf_counter() - begun,
@@ -450,9 +452,10 @@ def update_model(
     sequences: list[TrainingSequence],
     loss: TokenLoss,
     stage: SftStage | RlStage,
+    divisor: float | None = None,
 ) -> UpdateStats:
     """One optimizer step; micro-batches that memory has made smaller stay so for the rest of the run."""
-    update = optimizer_step(run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm)
+    update = optimizer_step(run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm, divisor)
     if update.micro_batch_tokens < run.micro_batch_tokens:
         run.device.say(
             f"step {run.state.step + 1}: out of memory in the update: micro-batches of at most "
@@ -463,7 +466,7 @@ def update_model(
 
 
 def describe_update(update: UpdateStats | None, seconds: float) -> dict:
-    """The optimizer step in numbers; None is a batch with too few informative groups, which is skipped."""
+    """The batch's update in numbers; None is a batch from which there is too little to learn, which is skipped."""
     if update is None:
         return {"skipped": 1, "nonfinite": 0, "seconds_update": seconds}
     return {

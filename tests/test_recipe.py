@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from arithmetic import World
-from recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
+from recipe import Recipe, RecipeError, RlStage, SftStage, VariantSettings, load_recipe, to_toml
 from train import evaluation_sampling, learning_rate, make_optimizer, training_sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,11 +204,30 @@ def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
         ("stage.2.steps=0", "stage.2.steps must be at least 1, not 0"),
         ('stage.0.data=""', "stage.0.data is missing: a file of worked solutions"),
         ('stage.1.data=""', "stage.1.data is missing: the first rl stage needs problems"),
+        ("stage.1.variant.loss=gpso", "unknown stage.1.variant.loss 'gpso': did you mean gspo?"),
+        ("stage.1.variant.loss=''", "unknown stage.1.variant.loss '': known are polaris, gspo, cispo"),
+        ("stage.1.variant.average=sequence", "unknown stage.1.variant.average 'sequence': did you mean sequences?"),
+        ("stage.1.variant.optimiser_steps=2", "unknown key stage.1.variant.optimiser_steps: did you mean optimizer_s"),
+        ("stage.1.variant.drop_zero_variance=true", "stage.1.variant.drop_zero_variance leaves out the groups that"),
+        ("stage.1.variant.optimizer_steps=0", "stage.1.variant.optimizer_steps must be at least 1, not 0"),
+        ("stage.1.variant.optimizer_steps=3", "stage.1.variant.optimizer_steps = 3 does not divide the 128 problems"),
+        ("stage.1.variant.importance_cap=0.5", "stage.1.variant.importance_cap must be 0 (none) or at least 1"),
+        ("stage.1.variant.cispo_cap=0.5", "stage.1.variant.cispo_cap must be at least 1.0, not 0.5"),
+        ("stage.1.variant.punish_last_tokens=5000", "stage.1.variant.punish_last_tokens = 5000 exceeds"),
+        ("stage.0.variant.loss=gspo", "unknown key stage.0.variant"),
         ("stage.1.max_response_tokens=4001", "stage.1: 96 + 4001 tokens exceed max_position_embeddings = 4096"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(tmp_path, override, message):
     assert refusal(tmp_path, overrides=[override]).startswith(message)
+
+
+def test_a_variant_is_a_table_of_its_stage_and_survives_being_written_and_read(tmp_path):
+    text = SMALL + '[stage.variant]\nloss = "gspo"\noptimizer_steps = 4\n'
+    recipe = load(tmp_path, text, ["stage.1.variant.importance_cap=2", "stage.1.variant.punish_last_tokens=64"])
+    assert recipe.stage[2].variant == VariantSettings(loss="gspo", optimizer_steps=4)
+    assert recipe.stage[1].variant == VariantSettings(importance_cap=2.0, punish_last_tokens=64)
+    assert load(tmp_path, to_toml(recipe)) == recipe
 
 
 def test_a_window_of_zero_is_the_models_own(tmp_path):
