@@ -348,7 +348,25 @@ def normalised(text: str) -> str:
     return "".join(text.replace(INSTRUCTION, "").replace("$", "").lower().split())
 
 
+def duplicated(problems: Iterable[Problem], seen: dict[str, Problem] | None = None) -> list[tuple[Problem, Problem]]:
+    """(problem, the first with that text) for every problem whose text, normalised, an earlier one with another id has.
+
+    `seen`, the first problem of every text, grows: given again with the next file, it finds copies across files.
+    """
+    seen = {} if seen is None else seen
+    pairs = [(problem, seen.setdefault(normalised(problem.text), problem)) for problem in problems]
+    return [(problem, first) for problem, first in pairs if first.id != problem.id]
+
+
+def benchmark_copies(train: Iterable[Problem], benchmark: Iterable[Problem]) -> list[tuple[Problem, Problem]]:
+    """(training problem, benchmark problem) for every training problem whose text, normalised, is a benchmark's."""
+    held_out: dict[str, Problem] = {}
+    for problem in benchmark:
+        held_out.setdefault(normalised(problem.text), problem)
+    pairs = [(problem, held_out.get(normalised(problem.text))) for problem in train]
+    return [(problem, twin) for problem, twin in pairs if twin is not None]
+
+
 def contaminated(train: Iterable[Problem], benchmark: Iterable[Problem]) -> list[Problem]:
     """The training problems whose text, normalised, is a benchmark's."""
-    held_out = {normalised(p.text) for p in benchmark}
-    return [p for p in train if normalised(p.text) in held_out]
+    return [problem for problem, _ in benchmark_copies(train, benchmark)]

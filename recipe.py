@@ -74,6 +74,18 @@ class FinalSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """What is looked for in the training data before the first step; `exclude` leaves it out, counted and on record.
+
+    Two texts are the same without letter case, white space, dollar signs and the instruction.
+    """
+
+    duplicates: str = "report"  # one text under several ids; "exclude" keeps the recipe's first
+    contamination: str = "report"  # problems of eval.data, final.data and `benchmarks`; "exclude" trains on none
+    benchmarks: tuple[str, ...] = ()  # more to compare with: aime24 and the like, files, folders of files, hub ids
+
+
+@dataclass(frozen=True)
 class SearchSettings:
     """The search upward for the temperature that restores the diversity score of the stage before."""
 
@@ -174,6 +186,7 @@ class Recipe:
     reward: RewardSettings = field(default_factory=RewardSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     final: FinalSettings = field(default_factory=FinalSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
@@ -248,6 +261,10 @@ def _convert(value: object, kind: typing.Any, where: str) -> typing.Any:
         if isinstance(value, list | tuple) and len(value) == 2 and all(type(x) is int for x in value):
             return tuple(value)
         raise RecipeError(f"{where} must be two whole numbers, not {value!r}")
+    if kind == tuple[str, ...]:
+        if isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
+            return tuple(value)
+        raise RecipeError(f"{where} must be a list of texts, not {value!r}")
     for option in options:
         if is_dataclass(option):
             return _build(option, value, where)
@@ -291,6 +308,9 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(
             "offload_activations moves what recompute_activations keeps: set recompute_activations = true as well"
         )
+    for key in ("duplicates", "contamination"):
+        if (word := getattr(recipe.guard, key)) not in ("report", "exclude"):
+            raise RecipeError(f'guard.{key} must be "report" or "exclude", not {word!r}')
     if not 0 < recipe.lora.alpha < math.inf:
         raise RecipeError(f"lora.alpha must be above 0, not {recipe.lora.alpha}")
     first_rl = True

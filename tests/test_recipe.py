@@ -78,6 +78,12 @@ def test_a_pair_of_numbers_in_the_world(tmp_path):
         )
 
 
+def test_a_list_of_texts_in_the_guard_survives_being_written_and_read(tmp_path):
+    recipe = load(tmp_path, overrides=['guard.benchmarks=["aime24", "a b.jsonl"]', "guard.duplicates=exclude"])
+    assert recipe.guard.benchmarks == ("aime24", "a b.jsonl") and recipe.guard.contamination == "report"
+    assert load(tmp_path, to_toml(recipe)) == recipe
+
+
 def test_inputs_can_only_be_offloaded_where_they_are_kept(tmp_path):
     assert load(tmp_path, overrides=["offload_activations=true"]).offload_activations
     message = refusal(tmp_path, overrides=["offload_activations=true", "recompute_activations=false"])
@@ -199,6 +205,10 @@ def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
         ("stage.2.steps=0", "stage.2.steps must be at least 1, not 0"),
         ('stage.0.data=""', "stage.0.data is missing: a file of worked solutions"),
         ('stage.1.data=""', "stage.1.data is missing: the first rl stage needs problems"),
+        ("guard.duplicates=drop", 'guard.duplicates must be "report" or "exclude", not \'drop\''),
+        ("guard.contamination=true", "guard.contamination must be of type str, not True"),
+        ("guard.benchmarks=aime24", "guard.benchmarks must be a list of texts, not 'aime24'"),
+        ("guard.benchmarks=[24]", "guard.benchmarks must be a list of texts, not [24]"),
         ("stage.1.max_response_tokens=4001", "stage.1: 96 + 4001 tokens exceed max_position_embeddings = 4096"),
     ],
 )
