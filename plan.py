@@ -418,7 +418,7 @@ def show_plan(recipe: Recipe, memory_gib: float, processes: int = 1) -> bool:
     """Print every stage's table and whether it fits into so much memory per device. Says whether all of them do."""
     if recipe.model.startswith("world/"):
         raise RecipeError(f"{recipe.model} is made by the run itself and fits anywhere: plan a recipe of a real model")
-    if memory_gib <= 0 or processes < 1:
+    if not 0 < memory_gib < math.inf or processes < 1:
         raise RecipeError(f"cannot plan for {processes} processes of {memory_gib:g} GiB: both must be above 0")
     config, where = find_config(recipe.model)
     how = f"LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else "full fine-tuning"

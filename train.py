@@ -95,7 +95,7 @@ from problems import (
     read_problems,
 )
 from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
-from report import Metrics, console_line, read_metrics
+from report import Metrics, MetricsError, console_line, read_metrics
 from responses import respond
 from reward import Grader
 from rollout import CacheLimits, RolloutError, Sampling, cache_bytes_per_token, check_requests, distinct_ngrams
@@ -116,6 +116,7 @@ EXPECTED_ERRORS = (
     GraderError,
     CheckpointError,
     UpdateError,
+    MetricsError,
     ImportError,
     OSError,
 )
