@@ -315,9 +315,9 @@ LEAST = {  # the smallest value that makes sense, by field name, wherever it sta
     "checkpoint_every_steps": 1, "checkpoints_kept": 1, "rollouts_written": 0, "batch_sequences": 1,
     "batch_problems": 1, "group_size": 2, "max_tokens": 2, "micro_batch_tokens": 1, "learning_rate": 0.0,
     "rank": 0, "top_k": 0, "warmup_steps": 0, "max_position_embeddings": 0, "yarn_original_window": 1,
-    "yarn_attention_factor": 0.0, "time_limit_seconds": 1e-3, "most_failed_share": 0.0, "yarn_factor": 1.0, "margin": 0.0,
-    "step": 1e-3, "decay_share": 0.0, "adam_beta2": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e-12, "drop_at": 0.0,
-    "drop_above": 0.0, "informative_share": 0.0, "clip_low": 0.0, "clip_high": 0.0, "dual_clip": 1.0,
+    "yarn_attention_factor": 0.0, "time_limit_seconds": 1e-3, "most_failed_share": 0.0, "yarn_factor": 1.0,
+    "margin": 0.0, "step": 1e-3, "decay_share": 0.0, "adam_beta2": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e-12,
+    "drop_at": 0.0, "drop_above": 0.0, "informative_share": 0.0, "clip_low": 0.0, "clip_high": 0.0, "dual_clip": 1.0,
     "sft_problems": 1, "train_problems": 1, "held_out_problems": 1, "beyond_problems": 1, "layers": 1, "window": 1,
     "hidden_size": 32, "filler_tokens": 1, "sft_noise": 0.0, "filler_share": 0.0,
 }  # fmt: skip

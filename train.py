@@ -756,6 +756,8 @@ def check_recipe(recipe: Recipe, device: Device) -> None:
                 f"{device.ranks} processes: use a multiple of {device.ranks}"
             )
     for source in [stage.data for stage in recipe.stage] + [recipe.eval.data, recipe.final.data]:
+        if source.startswith("world/") and not recipe.world:
+            raise RecipeError(f"{source}: the recipe has no [world] that would write it; write ./{source} for a file")
         if source.endswith(DATA_FILES) and not source.startswith("world/"):
             existing_file(Path(source))
     for source in find_data(recipe.guard.benchmarks).values():
@@ -852,6 +854,8 @@ def new_folder(parent: Path, name: str) -> Path:
             return folder
         except FileExistsError:  # another run took the name in the meantime
             continue
+        except OSError as error:
+            raise RecipeError(f"{folder} cannot be made ({error.strerror}); give another --out") from None
 
 
 def versions() -> str:
@@ -879,6 +883,8 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
         found = None
     else:
         folder = arguments.resume
+        if not (folder / "recipe.toml").is_file():
+            raise RecipeError(f"{folder} is no run: it has no recipe.toml; give a folder that train.py has made")
         recipe = load_recipe(folder / "recipe.toml", arguments.set)
         check_recipe(recipe, device)
         found = read_state(folder)

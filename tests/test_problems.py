@@ -190,6 +190,15 @@ def test_one_text_under_two_ids_is_found_within_a_file_and_in_the_next():
         ({"problem": "p", "answer": " \n"}, "row 2 has no answer"),
         ({"problem": "p", "answer": float("nan")}, "row 2 has no answer"),
         ({"problem": "p"}, "row 2 has no answer"),
+        ({"problem": "p", "answer": float("inf")}, "row 2 has no answer"),
+        ({"problem": "p", "answer": {"value": 1}}, "row 2 has no answer"),
+        ({"problem": "p", "answer": [["1"]]}, "row 2 has no answer"),
+        ({"problem": "p\ud800", "answer": "1"}, "row 2 holds half of a surrogate pair"),
+        ('{"problem": "p", "answer": %s}' % ("9" * 5000), "row 2 holds a number of too many digits"),
+        (
+            '{"problem": "p", "answer": %s}' % ("[" * 99_999),
+            "row 2 holds a number of too many digits, or too deep a nesting",
+        ),
     ],
 )
 def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, capsys, row, message):
@@ -200,6 +209,21 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, capsys, row, messag
     assert [p.text for p in read_problems(path, on_bad_row="skip")] == ["p1", "p3"]
     said = capsys.readouterr().err
     assert "left out 1 unusable rows" in said and message in said
+
+
+def test_a_difficulty_that_json_writes_with_an_exponent_is_read_again(tmp_path):
+    for difficulty in (1e16, 1e-7, 0.3, 5.0):
+        write_problems([Problem("a/1", "p", ("1",), difficulty=difficulty)], tmp_path / f"{difficulty}.jsonl")
+        assert read_problems(tmp_path / f"{difficulty}.jsonl")[0].difficulty == difficulty
+    for none in (float("nan"), float("inf"), 10**400, "9" * 400 + "/" + "9" * 400, True, {"a": 1}):
+        (read,) = read_problems(write_rows(tmp_path / "s.jsonl", [good(1) | {"difficulty": none}]))
+        assert read.difficulty is None
+
+
+def test_a_prompt_that_is_no_list_has_no_problem_text(tmp_path):
+    row = {"prompt": 5, "reward_model": {"ground_truth": "1"}}
+    with pytest.raises(DataError, match="row 1 has no problem text"):
+        read_problems(write_rows(tmp_path / "s.jsonl", [row]))
 
 
 def test_gsm8k_row_without_its_mark_has_no_answer(tmp_path):
