@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -117,20 +117,39 @@ class History:
         history = cls()
         if not Path(path).is_file():
             raise DataError(f"{path} does not exist, so there are no pass rates to read; estimate them first.")
-        *lines, rest = Path(path).read_text(encoding="utf-8").split("\n")
+        *lines, rest = Path(path).read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                if number == 1 and "settings" in row:
+                if number == 1 and isinstance(row, dict) and "settings" in row:
                     history.settings = dict(row["settings"])
                     continue
-                history.append(Visit(**row | {"rewards": tuple(row["rewards"])}))
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}, row {number} is no visit ({error!r}); mend or remove that line.") from error
+                history.append(visit_of(row))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                reason = f"{type(error).__name__}: {str(error)[:200]}"
+                raise DataError(f"{path}, row {number} is no visit ({reason}); mend or remove that line.") from error
         if rest:
             history.lines_dropped = 1
             print(f"{path}: left out a half-written last line (row {len(lines) + 1})", file=sys.stderr)
         return history
+
+
+def visit_of(row: dict) -> Visit:
+    """A line of a history's file as a Visit; ValueError, KeyError or TypeError where it is none."""
+    problem_id, stage, step, rewards, tokens = (row[f.name] for f in fields(Visit))
+    numbers = [stage, step, tokens, *rewards]
+    if not isinstance(problem_id, str) or isinstance(rewards, str) or {*map(type, numbers)} - {int, float}:
+        raise TypeError("a value of the wrong type")
+    problem_id.encode()  # half of a surrogate pair is a ValueError
+    if (
+        not rewards
+        or type(step) is not int
+        or type(tokens) is not int
+        or not abs(stage) < math.inf
+        or not all(0 <= reward <= 1 for reward in rewards)
+    ):
+        raise ValueError("no rewards, or a stage, a step or a reward out of range")
+    return Visit(problem_id, stage, step, tuple(rewards), tokens)
 
 
 def mean_reward(visits: Iterable[Visit]) -> float | None:

@@ -203,10 +203,10 @@ def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBa
         [start + np.arange(s.prompt_length - 1, len(s.tokens) - 1) for start, s in zip(starts, sequences, strict=False)]
     )
 
-    counts = torch.tensor([s.response_length for s in sequences])
+    responses = [s.response_length for s in sequences]
 
     def per_token(value: Callable[[TrainingSequence], float | np.ndarray], dtype: type) -> Tensor:
-        columns = [np.broadcast_to(np.asarray(value(s), dtype=dtype), s.response_length) for s in sequences]
+        columns = [np.broadcast_to(np.asarray(value(s), dtype), n) for s, n in zip(sequences, responses, strict=True)]
         return torch.from_numpy(np.concatenate(columns)).to(device)
 
     return TokenBatch(
@@ -218,7 +218,7 @@ def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBa
         old_logprobs=per_token(lambda s: 0.0 if s.old_logprobs is None else s.old_logprobs, np.float32),
         temperature=per_token(lambda s: s.temperature, np.float32),
         rescued=per_token(lambda s: s.rescued, np.bool_),
-        sequence=torch.arange(len(sequences)).repeat_interleave(counts).to(device),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(sequences)), responses)).to(device),
     )
 
 

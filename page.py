@@ -363,4 +363,7 @@ def write_report(folder: Path) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").exists():
         sys.exit("usage: python page.py RUN, a folder with a metrics.jsonl")
-    print(write_report(Path(sys.argv[1])))
+    try:
+        print(write_report(Path(sys.argv[1])))
+    except (ValueError, OSError) as error:
+        sys.exit(f"page.py: {error}")

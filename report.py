@@ -13,6 +13,10 @@ from pathlib import Path
 FILES = ("metrics.jsonl", "rollouts.jsonl")
 
 
+class MetricsError(ValueError):
+    """A record that cannot be read, in one sentence: file and line."""
+
+
 class Metrics:
     """Appends to metrics.jsonl and rollouts.jsonl of `folder`; `enabled=False` (ranks other than 0) does nothing.
 
@@ -110,20 +114,24 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                if (
+                    not isinstance(row, dict)
+                    or type(row.get("step")) is not int
+                    or type(row.get("kind", "")) is not str
+                ):
                     raise ValueError('not an object with a "step"')
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not file.peek(1):
                     print(f"{path}: dropped 1 half-written last line (line {number})", file=sys.stderr)
                     return
-                raise ValueError(f"{path}, line {number}: {error}") from None
+                raise MetricsError(f"{path}, line {number}: {str(error)[:200]}; mend or remove that line") from None
             yield line, row
 
 
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl. A half-written last line is dropped, and said on stderr.
 
-    Raises ValueError naming file and line for a broken line elsewhere, FileNotFoundError where there is no file."""
+    Raises MetricsError naming file and line for a broken line elsewhere, FileNotFoundError where there is no file."""
     return [row for _, row in _read_lines(Path(folder) / "metrics.jsonl")]
 
 

@@ -38,6 +38,7 @@ import transformers
 import device as devices
 from arithmetic import write_world
 from attempts import Attempt, AttemptStats, GraderError, Respondent, encode, encode_chat, load_tokenizer, stop_tokens
+from benchmarks import find_data
 from checkpoint import CheckpointError, RunState, load_weights_and_optimizer, read_state, save_checkpoint
 from data_filter import (
     BEFORE_STAGE,
@@ -83,9 +84,19 @@ from model import (
 from optimizer import HostAdamW
 from page import write_report
 from plan import add_plan_options, read_machine, show_plan
-from problems import DATA_FILES, DataError, Problem, existing_file, has_chats, read_chats, read_problems
+from problems import (
+    DATA_FILES,
+    DataError,
+    Problem,
+    benchmark_copies,
+    duplicated,
+    existing_file,
+    has_chats,
+    read_chats,
+    read_problems,
+)
 from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
-from report import Metrics, console_line
+from report import Metrics, MetricsError, console_line, read_metrics
 from responses import respond
 from reward import Grader
 from rollout import CacheLimits, RolloutError, Sampling, cache_bytes_per_token, check_requests, distinct_ngrams
@@ -95,6 +106,7 @@ from variants import choose_loss, mini_batches, over_steps, punish_overlong
 
 # samples drawn for a purpose other than a training step are counted from a place of their own
 EVALUATION_DRAW, SEARCH_DRAW = -1, -3
+FEW = 3  # pairs of problems that guard_data names
 # what a person can put right: one sentence, no traceback
 EXPECTED_ERRORS = (
     RecipeError,
@@ -104,6 +116,7 @@ EXPECTED_ERRORS = (
     GraderError,
     CheckpointError,
     UpdateError,
+    MetricsError,
     ImportError,
     OSError,
 )
@@ -124,6 +137,9 @@ class Run:
     stop: StopRequest
     resume_from: Path | None  # a checkpoint whose weights and optimizer the first stage to run loads
     micro_batch_tokens: int  # the recipe's, until memory runs out; a resumed run tries the recipe's again
+    excluded: dict[tuple[str, str], set[str]] = field(
+        default_factory=dict
+    )  # ids by (kind of stage, data): see guard_data
     sft_sequences: dict[int, list[TrainingSequence]] = field(default_factory=dict)  # by stage
     stage_began: float = 0.0  # for the ETA: when, and at which of its steps, the stage began in this launch
     stage_first_step: int = 0
@@ -284,12 +300,28 @@ def final_evaluation(run: Run) -> None:
 def stage_problems(run: Run, index: int, stage: RlStage) -> list[Problem]:
     """The stage's own data, or what the stage before has left of its data."""
     own = [earlier.data for earlier in run.recipe.stage[: index + 1] if isinstance(earlier, RlStage) and earlier.data]
-    problems = problems_of(data_path(run, own[-1]))
+    problems = training_problems(run, "rl", own[-1])
     state = run.state
     if index == state.stage and state.problem_ids and (state.prepared or not stage.data):
-        by_id = {problem.id: problem for problem in problems}
-        problems = [by_id[problem_id] for problem_id in state.problem_ids]
+        problems = by_ids(problems, state.problem_ids, own[-1])
     return problems
+
+
+def training_problems(run: Run, kind: str, source: str) -> list[Problem]:
+    """A stage's data without what guard_data excludes."""
+    excluded = run.excluded.get((kind, source), ())
+    return [problem for problem in problems_of(data_path(run, source)) if problem.id not in excluded]
+
+
+def by_ids(problems: list[Problem], ids: list[str], source: str) -> list[Problem]:
+    """The problems that a run noted, in that order; DataError where some are no longer to be had."""
+    by_id = {problem.id: problem for problem in problems}
+    if gone := [problem_id for problem_id in ids if problem_id not in by_id]:
+        raise DataError(
+            f"{source}: {len(gone):,} of the {len(ids):,} problems that this run goes on with are not there "
+            f"(first: {gone[0]}): resume with the data and the [guard] that it began with"
+        )
+    return [by_id[problem_id] for problem_id in ids]
 
 
 def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Problem]) -> list[Problem]:
@@ -361,8 +393,8 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
 def probe_problems(run: Run) -> list[Problem]:
     """The problems on which diversity is measured, wherever they come from."""
     sources = [stage.data for stage in run.recipe.stage if isinstance(stage, RlStage) and stage.data]
-    by_id = {problem.id: problem for source in sources for problem in problems_of(data_path(run, source))}
-    return [by_id[problem_id] for problem_id in run.state.probe_ids]
+    problems = [problem for source in sources for problem in training_problems(run, "rl", source)]
+    return by_ids(problems, run.state.probe_ids, ", ".join(sources))
 
 
 def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
@@ -599,11 +631,13 @@ def sft_rows(run: Run, stage: SftStage) -> Iterator[tuple[str, list[int], str]]:
     tokenizer, path = run.respondent.tokenizer, data_path(run, stage.data)
     if has_chats(path):
         for number, messages in enumerate(read_chats(path), 1):
+            if f"row {number}" in run.excluded.get(("sft", stage.data), ()):
+                continue
             for turn, message in enumerate(messages):
                 if message["role"] == "assistant":  # every reply is learned, after all that came before it
                     yield f"row {number}", encode_chat(tokenizer, messages[:turn]), message["content"]
         return
-    for problem in problems_of(path):
+    for problem in training_problems(run, "sft", stage.data):
         if not problem.solution:
             raise DataError(f"problem {problem.id} in {stage.data} has no worked solution to learn from")
         yield f"problem {problem.id}", list(run.respondent.prompt(problem, 1).tokens), problem.solution
@@ -659,6 +693,66 @@ def problems_of(path: str) -> list[Problem]:
     return read_problems(path)
 
 
+# --------------------------------------------------------------------------- twice in the data, or in a benchmark
+
+
+def guard_data(run: Run) -> None:
+    """Find what stands twice in the training data, or in a benchmark, and exclude what [guard] says to.
+
+    What is excluded depends on files and recipe alone: it is the same on every process and after a resume.
+    """
+    recipe, guard, benchmark = run.recipe, run.recipe.guard, []
+    for source in dict.fromkeys(filter(None, [recipe.eval.data, recipe.final.data])):
+        benchmark += problems_of(data_path(run, source))
+        if pairs := duplicated(problems_of(data_path(run, source))):
+            run.device.say(f"{source}: {len(pairs):,} problems repeat an earlier one's text ({some_pairs(pairs)})")
+    for source in find_data(guard.benchmarks).values():
+        benchmark += read_problems(source, "keep")  # to be compared with, a problem needs no answer
+    seen: dict[str, dict[str, Problem]] = {"sft": {}, "rl": {}}
+    held = [] if not run.device.is_main else [row | {"step": 0} for row in read_metrics(run.folder)]
+    for index, stage in enumerate(recipe.stage):
+        place = stage.kind, stage.data
+        if not stage.data or place in run.excluded:
+            continue
+        asked, learned = training_texts(run, stage)
+        found = {
+            "duplicates": (guard.duplicates, "repeat an earlier one's text", duplicated(learned, seen[stage.kind])),
+            "contamination": (guard.contamination, "are a benchmark's", benchmark_copies(asked, benchmark)),
+        }
+        excluded = {p.id for rule, _, pairs in found.values() if rule == "exclude" for p, _ in pairs}
+        run.excluded[place] = excluded
+        row = {"kind": "guard", "step": 0, "stage": index, "data": stage.data, "rows": len(learned)}
+        for name, (rule, what, pairs) in found.items():
+            count = len({problem.id for problem, _ in pairs})
+            row |= {name: count, f"{name}_first": [[a.id, b.id] for a, b in pairs[:FEW]], f"{name}_rule": rule}
+            if pairs:
+                done = "excluded" if rule == "exclude" else f'trained on all the same (guard.{name} = "exclude" drops)'
+                run.device.say(f"{stage.data}: {count:,} of {len(learned):,} {what} ({some_pairs(pairs)}): {done}")
+        row |= {"excluded": len(excluded), "excluded_ids": sorted(excluded)}
+        if run.device.is_main and row not in held:  # a resumed run has its rows
+            run.metrics.write(row | {"step": run.state.step})
+
+
+def training_texts(run: Run, stage: SftStage | RlStage) -> tuple[list[Problem], list[Problem]]:
+    """What a stage's data asks, to compare with benchmarks, and what it teaches, of which once is enough.
+
+    Fine-tuning may learn a problem from several solutions, so that there a copy has the same solution.
+    """
+    path = data_path(run, stage.data)
+    if isinstance(stage, RlStage):
+        return (problems := problems_of(path)), problems
+    if not has_chats(path):
+        return (problems := problems_of(path)), [replace(p, text=p.text + p.solution) for p in problems]
+    chats = [(f"row {number}", messages) for number, messages in enumerate(read_chats(path), 1)]
+    asked = [Problem(name, m["content"], ()) for name, messages in chats for m in messages if m["role"] == "user"]
+    return asked, [Problem(name, "\n".join(m["content"] for m in messages), ()) for name, messages in chats]
+
+
+def some_pairs(pairs: list[tuple[Problem, Problem]]) -> str:
+    """The first few of the pairs found, by their ids."""
+    return ", ".join(f"{a.id} is {b.id}" for a, b in pairs[:FEW]) + ", ..." * (len(pairs) > FEW)
+
+
 # -------------------------------------------------------------------------------------------------- starting up
 
 
@@ -671,7 +765,12 @@ def check_recipe(recipe: Recipe, device: Device) -> None:
                 f"{device.ranks} processes: use a multiple of {device.ranks}"
             )
     for source in [stage.data for stage in recipe.stage] + [recipe.eval.data, recipe.final.data]:
+        if source.startswith("world/") and not recipe.world:
+            raise RecipeError(f"{source}: the recipe has no [world] that would write it; write ./{source} for a file")
         if source.endswith(DATA_FILES) and not source.startswith("world/"):
+            existing_file(Path(source))
+    for source in find_data(recipe.guard.benchmarks).values():
+        if source.endswith(DATA_FILES):
             existing_file(Path(source))
     if not recipe.model.startswith("world/"):
         config = model_config(resolve_folder(recipe.model), recipe)
@@ -764,6 +863,8 @@ def new_folder(parent: Path, name: str) -> Path:
             return folder
         except FileExistsError:  # another run took the name in the meantime
             continue
+        except OSError as error:
+            raise RecipeError(f"{folder} cannot be made ({error.strerror}); give another --out") from None
 
 
 def versions() -> str:
@@ -791,6 +892,8 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
         found = None
     else:
         folder = arguments.resume
+        if not (folder / "recipe.toml").is_file():
+            raise RecipeError(f"{folder} is no run: it has no recipe.toml; give a folder that train.py has made")
         recipe = load_recipe(folder / "recipe.toml", arguments.set)
         check_recipe(recipe, device)
         found = read_state(folder)
@@ -826,6 +929,7 @@ def start_run(arguments: argparse.Namespace, device: Device) -> Run:
         metrics.cut_back_to(state.metrics_position)
     most = recipe.micro_batch_tokens
     run = Run(recipe, folder, device, model, model_folder, respondent, metrics, state, stop, resume_from, most)
+    guard_data(run)
     check_inputs(run)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -83,6 +83,12 @@ def test_a_pair_of_numbers_in_the_world(tmp_path):
         )
 
 
+def test_a_list_of_texts_in_the_guard_survives_being_written_and_read(tmp_path):
+    recipe = load(tmp_path, overrides=['guard.benchmarks=["aime24", "a b.jsonl"]', "guard.duplicates=exclude"])
+    assert recipe.guard.benchmarks == ("aime24", "a b.jsonl") and recipe.guard.contamination == "report"
+    assert load(tmp_path, to_toml(recipe)) == recipe
+
+
 def test_inputs_can_only_be_offloaded_where_they_are_kept(tmp_path):
     assert load(tmp_path, overrides=["offload_activations=true"]).offload_activations
     message = refusal(tmp_path, overrides=["offload_activations=true", "recompute_activations=false"])
@@ -215,6 +221,25 @@ def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
         ("stage.1.variant.cispo_cap=0.5", "stage.1.variant.cispo_cap must be at least 1.0, not 0.5"),
         ("stage.1.variant.punish_last_tokens=5000", "stage.1.variant.punish_last_tokens = 5000 exceeds"),
         ("stage.0.variant.loss=gspo", "unknown key stage.0.variant"),
+        ("stage.1.learning_rate=nan", "stage.1.learning_rate must be a finite number of at most 64 bits, not nan"),
+        ("final.temperature=-inf", "final.temperature must be a finite number of at most 64 bits, not -inf"),
+        ("stage.1.temperature=0x" + "f" * 9999, "stage.1.temperature must be a finite number of at most 64 bits"),
+        ("seed=9223372036854775808", "seed must be a finite number of at most 64 bits, not 9223372036854775808"),
+        ("seed=" + "9" * 9999, "seed must be of type int, not '999"),  # Python reads no such number: a word
+        ("stage.²=1", "--set stage.²=1: stage is not a table"),
+        ("stage.².steps=1", "--set stage.².steps=1: there is no number ²"),
+        ("stage.1.kind=[1]", "stage.1.kind must be sft or rl, not [1]"),
+        ("name=\ud800", "name holds a character that no file can"),
+        ("name=../up", "name must be the name of a folder without a path"),
+        ("search.step=0", "search.step must be at least 0.001"),
+        ("eval.temperature=-1", "eval.temperature must be at least 0"),
+        ("stage.1.adam_beta2=1.0", "stage.1.adam_beta2 must be at most 1"),
+        ("world.hidden_size=33", "world.hidden_size must be a multiple of 32"),
+        ("world.train_terms=[5, 2]", "world.train_terms must be a range from 1 upward"),
+        ("guard.duplicates=drop", 'guard.duplicates must be "report" or "exclude", not \'drop\''),
+        ("guard.contamination=true", "guard.contamination must be of type str, not True"),
+        ("guard.benchmarks=aime24", "guard.benchmarks must be a list of texts, not 'aime24'"),
+        ("guard.benchmarks=[24]", "guard.benchmarks must be a list of texts, not [24]"),
         ("stage.1.max_response_tokens=4001", "stage.1: 96 + 4001 tokens exceed max_position_embeddings = 4096"),
     ],
 )
