@@ -51,6 +51,7 @@ class RunState:
     diversity: float | None = None  # distinct-4 at the stage's start, which the next stage restores
     history: History = field(default_factory=History)
     sinks: Sinks = field(default_factory=Sinks)
+    response_lengths: dict[str, float] = field(default_factory=dict)  # mean of a problem's newest group, in tokens
     metrics_position: list[int] = field(default_factory=lambda: [0, 0])  # lines of metrics.jsonl and rollouts.jsonl
 
 

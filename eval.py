@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -620,8 +619,8 @@ def main() -> None:
         status = 130
         if devices.speaks():
             print(f"stopped; the same command goes on, with what is in {arguments.out}")
-    except (ModelError, DataError, RolloutError, GraderError, OSError) as error:
-        status = f"eval.py: {error}" if devices.speaks() else 1
+    except Exception as error:
+        status = devices.last_words(error, "eval.py", (ModelError, DataError, RolloutError, GraderError, OSError))
     finally:
         devices.stop()
     devices.leave(status)

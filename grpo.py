@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from device import out_of_memory
+from device import enter, out_of_memory
 from model import Packed, SharedPrompts, Transformer
 from problems import Problem
 from rollout import Rollout
@@ -349,6 +349,7 @@ def optimizer_step(
     Where memory runs out, the step begins again with smaller micro-batches; UpdateError when there are none.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    enter("the update")
     total = sum(sequence.response_length for sequence in sequences)
     lengths, retries = [len(sequence.tokens) for sequence in sequences], 0
     while True:
