@@ -264,24 +264,48 @@ def supervised_loss(logprobs: Tensor, batch: TokenBatch) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- update
 
 
-def cut_into_micro_batches(lengths: Sequence[int], most_tokens: int, ranks: int = 1) -> list[list[int]]:
-    """Deal sequences into equally many micro-batches per rank, of at most `most_tokens` and alike in size.
+def cut_into_micro_batches(
+    lengths: Sequence[int], most_tokens: int, ranks: int = 1, work: Sequence[float] | None = None
+) -> list[list[int]]:
+    """Deal sequences into equally many micro-batches per rank, of at most `most_tokens` and alike in work.
 
-    Returns ranks x k lists of indices, micro-batch i for rank i % ranks. A sequence longer than most_tokens gets a
-    micro-batch of its own; some may be empty when there are few sequences.
+    Work is the length where nothing else is given. Returns ranks x k lists of indices, micro-batch i for rank
+    i % ranks; those that ranks do at the same time, in which they wait for each other, are next to each other in work.
+    A sequence longer than most_tokens gets a micro-batch of its own; some may be empty when there are few sequences.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    work = lengths if work is None else work
+    order = sorted(range(len(lengths)), key=lambda i: (-work[i], i))
     per_rank = max(1, math.ceil(sum(lengths) / (most_tokens * ranks)))
     while True:
         batches: list[list[int]] = [[] for _ in range(per_rank * ranks)]
-        loads = [0] * len(batches)
-        for i in order:  # the longest first, each to the emptiest
-            emptiest = loads.index(min(loads))
-            batches[emptiest].append(i)
-            loads[emptiest] += lengths[i]
-        if all(load <= most_tokens or len(batch) == 1 for load, batch in zip(loads, batches, strict=True)):
-            return batches
+        tokens, loads = [0] * len(batches), [0.0] * len(batches)
+        for i in order:  # the longest first, each to the one with least to do that has room
+            open_to = [b for b, batch in enumerate(batches) if not batch or tokens[b] + lengths[i] <= most_tokens]
+            if not open_to:
+                break
+            least = min(open_to, key=loads.__getitem__)
+            batches[least].append(i)
+            tokens[least] += lengths[i]
+            loads[least] += work[i]
+        else:
+            heaviest_first = sorted(range(len(batches)), key=lambda b: -loads[b]) if ranks > 1 else range(len(batches))
+            return [batches[b] for b in heaviest_first]
         per_rank += 1
+
+
+def even_length(model: Transformer) -> float:
+    """The length, in tokens, of a sequence whose attention costs as much as all the rest of a forward.
+
+    A token costs 2 FLOPs a parameter, and in causal attention 2 x layers x heads x head_dim a token of its sequence.
+    """
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters / (config.num_hidden_layers * config.num_attention_heads * config.head_dim)
+
+
+def work_of(sequences: Sequence[TrainingSequence], even_at: float) -> float:
+    """What a micro-batch of these costs, in tokens without attention."""
+    return packed_tokens(sequences) + sum(len(sequence.tokens) ** 2 for sequence in sequences) / even_at
 
 
 def packed_tokens(sequences: Sequence[TrainingSequence]) -> int:
@@ -290,8 +314,13 @@ def packed_tokens(sequences: Sequence[TrainingSequence]) -> int:
     return sum(len(sequence.tokens) for sequence in sequences) - repeated
 
 
-def micro_batches(sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int) -> list[list[int]]:
-    """`cut_into_micro_batches`, with the responses to one prompt together as far as they fit."""
+def micro_batches(
+    sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int, even_at: float = math.inf
+) -> list[list[int]]:
+    """`cut_into_micro_batches`, with the responses to one prompt together as far as they fit.
+
+    `even_at` is `even_length`'s; without it work is tokens alone.
+    """
     units: list[list[int]] = []
     sizes: list[int] = []
     for alike in by_prompt(sequences):
@@ -305,7 +334,15 @@ def micro_batches(sequences: Sequence[TrainingSequence], most_tokens: int, ranks
             units[-1].append(i)
             sizes[-1] += response
             fresh = False
-    return [[i for unit in batch for i in units[unit]] for batch in cut_into_micro_batches(sizes, most_tokens, ranks)]
+    work = [work_of([sequences[i] for i in unit], even_at) for unit in units]
+    batches = cut_into_micro_batches(sizes, most_tokens, ranks, work)
+    return [[i for unit in batch for i in units[unit]] for batch in batches]
+
+
+def idle_share(loads: Sequence[float], ranks: int) -> float:
+    """The share of all ranks' time in which they wait for the slowest of each round of micro-batches, by their work."""
+    slowest = sum(max(loads[i : i + ranks]) for i in range(0, len(loads), ranks))
+    return 1 - sum(loads) / (ranks * slowest) if slowest else 0.0
 
 
 @dataclass
@@ -332,6 +369,7 @@ class UpdateStats:
     micro_batch_tokens: int  # what was asked for, or less where memory ran out
     memory_retries: int  # how often it did
     ratios: RatioStats | None = None  # None in supervised fine-tuning
+    idle_share: float = 0.0  # reckoned: see the function of that name
 
 
 def optimizer_step(
@@ -352,8 +390,9 @@ def optimizer_step(
     enter("the update")
     total = sum(sequence.response_length for sequence in sequences)
     lengths, retries = [len(sequence.tokens) for sequence in sequences], 0
+    even_at = even_length(model) if ranks > 1 else math.inf  # alone, micro-batches alike in memory are best
     while True:
-        batches = micro_batches(sequences, most_tokens, ranks)
+        batches = micro_batches(sequences, most_tokens, ranks, even_at)
         optimizer.zero_grad(set_to_none=True)
         try:
             loss_sum, ratio_sums = accumulate_gradient(model, sequences, batches[rank::ranks], loss, total, ranks)
@@ -393,7 +432,8 @@ def optimizer_step(
             ) from None
     optimizer.zero_grad(set_to_none=True)
     ratios = ratio_stats(ratio_sums, total, model.device, ranks) if isinstance(loss, PolicyLoss) else None
-    return UpdateStats(float(loss_sum) / total, norm, total, stepped, most_tokens, retries, ratios)
+    idle = idle_share([work_of([sequences[i] for i in batch], even_at) for batch in batches], ranks)
+    return UpdateStats(float(loss_sum) / total, norm, total, stepped, most_tokens, retries, ratios, idle)
 
 
 def accumulate_gradient(

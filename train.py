@@ -499,6 +499,7 @@ def describe_update(update: UpdateStats | None, seconds: float) -> dict:
         "loss": update.loss,
         "grad_norm": update.grad_norm,
         "update_tokens_per_s": update.tokens / seconds,
+        "update_idle_share": update.idle_share,
         "seconds_update": seconds,
     } | asdict(update.ratios)
 
