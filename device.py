@@ -275,7 +275,7 @@ def last_words(error: BaseException, program: str, expected: tuple[type[BaseExce
 
     An expected error is one sentence, and so is a collective that failed; anything else comes with its traceback.
     """
-    if lost_contact(error):
+    if _watch is not None and lost_contact(error):
         error = RankError(who_is_missing(str(error)))
     sentence = f"{program}: {error}"
     if not isinstance(error, (*expected, RankError)):
