@@ -319,8 +319,24 @@ def micro_batches(
 ) -> list[list[int]]:
     """`cut_into_micro_batches`, with the responses to one prompt together as far as they fit.
 
-    `even_at` is `even_length`'s; without it work is tokens alone.
+    Over several ranks a group is also split where that ends the step sooner, though its prompt is then learned from
+    once more. `even_at` is `even_length`'s; without it work is tokens alone.
     """
+    largest = [most_tokens]  # of what stays together
+    if ranks > 1:
+        share = packed_tokens(sequences) / ranks
+        largest += [math.ceil(share / parts) for parts in (1, 2, 4, 8) if share / parts < most_tokens]
+    ways = [_cut_groups(sequences, most_tokens, ranks, even_at, tokens) for tokens in largest]
+
+    def time_taken(batches: list[list[int]]) -> float:
+        return slowest([work_of([sequences[i] for i in batch], even_at) for batch in batches], ranks)
+
+    return min(ways, key=time_taken)
+
+
+def _cut_groups(
+    sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int, even_at: float, most_together: int
+) -> list[list[int]]:
     units: list[list[int]] = []
     sizes: list[int] = []
     for alike in by_prompt(sequences):
@@ -328,7 +344,7 @@ def micro_batches(
         fresh = True
         for i in alike:
             response = sequences[i].response_length
-            if fresh or sizes[-1] + response > most_tokens:
+            if fresh or sizes[-1] + response > most_together:
                 units.append([])
                 sizes.append(prompt)
             units[-1].append(i)
@@ -339,10 +355,15 @@ def micro_batches(
     return [[i for unit in batch for i in units[unit]] for batch in batches]
 
 
+def slowest(loads: Sequence[float], ranks: int) -> float:
+    """The work of the slowest rank of each round of micro-batches, for which the others wait, in all."""
+    return sum(max(loads[i : i + ranks]) for i in range(0, len(loads), ranks))
+
+
 def idle_share(loads: Sequence[float], ranks: int) -> float:
     """The share of all ranks' time in which they wait for the slowest of each round of micro-batches, by their work."""
-    slowest = sum(max(loads[i : i + ranks]) for i in range(0, len(loads), ranks))
-    return 1 - sum(loads) / (ranks * slowest) if slowest else 0.0
+    longest = ranks * slowest(loads, ranks)
+    return 1 - sum(loads) / longest if longest else 0.0
 
 
 @dataclass

@@ -442,6 +442,26 @@ def test_ranks_get_micro_batches_alike_in_work_and_those_of_one_round_are_neighb
     assert grpo.idle_share([3.0, 1.0], 1) == 0.0 and grpo.idle_share([0.0, 0.0], 2) == 0.0
 
 
+def test_a_group_is_split_in_the_update_where_its_rank_would_else_be_the_last():
+    """Guards: 6 groups of the tiny world on 4 ranks were 2, 2, 1 and 1, and a quarter of all time was waiting."""
+
+    def shares(groups, prompt, ranks):
+        sequences = [
+            TrainingSequence(np.array([g, *[0] * (prompt - 1), *range(20)], dtype=np.int32), prompt)
+            for g in range(groups)
+            for _ in range(8)
+        ]
+        batches = grpo.micro_batches(sequences, 10_000, ranks)
+        assert sorted(i for batch in batches for i in batch) == list(range(8 * groups))
+        pieces = sum(len({i // 8 for i in batch}) for batch in batches)  # in how many places a prompt is learned from
+        return pieces, grpo.idle_share([grpo.work_of([sequences[i] for i in b], math.inf) for b in batches], ranks)
+
+    pieces, idle = shares(6, 10, 4)
+    assert pieces > 6 and idle < 0.1
+    assert shares(8, 10, 4) == (8, 0.0)  # nothing to be won
+    assert shares(6, 1000, 4)[0] == 6  # a prompt that costs more than its group's responses is learned from once
+
+
 def test_the_length_at_which_attention_costs_as_much_as_the_rest(tiny):
     config = tiny.config
     heads = config.num_attention_heads * config.head_dim
