@@ -8,13 +8,13 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from device import Device, Interrupted, StopRequest
+from device import Device, Interrupted, StopRequest, enter
 from model import ModelError, Transformer, gathered
 from problems import DataError, Problem, prompt_text
 from report import format_eta
@@ -44,6 +44,12 @@ class AttemptStats:
     grade_seconds: float = 0.0  # of this process: the exact path, and the wait after sampling; workers hide behind it
     preemptions: int = 0
     memory_retries: int = 0  # times that sampling ran out of memory and went on with fewer rows
+    idle_shares: tuple[float, ...] = (0.0,)  # of the time that the slowest process sampled, for each process
+
+    @property
+    def idle_share(self) -> float:
+        """Of all processes' time while they sampled, the share in which they waited for the slowest."""
+        return sum(self.idle_shares) / len(self.idle_shares)
 
 
 class GraderError(Exception):
@@ -158,7 +164,9 @@ class Respondent:
             rollout, text, ticket = waiting.popleft()
             return Attempt(rollout, text, self.grader.collect([ticket])[0])
 
+        enter("gathering the weights for sampling")
         with gathered(self.model):
+            enter("sampling", collective=False)
             for rollout in generate(self.model, prompts, sampling, self.limits, sampler, self.asked_to_stop):
                 text = self.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
                 begun = time.perf_counter()
@@ -190,19 +198,27 @@ class Respondent:
             )
 
     def attempt(
-        self, problems: Sequence[Problem], n: int, sampling: Sampling, label: str | None = None
+        self,
+        problems: Sequence[Problem],
+        n: int,
+        sampling: Sampling,
+        label: str | None = None,
+        expected_tokens: Sequence[float | None] | None = None,
     ) -> tuple[list[list[Attempt]], AttemptStats]:
         """n attempts at each problem, in the order given, the same on every process. A label shows progress.
 
+        Expected tokens of one response to each problem (None: unknown) decide which process answers it (see `deal`).
         Raises, on every process, Interrupted when the run was asked to stop, GraderError when the grader fails often.
         """
-        share = problems[self.device.rank :: self.device.ranks]
+        prompts = [self.prompt(problem, n) for problem in problems]
+        expected = [None] * len(problems) if expected_tokens is None else expected_tokens
+        share = deal(prompts, expected, sampling.max_new_tokens, self.device.ranks)[self.device.rank]
         work = AttemptStats()
-        mine = list(self.stream(share, [self.prompt(problem, n) for problem in share], sampling, work, label))
-        if any(self.device.gather(self.asked_to_stop())):
+        mine = list(self.stream(problems, share, sampling, work, label))
+        if any(self.device.gather(self.asked_to_stop(), "the end of sampling")):
             raise Interrupted
         groups: dict[str, list[Attempt]] = {problem.id: [] for problem in problems}
-        everyone = self.device.gather((mine, work))
+        everyone = self.device.gather((mine, work), "the exchange of attempts")
         for attempts, _ in everyone:
             for attempt in attempts:
                 groups[attempt.rollout.problem_id].append(attempt)
@@ -213,12 +229,47 @@ class Respondent:
         return list(groups.values()), whole_work([work for _, work in everyone])
 
 
+def deal(
+    prompts: Sequence[Prompt], expected_tokens: Sequence[float | None], most_tokens: int, ranks: int
+) -> list[list[Prompt]]:
+    """Share out prompts so that all ranks finish together: the longest first, to the rank that has least to do.
+
+    `expected_tokens` are of one response to each prompt, at most `most_tokens`; None, unknown, counts as the mean. The
+    responses to one prompt are split only where together they would take their rank past its fair share by more than
+    half a response and the prompt, which then is prefilled once more. What a response is does not depend on its rank.
+    """
+    if ranks == 1:
+        return [list(prompts)]
+    known = [tokens for tokens in expected_tokens if tokens is not None]
+    typical = sum(known) / len(known) if known else most_tokens
+    each = [min(typical if tokens is None else tokens, most_tokens) for tokens in expected_tokens]
+    whole = [len(prompt.tokens) + prompt.n * tokens for prompt, tokens in zip(prompts, each, strict=True)]
+    fair = sum(whole) / ranks
+    shares: list[list[Prompt]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for i in sorted(range(len(prompts)), key=lambda i: -whole[i]):
+        prompt, dealt = prompts[i], 0
+        while dealt < prompt.n:
+            rank, take = loads.index(min(loads)), prompt.n - dealt
+            once = len(prompt.tokens)
+            room = fair - loads[rank]
+            if once + take * each[i] - room > once + each[i] / 2:
+                take = min(take, max(1, round((room - once) / each[i])))
+            limits = prompt.limits and prompt.limits[dealt : dealt + take]
+            shares[rank].append(replace(prompt, n=take, first=prompt.first + dealt, limits=limits))
+            loads[rank] += once + take * each[i]
+            dealt += take
+    return shares
+
+
 def whole_work(works: Sequence[AttemptStats]) -> AttemptStats:
-    """The work of all processes: sums of what they made, the longest of what they took."""
+    """The work of all processes: sums of what they made, the longest of what they took, and who waited how long."""
+    longest = max(work.sample_seconds for work in works)
     return AttemptStats(
         tokens=sum(work.tokens for work in works),
-        sample_seconds=max(work.sample_seconds for work in works),
+        sample_seconds=longest,
         grade_seconds=max(work.grade_seconds for work in works),
         preemptions=sum(work.preemptions for work in works),
         memory_retries=sum(work.memory_retries for work in works),
+        idle_shares=tuple(1 - work.sample_seconds / longest if longest else 0.0 for work in works),
     )

@@ -86,6 +86,11 @@ class History:
         visits = [v for v in self.visits(problem_id) if stage is None or v.stage <= stage]
         return mean_reward(v for v in visits if v.stage == visits[-1].stage)
 
+    def response_tokens(self, problem_id: str) -> float | None:
+        """The mean length of its newest responses, or None if it was never visited."""
+        visits = self.visits(problem_id)
+        return visits[-1].tokens / len(visits[-1].rewards) if visits else None
+
     def state_dict(self) -> dict:
         """JSON-able, for checkpoints."""
         rows = [v for visits in self.by_problem.values() for v in visits.values()]
@@ -626,12 +631,13 @@ def main() -> None:
         status = 130
         if devices.speaks():
             print(f"stopped; the same command goes on, with what is in {arguments.out}")
-    except (ModelError, DataError, RolloutError, GraderError, OSError) as error:
-        status = f"data_filter.py: {error}" if devices.speaks() else 1
+    except Exception as error:
+        status = devices.last_words(
+            error, "data_filter.py", (ModelError, DataError, RolloutError, GraderError, OSError)
+        )
     finally:
         devices.stop()
-    if status:
-        sys.exit(status)
+    devices.leave(status)
 
 
 if __name__ == "__main__":

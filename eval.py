@@ -619,8 +619,9 @@ def main() -> None:
         status = 130
         if devices.speaks():
             print(f"stopped; the same command goes on, with what is in {arguments.out}")
-    except (ModelError, DataError, RolloutError, GraderError, MetricsError, OSError) as error:
-        status = f"eval.py: {error}" if devices.speaks() else 1
+    except Exception as error:
+        expected = (ModelError, DataError, RolloutError, GraderError, MetricsError, OSError)
+        status = devices.last_words(error, "eval.py", expected)
     finally:
         devices.stop()
     devices.leave(status)

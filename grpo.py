@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from device import out_of_memory
+from device import enter, out_of_memory
 from model import Packed, SharedPrompts, Transformer
 from problems import Problem
 from rollout import Rollout
@@ -278,24 +278,48 @@ def supervised_loss(logprobs: Tensor, batch: TokenBatch) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- update
 
 
-def cut_into_micro_batches(lengths: Sequence[int], most_tokens: int, ranks: int = 1) -> list[list[int]]:
-    """Deal sequences into equally many micro-batches per rank, of at most `most_tokens` and alike in size.
+def cut_into_micro_batches(
+    lengths: Sequence[int], most_tokens: int, ranks: int = 1, work: Sequence[float] | None = None
+) -> list[list[int]]:
+    """Deal sequences into equally many micro-batches per rank, of at most `most_tokens` and alike in work.
 
-    Returns ranks x k lists of indices, micro-batch i for rank i % ranks. A sequence longer than most_tokens gets a
-    micro-batch of its own; some may be empty when there are few sequences.
+    Work is the length where nothing else is given. Returns ranks x k lists of indices, micro-batch i for rank
+    i % ranks; those that ranks do at the same time, in which they wait for each other, are next to each other in work.
+    A sequence longer than most_tokens gets a micro-batch of its own; some may be empty when there are few sequences.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    work = lengths if work is None else work
+    order = sorted(range(len(lengths)), key=lambda i: (-work[i], i))
     per_rank = max(1, math.ceil(sum(lengths) / (most_tokens * ranks)))
     while True:
         batches: list[list[int]] = [[] for _ in range(per_rank * ranks)]
-        loads = [0] * len(batches)
-        for i in order:  # the longest first, each to the emptiest
-            emptiest = loads.index(min(loads))
-            batches[emptiest].append(i)
-            loads[emptiest] += lengths[i]
-        if all(load <= most_tokens or len(batch) == 1 for load, batch in zip(loads, batches, strict=True)):
-            return batches
+        tokens, loads = [0] * len(batches), [0.0] * len(batches)
+        for i in order:  # the longest first, each to the one with least to do that has room
+            open_to = [b for b, batch in enumerate(batches) if not batch or tokens[b] + lengths[i] <= most_tokens]
+            if not open_to:
+                break
+            least = min(open_to, key=loads.__getitem__)
+            batches[least].append(i)
+            tokens[least] += lengths[i]
+            loads[least] += work[i]
+        else:
+            heaviest_first = sorted(range(len(batches)), key=lambda b: -loads[b]) if ranks > 1 else range(len(batches))
+            return [batches[b] for b in heaviest_first]
         per_rank += 1
+
+
+def even_length(model: Transformer) -> float:
+    """The length, in tokens, of a sequence whose attention costs as much as all the rest of a forward.
+
+    A token costs 2 FLOPs a parameter, and in causal attention 2 x layers x heads x head_dim a token of its sequence.
+    """
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters / (config.num_hidden_layers * config.num_attention_heads * config.head_dim)
+
+
+def work_of(sequences: Sequence[TrainingSequence], even_at: float) -> float:
+    """What a micro-batch of these costs, in tokens without attention."""
+    return packed_tokens(sequences) + sum(len(sequence.tokens) ** 2 for sequence in sequences) / even_at
 
 
 def packed_tokens(sequences: Sequence[TrainingSequence]) -> int:
@@ -304,8 +328,29 @@ def packed_tokens(sequences: Sequence[TrainingSequence]) -> int:
     return sum(len(sequence.tokens) for sequence in sequences) - repeated
 
 
-def micro_batches(sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int) -> list[list[int]]:
-    """`cut_into_micro_batches`, with the responses to one prompt together as far as they fit."""
+def micro_batches(
+    sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int, even_at: float = math.inf
+) -> list[list[int]]:
+    """`cut_into_micro_batches`, with the responses to one prompt together as far as they fit.
+
+    Over several ranks a group is also split where that ends the step sooner, though its prompt is then learned from
+    once more. `even_at` is `even_length`'s; without it work is tokens alone.
+    """
+    largest = [most_tokens]  # of what stays together
+    if ranks > 1:
+        share = packed_tokens(sequences) / ranks
+        largest += [math.ceil(share / parts) for parts in (1, 2, 4, 8) if share / parts < most_tokens]
+    ways = [_cut_groups(sequences, most_tokens, ranks, even_at, tokens) for tokens in largest]
+
+    def time_taken(batches: list[list[int]]) -> float:
+        return slowest([work_of([sequences[i] for i in batch], even_at) for batch in batches], ranks)
+
+    return min(ways, key=time_taken)
+
+
+def _cut_groups(
+    sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int, even_at: float, most_together: int
+) -> list[list[int]]:
     units: list[list[int]] = []
     sizes: list[int] = []
     for alike in by_prompt(sequences):
@@ -313,13 +358,26 @@ def micro_batches(sequences: Sequence[TrainingSequence], most_tokens: int, ranks
         fresh = True
         for i in alike:
             response = sequences[i].response_length
-            if fresh or sizes[-1] + response > most_tokens:
+            if fresh or sizes[-1] + response > most_together:
                 units.append([])
                 sizes.append(prompt)
             units[-1].append(i)
             sizes[-1] += response
             fresh = False
-    return [[i for unit in batch for i in units[unit]] for batch in cut_into_micro_batches(sizes, most_tokens, ranks)]
+    work = [work_of([sequences[i] for i in unit], even_at) for unit in units]
+    batches = cut_into_micro_batches(sizes, most_tokens, ranks, work)
+    return [[i for unit in batch for i in units[unit]] for batch in batches]
+
+
+def slowest(loads: Sequence[float], ranks: int) -> float:
+    """The work of the slowest rank of each round of micro-batches, for which the others wait, in all."""
+    return sum(max(loads[i : i + ranks]) for i in range(0, len(loads), ranks))
+
+
+def idle_share(loads: Sequence[float], ranks: int) -> float:
+    """The share of all ranks' time in which they wait for the slowest of each round of micro-batches, by their work."""
+    longest = ranks * slowest(loads, ranks)
+    return 1 - sum(loads) / longest if longest else 0.0
 
 
 @dataclass
@@ -346,6 +404,7 @@ class UpdateStats:
     micro_batch_tokens: int  # what was asked for, or less where memory ran out
     memory_retries: int  # how often it did
     ratios: RatioStats | None = None  # None in supervised fine-tuning
+    idle_share: float = 0.0  # reckoned: see the function of that name
 
 
 def optimizer_step(
@@ -364,11 +423,13 @@ def optimizer_step(
     Where memory runs out, the step begins again with smaller micro-batches; UpdateError when there are none.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    enter("the update")
     tokens = sum(sequence.response_length for sequence in sequences)
     total = divisor or tokens
     lengths, retries = [len(sequence.tokens) for sequence in sequences], 0
+    even_at = even_length(model) if ranks > 1 else math.inf  # alone, micro-batches alike in memory are best
     while True:
-        batches = micro_batches(sequences, most_tokens, ranks)
+        batches = micro_batches(sequences, most_tokens, ranks, even_at)
         optimizer.zero_grad(set_to_none=True)
         try:
             loss_sum, parts = accumulate_gradient(model, sequences, batches[rank::ranks], loss, total, ranks)
@@ -408,7 +469,8 @@ def optimizer_step(
             ) from None
     optimizer.zero_grad(set_to_none=True)
     ratios = ratio_stats(parts, tokens, model.device, ranks) if hasattr(loss, "sums") else None
-    return UpdateStats(float(loss_sum) / total, norm, tokens, stepped, most_tokens, retries, ratios)
+    idle = idle_share([work_of([sequences[i] for i in batch], even_at) for batch in batches], ranks)
+    return UpdateStats(float(loss_sum) / total, norm, tokens, stepped, most_tokens, retries, ratios, idle)
 
 
 def accumulate_gradient(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from attempts import Attempt, AttemptStats, Respondent, check_grader
+from attempts import Attempt, AttemptStats, Respondent, check_grader, deal
 from benchmarks import file_name
 from device import Interrupted
 from problems import DataError, Problem, read_problems
@@ -156,18 +156,18 @@ class Recorder:
         device, whole = self.respondent.device, response_file(self.folder, key)
         if device.is_main:
             whole.parent.mkdir(parents=True, exist_ok=True)
-        device.share(None)  # the folder is there
-        have = {(r.problem_id, r.sample) for r in self._read(whole)}
-        share = problems[device.rank :: device.ranks]
-        missing = [(p, [i for i in range(n) if (p.id, i) not in have]) for p in share]
+        # read by one, for all must deal out the same; the others write into a folder that is there, and only after that
+        have = device.share({(r.problem_id, r.sample) for r in self._read(whole)} if device.is_main else None)
+        missing = [(p, [i for i in range(n) if (p.id, i) not in have]) for p in problems]
         left = sum(len(samples) for _, samples in missing)
         if have and left and key not in self.asked:  # a curve asks for more and more of its own
             device.say(f"{key}: {len(have):,} responses are there already")
         self.asked.add(key)
         if left:
             prompts = [prompt for problem, samples in missing for prompt in self._prompts(problem, samples)]
+            mine = deal(prompts, [None] * len(prompts), sampling.max_new_tokens, device.ranks)[device.rank]
             with self._part(whole).open("a", encoding="utf-8") as file:
-                for attempt in self.respondent.stream(share, prompts, sampling, self.work, label=key):
+                for attempt in self.respondent.stream(problems, mine, sampling, self.work, label=key):
                     cuts = self._cuts(attempt, budgets) if budgets else None
                     file.write(json.dumps(asdict(response_of(name, attempt, cuts))) + "\n")
                     file.flush()

@@ -18,13 +18,14 @@ Departures from the official code are listed in the README.
 """
 
 import argparse
+import hashlib
 import math
 import platform
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count
@@ -53,7 +54,7 @@ from data_filter import (
     require_batch,
     zero_variance_share,
 )
-from device import Device, Interrupted, StopRequest
+from device import Device, Interrupted, RankError, StopRequest
 from eval import evaluate, fingerprint, print_evaluation
 from grpo import (
     Group,
@@ -117,6 +118,7 @@ EXPECTED_ERRORS = (
     CheckpointError,
     UpdateError,
     MetricsError,
+    RankError,
     ImportError,
     OSError,
 )
@@ -226,7 +228,8 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         try:
             if recipe.eval.every_steps and state.stage_step and state.stage_step % recipe.eval.every_steps == 0:
                 held_out_evaluation(run, index, f"after step {state.step}", within_stage=True)
-            attempts, work = run.respondent.attempt(batch, stage.group_size, sampling)
+            lengths = [state.history.response_tokens(problem.id) for problem in batch]
+            attempts, work = run.respondent.attempt(batch, stage.group_size, sampling, expected_tokens=lengths)
         except Interrupted:  # nothing of this step has been recorded or learned
             save_and_stop(run, optimizer)
         except GraderError:
@@ -438,7 +441,7 @@ def make_groups(recipe: Recipe, problems: list[Problem], attempts: list[list[Att
 
 
 def record_visits(run: Run, index: int, groups: list[Group]) -> None:
-    """Every problem's pass rate follows the training, from the original rewards."""
+    """Every problem's pass rate and length of responses follow the training; rewards are the original ones."""
     for group in groups:
         solved = tuple(float(right) for right in group.correct)
         tokens = sum(len(rollout.tokens) for rollout in group.rollouts)
@@ -470,12 +473,21 @@ def describe(groups: list[Group], attempts: list[list[Attempt]], work: AttemptSt
         "solve_all": int((solved == 1).sum()),
         "zero_variance": sum(not group.informative for group in groups),
         "tokens": int(lengths.sum()),
+        "problems_hash": short_hash(group.problem.id.encode() for group in groups),
+        "tokens_hash": short_hash(attempt.rollout.tokens.tobytes() for attempt in flat),
+        "idle_share": work.idle_share,
+        "idle_shares": list(work.idle_shares),
         "seconds_sample": work.sample_seconds,
         "seconds_grade": work.grade_seconds,
         "sample_tokens_per_s": work.tokens / work.sample_seconds,
         "preemptions": work.preemptions,
         "sample_memory_retries": work.memory_retries,
     }
+
+
+def short_hash(parts: Iterable[bytes]) -> str:
+    """Equal in two runs that drew the same, whatever their layout."""
+    return hashlib.blake2b(b"/".join(parts), digest_size=8).hexdigest()
 
 
 def update_model(
@@ -507,6 +519,7 @@ def describe_update(update: UpdateStats | None, seconds: float) -> dict:
         "loss": update.loss,
         "grad_norm": update.grad_norm,
         "update_tokens_per_s": update.tokens / seconds,
+        "update_idle_share": update.idle_share,
         "seconds_update": seconds,
     } | asdict(update.ratios)
 
@@ -756,14 +769,8 @@ def some_pairs(pairs: list[tuple[Problem, Problem]]) -> str:
 # -------------------------------------------------------------------------------------------------- starting up
 
 
-def check_recipe(recipe: Recipe, device: Device) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """What can be found wrong before anything is written or loaded."""
-    for index, stage in enumerate(recipe.stage):
-        if isinstance(stage, RlStage) and stage.batch_problems % device.ranks:
-            raise RecipeError(
-                f"stage.{index}.batch_problems = {stage.batch_problems} cannot be divided among "
-                f"{device.ranks} processes: use a multiple of {device.ranks}"
-            )
     for source in [stage.data for stage in recipe.stage] + [recipe.eval.data, recipe.final.data]:
         if source.startswith("world/") and not recipe.world:
             raise RecipeError(f"{source}: the recipe has no [world] that would write it; write ./{source} for a file")
@@ -885,7 +892,7 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
     """A new run's folder, or an old one with the place where it stopped."""
     if arguments.resume is None:
         recipe = load_recipe(arguments.recipe, arguments.set)
-        check_recipe(recipe, device)
+        check_recipe(recipe)
         folder = device.share(new_folder(arguments.out, recipe.name) if device.is_main else None)
         if device.is_main and recipe.world:
             write_world(recipe.world, folder / "world")
@@ -895,7 +902,7 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
         if not (folder / "recipe.toml").is_file():
             raise RecipeError(f"{folder} is no run: it has no recipe.toml; give a folder that train.py has made")
         recipe = load_recipe(folder / "recipe.toml", arguments.set)
-        check_recipe(recipe, device)
+        check_recipe(recipe)
         found = read_state(folder)
         place = (
             f"resuming {folder} after step {found[1].step}" if found else f"{folder} has no checkpoint: beginning again"
@@ -967,9 +974,8 @@ def main() -> None:
         run.device.say(stopped)
     except Interrupted:  # between stages: the last checkpoint and the estimated pass rates are all there is
         run.device.say(f"stopped; go on with: torchrun train.py --resume {run.folder}")
-    except EXPECTED_ERRORS as error:
-        # memory may run out in one process alone: then it is the one to say so
-        status = f"train.py: {error}" if devices.speaks() or isinstance(error, UpdateError) else 1
+    except Exception as error:
+        status = devices.last_words(error, "train.py", EXPECTED_ERRORS)
     finally:
         if run is not None:
             run.respondent.grader.close()

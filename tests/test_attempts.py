@@ -2,15 +2,16 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import attempts
-from attempts import AttemptStats, GraderError, Respondent, check_grader, load_tokenizer, stop_tokens, whole_work
+from attempts import AttemptStats, GraderError, Respondent, check_grader, deal, load_tokenizer, stop_tokens, whole_work
 from model import load
 from problems import read_problems
 from reward import Grade, Grader
-from rollout import CacheLimits, Sampling
+from rollout import CacheLimits, Prompt, Sampling
 
 
 @pytest.mark.parametrize(
@@ -29,13 +30,58 @@ def test_the_grader_may_fail_on_a_set_share_and_a_few_failures_stop_nothing(fail
 
 def test_the_work_of_processes_adds_up_and_the_slowest_counts():
     works = [AttemptStats(10, 2.0, 0.5, 1), AttemptStats(30, 1.0, 0.75, 2)]
-    assert whole_work(works) == AttemptStats(40, 2.0, 0.75, 3)
+    whole = whole_work(works)
+    assert whole == AttemptStats(40, 2.0, 0.75, 3, idle_shares=(0.0, 0.5)) and whole.idle_share == 0.25
+    assert whole_work([AttemptStats()]).idle_shares == (0.0,)  # nothing was sampled
+
+
+def test_work_is_dealt_whole_and_once_and_ranks_finish_together():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        ranks, n = int(random.integers(1, 9)), int(random.integers(1, 9))
+        lengths = np.exp(random.normal(6, 1, random.integers(1, 40)))
+        prompts = [Prompt(f"p{i}", [0] * int(random.integers(1, 60)), n, first=3) for i in range(len(lengths))]
+        shares = deal(prompts, list(lengths), 4000, ranks)
+        answered = sorted((p.problem_id, i) for share in shares for p in share for i in range(p.first, p.first + p.n))
+        assert len(shares) == ranks and answered == sorted((p.problem_id, i) for p in prompts for i in range(3, 3 + n))
+        expected = {f"p{i}": min(length, 4000) for i, length in enumerate(lengths)}
+        loads = [sum(len(p.tokens) + p.n * expected[p.problem_id] for p in share) for share in shares]
+        # no rank is past the fair share by more than one response and the prompts that a split prefills again
+        assert max(loads) <= sum(loads) / ranks + max(expected.values()) + 60 * len(prompts) / ranks
+
+
+def test_a_group_is_split_only_where_its_rank_would_else_be_busy_for_longer():
+    def dealt(lengths, ranks, n=8, prompt=10):
+        prompts = [Prompt(f"p{i}", [0] * prompt, n) for i in range(len(lengths))]
+        return [{p.problem_id: (p.first, p.n) for p in share} for share in deal(prompts, lengths, 5000, ranks)]
+
+    # as many for each: whole groups, also where nothing is known, or next to nothing is to be won
+    assert dealt([None] * 4, 2) == [{"p0": (0, 8), "p2": (0, 8)}, {"p1": (0, 8), "p3": (0, 8)}]
+    assert dealt([100, 101], 2) == [{"p1": (0, 8)}, {"p0": (0, 8)}]
+    # one more than can be divided: it is split; so is one that is longer than all others together
+    assert dealt([None] * 3, 2) == [{"p0": (0, 8), "p2": (0, 4)}, {"p1": (0, 8), "p2": (4, 4)}]
+    long = dealt([1000, 20, 20, 20], 2)
+    assert [share["p0"] for share in long] == [(0, 4), (4, 4)] and sum("p1" in share for share in long) == 1
+    assert dealt([None], 4) == [{"p0": (2 * i, 2)} for i in range(4)]
+    # a prompt that takes as long to read as all its responses to write is read once; an unknown length is the mean
+    assert dealt([100, 100, 100], 2, prompt=800) == [{"p0": (0, 8), "p2": (0, 8)}, {"p1": (0, 8)}]
+    assert dealt([300, None, 100], 3) == dealt([300, 200, 100], 3)
+
+
+def test_the_limits_of_responses_go_where_they_go():
+    shares = deal([Prompt("p", [0], 5, limits=[10, 20, 30, 40, 50])], [None], 50, 2)
+    assert sorted((p.first, *p.limits) for share in shares for p in share) in (
+        [(0, 10, 20), (2, 30, 40, 50)],
+        [(0, 10, 20, 30), (3, 40, 50)],
+    )
 
 
 def respondent(small_world, grader):
     model = load(small_world / "model")
     tokenizer = load_tokenizer(small_world / "model", model)
-    device = SimpleNamespace(rank=0, ranks=1, device=torch.device("cpu"), gather=lambda value: [value], say=print)
+    device = SimpleNamespace(
+        rank=0, ranks=1, device=torch.device("cpu"), gather=lambda value, place: [value], say=print
+    )
     stops = stop_tokens(tokenizer, model, small_world / "model")
     return Respondent(model, tokenizer, stops, CacheLimits(600, 96, 3), grader, device, instruction="")
 

@@ -347,3 +347,50 @@ def test_micro_batches_hold_every_sequence_once_and_keep_to_the_limit():
         assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
         assert len(batches) % ranks == 0
         assert all(len(batch) <= 1 or sum(lengths[i] for i in batch) <= most for batch in batches)
+
+
+def test_ranks_get_micro_batches_alike_in_work_and_those_of_one_round_are_neighbours():
+    # 5 long sequences and 150 short ones on 4 ranks: by tokens alone one rank would do twice the others' attention
+    lengths, even_at = [40] * 5 + [4] * 150, 10
+    mixed = [TrainingSequence(np.arange(n, dtype=np.int32) + 100 * i, 1) for i, n in enumerate(lengths)]
+    work = []
+    for most_tokens, length in ((250, even_at), (250, math.inf), (90, even_at)):
+        batches = grpo.micro_batches(mixed, most_tokens, 4, length)
+        assert sorted(i for batch in batches for i in batch) == list(range(155)) and len(batches) % 4 == 0
+        assert all(sum(lengths[i] for i in batch) <= most_tokens for batch in batches)
+        work.append([sum(lengths[i] + lengths[i] ** 2 / even_at for i in batch) for batch in batches])
+    assert max(work[0]) < 1.02 * 460 and max(work[1]) > 1.2 * 460  # a quarter of 5 x (40 + 160) + 150 x (4 + 1.6)
+    assert len(work[2]) == 12 and work[2] == sorted(work[2], reverse=True)
+    # the share of the 4 ranks' time: in each round all wait for the slowest
+    assert grpo.idle_share(work[0], 4) < 0.02 and grpo.idle_share(work[1], 4) > 0.18
+    assert grpo.idle_share([3.0, 1.0, 1.0, 1.0], 2) == pytest.approx(1 - 6 / (2 * 4))
+    assert grpo.idle_share([3.0, 1.0], 1) == 0.0 and grpo.idle_share([0.0, 0.0], 2) == 0.0
+
+
+def test_a_group_is_split_in_the_update_where_its_rank_would_else_be_the_last():
+    """Guards: 6 groups of the tiny world on 4 ranks were 2, 2, 1 and 1, and a quarter of all time was waiting."""
+
+    def shares(groups, prompt, ranks):
+        sequences = [
+            TrainingSequence(np.array([g, *[0] * (prompt - 1), *range(20)], dtype=np.int32), prompt)
+            for g in range(groups)
+            for _ in range(8)
+        ]
+        batches = grpo.micro_batches(sequences, 10_000, ranks)
+        assert sorted(i for batch in batches for i in batch) == list(range(8 * groups))
+        pieces = sum(len({i // 8 for i in batch}) for batch in batches)  # in how many places a prompt is learned from
+        return pieces, grpo.idle_share([grpo.work_of([sequences[i] for i in b], math.inf) for b in batches], ranks)
+
+    pieces, idle = shares(6, 10, 4)
+    assert pieces > 6 and idle < 0.1
+    assert shares(8, 10, 4) == (8, 0.0)  # nothing to be won
+    assert shares(6, 1000, 4)[0] == 6  # a prompt that costs more than its group's responses is learned from once
+
+
+def test_the_length_at_which_attention_costs_as_much_as_the_rest(tiny):
+    config = tiny.config
+    heads = config.num_attention_heads * config.head_dim
+    length = grpo.even_length(tiny)
+    # scores and values, 2 FLOPs each a head's number, of a token that sees half of its sequence on average
+    attention = config.num_hidden_layers * 2 * (2 * heads) * length / 2
+    assert attention == pytest.approx(2 * sum(p.numel() for p in tiny.parameters()))

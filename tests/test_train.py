@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,8 +144,20 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
-def test_two_processes_make_the_steps_of_one(finished, tmp_path):
-    # both begin RL from the very same weights: those that the finished run had after fine-tuning
+def two_nodes(arguments):
+    """Two agents of torchrun, each as if on a machine of its own, that find each other by its own rendezvous."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    agent = [sys.executable, "-m", "torch.distributed.run", *nodes, "--local-addr", "localhost", *arguments]
+    with ThreadPoolExecutor(2) as pool:
+        return max(pool.map(run, [agent, agent]), key=lambda done: done.returncode != 0)
+
+
+def test_the_layout_changes_no_problem_no_token_no_loss_and_no_gradient(finished, tmp_path):
+    # all begin RL from the very same weights: those that the finished run had after fine-tuning; 7 problems divide by
+    # no number of processes, so that groups are spread over them
     folder = finished[0]
     recipe = tmp_path / "rl.toml"
     recipe.write_text(
@@ -157,7 +171,7 @@ sampler = {{ rows = 20, page_tokens = 16, cache_tokens = 4000 }}
 kind = "rl"
 data = "{folder / "world" / "train.jsonl"}"
 steps = 2
-batch_problems = 8
+batch_problems = 7
 temperature = 1.0
 max_prompt_tokens = 64
 max_response_tokens = 48
@@ -165,18 +179,29 @@ informative_share = 0.0
 learning_rate = 1e-3
 """
     )
-    rows = []
-    for processes in (0, 2):
-        out = tmp_path / str(processes)
-        done = run([*command(None, processes=processes), str(recipe), "--out", str(out)])
+    small = ["--set", "micro_batch_tokens=90", "--set", "sampler.rows=5"]
+    rows = {}
+    for name, processes, settings in (("one", 0, []), ("small", 0, small), ("nodes", 2, []), ("four", 4, small)):
+        out = tmp_path / name
+        arguments = [str(recipe), "--out", str(out), *settings]
+        if name == "nodes":
+            done = two_nodes([str(ROOT / "train.py"), *arguments])
+        else:
+            done = run([*command(None, processes=processes), *arguments])
         assert done.returncode == 0, done.stderr[-3000:]
-        rows.append([row for row in metrics(out / "rl") if row["kind"] == "rl"])
-    for one, two in zip(*rows, strict=True):
-        assert not one["skipped"] and one["grad_norm"] > 0
-        for key in ("reward_mean", "response_length_mean", "distinct4", "rescued", "substituted"):
-            assert one[key] == pytest.approx(two[key], abs=1e-9), key
-        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
+        rows[name] = [row for row in metrics(out / "rl") if row["kind"] == "rl"]
+        shares = [row["idle_shares"] for row in rows[name]]
+        assert len(shares) == 2 and all(len(share) == max(1, processes) and min(share) == 0 for share in shares)
+    for name in ("small", "nodes", "four"):
+        for one, other in zip(rows["one"], rows[name], strict=True):
+            assert not one["skipped"] and one["grad_norm"] > 0
+            for key in ("problems_hash", "tokens_hash", "response_length_max", "rescued", "substituted", "verdicts"):
+                assert one[key] == other[key], (name, key)
+            for key in ("reward_mean", "response_length_mean", "distinct4"):
+                assert one[key] == pytest.approx(other[key], abs=1e-9), (name, key)
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e-5), name
+            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5), name
+    assert rows["one"][0]["tokens_hash"] != rows["one"][1]["tokens_hash"]
 
 
 def test_a_stage_ends_with_its_budget_of_tokens_however_it_was_interrupted(finished, tmp_path):
@@ -392,11 +417,6 @@ def test_errors_reach_the_shell(tmp_path):
     done = run([sys.executable, str(ROOT / "train.py"), "no-such.toml", "--out", str(tmp_path)])
     assert done.returncode == 1 and done.stderr.startswith("train.py: no-such.toml: no such recipe file")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
-    done = run(command(tmp_path, "--set", "stage.1.batch_problems=7", processes=2))
-    assert done.returncode != 0 and "cannot be divided among 2 processes" in done.stderr
 
 
 def test_a_second_run_gets_its_own_folder(tmp_path):

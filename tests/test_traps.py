@@ -368,7 +368,7 @@ def run_stage(monkeypatch, script, **settings):
     } | settings
     stage = RlStage(data="problems.jsonl", learning_rate=1e-2, **settings)
 
-    def attempt(batch, size, sampling):
+    def attempt(batch, size, sampling, expected_tokens):
         attempts = []
         for problem in batch:
             tried = []

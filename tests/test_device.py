@@ -1,0 +1,191 @@
+"""device.py: a rank that raises, hangs or dies ends the job, with its own sentence or one that names it and where."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from conftest import in_processes
+
+import device as devices
+from device import RankError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def join(rank: int, port: int, ranks: int, seconds: str) -> devices.Device:
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in here.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "COLLECTIVE_TIME_LIMIT_SECONDS": seconds}
+    return devices.start()
+
+
+def wait_in_vain(rank: int, port: int, fault: str) -> None:
+    here = join(rank, port, 3, "3")
+    assert here.gather(rank) == [0, 1, 2] and here.share(rank) == 0
+    if rank == 1:
+        devices.enter("sampling", collective=False)
+        if fault == "dies":
+            os._exit(0)  # a failure would make the parent end the others before they have noticed
+        time.sleep(9)
+        return
+    begun = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        here.gather(rank, "the exchange of attempts")
+    told, waited = str(caught.value), time.monotonic() - begun
+    assert "\n" not in told
+    if fault == "hangs":
+        assert "did not come within 3 seconds to: the exchange of attempts" in told and 2 < waited < 8
+    else:
+        assert "is gone, and was waited for in: the exchange of attempts" in told and waited < 3
+    if rank == 0:  # its neighbour may have noticed first, and left
+        assert told.startswith("rank 1 (last: sampling) ")
+
+
+@pytest.mark.parametrize("fault", ["hangs", "dies"])
+def test_who_waits_in_vain_names_the_missing_rank_and_the_place(fault):
+    in_processes(wait_in_vain, free_port(), fault, processes=3)
+
+
+def speak(rank: int, port: int, folder: Path, expected: tuple) -> None:
+    here = join(rank, port, 2, "60")
+    sys.stderr = (folder / str(rank)).open("w")
+    if rank == 1:
+        try:
+            raise ValueError("one sentence")
+        except ValueError as error:
+            assert devices.last_words(error, "train.py", expected) == 1
+        os._exit(0)
+    try:
+        here.gather(rank)
+    except RankError as error:
+        assert "speak of test_device.py" in str(error)  # a place without a name is its caller's
+        assert devices.last_words(error, "train.py") == 1  # to which there is nothing to add
+        sys.stderr.flush()
+        return
+    raise AssertionError("the other rank is still there")
+
+
+@pytest.mark.parametrize("expected", [(ValueError,), ()])
+def test_the_rank_that_raises_speaks_first_and_the_others_are_quiet(tmp_path, expected):
+    in_processes(speak, free_port(), tmp_path, expected)
+    said = (tmp_path / "1").read_text()
+    if expected:
+        assert said == "rank 1: train.py: one sentence\n"
+    else:  # a bug comes with the place where it is
+        assert said.startswith("rank 1: train.py: Traceback") and "ValueError: one sentence" in said
+    assert (tmp_path / "0").read_text() == ""
+
+
+def test_alone_an_expected_error_is_a_sentence_and_any_other_is_raised():
+    assert devices.last_words(ValueError("no"), "train.py", (OSError, ValueError)) == "train.py: no"
+    with pytest.raises(KeyError):
+        devices.last_words(KeyError("a bug"), "train.py", (ValueError,))
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "-3", "nan", "1e300"])
+def test_a_time_limit_that_is_none_is_refused(monkeypatch, given):
+    monkeypatch.setenv("COLLECTIVE_TIME_LIMIT_SECONDS", given)
+    with pytest.raises(RankError, match="give a number of seconds above 0"):
+        devices.time_limit()
+    monkeypatch.setenv("COLLECTIVE_TIME_LIMIT_SECONDS", "90")
+    assert devices.time_limit() == timedelta(seconds=90)
+
+
+def test_an_alarm_ends_a_process_that_nothing_can_be_raised_in(tmp_path):
+    """nccl raises nothing where the main thread waits for the accelerator; here it sleeps."""
+    script = f"""
+import sys, time, datetime
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+import device
+store = dist.HashStore()
+store.set("place/1", "0 sampling")
+device._watch = device.Watch(store, 0, 2, datetime.timedelta(seconds=1), alarms=True)
+device.enter("a collective that ends in time")
+device.enter("sampling", collective=False)
+time.sleep(2)
+print("still here", flush=True)
+store.set("place/1", "1 sampling")
+device.enter("the update")
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == "still here\n"
+    assert done.stderr.splitlines()[-1].startswith(
+        "rank 0: alarm: rank 1 (last: sampling) did not come within 1 seconds to: the update; it hangs"
+    )
+
+
+# --------------------------------------------------------------------------------------- as torchrun starts them
+
+FAULTS = {
+    "raises": "raise OSError('the disk of this rank is full')",
+    "hangs": "time.sleep(600)",
+    "dies": "os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_one_rank_in_sampling_ends_the_job(small_world, tmp_path, fault):
+    recipe, script = tmp_path / "rl.toml", tmp_path / "faulty.py"
+    recipe.write_text(
+        f"""name = "rl"
+model = "{small_world / "model"}"
+instruction = ""
+sampler = {{ rows = 40, page_tokens = 96, cache_tokens = 6000 }}
+[[stage]]
+kind = "rl"
+data = "{small_world / "train.jsonl"}"
+steps = 3
+batch_problems = 5
+temperature = 1.0
+max_prompt_tokens = 48
+max_response_tokens = 8
+"""
+    )
+    script.write_text(
+        f"""import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import attempts, train
+generate = attempts.generate
+def faulty(model, prompts, sampling, *rest):
+    if os.environ["RANK"] == "1" and sampling.step == 1:
+        {FAULTS[fault]}
+    return generate(model, prompts, sampling, *rest)
+attempts.generate = faulty
+train.main()
+"""
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "3"]
+    limit = "25" if fault == "hangs" else "600"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLLECTIVE_TIME_LIMIT_SECONDS": limit}
+    done = subprocess.run(
+        [sys.executable, *launch, str(script), str(recipe), "--out", str(tmp_path / "runs")],
+        capture_output=True, text=True, timeout=240, env=environment,
+    )  # fmt: skip
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("rank ")]
+    assert len(said) == 1, done.stderr[-3000:]
+    assert said[0].startswith(
+        {
+            "raises": "rank 1: train.py: the disk of this rank is full",
+            "hangs": "rank 0: train.py: rank 1 (last: sampling) did not come within 25 seconds to: the end of sampling",
+            "dies": "rank 0: train.py: rank 1 (last: sampling) is gone, and was waited for in: the end of sampling",
+        }[fault]
+    )
+    # torchrun's own account comes after, and nothing else claims to be stopping in order
+    assert done.stderr.index(said[0]) < done.stderr.index("FAILED")
+    if fault == "raises":
+        assert "stopping:" not in done.stderr
+    assert (tmp_path / "runs" / "rl" / "metrics.jsonl").read_text().count("\n") >= 1
