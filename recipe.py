@@ -102,6 +102,7 @@ class RunSettings:
 
     checkpoint_every_steps: int = 20
     checkpoints_kept: int = 2
+    most_nonfinite_steps: int = 3  # updates in a row without a finite gradient, at which the run stops
     rollouts_written: int = 4  # whole rollouts per step, for people to read
     tensorboard: bool = False
 
@@ -271,7 +272,7 @@ LEAST = {  # the smallest value that makes sense, by field name, wherever it sta
     "steps": 1, "every_steps": 0, "problems_within_stage": 0, "max_response_tokens": 1, "max_prompt_tokens": 1,
     "checkpoint_every_steps": 1, "checkpoints_kept": 1, "rollouts_written": 0, "batch_sequences": 1,
     "batch_problems": 1, "group_size": 2, "max_tokens": 2, "micro_batch_tokens": 1, "learning_rate": 0.0,
-    "rank": 0, "generated_tokens": 0,
+    "rank": 0, "generated_tokens": 0, "most_nonfinite_steps": 1,
 }  # fmt: skip
 
 
