@@ -27,12 +27,12 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ from checkpoint import (
     model_identity,
     read_state,
     save_checkpoint,
+    together,
 )
 from data_filter import (
     DataOrder,
@@ -218,6 +219,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         choose_temperature(run, index, stage, problems)
         held_out_evaluation(run, index, f"before stage {index}")
         state.problem_ids, state.prepared = [problem.id for problem in problems], True
+        state.metrics_position = list(run.metrics.position)  # a stop in the first step must not lose their rows
     order = DataOrder(problems, stage.batch_problems, recipe.seed, index)
     loss = PolicyLoss(stage.clip_low, stage.clip_high, stage.dual_clip)
     sink_is_used = any(isinstance(later, RlStage) and later.rescue for later in recipe.stage[index:])
@@ -914,6 +916,11 @@ def model_source(recipe: Recipe, folder: Path) -> Path:
     return folder / recipe.model if recipe.model.startswith("world/") else resolve_folder(recipe.model)
 
 
+def by_main(device: Device, work: Callable[[], Any]) -> Any:
+    """What the main process's `work` returned; when it fails, it fails on every process, and none is left waiting."""
+    return together(device, lambda: work() if device.is_main else None)[0]
+
+
 def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Path, int | None, Path | None, RunState]:
     """A new run's folder, or an old one with the place where it stopped; held by the main process."""
     folder = arguments.resume if isinstance(arguments.resume, Path) else None
@@ -922,15 +929,14 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
     # torchrun --max-restarts starts the same command again: it goes on
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if folder is None and (arguments.resume or restarted):
-        folder = device.share(
-            find_unfinished(arguments.out, recipe, arguments.resume_anyway) if device.is_main else None
-        )
+        anyway = arguments.resume_anyway
+        folder = by_main(device, lambda: find_unfinished(arguments.out, recipe, anyway))
         if folder is None:
             device.say(f"no unfinished run of {recipe.name} in {arguments.out}: beginning")
     resumed, found = folder is not None, None
     if not resumed:
-        folder = device.share(new_folder(arguments.out, recipe.name) if device.is_main else None)
-    lock = hold(folder) if device.is_main else None
+        folder = by_main(device, lambda: new_folder(arguments.out, recipe.name))
+    lock = by_main(device, lambda: hold(folder))
     if not resumed and device.is_main and recipe.world:
         write_world(recipe.world, folder / "world")
     device.share(None)  # nobody reads the world before it is written
@@ -962,8 +968,6 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
             path.rename(new_name(folder, "recipe-before", ".toml"))
         if not path.exists():
             write_atomically(path, [(versions() + to_toml(recipe)).encode()])
-        for name in (WANTS_RESUMING, FINISHED):
-            (folder / name).unlink(missing_ok=True)
     return recipe, folder, lock, *(found or (None, state))
 
 
@@ -996,6 +1000,9 @@ def start_run(arguments: argparse.Namespace, device: Device) -> Run:
     run = Run(recipe, folder, device, model, model_folder, respondent, metrics, state, stop, resume_from, most)
     run.lock, run.saved = lock, (state.step, state.stage, state.prepared) if resume_from else None
     check_inputs(run)
+    if device.is_main:
+        for name in (WANTS_RESUMING, FINISHED):  # it goes on
+            (folder / name).unlink(missing_ok=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     of_these = f" ({trained:,} of them trained)" * (trained < parameters)

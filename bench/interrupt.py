@@ -2,6 +2,7 @@
 
     python bench/interrupt.py --out /tmp/interrupt                       # all kinds, 20 SIGKILLs at random moments
     python bench/interrupt.py --out /tmp/interrupt --only stop worker    # some of them
+    python bench/interrupt.py --out /tmp/interrupt --forked              # without the seconds that imports take
     python bench/interrupt.py --saving                                   # what saving and checking a checkpoint take
 
 A small world is trained once without interruption. Then the same command with --resume is started again and again, and
@@ -14,6 +15,7 @@ and every byte of rollouts.jsonl are those of the uninterrupted run.
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -22,6 +24,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,25 +49,78 @@ KINDS = ("kill", "saving", "stop", "damage", "worker")
 MOST_SECONDS = 900.0  # of one launch, then it counts as lost
 
 
+@dataclass
+class Forked:
+    """A run that began as a copy of this process, all imports done; what subprocess.Popen has, as far as needed."""
+
+    pid: int
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float = math.inf) -> int:
+        """The exit status, when it is there."""
+        limit = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > limit:
+                raise subprocess.TimeoutExpired("train.py", timeout)
+            time.sleep(0.002)
+        return self.returncode
+
+
+Process = subprocess.Popen | Forked
+
+
 def launch(
     out: Path,
     overrides: Sequence[str] = SMALL,
     resume: bool = True,
     starter: Sequence[str] = (),
     words: Sequence[str] = (),
-) -> subprocess.Popen:
+    forked: bool = False,
+) -> Process:
     """The one command, in a process group of its own so that nobody else is hit; what it says goes to OUT.log."""
-    words = [*words, *(word for override in overrides for word in ("--set", override))]
-    command = [sys.executable, *starter, str(ROOT / "train.py"), *words, "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    log = (out.parent / f"{out.name}.log").open("ab")
-    with log:
+    words = [*words, *(word for override in overrides for word in ("--set", override)), "--out", str(out)]
+    command = [str(ROOT / "train.py"), *words, *["--resume"] * resume]
+    with (out.parent / f"{out.name}.log").open("ab") as log:
+        if forked and not starter:
+            return Forked(fork(command, log.fileno()))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
-            command + ["--resume"] * resume, env=environment, stdout=log, stderr=log, start_new_session=True
+            [sys.executable, *starter, *command], env=environment, stdout=log, stderr=log, start_new_session=True
         )
 
 
-def end(process: subprocess.Popen, number: int) -> None:
+def fork(command: list[str], log: int) -> int:
+    """train.main in a copy of this process; its id."""
+    import torch
+
+    import train  # once, for all launches
+
+    torch.set_num_threads(1)
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv, status = command, 0
+    try:
+        train.main()
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else 1
+        print(stopped.code, file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        os._exit(status or 0)
+
+
+def end(process: Process, number: int) -> None:
     """A signal to the run and all that it started."""
     try:
         os.killpg(process.pid, number)
@@ -70,7 +128,7 @@ def end(process: subprocess.Popen, number: int) -> None:
         pass
 
 
-def finish(process: subprocess.Popen) -> bool:
+def finish(process: Process) -> bool:
     """Whether a launch came to its end by itself, and in order."""
     try:
         return process.wait(MOST_SECONDS) == 0
@@ -80,7 +138,7 @@ def finish(process: subprocess.Popen) -> bool:
         return False
 
 
-def wait_for(process: subprocess.Popen, happened: Callable[[], bool], seconds: float = MOST_SECONDS) -> bool:
+def wait_for(process: Process, happened: Callable[[], bool], seconds: float = MOST_SECONDS) -> bool:
     """Whether it happened before the launch ended."""
     limit = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < limit:
@@ -136,23 +194,33 @@ def cut_a_line(out: Path, draw: random.Random) -> None:
 # ------------------------------------------------------------------------------------------------------ the kinds
 
 
-def killed(out: Path, kills: int, first: float, last: float, draw: random.Random, harms: Sequence = ()) -> bool:
-    """SIGKILL at random moments between two ages of a launch; then it may end. Harm is done while it is down."""
+Start = Callable[..., Process]
+
+
+def killed(
+    start: Start, out: Path, kills: int, first: float, last: float, draw: random.Random, harms: Sequence = ()
+) -> tuple[int, bool]:
+    """SIGKILL at random moments between two ages of a launch; how often, and whether the run then came to its end.
+
+    Harm is done while it is down. A run that ends before its killer comes is not killed again.
+    """
     for number in range(kills):
-        process = launch(out)
+        process = start(out)
         time.sleep(draw.uniform(first, last))
+        if process.poll() is not None:
+            return number, process.poll() == 0
         end(process, signal.SIGKILL)
         process.wait()
         if harms:
             harms[number % len(harms)](out, draw)
-    return finish(launch(out))
+    return kills, finish(start(out))
 
 
-def killed_while_saving(out: Path, kills: int, draw: random.Random) -> tuple[int, bool]:
+def killed_while_saving(start: Start, out: Path, kills: int, draw: random.Random) -> tuple[int, bool]:
     """SIGKILL within the milliseconds of a checkpoint's writing; how often it was hit, and whether the run survived."""
     hit = 0
     for _ in range(kills):
-        process = launch(out)
+        process = start(out)
         skipped = draw.randrange(3)  # checkpoints that are left in peace
         seen: set[Path] = set()
 
@@ -160,23 +228,27 @@ def killed_while_saving(out: Path, kills: int, draw: random.Random) -> tuple[int
             seen.update(out.glob("*/checkpoints/*.unfinished"))
             return len(seen) > skipped
 
-        if wait_for(process, writing):
-            time.sleep(draw.uniform(0.0, 0.06))
-            hit += 1
+        if not wait_for(process, writing):
+            return hit, finish(process)
+        time.sleep(draw.uniform(0.0, 0.06))
         end(process, signal.SIGKILL)
-        if process.wait() == 0:
-            break
-    return hit, finish(launch(out))
+        process.wait()
+        hit += 1
+    return hit, finish(start(out))
 
 
-def stopped(out: Path, number: int, stops: int, first: float, last: float, draw: random.Random) -> tuple[float, bool]:
+def stopped(
+    start: Start, out: Path, number: int, stops: int, first: float, last: float, draw: random.Random
+) -> tuple[float, bool]:
     """SIGTERM or SIGINT at random moments: the longest time to the end in order, and whether the run survived."""
     slowest = 0.0
     for _ in range(stops):
-        process = launch(out)
-        wait_for(
-            process, lambda: any(out.glob("*/metrics.jsonl"))
-        )  # before that, nothing is lost and the end is at once
+        launched, process = time.time(), start(out)
+
+        def begins(launched: float = launched) -> bool:  # before that nothing is lost, and the end is at once
+            return any(path.stat().st_mtime > launched for path in out.glob("*/metrics.jsonl"))
+
+        wait_for(process, begins)
         time.sleep(draw.uniform(first, last))
         begun = time.monotonic()
         end(process, number)
@@ -185,7 +257,7 @@ def stopped(out: Path, number: int, stops: int, first: float, last: float, draw:
         marked = any(out.glob("*/resume-me")) or any(out.glob("*/finished"))
         if not in_order or not marked:
             return slowest, False
-    return slowest, finish(launch(out))
+    return slowest, finish(start(out))
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
@@ -229,11 +301,14 @@ def step_reached(out: Path, step: int) -> Callable[[], bool]:
     return lambda: any(f'"step": {step},' in path.read_text(errors="replace") for path in out.glob("*/metrics.jsonl"))
 
 
-def interrupt(out: Path, kills: int, kinds: Sequence[str], seed: int) -> list[dict]:
+def interrupt(out: Path, kills: int, kinds: Sequence[str], seed: int, forked: bool) -> list[dict]:
     """Every kind, each against the uninterrupted run; one row of the table each."""
     rows: list[dict] = []
+    start = partial(launch, forked=forked)
+    if forked:
+        import train  # noqa: F401  before the clock runs
     begun = time.monotonic()
-    first = launch(out / "whole", resume=False)
+    first = start(out / "whole", resume=False)
     wait_for(first, lambda: any((out / "whole").glob("*/metrics.jsonl")))
     ready = time.monotonic() - begun
     if not finish(first):
@@ -249,17 +324,21 @@ def interrupt(out: Path, kills: int, kinds: Sequence[str], seed: int) -> list[di
     draw = random.Random(seed)
     whole, early, late = out / "whole", 0.5 * ready, ready + 0.5 * (seconds - ready)
     if "kill" in kinds:
-        per_run = 7
-        for number, start in enumerate(range(0, kills, per_run)):
-            tried, where = min(per_run, kills - start), out / f"kill-{number}"
-            record("SIGKILL, random moment", tried, killed(where, tried, early, late, draw), where, whole)
+        done = 0
+        for number in count():
+            where = out / f"kill-{number}"
+            tried, survived = killed(start, where, min(7, kills - done), early, late, draw)
+            record("SIGKILL, random moment", tried, survived, where, whole)
+            done += tried
+            if done >= kills or not survived:
+                break
     if "saving" in kinds:
-        tried, survived = killed_while_saving(out / "saving", 5, draw)
+        tried, survived = killed_while_saving(start, out / "saving", 5, draw)
         record("SIGKILL while a checkpoint is written", tried, survived, out / "saving", whole)
     if "stop" in kinds:
         for name in ("SIGTERM", "SIGINT"):
             where = out / name
-            slowest, survived = stopped(where, getattr(signal, name), 3, 0.0, 0.5 * (seconds - ready), draw)
+            slowest, survived = stopped(start, where, getattr(signal, name), 3, 0.0, 0.5 * (seconds - ready), draw)
             record(name, 3, survived, where, whole, slowest_seconds=round(slowest, 1))
     if "damage" in kinds:
         for name, harm in {
@@ -267,8 +346,8 @@ def interrupt(out: Path, kills: int, kinds: Sequence[str], seed: int) -> list[di
             "a metrics line cut": cut_a_line,
         }.items():
             where = out / name.split()[-1]
-            survived = killed(where, 3, ready + 0.3 * (seconds - ready), late, draw, [harm])
-            record(f"SIGKILL, then {name}", 3, survived, where, whole)
+            tried, survived = killed(start, where, 3, ready + 0.3 * (seconds - ready), late, draw, [harm])
+            record(f"SIGKILL, then {name}", tried, survived, where, whole)
     if "worker" in kinds:
         two, where = out / "whole-2", out / "worker"
         if not finish(launch(two, resume=False, starter=torchrun(2))):
@@ -351,6 +430,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a new folder for the runs (default: one that is removed)")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs at random moments")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--forked", action="store_true", help="start runs as copies of this process, imports done")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--saving", action="store_true", help="time checkpoints instead")
     arguments = parser.parse_args()
@@ -360,7 +440,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         out = arguments.out or Path(scratch) / "runs"
         out.mkdir(parents=True)
-        rows = interrupt(out, arguments.kills, arguments.only, arguments.seed)
+        rows = interrupt(out, arguments.kills, arguments.only, arguments.seed, arguments.forked)
     print(table(rows))
     print(json.dumps(rows))
     sys.exit(any(row["equal"] < row["tried"] for row in rows))

@@ -207,18 +207,19 @@ def main(monkeypatch, *arguments):
     try:
         train.main()
     except SystemExit as stopped:
-        return str(stopped.value)
+        return str(stopped.code)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def test_asked_to_stop_in_the_update_saves_the_step_before_it(finished, last_stage, monkeypatch, capsys):
+    step = train.optimizer_step
+
     def asked(*arguments):
         signal.raise_signal(signal.SIGTERM)
-        return train.grpo_step(*arguments)
+        return step(*arguments)
 
-    monkeypatch.setattr(train, "grpo_step", train.optimizer_step, raising=False)
     with monkeypatch.context() as patch:
         patch.setattr(train, "optimizer_step", asked)
         assert main(patch, "--resume", last_stage) is None
@@ -233,7 +234,7 @@ CHANGES = {
         lambda text: text.replace("temperature = 1.0", "temperature = 0.9"),
         "temperature was 1.0",
     ),
-    "data": ("world/train.jsonl", lambda text: text.replace("world", "earth", 1), "data world/train.jsonl was"),
+    "data": ("world/train.jsonl", lambda text: text.replace(" - ", "  - ", 1), "data world/train.jsonl was"),
     "model": ("world/model/config.json", lambda text: text + " ", "model was"),
 }
 
