@@ -251,15 +251,23 @@ def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
     return None
 
 
-def read_state(folder: Path, device: Device, lines: Sequence[int] | None = None) -> tuple[Path, RunState] | None:
-    """The newest checkpoint that is whole, and where the run stood; None when there is none at all. All call it.
+def read_state(
+    folder: Path, device: Device | None = None, lines: Sequence[int] | None = None
+) -> tuple[Path, RunState] | None:
+    """The newest checkpoint that is whole, and where the run stood; None when there is none at all.
+
+    Every process of a device calls it; without one a single process reads.
 
     What is passed over, and why, is said. `lines` are the whole lines that metrics.jsonl and rollouts.jsonl hold now: a
     checkpoint that counts on more of them is passed over too. Raises CheckpointError when none can be used.
     """
     passed_over = []
-    for checkpoint in device.share(list_checkpoints(folder)[::-1]):
-        fault = next(filter(None, device.gather(damage(checkpoint, device.rank, device.ranks))), None)
+    checkpoints = list_checkpoints(folder)[::-1]
+    for checkpoint in device.share(checkpoints) if device else checkpoints:
+        if device:
+            fault = next(filter(None, device.gather(damage(checkpoint, device.rank, device.ranks))), None)
+        else:
+            fault = damage(checkpoint)
         if not fault:
             try:
                 packed = torch.load(checkpoint / "run.pt", weights_only=True)
@@ -275,7 +283,7 @@ def read_state(folder: Path, device: Device, lines: Sequence[int] | None = None)
             torch.set_rng_state(random)
             return checkpoint, state
         passed_over.append(f"{checkpoint.name} ({fault})")
-        device.say(f"passed over {checkpoint}: {fault}")
+        (device.say if device else print)(f"passed over {checkpoint}: {fault}")
     if passed_over:
         raise CheckpointError(
             f"no checkpoint of {folder} can be used: {'; '.join(passed_over)}: put one back, or remove "

@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +38,7 @@ from eval_page import (
 )
 from model import ModelConfig, ModelError, extend_window, load, resolve_folder, tokenizer_folder
 from problems import INSTRUCTION, DataError, Problem, read_problems, write_problems
-from report import read_metrics, write_atomically
+from report import MetricsError, read_metrics, write_atomically
 from responses import (
     Recorder,
     file_name,
@@ -620,7 +619,7 @@ def main() -> None:
         status = 130
         if devices.speaks():
             print(f"stopped; the same command goes on, with what is in {arguments.out}")
-    except (ModelError, DataError, RolloutError, GraderError, OSError) as error:
+    except (ModelError, DataError, RolloutError, GraderError, MetricsError, OSError) as error:
         status = f"eval.py: {error}" if devices.speaks() else 1
     finally:
         devices.stop()

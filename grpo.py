@@ -141,11 +141,13 @@ class TrainingSequence:
         return len(self.tokens) - self.prompt_length
 
 
-def training_sequences(groups: Sequence[Group]) -> list[TrainingSequence]:
+def training_sequences(
+    groups: Sequence[Group], advantages_of: Callable[[np.ndarray], np.ndarray] = advantages
+) -> list[TrainingSequence]:
     """All rollouts of a batch with their advantages."""
     sequences = []
     for group in groups:
-        for i, (rollout, advantage) in enumerate(zip(group.rollouts, advantages(group.rewards), strict=True)):
+        for i, (rollout, advantage) in enumerate(zip(group.rollouts, advantages_of(group.rewards), strict=True)):
             tokens = np.concatenate([rollout.prompt, rollout.tokens])
             sequence = TrainingSequence(
                 tokens, len(rollout.prompt), float(advantage), rollout.logprobs, rollout.temperature
@@ -166,6 +168,7 @@ class TokenBatch:
     old_logprobs: Tensor
     temperature: Tensor
     rescued: Tensor  # bool
+    sequence: Tensor  # int64, which of the micro-batch's sequences the token is of: 0, 1, ...
 
 
 LEAST_SHARED = 0.1  # of a sequence: a shorter prompt is not worth taking sequences apart in every attention
@@ -200,8 +203,10 @@ def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBa
         [start + np.arange(s.prompt_length - 1, len(s.tokens) - 1) for start, s in zip(starts, sequences, strict=False)]
     )
 
+    responses = [s.response_length for s in sequences]
+
     def per_token(value: Callable[[TrainingSequence], float | np.ndarray], dtype: type) -> Tensor:
-        columns = [np.broadcast_to(np.asarray(value(s), dtype=dtype), s.response_length) for s in sequences]
+        columns = [np.broadcast_to(np.asarray(value(s), dtype), n) for s, n in zip(sequences, responses, strict=True)]
         return torch.from_numpy(np.concatenate(columns)).to(device)
 
     return TokenBatch(
@@ -213,10 +218,25 @@ def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBa
         old_logprobs=per_token(lambda s: 0.0 if s.old_logprobs is None else s.old_logprobs, np.float32),
         temperature=per_token(lambda s: s.temperature, np.float32),
         rescued=per_token(lambda s: s.rescued, np.bool_),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(sequences)), responses)).to(device),
     )
 
 
 TokenLoss = Callable[[Tensor, TokenBatch], Tensor]  # log-probs (N,) and their batch -> losses (N,)
+# a loss of rollouts also has `sums`, of the same arguments: what RatioStats is made of, over the batch's tokens
+
+
+def ratio_sums(logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
+    """How far the policy is from the sampler, summed over the batch's tokens; `largest_difference` is a maximum."""
+    difference = (logprobs - batch.old_logprobs).double()
+    ratio, own = difference.exp(), ~batch.rescued
+    return {
+        "own_ratio": (ratio * own).sum(),
+        "own_difference": (difference.abs() * own).sum(),
+        "rescued_ratio": (ratio * batch.rescued).sum(),
+        "rescued_tokens": batch.rescued.sum(),
+        "largest_difference": (difference.abs() * own).max(),
+    }
 
 
 @dataclass(frozen=True)
@@ -240,19 +260,13 @@ class PolicyLoss:
         return -torch.where(advantage < 0, torch.maximum(surrogate, self.dual_clip * advantage), surrogate)
 
     def sums(self, logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
-        """What the metrics are made of, summed over the batch's tokens; `largest_difference` is a maximum."""
-        difference = (logprobs - batch.old_logprobs).double()
-        ratio = difference.exp()
-        good, bad, own = batch.advantages > 0, batch.advantages < 0, ~batch.rescued
-        return {
+        """What the metrics are made of: the tokens that each clip acts on, and `ratio_sums`."""
+        ratio = (logprobs - batch.old_logprobs).double().exp()
+        good, bad = batch.advantages > 0, batch.advantages < 0
+        return ratio_sums(logprobs, batch) | {
             "clipped_low": (bad & (ratio < 1 - self.clip_low)).sum(),
             "clipped_high": (good & (ratio > 1 + self.clip_high)).sum(),
             "dual_clipped": (bad & (ratio > self.dual_clip)).sum(),
-            "own_ratio": (ratio * own).sum(),
-            "own_difference": (difference.abs() * own).sum(),
-            "rescued_ratio": (ratio * batch.rescued).sum(),
-            "rescued_tokens": batch.rescued.sum(),
-            "largest_difference": (difference.abs() * own).max(),
         }
 
 
@@ -341,21 +355,23 @@ def optimizer_step(
     loss: TokenLoss,
     most_tokens: int,
     max_grad_norm: float = 1.0,
+    divisor: float | None = None,
 ) -> UpdateStats:
-    """One step on the mean loss over every response token of the global batch.
+    """One step on the mean loss over every response token of the global batch, or on the sum of losses / `divisor`.
 
     All ranks call it with the same sequences and take their share of the micro-batches; how the batch is cut, and
     over how many ranks, does not change the gradient. A non-finite gradient leaves the weights as they are.
     Where memory runs out, the step begins again with smaller micro-batches; UpdateError when there are none.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    total = sum(sequence.response_length for sequence in sequences)
+    tokens = sum(sequence.response_length for sequence in sequences)
+    total = divisor or tokens
     lengths, retries = [len(sequence.tokens) for sequence in sequences], 0
     while True:
         batches = micro_batches(sequences, most_tokens, ranks)
         optimizer.zero_grad(set_to_none=True)
         try:
-            loss_sum, ratio_sums = accumulate_gradient(model, sequences, batches[rank::ranks], loss, total, ranks)
+            loss_sum, parts = accumulate_gradient(model, sequences, batches[rank::ranks], loss, total, ranks)
             break
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -391,8 +407,8 @@ def optimizer_step(
                 "out of memory in the optimizer's step: set offload_optimizer = true or train a LoRA adapter"
             ) from None
     optimizer.zero_grad(set_to_none=True)
-    ratios = ratio_stats(ratio_sums, total, model.device, ranks) if isinstance(loss, PolicyLoss) else None
-    return UpdateStats(float(loss_sum) / total, norm, total, stepped, most_tokens, retries, ratios)
+    ratios = ratio_stats(parts, tokens, model.device, ranks) if hasattr(loss, "sums") else None
+    return UpdateStats(float(loss_sum) / total, norm, tokens, stepped, most_tokens, retries, ratios)
 
 
 def accumulate_gradient(
@@ -400,11 +416,11 @@ def accumulate_gradient(
     sequences: Sequence[TrainingSequence],
     batches: list[list[int]],
     loss: TokenLoss,
-    total: int,
+    total: float,
     ranks: int,
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Forward and backward of this rank's micro-batches; the sum of the losses, and what RatioStats is made of."""
-    loss_sum, ratio_sums = torch.zeros((), dtype=torch.float64, device=model.device), []
+    loss_sum, parts = torch.zeros((), dtype=torch.float64, device=model.device), []
     for indices in batches:
         # a rank without work still takes part in the collectives of forward and backward, with weight zero
         batch = pack([sequences[i] for i in indices or [0]], model.device)
@@ -412,9 +428,9 @@ def accumulate_gradient(
         summed = loss(logprobs, batch).sum() * (1.0 if indices else 0.0)
         (summed * ranks / total).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
         loss_sum += summed.detach()
-        if indices and isinstance(loss, PolicyLoss):
-            ratio_sums.append(loss.sums(logprobs.detach(), batch))
-    return loss_sum, ratio_sums
+        if indices and hasattr(loss, "sums"):
+            parts.append(loss.sums(logprobs.detach(), batch))
+    return loss_sum, parts
 
 
 def forget_half_done_pass(model: Transformer) -> None:

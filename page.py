@@ -102,6 +102,7 @@ GLOSSARY = {
     "rescued": "failed groups in which one rollout was swapped for an earlier correct one of the same problem",
     "substituted": "groups without a signal, replaced as a whole by informative groups of the batch",
     "skipped": "1 if too few groups were informative and the update was left out",
+    "optimizer_steps": "steps made on the batch: 1, unless the update was skipped or the stage's variant makes several",
     "nonfinite": "1 if the gradient was not finite and the weights were left as they were",
     "loss": "token-mean clipped surrogate over the whole batch (RL), or cross-entropy in nats per token (SFT)",
     "grad_norm, lr": "norm of the gradient before clipping; learning rate",
@@ -362,4 +363,7 @@ def write_report(folder: Path) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").exists():
         sys.exit("usage: python page.py RUN, a folder with a metrics.jsonl")
-    print(write_report(Path(sys.argv[1])))
+    try:
+        print(write_report(Path(sys.argv[1])))
+    except (ValueError, OSError) as error:
+        sys.exit(f"page.py: {error}")

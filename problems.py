@@ -6,16 +6,20 @@ Ids survive shuffling, filtering and resuming; a row that cannot be used stops a
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 DATA_FILES = (".parquet", ".jsonl", ".json")
+MOST_SHOWN = 300  # characters of what a file holds, in an error
+TOO_MUCH = "holds a number of too many digits, or too deep a nesting"
 HUB_ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(:(?P<split>[\w./-]+))?")
 
 
@@ -165,10 +169,9 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
     try:
         return enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{path} is no readable parquet file ({str(error).splitlines()[0]}); fetch it again."
-        ) from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # by what is broken
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path} is no readable parquet file ({reason}); fetch it again.") from error
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
@@ -180,19 +183,35 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
         raise DataError(f"{path}, line {error.lineno} is malformed JSON ({error.msg}); mend the file there.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (at byte {error.start}); convert it to UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
+    except (ValueError, RecursionError):  # numbers and nestings that Python refuses
+        raise DataError(f"{path} {TOO_MUCH}; mend the file.") from None
     if array is not None:
-        yield from ((n, row if isinstance(row, dict) else "is no JSON object") for n, row in enumerate(array, start=1))
+        yield from enumerate((usable(row, "\\u" in text) for row in array), start=1)
         return
     # not splitlines(): U+2028 may stand inside a JSON string
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield number, usable(json.loads(line), "\\u" in line)
         except json.JSONDecodeError as error:
             yield number, f"is malformed JSON ({error.msg}, column {error.colno})"
-        else:
-            yield number, row if isinstance(row, dict) else "is no JSON object"
+        except (ValueError, RecursionError):
+            yield number, TOO_MUCH
+
+
+def usable(row: object, escaped: bool) -> dict | str:
+    """The row, or what is wrong with it. Only in text with \\u escapes may half of a surrogate pair hide."""
+    if not isinstance(row, dict):
+        return "is no JSON object"
+    try:
+        if escaped:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # it can be neither written nor tokenized
+        return "holds half of a surrogate pair"
+    return row
 
 
 # ---- schemas: row -> Problem, whose id is the row's own, or "" -----------------------------------
@@ -205,8 +224,9 @@ def from_own(row: dict) -> Problem:
 
 def from_verl(row: dict) -> Problem:
     """POLARIS and verl: chat messages, reward_model.ground_truth, extra_info.index or .id."""
-    extra, messages = nested(row, "extra_info"), row.get("prompt") or []
+    extra, messages = nested(row, "extra_info"), row.get("prompt")
     # a system message is the chat template's business; an earlier turn would change the problem
+    messages = messages if isinstance(messages, list) else []
     turns = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") != "system"]
     own_id = extra.get("index") if extra.get("index") is not None else extra.get("id")
     return problem_of(
@@ -222,7 +242,7 @@ def from_math(row: dict) -> Problem:
 
 def from_gsm8k(row: dict) -> Problem:
     """GSM8K: a worked solution with calculator marks (<<48/2=24>>), then "#### 1,080"."""
-    steps, _, answer = str(row.get("answer") or "").partition("####")
+    steps, _, answer = word(row.get("answer")).partition("####")
     answer = answer.strip().replace(",", "")
     solution = re.sub(r"<<[^<>]*>>", "", steps).strip() + f"\nThe final answer is \\boxed{{{answer}}}."
     return problem_of({**row, "solution": solution}, row.get("id"), row.get("question"), answer)
@@ -253,21 +273,22 @@ def schema_of(rows: Sequence[dict], path: Path) -> Callable[[dict], Problem]:
     for columns, schema in SCHEMAS.items():
         if first.keys() >= set(columns) or not first:
             # one marked solution makes a GSM8K file, in which a row without the mark has no answer
-            marked = schema is from_questions and any("####" in str(row.get("answer")) for row in rows)
+            marked = schema is from_questions and any("####" in word(row.get("answer")) for row in rows)
             return from_gsm8k if marked else schema
     known = ", or ".join(" + ".join(columns) for columns in SCHEMAS)
-    raise DataError(f"{path} has the columns {', '.join(first)}, which is no known schema; rename them to {known}.")
+    columns = ", ".join(name if name.isprintable() else repr(name) for name in first)[:MOST_SHOWN] or "none"
+    raise DataError(f"{path} has the columns {columns}, which is no known schema; rename them to {known}.")
 
 
 def problem_of(row: dict, own_id, text, answers) -> Problem:
     """A Problem from what every schema has; fields that a row lacks stay empty."""
     return Problem(
-        id="" if own_id is None else str(own_id),
+        id=word(own_id),
         text=text if isinstance(text, str) else "",
         answers=accepted(answers),
-        type=str(row.get("type") or row.get("subject") or ""),
+        type=word(row.get("type")) or word(row.get("subject")),
         difficulty=figure(row["difficulty"] if row.get("difficulty") is not None else row.get("level")),
-        solution=str(row.get("solution") or "").strip(),
+        solution=solution.strip() if isinstance(solution := row.get("solution"), str) else "",
     )
 
 
@@ -276,22 +297,32 @@ def nested(row: dict, column: str) -> dict:
     return row[column] if isinstance(row.get(column), dict) else {}
 
 
+def word(value) -> str:
+    """A text or a number as text; empty for anything else, and for nan: a table's way to have none."""
+    return str(value) if isinstance(value, str | int | float | Decimal) and value == value else ""
+
+
 def accepted(value) -> tuple[str, ...]:
     """A ground truth as the distinct answers that it accepts; () where there is none."""
     if isinstance(value, str) and value.startswith('["'):  # only strings: "[-9, 9]" is a closed interval
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass  # then it is an answer that happens to begin so
     values = value if isinstance(value, list) else [value]
-    known = [str(v).strip() for v in values if v is not None and v == v]  # nan is no answer
+    # nan and infinity are no answers, nor are lists and mappings
+    values = [v for v in values if isinstance(v, str | int | Decimal) or (isinstance(v, float) and math.isfinite(v))]
+    known = [str(v).strip() for v in values]
     return tuple(dict.fromkeys(a for a in known if a))
 
 
 def figure(value) -> float | None:
     """A difficulty as a number ("3/8", as POLARIS writes it, is 0.375; "Level 5", as MATH does, is 5), or None."""
-    match = re.fullmatch(r"(?:Level )?(-?\d+(?:\.\d+)?)(?:/([1-9]\d*))?", str(value))
-    return float(match[1]) / float(match[2] or 1) if match else None
+    if type(value) in (int, float):
+        return float(value) if abs(value) < 1e300 else None  # neither nan nor infinite
+    match = re.fullmatch(r"(?:Level )?(-?\d+(?:\.\d+)?)(?:/([1-9]\d*))?", word(value))
+    number = float(match[1]) / float(match[2] or 1) if match else math.inf
+    return number if math.isfinite(number) else None
 
 
 def fault(problem: Problem) -> str:
@@ -348,7 +379,25 @@ def normalised(text: str) -> str:
     return "".join(text.replace(INSTRUCTION, "").replace("$", "").lower().split())
 
 
+def duplicated(problems: Iterable[Problem], seen: dict[str, Problem] | None = None) -> list[tuple[Problem, Problem]]:
+    """(problem, the first with that text) for every problem whose text, normalised, an earlier one with another id has.
+
+    `seen`, the first problem of every text, grows: given again with the next file, it finds copies across files.
+    """
+    seen = {} if seen is None else seen
+    pairs = [(problem, seen.setdefault(normalised(problem.text), problem)) for problem in problems]
+    return [(problem, first) for problem, first in pairs if first.id != problem.id]
+
+
+def benchmark_copies(train: Iterable[Problem], benchmark: Iterable[Problem]) -> list[tuple[Problem, Problem]]:
+    """(training problem, benchmark problem) for every training problem whose text, normalised, is a benchmark's."""
+    held_out: dict[str, Problem] = {}
+    for problem in benchmark:
+        held_out.setdefault(normalised(problem.text), problem)
+    pairs = [(problem, held_out.get(normalised(problem.text))) for problem in train]
+    return [(problem, twin) for problem, twin in pairs if twin is not None]
+
+
 def contaminated(train: Iterable[Problem], benchmark: Iterable[Problem]) -> list[Problem]:
     """The training problems whose text, normalised, is a benchmark's."""
-    held_out = {normalised(p.text) for p in benchmark}
-    return [p for p in train if normalised(p.text) in held_out]
+    return [problem for problem, _ in benchmark_copies(train, benchmark)]

@@ -27,8 +27,8 @@ DETERMINISTIC = (
 )  # fmt: skip
 
 
-class ReportError(ValueError):
-    """A record of a run that cannot be read, or written, in one sentence."""
+class MetricsError(ValueError):
+    """A record that cannot be read, or written, in one sentence: file and line."""
 
 
 class Metrics:
@@ -67,7 +67,7 @@ class Metrics:
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
         except OSError as error:
-            raise ReportError(
+            raise MetricsError(
                 f"{file.name}: a line cannot be written ({error.strerror}): make room, then go on with "
                 f"--resume {self.folder}"
             ) from None
@@ -160,7 +160,7 @@ def whole_lines(folder: Path) -> list[int]:
     """How many lines of metrics.jsonl and of rollouts.jsonl are whole, up to the first that is not."""
     counts = [0, 0]
     for i, name in enumerate(FILES):
-        with suppress(FileNotFoundError, ReportError):
+        with suppress(FileNotFoundError, MetricsError):
             for _ in _read_lines(folder / name):
                 counts[i] += 1
     return counts
@@ -171,20 +171,24 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                if (
+                    not isinstance(row, dict)
+                    or type(row.get("step")) is not int
+                    or type(row.get("kind", "")) is not str
+                ):
                     raise ValueError('not an object with a "step"')
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not file.peek(1):
                     print(f"{path}: dropped 1 half-written last line (line {number})", file=sys.stderr)
                     return
-                raise ReportError(f"{path}, line {number}: {error}") from None
+                raise MetricsError(f"{path}, line {number}: {str(error)[:200]}; mend or remove that line") from None
             yield line, row
 
 
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl. A half-written last line is dropped, and said on stderr.
 
-    Raises ReportError naming file and line for a broken line elsewhere, FileNotFoundError where there is no file."""
+    Raises MetricsError naming file and line for a broken line elsewhere, FileNotFoundError where there is no file."""
     return [row for _, row in _read_lines(Path(folder) / "metrics.jsonl")]
 
 

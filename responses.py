@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from attempts import Attempt, AttemptStats, Respondent, check_grader
@@ -51,17 +51,30 @@ def read_responses(path: Path) -> list[Response]:
     Raises DataError, with the line, where the file holds anything else.
     """
     responses = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break
             try:
-                responses.append(Response(**json.loads(line)))
-            except (ValueError, TypeError) as error:
+                response = Response(**json.loads(line))
+                if wrong := [f.name for f in fields(Response) if not _fits(getattr(response, f.name), f.name)]:
+                    raise ValueError(f"{wrong[0]} is of the wrong type")
+                responses.append(response)
+            except (ValueError, TypeError, RecursionError) as error:
+                reason = str(error).strip()[:200]
                 raise DataError(
-                    f"{path}, line {number} is no response of an evaluation ({error}); remove the line or the file"
+                    f"{path}, line {number} is no response of an evaluation ({reason!r}); remove the line or the file"
                 ) from None
     return responses
+
+
+def _fits(value: object, name: str) -> bool:
+    """Whether this is what a Response holds under that name."""
+    if name in ("sample", "tokens"):
+        return type(value) is int
+    if name == "cuts":
+        return value is None or (isinstance(value, dict) and all(type(count) is int for count in value.values()))
+    return isinstance(value, str) or (name == "answer" and value is None)
 
 
 def response_file(folder: Path, key: str) -> Path:

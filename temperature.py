@@ -114,12 +114,13 @@ def match_diversity(
     most: float = 2.0,
     margin: float = 0.0,
     say: Callable[[str], None] = print,
+    collapse: float = COLLAPSE,
 ) -> tuple[float, list[TemperaturePoint]]:
     """Search upward from `start` for the first temperature that restores a diversity score.
 
-    Returns it with every point measured. When none up to `most` does, the most diverse one measured is returned and
-    said so. The target must come from the same problems, the same number of responses and the same length limit;
-    given by problem, it is a paired comparison.
+    Returns it with every point measured. When none up to `most` does, or none before accuracy has collapsed, the most
+    diverse one up to there is returned and said so. The target must come from the same problems, the same number of
+    responses and the same length limit; given by problem, it is a paired comparison.
     """
     curve: list[TemperaturePoint] = []
     above = int(math.floor((most - start) / step + 1e-9))
@@ -127,14 +128,31 @@ def match_diversity(
         temperature = round(start + i * step, 6)
         point = measure_temperature(answer, problems, temperature, margin, target)
         curve.append(point)
+        if has_collapsed(point, curve[0], collapse):
+            where = f"temperature below {temperature}, where accuracy has collapsed ({point.accuracy:.3f}),"
+            found = curve[:-1]
+            break
         if point.distinct4 is not None and point.distinct4 >= point.target:
             return temperature, curve
-    best = max(curve, key=lambda point: point.distinct4 or 0.0)
+    else:
+        where, found = f"temperature up to {most}", curve
+    best = max(found, key=lambda point: point.distinct4 or 0.0)
     say(
-        f"warning: no temperature up to {most} restores distinct-4 = {best.target or 0:.3f}; "
+        f"warning: no {where} restores distinct-4 = {best.target or 0:.3f}; "
         f"going on with {best.temperature} ({best.distinct4 or 0:.3f})"
     )
     return best.temperature, curve
+
+
+def has_collapsed(point: TemperaturePoint, first: TemperaturePoint, collapse: float = COLLAPSE) -> bool:
+    """Whether accuracy has lost more than a share `collapse` of what it was at the first point, beyond the noise.
+
+    Compared problem by problem, on those that both have: the 95% interval must lie below the border, or a few unlucky
+    rollouts of hard problems would end a search.
+    """
+    pairs = zip(point.accuracies, first.accuracies, strict=False)
+    above = [now - (1 - collapse) * before for now, before in pairs]
+    return bool(above) and float(np.mean(above)) + half_width(above) < 0
 
 
 def never_rising(values: Sequence[float]) -> list[float]:

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 train.py recipes/polaris-4b.toml
     python train.py recipes/tiny.toml --set stage.1.temperature=1.1
     torchrun train.py recipes/tiny.toml --resume                 # go on where it stopped, or begin
-    python train.py recipes/polaris-4b.toml --plan --memory-gib 80 --processes 8    # will it fit?
+    python train.py recipes/polaris-4b.toml --plan --device 80GB --gpus 8    # will it fit, what does it cost?
 
 A recipe is a list of stages. An `sft` stage imitates worked solutions. An `rl` stage learns from the answer alone:
 
@@ -41,6 +41,7 @@ import transformers
 import device as devices
 from arithmetic import write_world
 from attempts import Attempt, AttemptStats, GraderError, Respondent, encode, encode_chat, load_tokenizer, stop_tokens
+from benchmarks import find_data
 from checkpoint import (
     CheckpointError,
     RunState,
@@ -55,21 +56,22 @@ from checkpoint import (
     together,
 )
 from data_filter import (
+    BEFORE_STAGE,
+    ESTIMATE_DRAW,
     DataOrder,
     Filtered,
-    History,
     Visit,
     draw_histogram,
     drop_easy,
+    estimate,
     filter_mirrored_j,
     require_batch,
     zero_variance_share,
 )
 from device import Device, Interrupted, StopRequest
-from eval import evaluate, print_evaluation
+from eval import evaluate, fingerprint, print_evaluation
 from grpo import (
     Group,
-    PolicyLoss,
     Substitution,
     TokenLoss,
     TrainingSequence,
@@ -78,7 +80,6 @@ from grpo import (
     optimizer_step,
     substitute,
     supervised_loss,
-    training_sequences,
 )
 from model import (
     Lora,
@@ -97,20 +98,30 @@ from model import (
 )
 from optimizer import HostAdamW
 from page import write_report
-from plan import show_plan
-from problems import DATA_FILES, DataError, Problem, existing_file, has_chats, read_chats, read_problems
+from plan import add_plan_options, read_machine, show_plan
+from problems import (
+    DATA_FILES,
+    DataError,
+    Problem,
+    benchmark_copies,
+    duplicated,
+    existing_file,
+    has_chats,
+    read_chats,
+    read_problems,
+)
 from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
-from report import Metrics, ReportError, console_line, new_alarms, whole_lines, write_atomically
+from report import Metrics, MetricsError, console_line, new_alarms, read_metrics, whole_lines, write_atomically
 from responses import respond
 from reward import Grader
 from rollout import CacheLimits, RolloutError, Sampling, cache_bytes_per_token, check_requests, distinct_ngrams
 from scores import Evaluation, Response
 from temperature import match_diversity, measure_temperature
+from variants import choose_loss, mini_batches, over_steps, punish_overlong
 
 # samples drawn for a purpose other than a training step are counted from a place of their own
-EVALUATION_DRAW, ESTIMATE_DRAW, SEARCH_DRAW = -1, -2, -3
-ESTIMATE_SLICE = 512  # problems whose pass rates are estimated, and saved, at a time
-BEFORE_STAGE = -0.5  # an estimate before stage k is filed between the visits of stages k - 1 and k
+EVALUATION_DRAW, SEARCH_DRAW = -1, -3
+FEW = 3  # pairs of problems that guard_data names
 WANTS_RESUMING = "resume-me"  # in a run's folder: it was asked to stop, and wants to go on
 FINISHED = "finished"  # and: it came to its end
 # what a person can put right: one sentence, no traceback
@@ -121,8 +132,8 @@ EXPECTED_ERRORS = (
     RolloutError,
     GraderError,
     CheckpointError,
-    ReportError,
     UpdateError,
+    MetricsError,
     ImportError,
     OSError,
 )
@@ -143,6 +154,9 @@ class Run:
     stop: StopRequest
     resume_from: Path | None  # a checkpoint whose weights and optimizer the first stage to run loads
     micro_batch_tokens: int  # the recipe's, until memory runs out; a resumed run tries the recipe's again
+    excluded: dict[tuple[str, str], set[str]] = field(
+        default_factory=dict
+    )  # ids by (kind of stage, data): see guard_data
     sft_sequences: dict[int, list[TrainingSequence]] = field(default_factory=dict)  # by stage
     stage_began: float = 0.0  # for the ETA: when, and at which of its steps, the stage began in this launch
     stage_first_step: int = 0
@@ -221,7 +235,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         state.problem_ids, state.prepared = [problem.id for problem in problems], True
         state.metrics_position = list(run.metrics.position)  # a stop in the first step must not lose their rows
     order = DataOrder(problems, stage.batch_problems, recipe.seed, index)
-    loss = PolicyLoss(stage.clip_low, stage.clip_high, stage.dual_clip)
+    loss = choose_loss(stage)  # grpo.PolicyLoss, unless the stage asks for a variant
     sink_is_used = any(isinstance(later, RlStage) and later.rescue for later in recipe.stage[index:])
     optimizer = make_optimizer(run, stage)
     run.device.say(
@@ -253,23 +267,27 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         if stage.rescue:
             groups = state.sinks.rescue(groups, recipe.seed, state.step)
         row["rescued"] = sum(group.rescued is not None for group in groups)
+        groups = punish_overlong(groups, stage)  # a variant: POLARIS leaves the rewards as they are
         substitution = Substitution(groups, 0, skip_update=False)
         if stage.substitute:
             substitution = substitute(groups, recipe.seed, state.step, stage.informative_share)
         row["substituted"] = substitution.substituted
 
-        # learn: one optimizer step on the whole batch
+        # learn: one optimizer step on the whole batch; a variant may leave some of it out, or make several steps
         set_learning_rate(optimizer, learning_rate(stage, state.stage_step))
-        update, update_begun = None, time.perf_counter()
+        updates, update_begun = [], time.perf_counter()
         if not substitution.skip_update:
-            sequences = training_sequences(substitution.groups)
-            update = update_model(run, optimizer, sequences, loss, stage)
+            for sequences, divisor in mini_batches(substitution.groups, stage):
+                begun_already = any(one.stepped for one in updates)
+                updates.append(update_model(run, optimizer, sequences, loss, stage, divisor, begun_already))
+        update = over_steps(updates)
         state.position += stage.batch_problems
         state.stage_tokens += row["tokens"]
         row |= describe_update(update, time.perf_counter() - update_begun)
         row |= {
             "micro_batch_tokens": run.micro_batch_tokens,
             "memory_retries": update.memory_retries if update else 0,
+            "optimizer_steps": sum(one.stepped for one in updates),
             "temperature": state.temperature,
             "lr": learning_rate(stage, state.stage_step),
             "seconds": time.perf_counter() - begun,
@@ -307,47 +325,49 @@ def final_evaluation(run: Run) -> None:
 def stage_problems(run: Run, index: int, stage: RlStage) -> list[Problem]:
     """The stage's own data, or what the stage before has left of its data."""
     own = [earlier.data for earlier in run.recipe.stage[: index + 1] if isinstance(earlier, RlStage) and earlier.data]
-    problems = problems_of(data_path(run, own[-1]))
+    problems = training_problems(run, "rl", own[-1])
     state = run.state
     if index == state.stage and state.problem_ids and (state.prepared or not stage.data):
-        by_id = {problem.id: problem for problem in problems}
-        problems = [by_id[problem_id] for problem_id in state.problem_ids]
+        problems = by_ids(problems, state.problem_ids, own[-1])
     return problems
+
+
+def training_problems(run: Run, kind: str, source: str) -> list[Problem]:
+    """A stage's data without what guard_data excludes."""
+    excluded = run.excluded.get((kind, source), ())
+    return [problem for problem in problems_of(data_path(run, source)) if problem.id not in excluded]
+
+
+def by_ids(problems: list[Problem], ids: list[str], source: str) -> list[Problem]:
+    """The problems that a run noted, in that order; DataError where some are no longer to be had."""
+    by_id = {problem.id: problem for problem in problems}
+    if gone := [problem_id for problem_id in ids if problem_id not in by_id]:
+        raise DataError(
+            f"{source}: {len(gone):,} of the {len(ids):,} problems that this run goes on with are not there "
+            f"(first: {gone[0]}): resume with the data and the [guard] that it began with"
+        )
+    return [by_id[problem_id] for problem_id in ids]
 
 
 def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Problem]) -> list[Problem]:
     """Pass rates of the model about to be trained, 8 rollouts each; the always solved are dropped.
 
-    Estimates are kept slice by slice in pass-rates-INDEX.jsonl, and an interrupted run goes on with the next slice.
+    Estimates are kept in pass-rates-INDEX.jsonl, and an interrupted run goes on from there.
     """
     path = run.folder / f"pass-rates-{index}.jsonl"
-    known: History = run.device.share(History.load(path) if run.device.is_main and path.exists() else History())
     sampling = training_sampling(run, stage, run_temperature(run, stage), draw=ESTIMATE_DRAW)
-    missing = [problem for problem in problems if not known.visits(problem.id)]
-    tokens = 0
-    for start in range(0, len(missing), ESTIMATE_SLICE):
-        part = missing[start : start + ESTIMATE_SLICE]
-        try:
-            attempts, _ = run.respondent.attempt(part, stage.group_size, sampling, label="pass rates")
-        except Interrupted:
-            raise Stopped(f"stopped while estimating; go on with: {how_to_go_on(run)}") from None
-        for problem, group in zip(part, attempts, strict=True):
-            rewards = tuple(attempt.grade.correct for attempt in group)
-            tokens += sum(len(attempt.rollout.tokens) for attempt in group)
-            known.append(Visit(problem.id, index + BEFORE_STAGE, run.state.step, rewards))
-        if run.device.is_main:
-            known.save(path)
-        done = len(problems) - len(missing) + start + len(part)
-        run.device.say(f"pass rates: {done:,}/{len(problems):,} problems")
+    trained = run.folder / f"stage-{index - 1}" if index else run.model_folder  # the model in hand, as files
+    weights = run.device.share(fingerprint(trained) if run.device.is_main else None)
+    visits = (index + BEFORE_STAGE, run.state.step)
+    known = estimate(run.respondent, problems, stage.group_size, sampling, path, weights, *visits)
     for problem in problems:
         for visit in known.visits(problem.id):
             run.state.history.append(visit)
     filtered = filter_mirrored_j(problems, run.state.history, stage.drop_at, group_size=stage.group_size)
-    counted = tokens if len(missing) == len(problems) else None  # an earlier launch has made some of them
-    report_filter(run, index, f"before stage {index}", f"pass rate below {stage.drop_at:g}", filtered, counted)
+    tokens = sum(visit.tokens for problem in problems for visit in known.visits(problem.id))
+    report_filter(run, index, f"before stage {index}", f"pass rate below {stage.drop_at:g}", filtered, tokens)
     require_batch(filtered, stage.batch_problems)
-    rates = [run.state.history.estimate(problem.id) for problem in filtered.kept]
-    share = zero_variance_share(rates, stage.group_size)
+    share = zero_variance_share(filtered.known_rates(filtered.kept), stage.group_size)
     run.device.say(f"expected share of groups without a signal: {share:.0%}")
     return filtered.kept
 
@@ -398,8 +418,8 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
 def probe_problems(run: Run) -> list[Problem]:
     """The problems on which diversity is measured, wherever they come from."""
     sources = [stage.data for stage in run.recipe.stage if isinstance(stage, RlStage) and stage.data]
-    by_id = {problem.id: problem for source in sources for problem in problems_of(data_path(run, source))}
-    return [by_id[problem_id] for problem_id in run.state.probe_ids]
+    problems = [problem for source in sources for problem in training_problems(run, "rl", source)]
+    return by_ids(problems, run.state.probe_ids, ", ".join(sources))
 
 
 def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
@@ -415,7 +435,7 @@ def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
         require_batch(filtered, later[0].batch_problems)
 
 
-def report_filter(run: Run, index: int, label: str, rule: str, filtered: Filtered, tokens: int | None = 0) -> None:
+def report_filter(run: Run, index: int, label: str, rule: str, filtered: Filtered, tokens: int = 0) -> None:
     """Show a filter's two histograms, and keep them for the report; `tokens` were generated to know the rates."""
     run.device.say(f"{label}: kept {len(filtered.kept):,}, dropped {len(filtered.dropped):,} (rule: {rule})")
     run.device.say(draw_histogram(filtered.before, filtered.after))
@@ -446,7 +466,8 @@ def record_visits(run: Run, index: int, groups: list[Group]) -> None:
     """Every problem's pass rate follows the training, from the original rewards."""
     for group in groups:
         solved = tuple(float(right) for right in group.correct)
-        run.state.history.append(Visit(group.problem.id, index, run.state.step, solved))
+        tokens = sum(len(rollout.tokens) for rollout in group.rollouts)
+        run.state.history.append(Visit(group.problem.id, index, run.state.step, solved, tokens))
 
 
 def describe(groups: list[Group], attempts: list[list[Attempt]], work: AttemptStats) -> dict:
@@ -488,19 +509,26 @@ def update_model(
     sequences: list[TrainingSequence],
     loss: TokenLoss,
     stage: SftStage | RlStage,
+    divisor: float | None = None,
+    begun: bool = False,
 ) -> UpdateStats:
     """One optimizer step; micro-batches that memory has made smaller stay so for the rest of the run.
 
     A step whose update was abandoned, between two micro-batches, is done again whole: its visits replace themselves.
+    One whose weights have `begun` to change, by an earlier mini-batch, is not abandoned.
     """
 
     def leave_when_asked(*_: object) -> None:
-        if any(run.device.gather(run.stop.asked)):  # all leave before the same forward, of which each has as many
+        if not begun and any(
+            run.device.gather(run.stop.asked)
+        ):  # all leave before the same forward, of which each has as many
             raise Interrupted
 
     watch = run.model.register_forward_pre_hook(leave_when_asked, prepend=True)  # before sharded weights are gathered
     try:
-        update = optimizer_step(run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm)
+        update = optimizer_step(
+            run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm, divisor
+        )
     except Interrupted:
         optimizer.zero_grad(set_to_none=True)
         save_and_stop(run, optimizer)
@@ -518,7 +546,7 @@ def update_model(
 
 
 def describe_update(update: UpdateStats | None, seconds: float) -> dict:
-    """The optimizer step in numbers; None is a batch with too few informative groups, which is skipped."""
+    """The batch's update in numbers; None is a batch from which there is too little to learn, which is skipped."""
     if update is None:
         return {"skipped": 1, "nonfinite": 0, "seconds_update": seconds}
     return {
@@ -687,11 +715,13 @@ def sft_rows(run: Run, stage: SftStage) -> Iterator[tuple[str, list[int], str]]:
     tokenizer, path = run.respondent.tokenizer, data_path(run, stage.data)
     if has_chats(path):
         for number, messages in enumerate(read_chats(path), 1):
+            if f"row {number}" in run.excluded.get(("sft", stage.data), ()):
+                continue
             for turn, message in enumerate(messages):
                 if message["role"] == "assistant":  # every reply is learned, after all that came before it
                     yield f"row {number}", encode_chat(tokenizer, messages[:turn]), message["content"]
         return
-    for problem in problems_of(path):
+    for problem in training_problems(run, "sft", stage.data):
         if not problem.solution:
             raise DataError(f"problem {problem.id} in {stage.data} has no worked solution to learn from")
         yield f"problem {problem.id}", list(run.respondent.prompt(problem, 1).tokens), problem.solution
@@ -747,6 +777,66 @@ def problems_of(path: str) -> list[Problem]:
     return read_problems(path)
 
 
+# --------------------------------------------------------------------------- twice in the data, or in a benchmark
+
+
+def guard_data(run: Run) -> None:
+    """Find what stands twice in the training data, or in a benchmark, and exclude what [guard] says to.
+
+    What is excluded depends on files and recipe alone: it is the same on every process and after a resume.
+    """
+    recipe, guard, benchmark = run.recipe, run.recipe.guard, []
+    for source in dict.fromkeys(filter(None, [recipe.eval.data, recipe.final.data])):
+        benchmark += problems_of(data_path(run, source))
+        if pairs := duplicated(problems_of(data_path(run, source))):
+            run.device.say(f"{source}: {len(pairs):,} problems repeat an earlier one's text ({some_pairs(pairs)})")
+    for source in find_data(guard.benchmarks).values():
+        benchmark += read_problems(source, "keep")  # to be compared with, a problem needs no answer
+    seen: dict[str, dict[str, Problem]] = {"sft": {}, "rl": {}}
+    held = [] if not run.device.is_main else [row | {"step": 0} for row in read_metrics(run.folder)]
+    for index, stage in enumerate(recipe.stage):
+        place = stage.kind, stage.data
+        if not stage.data or place in run.excluded:
+            continue
+        asked, learned = training_texts(run, stage)
+        found = {
+            "duplicates": (guard.duplicates, "repeat an earlier one's text", duplicated(learned, seen[stage.kind])),
+            "contamination": (guard.contamination, "are a benchmark's", benchmark_copies(asked, benchmark)),
+        }
+        excluded = {p.id for rule, _, pairs in found.values() if rule == "exclude" for p, _ in pairs}
+        run.excluded[place] = excluded
+        row = {"kind": "guard", "step": 0, "stage": index, "data": stage.data, "rows": len(learned)}
+        for name, (rule, what, pairs) in found.items():
+            count = len({problem.id for problem, _ in pairs})
+            row |= {name: count, f"{name}_first": [[a.id, b.id] for a, b in pairs[:FEW]], f"{name}_rule": rule}
+            if pairs:
+                done = "excluded" if rule == "exclude" else f'trained on all the same (guard.{name} = "exclude" drops)'
+                run.device.say(f"{stage.data}: {count:,} of {len(learned):,} {what} ({some_pairs(pairs)}): {done}")
+        row |= {"excluded": len(excluded), "excluded_ids": sorted(excluded)}
+        if run.device.is_main and row not in held:  # a resumed run has its rows
+            run.metrics.write(row | {"step": run.state.step})
+
+
+def training_texts(run: Run, stage: SftStage | RlStage) -> tuple[list[Problem], list[Problem]]:
+    """What a stage's data asks, to compare with benchmarks, and what it teaches, of which once is enough.
+
+    Fine-tuning may learn a problem from several solutions, so that there a copy has the same solution.
+    """
+    path = data_path(run, stage.data)
+    if isinstance(stage, RlStage):
+        return (problems := problems_of(path)), problems
+    if not has_chats(path):
+        return (problems := problems_of(path)), [replace(p, text=p.text + p.solution) for p in problems]
+    chats = [(f"row {number}", messages) for number, messages in enumerate(read_chats(path), 1)]
+    asked = [Problem(name, m["content"], ()) for name, messages in chats for m in messages if m["role"] == "user"]
+    return asked, [Problem(name, "\n".join(m["content"] for m in messages), ()) for name, messages in chats]
+
+
+def some_pairs(pairs: list[tuple[Problem, Problem]]) -> str:
+    """The first few of the pairs found, by their ids."""
+    return ", ".join(f"{a.id} is {b.id}" for a, b in pairs[:FEW]) + ", ..." * (len(pairs) > FEW)
+
+
 # -------------------------------------------------------------------------------------------------- starting up
 
 
@@ -759,7 +849,12 @@ def check_recipe(recipe: Recipe, device: Device) -> None:
                 f"{device.ranks} processes: use a multiple of {device.ranks}"
             )
     for source in [stage.data for stage in recipe.stage] + [recipe.eval.data, recipe.final.data]:
+        if source.startswith("world/") and not recipe.world:
+            raise RecipeError(f"{source}: the recipe has no [world] that would write it; write ./{source} for a file")
         if source.endswith(DATA_FILES) and not source.startswith("world/"):
+            existing_file(Path(source))
+    for source in find_data(recipe.guard.benchmarks).values():
+        if source.endswith(DATA_FILES):
             existing_file(Path(source))
     if not recipe.model.startswith("world/"):
         config = model_config(resolve_folder(recipe.model), recipe)
@@ -852,6 +947,8 @@ def new_folder(parent: Path, name: str) -> Path:
             return folder
         except FileExistsError:  # another run took the name in the meantime
             continue
+        except OSError as error:
+            raise RecipeError(f"{folder} cannot be made ({error.strerror}); give another --out") from None
 
 
 def versions() -> str:
@@ -900,7 +997,7 @@ def hold(folder: Path) -> int:
     return descriptor
 
 
-def fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
+def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
     """What a run depends on beside its checkpoint: see `differences`."""
     found = {"recipe": to_toml(recipe), "code": code_version(Path(__file__).parent)}
     found["model"] = model_identity(model_source(recipe, folder))
@@ -924,6 +1021,8 @@ def by_main(device: Device, work: Callable[[], Any]) -> Any:
 def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Path, int | None, Path | None, RunState]:
     """A new run's folder, or an old one with the place where it stopped; held by the main process."""
     folder = arguments.resume if isinstance(arguments.resume, Path) else None
+    if folder and not (folder / "recipe.toml").is_file():
+        raise RecipeError(f"{folder} is no run: it has no recipe.toml; give a folder that train.py has made")
     recipe = load_recipe(folder / "recipe.toml" if folder else arguments.recipe, arguments.set)
     check_recipe(recipe, device)
     # torchrun --max-restarts starts the same command again: it goes on
@@ -940,7 +1039,7 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
     if not resumed and device.is_main and recipe.world:
         write_world(recipe.world, folder / "world")
     device.share(None)  # nobody reads the world before it is written
-    now = fingerprint(recipe, folder)
+    now = run_fingerprint(recipe, folder)
     if resumed:
         found = read_state(folder, device, device.share(whole_lines(folder) if device.is_main else None))
         device.say(
@@ -999,6 +1098,7 @@ def start_run(arguments: argparse.Namespace, device: Device) -> Run:
     most = recipe.micro_batch_tokens
     run = Run(recipe, folder, device, model, model_folder, respondent, metrics, state, stop, resume_from, most)
     run.lock, run.saved = lock, (state.step, state.stage, state.prepared) if resume_from else None
+    guard_data(run)
     check_inputs(run)
     if device.is_main:
         for name in (WANTS_RESUMING, FINISHED):  # it goes on
@@ -1029,17 +1129,14 @@ def main() -> None:
     parser.add_argument(
         "--resume-anyway", action="store_true", help="although recipe, data, model or code are not what they were"
     )
-    parser.add_argument("--plan", action="store_true", help="say what memory the recipe needs, and run nothing")
-    parser.add_argument("--memory-gib", type=float, default=24.0, metavar="GIB", help="of one device, for --plan")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="one per device, for --plan")
+    parser.add_argument("--plan", action="store_true", help="say what memory, time and money it takes, and run nothing")
+    add_plan_options(parser)
     arguments = parser.parse_args()
     arguments.resume = arguments.resume or arguments.resume_anyway or None
     run, status = None, 0
     try:
         if arguments.plan:
-            sys.exit(
-                not show_plan(load_recipe(arguments.recipe, arguments.set), arguments.memory_gib, arguments.processes)
-            )
+            sys.exit(not show_plan(load_recipe(arguments.recipe, arguments.set), read_machine(arguments)))
         run = start_run(arguments, devices.start())
         train(run)
         run.metrics.close()

@@ -3,12 +3,14 @@
     python bench/ablation.py                                # 5 seeds, 9 settings; go on with the same command
     python bench/ablation.py --seeds 0 1 --settings full vanilla --steps 10 --out runs/short
     python bench/ablation.py --tables                       # tables and figure of what is finished, nothing run
+    python bench/ablation.py --recipe sums/recipe.toml --settings full vanilla     # a real model: see bench/sums.py
 
 recipes/tiny.toml is fine-tuned once per seed (a seed is a world of its own); every setting goes on from that model with
-three stages of reinforcement learning. All stages of all settings end after the same number of generated tokens, those
-of training rollouts; what filter and temperature search generate besides is the mechanisms' cost, in a column of its
-own. Runs go side by side, --jobs at a time, with the cores divided among them. Ctrl-C stops them in order, and the same
-command goes on where they stopped. Of every finished full run bench/extrapolation.py measures lengths beyond training.
+its stages of reinforcement learning. Any recipe will do that begins with an sft stage. All stages of all settings end
+after the same number of generated tokens, those of training rollouts; what filter and temperature search generate
+besides is the mechanisms' cost, in a column of its own. Runs go side by side, --jobs at a time, with the cores divided
+among them. Ctrl-C stops them in order, and the same command goes on where they stopped. Of every finished full run of
+the laptop world bench/extrapolation.py measures lengths beyond training.
 
 OUT gets seed-S/SETTING (runs of train.py, with their recipes and logs beside), ablation.md, ablation.json and
 ablation.svg. Differences to the full recipe are paired by seed; their 95% intervals are Student's over seeds.
@@ -39,7 +41,7 @@ import charts  # noqa: E402
 from recipe import Recipe, RecipeError, RlStage, load_recipe, to_toml  # noqa: E402
 from report import format_eta, read_metrics, write_atomically  # noqa: E402
 
-TYPICAL_TOKENS = 27  # of a response in this world: turns --steps into a budget of generated tokens
+TINY = ROOT / "recipes" / "tiny.toml"
 MOST_STEPS = 2  # times --steps: room for shorter responses, never reached otherwise
 # half the world and two thirds of a batch: a run in about two minutes on one core, a problem seen as often as before
 SHRUNK = ["world.train_problems=320", "search.problems=32", *(f"stage.{i}.batch_problems=32" for i in (1, 2, 3))]
@@ -67,24 +69,35 @@ GRID = 25  # points of the drawn curves
 # ------------------------------------------------------------------------------------------------------ the runs
 
 
-def recipe_of(setting: str, seed: int, steps: int, seed_folder: Path) -> Recipe:
+@dataclass(frozen=True)
+class Plan:
+    """What all runs have in common."""
+
+    recipe: Path
+    steps: int  # of an rl stage
+    response_tokens: int  # in the mean; with the steps, the budget of generated tokens that ends a stage
+
+
+def recipe_of(plan: Plan, setting: str, seed: int, seed_folder: Path) -> Recipe:
     """The recipe of one run; "sft" is the fine-tuning that a seed's settings share."""
-    own = [f"seed={seed}", f"world.seed={seed}", f"name={setting}", "final.data="]
-    base = load_recipe(ROOT / "recipes" / "tiny.toml", [*own, *SHRUNK])
+    own = [f"seed={seed}", f"name={setting}", "final.data="]
+    base = load_recipe(plan.recipe, [*own, f"world.seed={seed}", *SHRUNK] if plan.recipe == TINY else own)
     if setting == "sft":
         return replace(base, stage=base.stage[:1])
-    shared, last = seed_folder.resolve() / "sft", base.stage[-1]
+    shared, last, steps = seed_folder.resolve() / "sft", base.stage[-1], plan.steps
+
+    def path(data: str) -> str:
+        return str(shared / data) if data.startswith("world/") else data
+
     stages = []
     for stage in (stage for stage in base.stage if isinstance(stage, RlStage)):
-        budget = steps * stage.batch_problems * stage.group_size * TYPICAL_TOKENS
+        budget = steps * stage.batch_problems * stage.group_size * plan.response_tokens
         stage = replace(stage, steps=MOST_STEPS * steps, generated_tokens=budget, **SETTINGS[setting])
         if setting == "one-length":
             stage = replace(stage, max_response_tokens=last.max_response_tokens)
-        stages.append(replace(stage, data=str(shared / stage.data) if stage.data else ""))
+        stages.append(replace(stage, data=path(stage.data)))
     # all held-out problems every time, so that the points of a curve differ by the model alone
-    held_out = replace(
-        base.eval, data=str(shared / base.eval.data), every_steps=max(1, steps // 2), problems_within_stage=0
-    )
+    held_out = replace(base.eval, data=path(base.eval.data), every_steps=max(1, steps // 2), problems_within_stage=0)
     return replace(base, model=str(shared / "stage-0"), world=None, stage=tuple(stages), eval=held_out)
 
 
@@ -141,14 +154,17 @@ def is_finished(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() and any(row.get("final") for row in read_metrics(folder))
 
 
-def make_jobs(out: Path, seeds: Sequence[int], settings: Sequence[str], steps: int) -> list[Job]:
+def make_jobs(out: Path, seeds: Sequence[int], settings: Sequence[str], plan: Plan) -> list[Job]:
     """Everything to run, seed by seed. Raises RecipeError where OUT holds a run of another recipe."""
     jobs = []
     for seed in seeds:
         folder = out / f"seed-{seed}"
-        sft = Job(folder / "sft", recipe_of("sft", seed, steps, folder))
-        runs = [Job(folder / setting, recipe_of(setting, seed, steps, folder), sft) for setting in settings]
-        jobs += [sft, *runs, *(Job(job.folder, None, job) for job in runs if job.folder.name == "full")]
+        sft = Job(folder / "sft", recipe_of(plan, "sft", seed, folder))
+        runs = [Job(folder / setting, recipe_of(plan, setting, seed, folder), sft) for setting in settings]
+        measured = [
+            job for job in runs if job.folder.name == "full" and plan.recipe == TINY
+        ]  # lengths are that world's
+        jobs += [sft, *runs, *(Job(job.folder, None, job) for job in measured)]
     for job in jobs:
         begun = job.folder / "recipe.toml"
         if job.recipe and begun.exists() and load_recipe(begun) != job.recipe:
@@ -442,7 +458,7 @@ def draw(results: Results, path: Path) -> None:
         panels.append({"title": "avg@8 of the same sums, later in a text", "series": lines, "band": bands,
                        "kind": "share", "x_label": "tokens until the end of the answer", "smooth": False})  # fmt: skip
     if panels:
-        figure = charts.panels("Ablation in the laptop world: means and 95% intervals over seeds", panels, len(panels))
+        figure = charts.panels("Ablation: means and 95% intervals over seeds", panels, len(panels))
         text = charts.svg(figure).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
         write_atomically(path, [text.encode()])
 
@@ -453,17 +469,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--recipe", type=Path, default=TINY, help="an sft stage, then rl stages")
+    parser.add_argument("--response-tokens", type=int, default=27, help="in the mean, for a stage's budget of tokens")
     parser.add_argument("--steps", type=int, default=15, help="of each rl stage, by which its tokens are reckoned")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--tables", action="store_true", help="of what is finished; run nothing")
     arguments = parser.parse_args()
-    if min(arguments.steps, arguments.jobs) < 1:
-        parser.error("--steps and --jobs must be at least 1")
+    if min(arguments.steps, arguments.jobs, arguments.response_tokens) < 1:
+        parser.error("--steps, --jobs and --response-tokens must be at least 1")
     settings = [name for name in SETTINGS if name in arguments.settings]
     complete = True
     if not arguments.tables:
         try:
-            jobs = make_jobs(arguments.out, arguments.seeds, settings, arguments.steps)
+            plan = Plan(arguments.recipe.resolve(), arguments.steps, arguments.response_tokens)
+            jobs = make_jobs(arguments.out, arguments.seeds, settings, plan)
             run_jobs(jobs, arguments.jobs)
         except RecipeError as error:
             sys.exit(f"ablation.py: {error}")

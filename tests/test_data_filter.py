@@ -152,6 +152,17 @@ def test_draw_histogram_shows_both_sides():
     ]
 
 
+def test_draw_histogram_shows_one_alone():
+    lines = draw_histogram([1, 0, 2], width=4).splitlines()
+    assert [line.split() for line in lines] == [
+        ["solved", "problems", "(J)"],
+        ["0/2", "1", "##"],
+        ["1/2", "0"],
+        ["2/2", "2", "####"],
+        ["all", "3"],
+    ]
+
+
 # ---- filter and drop -----------------------------------------------------------------------------
 
 

@@ -345,13 +345,12 @@ def test_two_processes_write_what_one_writes(small_world, command, tmp_path):
 @pytest.fixture
 def made_up(monkeypatch):
     """Instead of the model's responses, ones with an accuracy and a diversity that depend on the temperature."""
-    calls = []
+    made = {"accuracy at 1.2": 0.0}
 
     def respond(self, name, problems, n, sampling, budgets=(), key=""):
-        calls.append((key, len(problems)))
         t = sampling.temperature
         share, distinct = (
-            float(np.interp(t, [1.0, 1.2], [1.0, 0.0])),
+            float(np.interp(t, [1.0, 1.2], [1.0, made["accuracy at 1.2"]])),
             round(100 * t / 2.6),
         )  # half of 100 4-grams at 1.3
         text = " ".join(["x"] * (104 - distinct) + [f"y{i}" for i in range(distinct - 1)])
@@ -364,7 +363,7 @@ def made_up(monkeypatch):
         return [[response(problem, i) for i in range(n)] for problem in problems]
 
     monkeypatch.setattr(evaluation.Recorder, "respond", respond)
-    return calls
+    return made
 
 
 def run_only(command, tmp_path, *arguments, **options):
@@ -392,6 +391,7 @@ def test_the_temperature_curve_finds_the_zones_and_draws_them(command, made_up, 
 
 
 def test_match_takes_a_score_or_a_run(command, made_up, tmp_path, capsys, monkeypatch):
+    made_up["accuracy at 1.2"] = 1.0
     results = run_only(command, tmp_path, "-n", 4, "--max-tokens", 8, "--match", "0.5", "--margin", "0", out="score")
     found = results["match"]["held-out"]
     assert found["chosen"] == 1.3 and found["points"][-1]["distinct4"] == 0.5
@@ -413,6 +413,13 @@ def test_match_takes_a_score_or_a_run(command, made_up, tmp_path, capsys, monkey
         with pytest.raises(SystemExit, match=sentence):
             command("-n", 4, "--max-tokens", 8, "--match", given, out="none")
         assert not (tmp_path / "none").exists()  # the name is free for the next try
+
+
+def test_match_ends_where_accuracy_collapses(command, made_up, tmp_path, capsys):
+    results = run_only(command, tmp_path, "-n", 40, "--max-tokens", 8, "--match", "0.5", "--margin", "0")
+    found = results["match"]["held-out"]
+    assert found["chosen"] == 1.05 and [point["temperature"] for point in found["points"]] == [1.0, 1.05, 1.1]
+    assert "no temperature below 1.1, where accuracy has collapsed" in capsys.readouterr().out
 
 
 def test_match_refuses_a_diversity_measured_otherwise(command, tmp_path):

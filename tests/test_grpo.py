@@ -1,4 +1,4 @@
-"""grpo.py against hand computations and an independent per-token implementation."""
+"""grpo.py against hand computations and an independent per-token implementation; its traps are in test_traps.py."""
 
 import math
 
@@ -61,12 +61,6 @@ def ragged_sequences(count=9, seed=0):
 # ------------------------------------------------------------------------------------------------- advantages
 
 
-def test_advantages_by_hand_with_bessels_correction():
-    # rewards 1 0 0 0: mean 1/4, squared deviations 9/16 + 3/16 = 3/4, / (4 - 1) = 1/4, std 1/2
-    found = grpo.advantages(np.array([1.0, 0.0, 0.0, 0.0]))
-    np.testing.assert_allclose(found, np.array([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-6), rtol=1e-12)
-
-
 def test_advantages_of_equal_rewards_are_zero():
     assert (grpo.advantages(np.ones(8)) == 0).all()
 
@@ -79,53 +73,12 @@ def test_advantages_refuse_a_group_of_one():
 # ----------------------------------------------------------------------------------------------------- rescue
 
 
-def test_rescue_swaps_one_failed_rollout_for_the_stored_correct_one():
-    sinks = Sinks()
-    earlier = group("p", [0, 1, 0, 0])
-    earlier.rollouts[1].logprobs[:] = -0.125
-    earlier.rollouts[1].temperature = 1.4
-    sinks.remember([earlier])
-    [rescued] = sinks.rescue([group("p", [0, 0, 0, 0])], seed=0, step=5)
-    place = rescued.rescued
-    assert rescued.rewards.sum() == 1 and rescued.rewards[place] == 1 and rescued.correct[place]
-    assert rescued.informative
-    # off-policy: log-probs and temperature are those of the policy that wrote it
-    assert (rescued.rollouts[place].logprobs == -0.125).all() and rescued.rollouts[place].temperature == 1.4
-    sequences = grpo.training_sequences([rescued])
-    assert [s.rescued for s in sequences] == [i == place for i in range(4)]
-    assert sequences[place].temperature == 1.4
-
-
 def test_rescue_leaves_the_original_group_untouched():
     sinks = Sinks()
     sinks.remember([group("p", [1, 0])])
     failed = group("p", [0, 0])
     sinks.rescue([failed], seed=0, step=0)
     assert failed.rewards.sum() == 0 and failed.rescued is None
-
-
-def test_rescue_never_touches_a_group_with_a_correct_rollout():
-    sinks = Sinks()
-    sinks.remember([group("p", [1, 1, 1, 1])])
-    right = group("p", [0, 0, 1, 0])
-    assert sinks.rescue([right], seed=0, step=0)[0] is right
-
-
-def test_rescue_never_crosses_problems():
-    sinks = Sinks()
-    sinks.remember([group("p", [1, 0])])
-    other = group("q", [0, 0])
-    assert sinks.rescue([other], seed=0, step=0)[0] is other
-
-
-def test_sink_is_replaced_by_a_newer_correct_response():
-    sinks = Sinks()
-    sinks.remember([group("p", [1, 0])])
-    newer = group("p", [0, 1])
-    sinks.remember([newer])
-    assert sinks.held["p"][0] is newer.rollouts[1]
-    sinks.remember([group("p", [0, 0])])  # a failure leaves it in place
-    assert sinks.held["p"][0] is newer.rollouts[1]
 
 
 def test_rescue_draws_every_place_and_repeats_itself():
@@ -139,20 +92,6 @@ def test_rescue_draws_every_place_and_repeats_itself():
 # ----------------------------------------------------------------------------------------------- substitution
 
 
-def test_substitution_moves_whole_groups_so_that_copies_keep_their_own_answer():
-    # guards the official code's fault: tokens were copied, ground truth and reward were not
-    informative = [group(f"good{i}", [1, 0, 0, 1]) for i in range(3)]
-    empty = [group("none", [0, 0, 0, 0]), group("all", [1, 1, 1, 1])]
-    done = grpo.substitute([empty[0], *informative, empty[1]], seed=0, step=0)
-    assert done.substituted == 2 and not done.skip_update
-    assert done.groups[1:4] == informative
-    for copied in (done.groups[0], done.groups[4]):
-        assert any(copied is one for one in informative)  # problem, rollouts, rewards and all
-        original = next(one for one in informative if one.problem.id == copied.problem.id)
-        np.testing.assert_array_equal(grpo.advantages(copied.rewards), grpo.advantages(original.rewards))
-    assert all(g.informative for g in done.groups)
-
-
 def test_substitution_is_without_replacement_when_there_are_enough():
     groups = [group(f"good{i}", [1, 0]) for i in range(5)] + [group(f"bad{i}", [0, 0]) for i in range(5)]
     for step in range(20):
@@ -164,15 +103,6 @@ def test_substitution_draws_with_replacement_when_there_are_too_few():
     groups = [group(f"good{i}", [1, 0]) for i in range(4)] + [group(f"bad{i}", [0, 0]) for i in range(6)]
     done = grpo.substitute(groups, seed=0, step=0)
     assert done.substituted == 6 and all(g.informative for g in done.groups)
-
-
-def test_update_is_skipped_unless_informative_groups_exceed_a_third():
-    bad = [group(f"bad{i}", [0, 0]) for i in range(4)]
-    good = [group(f"good{i}", [1, 0]) for i in range(3)]
-    at_a_third = good[:2] + bad
-    assert grpo.substitute(at_a_third, 0, 0).skip_update
-    assert grpo.substitute(at_a_third, 0, 0).groups == at_a_third
-    assert not grpo.substitute(good + bad, 0, 0).skip_update
 
 
 def test_substitution_leaves_a_fully_informative_batch_alone():
@@ -204,6 +134,7 @@ def token_batch(logprobs, old, advantages):
         torch.tensor(old),
         torch.ones(size),
         torch.zeros(size, dtype=bool),
+        torch.arange(size),
     )
 
 
@@ -357,12 +288,6 @@ def test_micro_batches_keep_a_group_together_as_far_as_it_fits(most_tokens, rank
         assert all(any(set(group) <= set(batch) for batch in batches) for group in groups)
 
 
-def test_end_of_sequence_is_in_the_loss_even_where_it_is_the_pad_token():
-    end = 0  # the laptop world's pad and end-of-sequence token
-    batch = grpo.pack([TrainingSequence(np.array([3, 4, 5, end], dtype=np.int32), 2)], torch.device("cpu"))
-    assert batch.targets.tolist() == [5, end] and batch.predict.tolist() == [1, 2]
-
-
 def test_supervised_loss_is_the_mean_cross_entropy_of_response_tokens(tiny):
     sequences = ragged_sequences()
     total = []
@@ -422,22 +347,3 @@ def test_micro_batches_hold_every_sequence_once_and_keep_to_the_limit():
         assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
         assert len(batches) % ranks == 0
         assert all(len(batch) <= 1 or sum(lengths[i] for i in batch) <= most for batch in batches)
-
-
-# ----------------------------------------------------------------------------- the sampler and the trainer agree
-
-
-def test_ratio_is_one_on_the_first_step_on_policy(tiny):
-    # two different forwards: token by token through the cache, and packed in training
-    from rollout import CacheLimits, Prompt, Sampling, generate
-
-    for temperature in (0.7, 1.4):
-        prompts = [Prompt("p", [3, 1, 4], 4), Prompt("q", [1, 5], 4)]
-        with torch.no_grad():
-            rollouts = list(generate(tiny, prompts, Sampling(temperature, 12, (0,), 0), CacheLimits(1000, 16, 8)))
-        sequences = [
-            TrainingSequence(np.concatenate([r.prompt, r.tokens]), len(r.prompt), 1.0, r.logprobs, r.temperature)
-            for r in rollouts
-        ]
-        stats = update(tiny, sequences, 40)[0].ratios
-        assert stats.logprob_diff_max < 1e-5 and stats.ratio_mean == pytest.approx(1.0, abs=1e-5)

@@ -1,6 +1,7 @@
 """Reading and writing problems: every format, every fault, the hub, and real files."""
 
 import json
+import random
 import time
 from collections import Counter
 from pathlib import Path
@@ -8,11 +9,17 @@ from pathlib import Path
 import pytest
 
 import problems
-from data_filter import (
-    History,
-    Visit,
+from problems import (
+    INSTRUCTION,
+    DataError,
+    Problem,
+    benchmark_copies,
+    contaminated,
+    duplicated,
+    prompt_text,
+    read_problems,
+    write_problems,
 )
-from problems import INSTRUCTION, DataError, Problem, contaminated, prompt_text, read_problems, write_problems
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real problems are not here")
@@ -29,17 +36,6 @@ def good(n):
 
 def problem(id, text="", answers=("1",)):
     return Problem(id, text or f"What is {id}?", answers)
-
-
-def history_of(*visits):
-    history = History()
-    for problem_id, stage, step, rewards in visits:
-        history.append(Visit(problem_id, stage, step, tuple(rewards)))
-    return history
-
-
-def solved(k, of=8):
-    return (1.0,) * k + (0.0,) * (of - k)
 
 
 # ---- schemas -------------------------------------------------------------------------------------
@@ -71,11 +67,9 @@ def test_verl_ground_truths_are_strings_floats_or_lists_with_stray_newlines(tmp_
 
 
 def test_verl_parquet_reads_as_json_does(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [verl("a?", ["1\n", "2"], {"index": 7})]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
     assert read_problems(tmp_path / "set.parquet") == read_problems(write_rows(tmp_path / "set.jsonl", rows))
 
 
@@ -138,6 +132,33 @@ def test_duplicates_are_dropped_and_counted(tmp_path, capsys):
     assert "left out 1 duplicate rows" in said and read[0].id in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "id_of", [lambda n: {}, lambda n: {"id": n}, lambda n: {"id": n % 7}, lambda n: {"id": "same"}]
+)
+def test_ids_do_not_depend_on_the_order_of_the_rows_nor_on_which_are_left(tmp_path, id_of):
+    rows = [id_of(n) | good(n) for n in range(40)]
+    read = {p.text: p.id for p in read_problems(write_rows(tmp_path / "s.jsonl", rows))}
+    assert len(set(read.values())) == 40
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(rows, len(rows))
+        again = read_problems(write_rows(tmp_path / "s.jsonl", shuffled))
+        assert {p.text: p.id for p in again} == read
+        left = random.Random(seed).sample(again, 11)  # filtered, written to another file, shuffled there, read again
+        write_problems(left, tmp_path / f"left-{seed}.jsonl")
+        assert {p.text: p.id for p in read_problems(tmp_path / f"left-{seed}.jsonl")} == {
+            p.text: read[p.text] for p in left
+        }
+
+
+def test_one_text_under_two_ids_is_found_within_a_file_and_in_the_next():
+    first = [problem("a/0", "Find $x$."), problem("a/1", "Find $y$."), problem("a/2", "find x .", ("2",))]
+    later = [problem("b/0", f"FIND $y$. {INSTRUCTION}"), problem("a/0", "Find $x$."), problem("b/1", "Find $z$.")]
+    seen = {}
+    assert duplicated(first, seen) == [(first[2], first[0])]
+    assert duplicated(later, seen) == [(later[0], first[1])]  # the same id again is the same problem
+    assert duplicated(later) == []
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -152,6 +173,15 @@ def test_duplicates_are_dropped_and_counted(tmp_path, capsys):
         ({"problem": "p", "answer": " \n"}, "row 2 has no answer"),
         ({"problem": "p", "answer": float("nan")}, "row 2 has no answer"),
         ({"problem": "p"}, "row 2 has no answer"),
+        ({"problem": "p", "answer": float("inf")}, "row 2 has no answer"),
+        ({"problem": "p", "answer": {"value": 1}}, "row 2 has no answer"),
+        ({"problem": "p", "answer": [["1"]]}, "row 2 has no answer"),
+        ({"problem": "p\ud800", "answer": "1"}, "row 2 holds half of a surrogate pair"),
+        ('{"problem": "p", "answer": %s}' % ("9" * 5000), "row 2 holds a number of too many digits"),
+        (
+            '{"problem": "p", "answer": %s}' % ("[" * 99_999),
+            "row 2 holds a number of too many digits, or too deep a nesting",
+        ),
     ],
 )
 def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, capsys, row, message):
@@ -162,6 +192,21 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, capsys, row, messag
     assert [p.text for p in read_problems(path, on_bad_row="skip")] == ["p1", "p3"]
     said = capsys.readouterr().err
     assert "left out 1 unusable rows" in said and message in said
+
+
+def test_a_difficulty_that_json_writes_with_an_exponent_is_read_again(tmp_path):
+    for difficulty in (1e16, 1e-7, 0.3, 5.0):
+        write_problems([Problem("a/1", "p", ("1",), difficulty=difficulty)], tmp_path / f"{difficulty}.jsonl")
+        assert read_problems(tmp_path / f"{difficulty}.jsonl")[0].difficulty == difficulty
+    for none in (float("nan"), float("inf"), 10**400, "9" * 400 + "/" + "9" * 400, True, {"a": 1}):
+        (read,) = read_problems(write_rows(tmp_path / "s.jsonl", [good(1) | {"difficulty": none}]))
+        assert read.difficulty is None
+
+
+def test_a_prompt_that_is_no_list_has_no_problem_text(tmp_path):
+    row = {"prompt": 5, "reward_model": {"ground_truth": "1"}}
+    with pytest.raises(DataError, match="row 1 has no problem text"):
+        read_problems(write_rows(tmp_path / "s.jsonl", [row]))
 
 
 def test_gsm8k_row_without_its_mark_has_no_answer(tmp_path):
@@ -313,6 +358,9 @@ def test_contamination_sees_through_instruction_case_and_spacing():
     train = [problem("a", "Find $x+1$."), problem("b", "Find $x-1$.")]
     assert contaminated(train, [problem("c", f"find $ x + 1 $. {INSTRUCTION}")]) == train[:1]
     assert contaminated(train, [problem("c", "Find $x+12$.")]) == []
+    twin = problem("c", "find x+1.")
+    assert benchmark_copies(train, [problem("d"), twin, problem("e", "find x+1.")]) == [(train[0], twin)]
+    assert contaminated(train, train) == train  # also a file that is its own benchmark
 
 
 # ---- real files, real sizes ----------------------------------------------------------------------
@@ -364,6 +412,17 @@ def test_53_000_problems_open_in_seconds(tmp_path):
     start = time.process_time()
     assert len(read_problems(path)) == 53_000
     assert time.process_time() - start < 5
+
+
+def test_53_000_problems_are_compared_in_seconds():
+    text = "Let $x_{%d}$ be the number of ways to tile a board. " * 6
+    train = [problem(f"train/{n}", text % ((n % 50_000,) * 6)) for n in range(53_000)]
+    benchmark = [problem(f"test/{n}", (text % ((49_000 + n,) * 6)).upper()) for n in range(2_000)]
+    start = time.process_time()
+    repeated, leaked = duplicated(train), contaminated(train, benchmark)
+    assert time.process_time() - start < 5
+    assert [p.id for p, _ in repeated] == [f"train/{n}" for n in range(50_000, 53_000)]
+    assert [p.id for p in leaked] == [f"train/{n}" for n in range(49_000, 50_000)]
 
 
 def test_heavy_libraries_are_imported_only_where_they_are_used():

@@ -1,13 +1,18 @@
 """recipe.py: what a recipe file may say, what it is told when it may not, and the published numbers."""
 
 import re
+import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from arithmetic import World
-from recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
+from recipe import Recipe, RecipeError, RlStage, SftStage, VariantSettings, load_recipe, to_toml
+from train import evaluation_sampling, learning_rate, make_optimizer, training_sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(ROOT.glob("recipes/*.toml"))
@@ -76,6 +81,12 @@ def test_a_pair_of_numbers_in_the_world(tmp_path):
         assert refusal(tmp_path, overrides=[f"world.sft_terms={wrong}"]).startswith(
             "world.sft_terms must be two whole numbers"
         )
+
+
+def test_a_list_of_texts_in_the_guard_survives_being_written_and_read(tmp_path):
+    recipe = load(tmp_path, overrides=['guard.benchmarks=["aime24", "a b.jsonl"]', "guard.duplicates=exclude"])
+    assert recipe.guard.benchmarks == ("aime24", "a b.jsonl") and recipe.guard.contamination == "report"
+    assert load(tmp_path, to_toml(recipe)) == recipe
 
 
 def test_inputs_can_only_be_offloaded_where_they_are_kept(tmp_path):
@@ -199,11 +210,49 @@ def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
         ("stage.2.steps=0", "stage.2.steps must be at least 1, not 0"),
         ('stage.0.data=""', "stage.0.data is missing: a file of worked solutions"),
         ('stage.1.data=""', "stage.1.data is missing: the first rl stage needs problems"),
+        ("stage.1.variant.loss=gpso", "unknown stage.1.variant.loss 'gpso': did you mean gspo?"),
+        ("stage.1.variant.loss=''", "unknown stage.1.variant.loss '': known are polaris, gspo, cispo"),
+        ("stage.1.variant.average=sequence", "unknown stage.1.variant.average 'sequence': did you mean sequences?"),
+        ("stage.1.variant.optimiser_steps=2", "unknown key stage.1.variant.optimiser_steps: did you mean optimizer_s"),
+        ("stage.1.variant.drop_zero_variance=true", "stage.1.variant.drop_zero_variance leaves out the groups that"),
+        ("stage.1.variant.optimizer_steps=0", "stage.1.variant.optimizer_steps must be at least 1, not 0"),
+        ("stage.1.variant.optimizer_steps=3", "stage.1.variant.optimizer_steps = 3 does not divide the 128 problems"),
+        ("stage.1.variant.importance_cap=0.5", "stage.1.variant.importance_cap must be 0 (none) or at least 1"),
+        ("stage.1.variant.cispo_cap=0.5", "stage.1.variant.cispo_cap must be at least 1.0, not 0.5"),
+        ("stage.1.variant.punish_last_tokens=5000", "stage.1.variant.punish_last_tokens = 5000 exceeds"),
+        ("stage.0.variant.loss=gspo", "unknown key stage.0.variant"),
+        ("stage.1.learning_rate=nan", "stage.1.learning_rate must be a finite number of at most 64 bits, not nan"),
+        ("final.temperature=-inf", "final.temperature must be a finite number of at most 64 bits, not -inf"),
+        ("stage.1.temperature=0x" + "f" * 9999, "stage.1.temperature must be a finite number of at most 64 bits"),
+        ("seed=9223372036854775808", "seed must be a finite number of at most 64 bits, not 9223372036854775808"),
+        ("seed=" + "9" * 9999, "seed must be of type int, not '999"),  # Python reads no such number: a word
+        ("stage.²=1", "--set stage.²=1: stage is not a table"),
+        ("stage.².steps=1", "--set stage.².steps=1: there is no number ²"),
+        ("stage.1.kind=[1]", "stage.1.kind must be sft or rl, not [1]"),
+        ("name=\ud800", "name holds a character that no file can"),
+        ("name=../up", "name must be the name of a folder without a path"),
+        ("search.step=0", "search.step must be at least 0.001"),
+        ("eval.temperature=-1", "eval.temperature must be at least 0"),
+        ("stage.1.adam_beta2=1.0", "stage.1.adam_beta2 must be at most 1"),
+        ("world.hidden_size=33", "world.hidden_size must be a multiple of 32"),
+        ("world.train_terms=[5, 2]", "world.train_terms must be a range from 1 upward"),
+        ("guard.duplicates=drop", 'guard.duplicates must be "report" or "exclude", not \'drop\''),
+        ("guard.contamination=true", "guard.contamination must be of type str, not True"),
+        ("guard.benchmarks=aime24", "guard.benchmarks must be a list of texts, not 'aime24'"),
+        ("guard.benchmarks=[24]", "guard.benchmarks must be a list of texts, not [24]"),
         ("stage.1.max_response_tokens=4001", "stage.1: 96 + 4001 tokens exceed max_position_embeddings = 4096"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(tmp_path, override, message):
     assert refusal(tmp_path, overrides=[override]).startswith(message)
+
+
+def test_a_variant_is_a_table_of_its_stage_and_survives_being_written_and_read(tmp_path):
+    text = SMALL + '[stage.variant]\nloss = "gspo"\noptimizer_steps = 4\n'
+    recipe = load(tmp_path, text, ["stage.1.variant.importance_cap=2", "stage.1.variant.punish_last_tokens=64"])
+    assert recipe.stage[2].variant == VariantSettings(loss="gspo", optimizer_steps=4)
+    assert recipe.stage[1].variant == VariantSettings(importance_cap=2.0, punish_last_tokens=64)
+    assert load(tmp_path, to_toml(recipe)) == recipe
 
 
 def test_a_window_of_zero_is_the_models_own(tmp_path):
@@ -281,6 +330,90 @@ def test_the_polaris_recipes_evaluate_as_published(name):
     assert (final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor) == (1.5, 65_536, 1.0)
     assert final.yarn_factor * final.yarn_original_window == 96 * 1024  # "up to 96K", and room for every response
     assert (recipe.eval.temperature, recipe.eval.top_k) == (1.4, 20)
+
+
+OF_EVERY_RECIPE = {  # RECIPE.md's numbers, by their place in the file
+    "thinking": True,  # section 5: the closing tag is required
+    "reward.correct": 1.0, "reward.format": 0.0, "reward.steps": 0.0,  # sections 5 and 7: the outcome alone
+    "eval.temperature": 1.4, "eval.top_k": 20,  # section 2
+    "final.data": "HuggingFaceH4/aime_2024", "final.samples": 32,  # section 6: avg@32
+    "final.temperature": 1.4, "final.top_k": 20, "final.max_response_tokens": 90_000,  # section 2
+    "final.yarn_factor": 1.5, "final.yarn_attention_factor": 1.0,  # section 3
+    "search.step": 0.05,  # section 2
+    "stage.0.data": "POLARIS-Project/Polaris-Dataset-53K", "stage.0.filter_before": True, "stage.0.drop_at": 1.0,  # 1
+}  # fmt: skip
+OF_EVERY_STAGE = {
+    "kind": "rl", "max_prompt_tokens": 1024, "drop_above": 0.9,  # sections 3, 1
+    "group_size": 8, "batch_problems": 128, "substitute": True, "informative_share": 1 / 3,  # section 4
+    "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0,  # section 5, to the end
+    "learning_rate": 1e-6, "warmup_steps": 0, "adam_beta2": 0.999, "weight_decay": 0.01, "max_grad_norm": 1.0,
+}  # fmt: skip
+MODELS = {
+    "polaris-1.7b": "Qwen/Qwen3-1.7B",
+    "polaris-4b": "Qwen/Qwen3-4B",
+    "polaris-7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+}
+
+
+def published_numbers(name):
+    """Every number of RECIPE.md for one recipe, by its dotted name in the file."""
+    temperatures, lengths, window, rescue = PUBLISHED[name]
+    found = (
+        OF_EVERY_RECIPE
+        | {"name": name, "model": MODELS[name]}
+        | ({"max_position_embeddings": window} if window else {})
+    )
+    for i, (temperature, length) in enumerate(zip(temperatures, lengths, strict=True)):
+        of_stage = OF_EVERY_STAGE | {"temperature": temperature, "max_response_tokens": length, "rescue": rescue}
+        found |= {f"stage.{i}.{key}": value for key, value in of_stage.items()}
+    if name == "polaris-1.7b":
+        del found["stage.2.temperature"]  # two are published
+    return found
+
+
+def written_lines(name):
+    """The lines of a recipe file by the dotted names of what they set, and the values."""
+    text, prefix, stages, found = (ROOT / f"recipes/{name}.toml").read_text(), "", 0, {}
+    for line in text.splitlines():
+        if line.startswith("[["):
+            prefix, stages = f"stage.{stages}.", stages + 1
+        elif line.startswith("["):
+            prefix = line[1 : line.index("]")] + "."
+        elif line and not line.startswith("#"):
+            found[prefix + line.split(" = ")[0]] = (line, *tomllib.loads(line).values())
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_number_is_written_and_everything_else_is_marked_as_a_choice(name):
+    written, published = written_lines(name), published_numbers(name)
+    assert {key: written[key][1] for key in published if key in written} == published
+    for key, (line, _) in written.items():
+        assert ("# a choice" in line) == (key not in published), line
+
+
+def test_training_samples_the_policy_itself_as_published():
+    """top_p 1 and no top_k are not in the recipes: there is no key that could make it otherwise."""
+    run = SimpleNamespace(respondent=SimpleNamespace(stop_tokens=(2,)), recipe=SimpleNamespace(seed=5))
+    sampling = training_sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").stage[1], 1.45, draw=7)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens) == (1.45, 1.0, 0, 48_128)
+    assert not {"top_p", "top_k"} & {f.name for f in fields(RlStage)}
+    evaluation = evaluation_sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").final)
+    assert (evaluation.temperature, evaluation.top_p, evaluation.top_k, evaluation.max_new_tokens) == (
+        1.4,
+        1,
+        20,
+        90_000,
+    )
+
+
+def test_the_optimizer_is_adamw_as_published():
+    recipe = load_recipe(ROOT / "recipes/polaris-4b.toml")
+    optimizer = make_optimizer(SimpleNamespace(model=nn.Linear(2, 2), resume_from=None, recipe=recipe), recipe.stage[0])
+    group = optimizer.param_groups[0]
+    assert type(optimizer) is torch.optim.AdamW
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-6, (0.9, 0.999), 0.01)
+    assert learning_rate(recipe.stage[0], 0) == learning_rate(recipe.stage[0], 299) == 1e-6
 
 
 def test_the_4b_takes_700_steps():

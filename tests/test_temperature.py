@@ -8,7 +8,7 @@ import pytest
 from problems import Problem
 from rollout import distinct_share
 from scores import Response
-from temperature import TemperaturePoint, find_zones, match_diversity, measure_temperature, never_rising
+from temperature import TemperaturePoint, find_zones, has_collapsed, match_diversity, measure_temperature, never_rising
 
 PROBLEMS = [Problem(str(i), "?", ("1",)) for i in range(400)]
 
@@ -132,6 +132,46 @@ def test_a_start_beyond_the_end_is_measured_all_the_same():
     """Guards: a stage that stood above search.most measured nothing, and the search failed with it."""
     chosen, measured, said = search(lambda t: 0.4, 1.6, 0.5, most=1.5)
     assert (chosen, measured, len(said)) == (1.6, [1.6], 1)
+
+
+def falling(t):
+    """Half of the problems are right up to 1.1; of these a tenth is lost at 1.15, a half at 1.2, all from 1.25 on."""
+    return 0.5 * float(np.interp(t, [1.1, 1.15, 1.2, 1.25], [1.0, 0.9, 0.5, 0.0]))
+
+
+def test_the_search_ends_with_the_best_found_where_accuracy_collapses():
+    model, said = Model(falling, lambda t: t / 2), []
+    chosen, curve = match_diversity(model, PROBLEMS[:64], 0.62, 1.0, say=said.append)
+    measured = [point.temperature for point in curve]
+    assert measured == [1.0, 1.05, 1.1, 1.15, 1.2] and chosen == 1.15  # 1.25 would restore it: gibberish is diverse
+    accuracy = curve[-1].accuracy
+    assert accuracy < 0.75 * curve[0].accuracy < curve[-2].accuracy
+    assert said == [
+        f"warning: no temperature below 1.2, where accuracy has collapsed ({accuracy:.3f}), restores "
+        "distinct-4 = 0.620; going on with 1.15 (0.570)"
+    ]
+
+
+def test_a_temperature_that_restores_diversity_by_collapsing_is_not_taken():
+    model, said = Model(lambda t: 0.9 if t < 1.05 else 0.1, lambda t: 0.3 if t < 1.05 else 0.99), []
+    assert match_diversity(model, PROBLEMS[:32], 0.5, 1.0, say=said.append)[0] == 1.0 and len(said) == 1
+    # the loss that ends a search is a parameter: 1 is more than can be lost
+    said.clear()
+    assert match_diversity(model, PROBLEMS[:32], 0.5, 1.0, say=said.append, collapse=1.0)[0] == 1.05 and not said
+
+
+def test_a_few_unlucky_rollouts_are_no_collapse():
+    """8 problems of 2 rollouts: 3 right of 16, then 1; a model that never solves any has nothing to lose."""
+
+    def point(right):
+        accuracies = tuple(count / 2 for count in right)
+        return TemperaturePoint(1.0, float(np.mean(accuracies)), 0.5, len(accuracies), accuracies=accuracies)
+
+    first, unlucky = point([1, 1, 1, 0, 0, 0, 0, 0]), point([0, 0, 1, 0, 0, 0, 0, 0])
+    assert not has_collapsed(unlucky, first) and not has_collapsed(point([0] * 8), point([0] * 8))
+    # by hand: 0 - 0.75 x 0.5 = -0.375 on all 64, and 64 equal values leave 3/64 open: surely below 0
+    assert has_collapsed(point([0] * 64), point([1] * 64)) and not has_collapsed(first, first)
+    assert not has_collapsed(point([0] * 4), point([1] * 4))  # 4 equal values leave 3/4
 
 
 def test_nothing_to_measure_keeps_the_start():

@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import data_filter
+import eval as evaluation
 import train
 from bench import interrupt
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, RunState
+from problems import DataError
 from recipe import load_recipe
-from report import DETERMINISTIC
+from report import DETERMINISTIC, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 # a model of 0.1M parameters that learns in seconds to write the format, and now and then a right answer
@@ -399,6 +403,139 @@ search = {{ problems = 8, samples = 2 }}
     assert [row["tokens"] for row in metrics(tmp_path / "budget") if row["kind"] == "rl"] == [
         r["tokens"] for r in whole
     ]
+
+
+def test_the_tools_filter_and_drop_as_the_run_did(finished, tmp_path, monkeypatch):
+    folder = finished[0]
+    filters = {row["label"]: row for row in metrics(folder) if row["kind"] == "filter"}
+    data = folder / "world" / "train.jsonl"
+    for words, label, option in (
+        (["filter", folder / "pass-rates-1.jsonl"], "before stage 1", []),
+        (["drop", folder], "after stage 1", ["--stage", "1"]),
+        (["drop", folder], "after stage 3", []),
+    ):
+        out = tmp_path / f"{label.replace(' ', '-')}.jsonl"
+        monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, [*words, data, out]), *option])
+        data_filter.main()
+        # the run dropped from what the filter before it had left, the tool from all
+        assert len(out.read_text().splitlines()) == filters[label]["kept"], label
+    first = json.loads((folder / "pass-rates-1.jsonl").read_text().splitlines()[0])["settings"]
+    assert first["weights"] == evaluation.fingerprint(folder / "stage-0") and first["n"] == 8
+
+
+# --------------------------------------------------------------------------- twice in the data, or in a benchmark
+
+
+@dataclass
+class OneProcess:
+    """As much of a device as guard_data asks for."""
+
+    is_main: bool = True
+    said: list = field(default_factory=list)
+
+    def say(self, line):
+        self.said.append(line)
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """A function that looks at data of which rows are copies, as a process of a run does: new or resumed."""
+
+    def write(name, texts, **more):
+        rows = [{"id": n, "problem": text, "answer": str(n)} | more for n, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / f"{name}.jsonl"
+
+    chats = [("What is d?", "so"), ("What is x?", "so"), ("What is x?", "so"), ("What is x?", "else")]
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in chats]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    (tmp_path / "r.toml").write_text(
+        f"""name = "r"
+model = "m"
+eval = {{ data = "{write("held", ["What is d?", "what is  D?"])}" }}
+guard = {{ benchmarks = ["{write("more", ["What is  $e$?"], answer=None)}"] }}
+[[stage]]
+kind = "sft"
+data = "{tmp_path / "chat.jsonl"}"
+steps = 1
+[[stage]]
+kind = "rl"
+data = "{write("one", ["What is a?", "What is b?", "what is a?", "What is d?", "What is e?"])}"
+steps = 1
+batch_problems = 1
+[[stage]]
+kind = "rl"
+data = "{write("two", ["What is c?", "What is B?"])}"
+steps = 1
+batch_problems = 1
+"""
+    )
+
+    def look(*overrides, is_main=True):
+        folder, device = tmp_path / "run", OneProcess(is_main)
+        made = Metrics(folder, enabled=is_main)
+        run = train.Run(
+            load_recipe(tmp_path / "r.toml", overrides),
+            folder,
+            device,
+            None,
+            None,
+            None,
+            made,
+            RunState(),
+            None,
+            None,
+            1,
+        )
+        train.guard_data(run)
+        made.close()
+        return run
+
+    return look
+
+
+def ids(run, index):
+    return [problem.id for problem in train.stage_problems(run, index, run.recipe.stage[index])]
+
+
+def test_copies_are_reported_and_trained_on_unless_the_recipe_excludes_them(guarded, tmp_path):
+    run = guarded()
+    assert ids(run, 1) == [f"one/{n}" for n in range(5)] and ids(run, 2) == ["two/0", "two/1"]
+    said = "\n".join(run.device.said).replace(f"{tmp_path}/", "")
+    assert "held.jsonl: 1 problems repeat an earlier one's text (held/1 is held/0)" in said
+    assert (
+        "chat.jsonl: 1 of 4 repeat an earlier one's text (row 3 is row 2): trained on all the same (guard.dup" in said
+    )
+    assert "chat.jsonl: 1 of 4 are a benchmark's (row 1 is held/0): trained on" in said
+    assert "one.jsonl: 1 of 5 repeat an earlier one's text (one/2 is one/0)" in said
+    assert "one.jsonl: 2 of 5 are a benchmark's (one/3 is held/0, one/4 is more/0)" in said
+    assert "two.jsonl: 1 of 2 repeat an earlier one's text (two/1 is one/1)" in said and len(run.device.said) == 6
+    assert [(row["duplicates"], row["contamination"], row["excluded"]) for row in metrics(run.folder)] == [
+        (1, 1, 0), (1, 2, 0), (1, 0, 0),
+    ]  # fmt: skip
+
+
+def test_what_is_excluded_is_counted_and_on_record_once_and_the_same_for_all(guarded):
+    asked = "guard.duplicates=exclude", "guard.contamination=exclude"
+    run = guarded(*asked)
+    assert ids(run, 1) == ["one/0", "one/1"] and ids(run, 2) == ["two/0"]
+    assert run.excluded["sft", run.recipe.stage[0].data] == {"row 1", "row 3"}
+    assert sum(line.endswith(": excluded") for line in run.device.said) == 5
+    record = metrics(run.folder)
+    assert [row["excluded_ids"] for row in record] == [["row 1", "row 3"], ["one/2", "one/3", "one/4"], ["two/1"]]
+    assert all(row["excluded"] == len(row["excluded_ids"]) and row["kind"] == "guard" for row in record)
+    other = guarded(*asked, is_main=False)
+    assert other.excluded == run.excluded and ids(other, 1) == ids(run, 1)
+    assert guarded(*asked).excluded == run.excluded and metrics(run.folder) == record  # resumed
+    assert len(metrics(guarded(asked[0]).folder)) == 6  # resumed with another guard: that is on record too
+    assert ids(guarded(asked[1]), 1) == ["one/0", "one/1", "one/2"]
+
+
+def test_a_run_does_not_go_on_without_problems_that_it_counts_on(guarded):
+    run = guarded("guard.duplicates=exclude")
+    run.state.stage, run.state.prepared, run.state.problem_ids = 1, True, ["one/1", "one/2"]
+    with pytest.raises(DataError, match=r"1 of the 2 problems that this run goes on with are not there \(first: one/2"):
+        ids(run, 1)
 
 
 # -------------------------------------------------------------------------------------------------- bad input

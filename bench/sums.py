@@ -1,0 +1,132 @@
+"""Sums that SmolLM2-135M-Instruct can sometimes do, and a recipe on them: full against vanilla on a real model.
+
+    python bench/smollm2.py models/smollm2-135m
+    python bench/sums.py sums --model models/smollm2-135m       # sft.jsonl, train.jsonl, held-out.jsonl, recipe.toml
+    python bench/ablation.py --recipe sums/recipe.toml --settings full vanilla --seeds 0 1 --steps 10 \\
+        --response-tokens 20 --jobs 1 --out runs/sums
+
+The model knows how to add, but not to put its answer into a box: a few steps of fine-tuning on right solutions teach
+the form, and reinforcement learning from the answer alone has the rest to do.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from problems import DataError, Problem, write_problems  # noqa: E402
+
+SIZES = {"held-out": 96, "train": 256, "sft": 320}  # no problem of one is in another
+RECIPE = """# SmolLM2-135M-Instruct on small sums: written by bench/sums.py, every number a choice for two CPU cores.
+name = "sums"
+seed = 0
+model = "{model}"
+thinking = false
+instruction = "Put the final answer within \\\\boxed{{}}."
+micro_batch_tokens = 4096
+recompute_activations = false
+
+[sampler]
+rows = 64
+page_tokens = 128
+cache_tokens = 16384
+
+[reward]
+workers = 1
+
+[eval]
+data = "{folder}/held-out.jsonl"
+samples = 4
+temperature = 1.0
+max_response_tokens = 48
+
+[search]
+problems = 16
+samples = 8
+step = 0.1
+most = 1.6
+
+[[stage]]
+kind = "sft"
+data = "{folder}/sft.jsonl"
+steps = 20
+batch_sequences = 16
+learning_rate = 2e-5
+warmup_steps = 4
+decay_share = 0.3
+
+[[stage]]
+kind = "rl"
+data = "{folder}/train.jsonl"
+steps = 10
+batch_problems = 8
+temperature = 1.0
+max_prompt_tokens = 96
+max_response_tokens = 40
+filter_before = true
+learning_rate = 1e-5
+warmup_steps = 2
+
+[[stage]]
+kind = "rl"
+steps = 10
+batch_problems = 8
+temperature = "match"
+max_prompt_tokens = 96
+max_response_tokens = 48
+learning_rate = 1e-5
+"""
+
+
+def make_problem(random: np.random.Generator, number: int) -> tuple[str, str, int, str]:
+    """Question, kind, answer and a worked solution; the kinds take turns."""
+
+    def draw(low: int, high: int) -> int:
+        return int(random.integers(low, high + 1))
+
+    a, b, c = draw(12, 99), draw(12, 99), draw(2, 9)
+    match number % 4:
+        case 0:
+            return f"What is {a} + {b}?", "two terms", a + b, f"{a} + {b} = {a + b}."
+        case 1:
+            a, b = max(a, b) + 1, min(a, b)
+            return f"What is {a} - {b}?", "difference", a - b, f"{a} - {b} = {a - b}."
+        case 2:
+            a = draw(3, 60)  # room for all three files
+            return f"What is {a} * {c}?", "product", a * c, f"{a} * {c} = {a * c}."
+    a, b = draw(21, 60), draw(2, 19)
+    left = a - b - c
+    question = f"Tom has {a} apples. He gives {b} to Ann and {c} to Ben. How many are left?"
+    return question, "story", left, f"{a} - {b} = {a - b}. {a - b} - {c} = {left}."
+
+
+def main() -> None:
+    """Write the three files and the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--model", type=Path, required=True, help="what bench/smollm2.py wrote")
+    arguments = parser.parse_args()
+    out, random, taken = arguments.out.resolve(), np.random.default_rng(0), set()
+    try:
+        for name, size in SIZES.items():
+            problems = []
+            while len(problems) < size:
+                text, kind, answer, steps = make_problem(random, len(problems))
+                if text in taken:
+                    continue
+                taken.add(text)
+                solution = f"{steps} The answer is \\boxed{{{answer}}}."
+                problems.append(Problem(f"{name}/{len(problems)}", text, (str(answer),), kind, None, solution))
+            write_problems(problems, out / f"{name}.jsonl")
+    except DataError as error:
+        sys.exit(f"sums.py: {error}")
+    (out / "recipe.toml").write_text(RECIPE.format(model=arguments.model.resolve(), folder=out))
+    print(f"wrote {out}; go on with: python bench/ablation.py --recipe {out / 'recipe.toml'} --settings full vanilla")
+
+
+if __name__ == "__main__":
+    main()

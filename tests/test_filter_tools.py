@@ -1,0 +1,416 @@
+"""data_filter.py as a tool: estimate, filter and drop on the command line, resumed, on two processes, and refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import data_filter
+from data_filter import History, Visit
+from problems import DataError, Problem, read_problems, write_problems
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = ["-n", "4", "--temperature", "1", "--max-tokens", "10", "--instruction", "", "--rows", "6"]
+SAYS = ("0", "1", "2", "3")  # what the model answers, each about as often, whatever it is asked
+
+
+@pytest.fixture(scope="module")
+def world(small_world, tmp_path_factory):
+    """The laptop world's raw model, taught by transformers to answer 0, 1, 2 or 3; and problems of known difficulty."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("taught")
+    tokenizer = AutoTokenizer.from_pretrained(small_world / "model")
+    model = AutoModelForCausalLM.from_pretrained(small_world / "model")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rows = [f"<|user|> {a} + {b}<|end|><|assistant|><think></think> \\boxed{{{a % 4}}}<|end|>"
+            for a in range(1, 9) for b in range(10, 14)]  # fmt: skip
+    tokens = tokenizer(rows, add_special_tokens=False, return_tensors="pt").input_ids
+    shuffled = tokens.clone()
+    for step in range(60):  # prompts and answers are drawn apart: nothing to learn but how often each is said
+        shuffled[:, :7] = tokens[torch.randperm(len(rows), generator=torch.Generator().manual_seed(step)), :7]
+        loss = model(shuffled, labels=shuffled).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    answers = [SAYS, ("1",), ("77",), ("0", "2"), SAYS, ("1",), ("77",), ("3",), ("0", "1", "3")]
+    write_problems([Problem(f"sums/{i}", f" {i} + 12", a) for i, a in enumerate(answers)], folder / "sums.jsonl")
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """data_filter.py as a user calls it, without the start of a process."""
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, words)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            data_filter.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return run
+
+
+def pass_rates(path):
+    """By hand: how often each line's rollouts were right."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    return {row["problem_id"]: sum(row["rewards"]) / len(row["rewards"]) for row in rows}
+
+
+# ---- estimate ------------------------------------------------------------------------------------
+
+
+def test_estimate_counts_what_the_model_said(command, world, tmp_path, monkeypatch, capsys):
+    said, stream = {}, data_filter.Respondent.stream
+
+    def listening(self, *arguments):
+        for attempt in stream(self, *arguments):
+            said.setdefault(attempt.rollout.problem_id, []).append(attempt.text)
+            yield attempt
+
+    monkeypatch.setattr(data_filter.Respondent, "stream", listening)
+    monkeypatch.setattr(data_filter, "ESTIMATE_SLICE", 4)
+    out = tmp_path / "new" / "rates.jsonl"
+    command("estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out", out)
+    problems = read_problems(world / "sums.jsonl")
+    by_hand = {}
+    for problem in problems:
+        boxes = [re.search(r"</think>.*\\boxed\{(\d+)\}", text) for text in said[problem.id]]
+        assert len(boxes) == 4
+        by_hand[problem.id] = sum(box is not None and box[1] in problem.answers for box in boxes) / 4
+    assert pass_rates(out) == by_hand
+    assert list(by_hand.values()).count(0.0) >= 2 and max(by_hand.values()) > 0.5  # of both there is something to see
+    printed = capsys.readouterr().out
+    assert re.search(r"pass rates: 4/9 problems  [\d.,]+ a minute  ETA 0m \d\ds\npass rates: 8/9 problems", printed)
+    counts = [list(by_hand.values()).count(k / 4) for k in range(5)]
+    table = out.with_suffix(".txt").read_text()
+    assert [int(count) for count in re.findall(r"^\d of 4 +(\d+)$", table, re.M)] == counts
+    silent = sum(rate**8 + (1 - rate) ** 8 for rate in by_hand.values()) / 9
+    assert f"groups of 8 without a signal: {silent:.1%}" in printed and table.endswith(f"  {silent:.1%}\n")
+    assert out.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert printed.splitlines()[-1] == f"results in {out}, table in {out.with_suffix('.txt')}, picture in " + str(
+        out.with_suffix(".png")
+    )
+
+
+def test_an_interrupted_estimate_goes_on_and_ends_in_the_same_file(command, world, tmp_path, monkeypatch, capsys):
+    words = ("estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out")
+    command(*words, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_text()
+    assert len(whole.splitlines()) == 10 and "already" not in capsys.readouterr().out
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(data_filter.Respondent, "asked_to_stop", lambda self: len(seen) > 15 or seen.append(1))
+        with pytest.raises(SystemExit) as stopped:
+            command(*words, tmp_path / "cut.jsonl")
+    assert stopped.value.code == 130 and "stopped; the same command goes on" in capsys.readouterr().out
+    done = (tmp_path / "cut.jsonl").read_text().splitlines()
+    assert 1 < len(done) < 10 and set(done) < set(whole.splitlines())  # what was whole is kept, line by line
+    assert not (tmp_path / "cut.png").exists()
+    # its last line lost its end as well, and an early problem is yet to be done
+    (tmp_path / "cut.jsonl").write_text("\n".join([done[0], *done[2:], done[1]])[:-9])
+    command(*words, tmp_path / "cut.jsonl")
+    assert f"pass rates: {len(done) - 2} problems are in {tmp_path / 'cut.jsonl'} already" in capsys.readouterr().out
+    assert (tmp_path / "cut.jsonl").read_text() == whole
+    finished = (tmp_path / "cut.jsonl").stat().st_mtime_ns
+    monkeypatch.setattr(data_filter.Respondent, "stream", None)
+    command(*words, tmp_path / "cut.jsonl")  # nothing left to do
+    assert (tmp_path / "cut.jsonl").stat().st_mtime_ns == finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{name}.{kind}" for name in ("whole", "cut") for kind in ("jsonl", "txt", "png")
+    )
+
+
+def test_two_processes_write_what_one_writes(command, world, tmp_path):
+    command("estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out", tmp_path / "one.jsonl")
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["estimate", str(world / "model"), str(world / "sums.jsonl"), *OPTIONS]
+    done = subprocess.run(
+        [*starter, str(ROOT / "data_filter.py"), *words, "--out", str(tmp_path / "two.jsonl")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for kind in (".jsonl", ".txt", ".png"):
+        assert (tmp_path / f"two{kind}").read_bytes() == (tmp_path / f"one{kind}").read_bytes()
+    assert done.stdout.count("verdict: ") == 1
+
+
+def test_a_signal_keeps_the_problems_that_are_finished(world, tmp_path):
+    write_problems([Problem(f"many/{i}", f" {i % 9} + 11", ("1",)) for i in range(2500)], tmp_path / "many.jsonl")
+    out = tmp_path / "rates.jsonl"
+    words = [sys.executable, str(ROOT / "data_filter.py"), "estimate", str(world / "model")]
+    words += [str(tmp_path / "many.jsonl"), *OPTIONS, "-n", "2", "--out", str(out)]
+    process = subprocess.Popen(
+        words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:  # the first of five slices
+        time.sleep(0.02)
+        if out.exists() and out.stat().st_size > 10_000:
+            break
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopping: the problems that are finished are being saved" in errors
+    assert f"stopped; the same command goes on, with what is in {out}" in printed
+    known = History.load(out)
+    assert 512 <= len(known.log) < 2500 and all(len(visit.rewards) == 2 for visit in known.log)
+
+
+def test_another_model_other_problems_and_other_sampling_are_refused(command, small_world, world, tmp_path):
+    out = tmp_path / "rates.jsonl"
+    words = ["estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--limit", 2, "--out", out]
+    command(*words)
+    before = out.read_bytes()
+    refusals = {
+        "holds pass rates of another model; give": [words[0], small_world / "model", *words[2:]],
+        "holds pass rates of other problems; give": [*words, "--limit", 3],
+        "holds pass rates with temperature = 1.0, not 0.9; give": [*words, "--temperature", 0.9],
+        "holds pass rates with n = 4, not 5; give": [*words, "-n", 5],
+        "holds pass rates with thinking = True, not False; give": [*words, "--no-thinking"],
+    }
+    for sentence, others in refusals.items():
+        with pytest.raises(SystemExit, match=rf"^data_filter.py: .*rates.jsonl {re.escape(sentence)}") as refused:
+            command(*others)
+        assert "\n" not in str(refused.value) and out.read_bytes() == before
+    out.write_bytes(before.split(b"\n", 1)[1])  # a file of before there was a first line
+    with pytest.raises(SystemExit, match="rates.jsonl does not say in its first line which model and problems"):
+        command(*words)
+
+
+# ---- filter --------------------------------------------------------------------------------------
+
+
+def rates_file(path, problems, right, n=8):
+    """A file of pass rates whose problems were solved so many times in n."""
+    history = History()
+    history.settings = {"weights": "w", "problems": data_filter.problems_fingerprint(problems), "n": n}
+    for problem, k in zip(problems, right, strict=True):
+        history.append(Visit(problem.id, -0.5, 0, (1.0,) * k + (0.0,) * (n - k)))
+    history.save(path)
+    return path
+
+
+@pytest.fixture
+def estimated(tmp_path):
+    """Eight problems and their pass rates."""
+    problems = [Problem(f"p/{i}", f"What is {i}?", (str(i),)) for i in range(8)]
+    write_problems(problems, tmp_path / "data.jsonl")
+    return rates_file(tmp_path / "rates.jsonl", problems, [8, 0, 0, 0, 4, 7, 8, 2]), tmp_path / "data.jsonl"
+
+
+def kept(path):
+    return [int(problem.id.removeprefix("p/")) for problem in read_problems(path)]
+
+
+def test_filter_drops_the_perfect_and_shows_both_shapes(command, estimated, tmp_path, capsys):
+    command("filter", *estimated, tmp_path / "out.jsonl")
+    assert kept(tmp_path / "out.jsonl") == [1, 2, 3, 4, 5, 7]
+    printed, table = capsys.readouterr().out, (tmp_path / "out.txt").read_text()
+    assert "kept 6, dropped 2 of 8 problems" in printed
+    rows = [line.split() for line in table.splitlines()]
+    assert [row[-2:] for row in rows if row[1:3] == ["of", "8"]] == [
+        ["3", "3"], ["0", "0"], ["1", "1"], ["0", "0"], ["1", "1"], ["0", "0"], ["0", "0"], ["1", "1"], ["2", "0"],
+    ]  # fmt: skip
+    middle = sum(rate**8 + (1 - rate) ** 8 for rate in (1 / 2, 7 / 8, 2 / 8))
+    assert f"{(5 + middle) / 8:.1%} -> {(3 + middle) / 6:.1%}" in printed
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    original = {problem.id: problem for problem in read_problems(estimated[1])}
+    assert all(problem == original[problem.id] for problem in read_problems(tmp_path / "out.jsonl"))
+
+
+def test_filter_takes_other_bounds_and_caps_the_unsolved(command, estimated, tmp_path):
+    command("filter", *estimated, tmp_path / "bounds.jsonl", "--drop-at", 0.8, "--keep-above", 0.25)
+    assert kept(tmp_path / "bounds.jsonl") == [4, 7]
+    command("filter", *estimated, tmp_path / "capped.jsonl", "--max-unsolved-share", 0.25)
+    assert len(set(kept(tmp_path / "capped.jsonl")) & {1, 2, 3}) == 1 and len(kept(tmp_path / "capped.jsonl")) == 4
+
+
+def test_filter_refuses_what_does_not_belong_together(command, estimated, tmp_path):
+    rates, data = estimated
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(SystemExit, match="6 of 8 problems are left, fewer than a batch of 7") as refused:
+        command("filter", rates, data, out, "--batch", 7)
+    assert "8/8       2 ###################" in str(refused.value)
+    with pytest.raises(SystemExit, match="rates.jsonl holds pass rates of other problems"):
+        command("filter", rates, data, out, "--limit", 7)
+    text = data.read_text()
+    data.write_text(text.replace('"answers": ["4"]', '"answers": ["5"]'))
+    with pytest.raises(SystemExit, match="rates.jsonl holds pass rates of other problems"):
+        command("filter", rates, data, out)
+    data.write_text("\n".join(reversed(text.splitlines())))  # the order of the problems is nobody's business
+    rates.write_text(rates.read_text().rsplit("\n", 2)[0] + "\n")
+    with pytest.raises(SystemExit, match=r"1 problems have no pass rate \(first: p/7\); estimate them"):
+        command("filter", rates, data, out)
+    with pytest.raises(SystemExit, match="absent.jsonl does not exist"):
+        command("filter", tmp_path / "absent.jsonl", data, out)
+    assert not out.exists() and not out.with_suffix(".png").exists()
+    out.write_text("mine")
+    rates.unlink()
+    rates_file(rates, read_problems(data), [1] * 8)
+    with pytest.raises(SystemExit, match="out.jsonl exists already"):
+        command("filter", rates, data, out)
+    assert out.read_text() == "mine" and not out.with_suffix(".png").exists()
+
+
+# ---- drop ----------------------------------------------------------------------------------------
+
+RECIPE = """name = "r"
+model = "m"
+[[stage]]
+kind = "sft"
+data = "d"
+steps = 5
+[[stage]]
+kind = "rl"
+data = "d"
+steps = 9
+group_size = 4
+drop_above = 0.7
+[[stage]]
+kind = "rl"
+steps = 9
+group_size = 4
+"""
+
+
+def write_checkpoint(folder, state):
+    """One that holds no weights."""
+    torch.save(checkpoint._pack(state), folder / "run.pt")
+    checkpoint.write_manifest(folder, checkpoint.file_checksums([folder / "run.pt"]))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that stands in the middle of its second rl stage, and its problems; solved k of 4 in each visit."""
+    visits = {  # by problem: before stage 1, in stage 1, in stage 2
+        0: (4, None, None),  # filtered before stage 1
+        1: (0, 4, 0),
+        2: (4, 3, 4),
+        3: (2, 2, 4),
+        4: (1, None, None),
+    }
+    state = checkpoint.RunState(step=18, stage=2, stage_step=4, prepared=True)
+    for problem, solved in visits.items():
+        for stage, k in zip((0.5, 1, 2), solved, strict=True):
+            if k is not None:
+                state.history.append(Visit(f"p/{problem}", stage, int(5 + 9 * stage), (1.0,) * k + (0.0,) * (4 - k)))
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "step-18").mkdir(parents=True)
+    write_checkpoint(folder / "checkpoints" / "step-18", state)
+    (folder / "recipe.toml").write_text(RECIPE)
+    write_problems([Problem(f"p/{i}", f"{i}?", ("1",)) for i in range(6)], tmp_path / "data.jsonl")
+    return folder, tmp_path / "data.jsonl"
+
+
+def test_drop_takes_the_last_stage_that_ended_and_the_runs_own_rule(command, run, tmp_path, capsys):
+    command("drop", *run, tmp_path / "out.jsonl")
+    assert kept(tmp_path / "out.jsonl") == [3, 4, 5]  # above 0.7 by the visits of stage 1, or the estimate before it
+    printed = capsys.readouterr().out
+    assert "after stage 1: dropping accuracy above 0.7 by the visits of that stage" in printed
+    assert "kept 3, dropped 3 of 6 problems (1 of the kept were never visited)" in printed
+    assert (tmp_path / "out.png").exists() and re.search(r"^all +5 +2$", (tmp_path / "out.txt").read_text(), re.M)
+
+
+def test_drop_takes_another_stage_threshold_and_window(command, run, tmp_path):
+    command("drop", *run, tmp_path / "two.jsonl", "--stage", 2)  # its own threshold is 0.9
+    assert kept(tmp_path / "two.jsonl") == [1, 4, 5]
+    command("drop", *run, tmp_path / "above.jsonl", "--above", 0.75)
+    assert kept(tmp_path / "above.jsonl") == [2, 3, 4, 5]
+    command("drop", *run, tmp_path / "all.jsonl", "--window", "all")  # 1: 4/12; 2: 11/12; 3: 8/12
+    assert kept(tmp_path / "all.jsonl") == [1, 3, 4, 5]
+
+
+def test_drop_refuses_what_is_no_such_run(command, run, tmp_path):
+    folder, data = run
+    out = tmp_path / "out.jsonl"
+    write_problems([Problem("q/1", "?", ("1",))], tmp_path / "other.jsonl")
+    refusals = {
+        "data.jsonl is no run: it has no recipe.toml": (data, data, out),
+        "run has not trained in stage 0; its rl stages are 1, 2": (folder, data, out, "--stage", 0),
+        "run has seen no problem of .*other.jsonl": (folder, tmp_path / "other.jsonl", out),
+        "3 of 6 problems are left, fewer than a batch of 4": (folder, data, out, "--batch", 4),
+    }
+    for sentence, words in refusals.items():
+        with pytest.raises(SystemExit, match=f"^data_filter.py: .*{sentence}"):
+            command("drop", *words)
+    (folder / "recipe.toml").write_text(RECIPE.replace("steps = 9", "steps = 99"))
+    state = checkpoint.RunState(step=18, stage=1, stage_step=4)
+    write_checkpoint(folder / "checkpoints" / "step-18", state)
+    with pytest.raises(SystemExit, match="run has ended no rl stage yet"):
+        command("drop", folder, data, out)
+    (folder / "checkpoints" / "step-18" / "run.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match="step-18 .run.pt has 0 bytes, not "):
+        command("drop", folder, data, out)
+    (folder / "checkpoints" / "step-18").rename(tmp_path / "away")
+    with pytest.raises(SystemExit, match="run has no checkpoint yet"):
+        command("drop", folder, data, out)
+    assert not out.exists()
+
+
+# ---- the command line, the file's first line -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("", "the following arguments are required: command"),
+        ("estimate m d -n 0", "-n must be at least 1"),
+        ("estimate m d --rows 0", "--rows must be at least 1"),
+        ("estimate m d --temperature 0", "--temperature 0.0 cannot be trained at"),
+        ("estimate m d --temperature nan", "--temperature nan cannot be trained at"),
+        ("estimate m d --top-p 0", "--top-p lies above 0"),
+        ("estimate m d --out rates", "rates must end in .jsonl"),
+        ("filter r d o.jsonl --max-unsolved-share 2", "--max-unsolved-share is a share"),
+        ("filter r d o.jsonl --batch 0", "--batch must be at least 1"),
+        ("drop r d o.jsonl --window last", "invalid choice: 'last'"),
+        ("drop r d o.parquet", "o.parquet must end in .jsonl"),
+    ],
+)
+def test_the_command_line_says_what_it_cannot_do(command, capsys, words, sentence):
+    with pytest.raises(SystemExit):
+        command(*words.split())
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_first_line_survives_a_cut_and_is_written_once(tmp_path):
+    path, problems = tmp_path / "rates.jsonl", [Problem(str(i), "?", ("1",)) for i in range(2)]
+    rates_file(path, problems, [1, 2])
+    loaded = History.load(path)
+    assert loaded.settings["n"] == 8 and len(loaded.log) == 2
+    loaded.append(Visit("2", -0.5, 0, (1.0,)))
+    loaded.save(path)
+    assert [line.startswith('{"settings"') for line in path.read_text().splitlines()] == [True, False, False, False]
+    whole = path.read_text()
+    path.write_text(whole[:20])  # died while writing the first line: nothing is known, and it is written again
+    assert History.load(path).settings is None
+    path.write_text(whole[:20])
+    again = History()
+    again.settings = loaded.settings
+    again.save(path)
+    assert path.read_text() == whole.splitlines(keepends=True)[0]
+    path.write_text('{"settings": 3}\n')
+    with pytest.raises(DataError, match="row 1 is no visit"):
+        History.load(path)
+
+
+def test_a_hash_of_problems_is_of_what_decides_their_pass_rates():
+    a, b = Problem("a", "x?", ("1", "2")), Problem("b", "y?", ("3",))
+    one = data_filter.problems_fingerprint([a, b])
+    assert one == data_filter.problems_fingerprint([b, a])
+    assert one == data_filter.problems_fingerprint([a, Problem("b", "y?", ("3",), "hard", 0.5, "because")])
+    others = [[a], [a, Problem("c", "y?", ("3",))], [a, Problem("b", "z?", ("3",))], [a, Problem("b", "y?", ("4",))]]
+    assert len({one, *map(data_filter.problems_fingerprint, others)}) == 5
