@@ -1053,6 +1053,8 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
         for difference in differing:
             device.say(f"differs from the run so far: {difference}")
         if differing and not arguments.resume_anyway:
+            if lock is not None:
+                os.close(lock)
             raise CheckpointError(
                 f"{folder} was made otherwise: {'; '.join(differing)}: put it back as it was, or go on all the same "
                 "with --resume-anyway"
