@@ -20,6 +20,7 @@ Departures from the official code are listed in the README.
 import argparse
 import fcntl
 import glob
+import json
 import math
 import os
 import platform
@@ -124,6 +125,7 @@ EVALUATION_DRAW, SEARCH_DRAW = -1, -3
 FEW = 3  # pairs of problems that guard_data names
 WANTS_RESUMING = "resume-me"  # in a run's folder: it was asked to stop, and wants to go on
 FINISHED = "finished"  # and: it came to its end
+AGREED = "agreed.json"  # and: what changed on purpose since its newest checkpoint, so that it is asked once
 # what a person can put right: one sentence, no traceback
 EXPECTED_ERRORS = (
     RecipeError,
@@ -1049,7 +1051,8 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
     if found:
         # a value set beside the name of a run is changed on purpose; in "the same command" nothing is
         chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []
-        differing = differences(state.fingerprint, now, chosen)
+        agreed = json.loads((folder / AGREED).read_text()) if (folder / AGREED).exists() else {}
+        differing = differences(agreed.get(found[0].name, state.fingerprint), now, chosen)
         for difference in differing:
             device.say(f"differs from the run so far: {difference}")
         if differing and not arguments.resume_anyway:
@@ -1059,7 +1062,6 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
                 f"{folder} was made otherwise: {'; '.join(differing)}: put it back as it was, or go on all the same "
                 "with --resume-anyway"
             )
-    state.fingerprint = now
     if device.is_main:
         path = folder / "recipe.toml"
         changed = path.exists() and differences({"recipe": path.read_text(encoding="utf-8")}, now) != []
@@ -1069,6 +1071,9 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
             path.rename(new_name(folder, "recipe-before", ".toml"))
         if not path.exists():
             write_atomically(path, [(versions() + to_toml(recipe)).encode()])
+        if found and now != state.fingerprint:
+            write_atomically(folder / AGREED, [json.dumps({found[0].name: now}).encode()])
+    state.fingerprint = now
     return recipe, folder, lock, *(found or (None, state))
 
 

@@ -191,7 +191,8 @@ def test_torchrun_restarts_a_dead_worker_and_it_goes_on_by_itself(finished, tmp_
     assert f"resuming {out / 'sft'} after step " in says and [path.name for path in out.iterdir()] == ["sft"]
     again, straight = (load_file(f / "stage-0" / "model.safetensors") for f in (out / "sft", finished[0]))
     assert all(torch.equal(again[name], straight[name]) for name in straight)
-    assert deterministic(out / "sft") == [row for row in deterministic(finished[0]) if row["kind"] == "sft"]
+    rows = ([row for row in deterministic(f) if row["kind"] == "sft"] for f in (out / "sft", finished[0]))
+    assert next(rows) == next(rows)
 
 
 @pytest.fixture
@@ -267,7 +268,7 @@ def test_another_program_wants_a_flag_and_a_value_set_on_purpose_does_not(last_s
     assert main(monkeypatch, "--resume", last_stage, *rate) == "train.py: it goes on"
     assert load_recipe(last_stage / "recipe.toml").stage[3].learning_rate == 1e-5
     assert (last_stage / "recipe-before.toml").exists()
-    # from now on that is the recipe
+    # from now on that is the recipe, although no checkpoint knows it yet
     assert main(monkeypatch, "--resume", last_stage) == "train.py: it goes on"
 
 
@@ -317,7 +318,7 @@ def test_gradients_that_stay_nonfinite_stop_the_run_with_the_batch(tmp_path, mon
     assert "step 4: 3 updates in a row without a finite gradient" in says and "nonfinite-step-4.pt" in says
     batch = torch.load(folder / "nonfinite-step-4.pt", weights_only=True)
     assert len(batch) == 16 and {"tokens", "prompt_length", "advantage", "old_logprobs"} <= batch[0].keys()
-    assert [row["nonfinite"] for row in metrics(folder)] == [0, 1, 1, 1]
+    assert [row["nonfinite"] for row in metrics(folder) if row["kind"] == "sft"] == [0, 1, 1, 1]
     assert (folder / "checkpoints" / "step-4").is_dir()  # nothing of the run is lost
 
 
