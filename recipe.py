@@ -116,6 +116,7 @@ class RunSettings:
 
     checkpoint_every_steps: int = 20
     checkpoints_kept: int = 2
+    most_nonfinite_steps: int = 3  # updates in a row without a finite gradient, at which the run stops
     rollouts_written: int = 4  # whole rollouts per step, for people to read
     tensorboard: bool = False
 
@@ -333,7 +334,8 @@ LEAST = {  # the smallest value that makes sense, by field name, wherever it sta
     "steps": 1, "every_steps": 0, "problems_within_stage": 0, "max_response_tokens": 1, "max_prompt_tokens": 1,
     "checkpoint_every_steps": 1, "checkpoints_kept": 1, "rollouts_written": 0, "batch_sequences": 1,
     "batch_problems": 1, "group_size": 2, "max_tokens": 2, "micro_batch_tokens": 1, "learning_rate": 0.0,
-    "rank": 0, "generated_tokens": 0, "gspo_clip_low": 0.0, "gspo_clip_high": 0.0, "cispo_cap": 1.0,
+    "rank": 0, "generated_tokens": 0, "most_nonfinite_steps": 1, "gspo_clip_low": 0.0, "gspo_clip_high": 0.0,
+    "cispo_cap": 1.0,
     "punish_last_tokens": 0, "importance_cap": 0.0, "optimizer_steps": 1,
     "top_k": 0, "warmup_steps": 0, "max_position_embeddings": 0, "yarn_original_window": 1,
     "yarn_attention_factor": 0.0, "time_limit_seconds": 1e-3, "most_failed_share": 0.0, "yarn_factor": 1.0,

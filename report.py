@@ -8,41 +8,77 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 FILES = ("metrics.jsonl", "rollouts.jsonl")
+# what a row says that depends on neither times, rates nor memory: an interrupted run equals an uninterrupted one in
+# these, and so do runs on one and the same CPU
+DETERMINISTIC = (
+    "kind", "step", "stage", "label", "name", "rule", "loss", "grad_norm", "lr", "skipped", "nonfinite", "reward_mean",
+    "accuracy", "reward_correct", "reward_format", "reward_steps", "response_length_mean", "response_length_max",
+    "truncated_share", "distinct4", "distinct4_left_out", "entropy", "groups", "solve_none", "solve_all",
+    "zero_variance", "rescued", "substituted", "temperature", "max_response_tokens", "problems", "epoch",
+    "clip_low_share", "clip_high_share", "dual_clip_share", "ratio_mean", "rescued_ratio_mean", "logprob_diff_mean",
+    "logprob_diff_max", "avg", "low", "high", "n", "by_type", "by_difficulty", "pass_at", "maj_at", "by_length",
+    "length_mean", "no_box_share", "before", "after", "kept", "dropped", "target_distinct4", "chosen", "curve",
+)  # fmt: skip
 
 
 class MetricsError(ValueError):
-    """A record that cannot be read, in one sentence: file and line."""
+    """A record that cannot be read, or written, in one sentence: file and line."""
 
 
 class Metrics:
     """Appends to metrics.jsonl and rollouts.jsonl of `folder`; `enabled=False` (ranks other than 0) does nothing.
 
+    `position`: lines of both to go on from; what was written after them is dropped, as is a half-written line.
     Raises ImportError if `tensorboard` is asked for and the package is missing."""
 
-    def __init__(self, folder: Path, tensorboard: bool = False, enabled: bool = True):
-        self.folder, self.enabled, self.board = Path(folder), enabled, None
+    def __init__(
+        self, folder: Path, tensorboard: bool = False, enabled: bool = True, position: Sequence[int] | None = None
+    ):
+        self.folder, self.enabled, self.tensorboard, self.board = Path(folder), enabled, tensorboard, None
         self.position = [0, 0]  # lines of metrics.jsonl and rollouts.jsonl, for checkpoints
+        self.steps: list[dict] = []  # the rows of the present rl stage, for alarms
         if not enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if tensorboard:
-            self.board = _summary_writer(self.folder)
-        self._keep((math.inf, math.inf))  # a half-written last line would swallow the next row
-        self._open()
+        self._begin(position)
 
-    def _open(self) -> None:
+    def _begin(self, position: Sequence[int] | None) -> None:
+        self._keep((math.inf, math.inf) if position is None else position)
         self.rows, self.rollouts = ((self.folder / name).open("a") for name in FILES)
+        rows, self.steps = read_metrics(self.folder), []
+        for row in rows:
+            self._note(row)
+        if self.tensorboard:
+            purge = None if position is None else max((row["step"] for row in rows), default=-1) + 1
+            self.board = _summary_writer(self.folder, purge_step=purge)
+
+    def _note(self, row: dict) -> None:
+        if row["kind"] == "rl":
+            self.steps = [*(self.steps if self.steps and self.steps[-1]["stage"] == row["stage"] else []), row]
+
+    def _append(self, file: TextIO, rows: Sequence[dict]) -> None:
+        try:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+        except OSError as error:
+            raise MetricsError(
+                f"{file.name}: a line cannot be written ({error.strerror}): make room, then go on with "
+                f"--resume {self.folder}"
+            ) from None
 
     def write(self, row: dict) -> None:
         """Appends one row and flushes. TensorBoard gets its numbers as kind/key (eval/NAME/key for evaluations)."""
         if not self.enabled:
             return
-        self.rows.write(json.dumps(row) + "\n")
-        self.rows.flush()
+        self._append(self.rows, [row])
         self.position[0] += 1
+        self._note(row)
         if self.board:
             prefix = f"eval/{row.get('name')}" if row["kind"] == "eval" else row["kind"]
             for key, value in row.items():
@@ -54,29 +90,28 @@ class Metrics:
     def write_rollouts(self, rows: list[dict]) -> None:
         """Appends a few whole rollouts of a step, for people to read."""
         if self.enabled:
-            self.rollouts.writelines(json.dumps(row) + "\n" for row in rows)
-            self.rollouts.flush()
+            self._append(self.rollouts, rows)
             self.position[1] += len(rows)
+
+    def sync(self) -> None:
+        """Brings both files to the disk: a checkpoint counts on their lines."""
+        if self.enabled:
+            os.fsync(self.rows.fileno())
+            os.fsync(self.rollouts.fileno())
 
     def cut_back_to(self, position: Sequence[int]) -> None:
         """On resume: drops what was written after a checkpoint that noted this position, atomically for each file."""
         if not self.enabled:
             return
-        self.rows.close()
-        self.rollouts.close()
-        self._keep(position)
-        self._open()
-        if self.board:
-            self.board.close()
-            steps = [row["step"] for row in read_metrics(self.folder)]
-            self.board = _summary_writer(self.folder, purge_step=max(steps, default=-1) + 1)
+        self.close()
+        self._begin(position)
 
     def _keep(self, most_lines: Sequence[float]) -> None:
         """Rewrites both files with their whole lines, at most so many, and counts them."""
         for i, (name, most) in enumerate(zip(FILES, most_lines, strict=True)):
             path = self.folder / name
-            lines = [line for line, _ in _read_lines(path)] if path.exists() else []
-            kept = lines[: len(lines) if most == math.inf else int(most)]
+            lines = _read_lines(path) if path.exists() else iter(())
+            kept = [line for line, _ in islice(lines, None if most == math.inf else int(most))]
             self.position[i] = len(kept)
             if path.exists():
                 write_atomically(path, (line.rstrip(b"\n") + b"\n" for line in kept))
@@ -107,6 +142,28 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk: a rename that the machine's end must not undo."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some file systems cannot do it for folders, and need not
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def whole_lines(folder: Path) -> list[int]:
+    """How many lines of metrics.jsonl and of rollouts.jsonl are whole, up to the first that is not."""
+    counts = [0, 0]
+    for i, name in enumerate(FILES):
+        with suppress(FileNotFoundError, MetricsError):
+            for _ in _read_lines(folder / name):
+                counts[i] += 1
+    return counts
 
 
 def _read_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
@@ -133,6 +190,59 @@ def read_metrics(folder: Path) -> list[dict]:
 
     Raises MetricsError naming file and line for a broken line elsewhere, FileNotFoundError where there is no file."""
     return [row for _, row in _read_lines(Path(folder) / "metrics.jsonl")]
+
+
+SMOOTHED = 5  # steps over which an alarm takes its means
+QUIET = 10  # steps for which an alarm must have been silent before it is said again
+# thresholds of the alarms; RECIPE's where it gives one, else choices
+MOST_ZERO_VARIANCE = 2 / 3  # of groups: from there on the update is skipped (RECIPE section 4)
+MOST_TRUNCATED = 0.1  # of rollouts: at 52K fewer were cut; 24K, with less than 15%, did harm (RECIPE section 3)
+MOST_GROWTH = 2.0  # a choice: of the mean length within a stage, unless accuracy grew as well
+LEAST_DIVERSITY, MOST_DIVERSITY = 0.75, 1.25  # a choice: of distinct-4 at the stage's start, which a stage restores
+LEAST_ENTROPY = 0.25  # a choice: of that at the stage's start
+
+
+def standing_alarms(steps: Sequence[dict]) -> dict[str, str]:
+    """What is wrong after the last of these rows, the "rl" rows of one stage: a sentence by its kind.
+
+    Every figure is the mean over the last SMOOTHED rows, against that over the stage's first where it is relative.
+    """
+
+    def mean(key: str, rows: Sequence[dict]) -> float:
+        values = [row[key] for row in rows if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
+        return sum(values) / len(values) if values else math.nan  # which no comparison holds for
+
+    if len(steps) < SMOOTHED:
+        return {}
+    first, last = steps[:SMOOTHED], steps[-SMOOTHED:]
+    found = {}
+    groups = mean("groups", last)
+    empty = mean("zero_variance", last) / groups if groups else math.nan
+    if empty > MOST_ZERO_VARIANCE:
+        found["zero variance"] = (
+            f"{empty:.0%} of the groups have no signal: the problems are too easy or too hard for the model"
+        )
+    truncated = mean("truncated_share", last)
+    if truncated > MOST_TRUNCATED:
+        found["truncation"] = f"{truncated:.0%} of the rollouts are cut off: raise the stage's max_response_tokens"
+    was, now = mean("response_length_mean", first), mean("response_length_mean", last)
+    if now > MOST_GROWTH * was and mean("accuracy", last) <= mean("accuracy", first):
+        found["length"] = f"responses run away: {now:.0f} tokens, not {was:.0f}, and no more of them are right"
+    was, now = mean("distinct4", first), mean("distinct4", last)
+    if now < LEAST_DIVERSITY * was:
+        found["diversity"] = f"diversity collapses: distinct-4 {now:.3f}, not {was:.3f}: raise the temperature"
+    elif now > MOST_DIVERSITY * was:
+        found["diversity"] = f"diversity explodes: distinct-4 {now:.3f}, not {was:.3f}: lower the temperature"
+    was, now = mean("entropy", first), mean("entropy", last)
+    if now < LEAST_ENTROPY * was:
+        found["entropy"] = f"entropy collapses: {now:.3f} nats a token, not {was:.3f}"
+    return found
+
+
+def new_alarms(steps: Sequence[dict]) -> list[str]:
+    """The alarms that begin with the last of these rows: one that goes on, or flickers, is said once."""
+    said = {kind for ago in range(1, QUIET + 1) for kind in standing_alarms(steps[:-ago])}
+    return [sentence for kind, sentence in standing_alarms(steps).items() if kind not in said]
 
 
 def format_eta(seconds: float) -> str:

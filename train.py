@@ -3,7 +3,7 @@
     torchrun train.py                                            # the laptop world, from nothing to a report
     torchrun --nproc-per-node 8 train.py recipes/polaris-4b.toml
     python train.py recipes/tiny.toml --set stage.1.temperature=1.1
-    torchrun train.py --resume runs/tiny                         # go on where a run stopped
+    torchrun train.py recipes/tiny.toml --resume                 # go on where it stopped, or begin
     python train.py recipes/polaris-4b.toml --plan --device 80GB --gpus 8    # will it fit, what does it cost?
 
 A recipe is a list of stages. An `sft` stage imitates worked solutions. An `rl` stage learns from the answer alone:
@@ -18,19 +18,23 @@ Departures from the official code are listed in the README.
 """
 
 import argparse
+import fcntl
+import glob
 import hashlib
+import json
 import math
+import os
 import platform
-import subprocess
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -40,7 +44,19 @@ import device as devices
 from arithmetic import write_world
 from attempts import Attempt, AttemptStats, GraderError, Respondent, encode, encode_chat, load_tokenizer, stop_tokens
 from benchmarks import find_data
-from checkpoint import CheckpointError, RunState, load_weights_and_optimizer, read_state, save_checkpoint
+from checkpoint import (
+    CheckpointError,
+    RunState,
+    code_version,
+    data_identity,
+    differences,
+    git_commit,
+    load_weights_and_optimizer,
+    model_identity,
+    read_state,
+    save_checkpoint,
+    together,
+)
 from data_filter import (
     BEFORE_STAGE,
     ESTIMATE_DRAW,
@@ -97,7 +113,7 @@ from problems import (
     read_problems,
 )
 from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
-from report import Metrics, MetricsError, console_line, read_metrics
+from report import Metrics, MetricsError, console_line, new_alarms, read_metrics, whole_lines, write_atomically
 from responses import respond
 from reward import Grader
 from rollout import CacheLimits, RolloutError, Sampling, cache_bytes_per_token, check_requests, distinct_ngrams
@@ -108,6 +124,9 @@ from variants import choose_loss, mini_batches, over_steps, punish_overlong
 # samples drawn for a purpose other than a training step are counted from a place of their own
 EVALUATION_DRAW, SEARCH_DRAW = -1, -3
 FEW = 3  # pairs of problems that guard_data names
+WANTS_RESUMING = "resume-me"  # in a run's folder: it was asked to stop, and wants to go on
+FINISHED = "finished"  # and: it came to its end
+AGREED = "agreed.json"  # and: what changed on purpose since its newest checkpoint, so that it is asked once
 # what a person can put right: one sentence, no traceback
 EXPECTED_ERRORS = (
     RecipeError,
@@ -145,6 +164,9 @@ class Run:
     sft_sequences: dict[int, list[TrainingSequence]] = field(default_factory=dict)  # by stage
     stage_began: float = 0.0  # for the ETA: when, and at which of its steps, the stage began in this launch
     stage_first_step: int = 0
+    saved: tuple[int, int, bool] | None = None  # step, stage, prepared: of the newest checkpoint
+    nonfinite_batch: list[TrainingSequence] | None = None  # of the newest update without a finite gradient
+    lock: int | None = None  # the folder, held as long as this process lives
 
 
 class Stopped(Exception):
@@ -165,6 +187,9 @@ def train(run: Run) -> None:
         else:
             rl_stage(run, index, stage)
         export = run.folder / f"stage-{index}"
+        if run.device.is_main and export.exists() and state.stage_step > run.stage_first_step:
+            # of steps that came after the checkpoint that this launch goes on from: `save` removes it
+            export.rename(export.with_name(f"{export.name}.unfinished"))
         if not run.device.share(export.exists()):
             save(run.model, export, run.device.compute_dtype, tokenizer_from=run.model_folder)
         if isinstance(stage, RlStage):
@@ -212,6 +237,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         choose_temperature(run, index, stage, problems)
         held_out_evaluation(run, index, f"before stage {index}")
         state.problem_ids, state.prepared = [problem.id for problem in problems], True
+        state.metrics_position = list(run.metrics.position)  # a stop in the first step must not lose their rows
     order = DataOrder(problems, stage.batch_problems, recipe.seed, index)
     loss = choose_loss(stage)  # grpo.PolicyLoss, unless the stage asks for a variant
     sink_is_used = any(isinstance(later, RlStage) and later.rescue for later in recipe.stage[index:])
@@ -233,7 +259,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         except Interrupted:  # nothing of this step has been recorded or learned
             save_and_stop(run, optimizer)
         except GraderError:
-            save_checkpoint(run.folder, run.model, optimizer, state, run.device, recipe.run.checkpoints_kept)
+            save_whole_step(run, optimizer)
             raise
         groups = make_groups(recipe, batch, attempts)
         row = describe(groups, attempts, work)  # of the original rewards: before rescue and substitution
@@ -257,7 +283,8 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         updates, update_begun = [], time.perf_counter()
         if not substitution.skip_update:
             for sequences, divisor in mini_batches(substitution.groups, stage):
-                updates.append(update_model(run, optimizer, sequences, loss, stage, divisor))
+                begun_already = any(one.stepped for one in updates)
+                updates.append(update_model(run, optimizer, sequences, loss, stage, divisor, begun_already))
         update = over_steps(updates)
         state.position += stage.batch_problems
         state.stage_tokens += row["tokens"]
@@ -497,9 +524,31 @@ def update_model(
     loss: TokenLoss,
     stage: SftStage | RlStage,
     divisor: float | None = None,
+    begun: bool = False,
 ) -> UpdateStats:
-    """One optimizer step; micro-batches that memory has made smaller stay so for the rest of the run."""
-    update = optimizer_step(run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm, divisor)
+    """One optimizer step; micro-batches that memory has made smaller stay so for the rest of the run.
+
+    A step whose update was abandoned, between two micro-batches, is done again whole: its visits replace themselves.
+    One whose weights have `begun` to change, by an earlier mini-batch, is not abandoned.
+    """
+
+    def leave_when_asked(*_: object) -> None:
+        # all leave before the same forward, of which each has as many
+        if not begun and any(run.device.gather(run.stop.asked)):
+            raise Interrupted
+
+    watch = run.model.register_forward_pre_hook(leave_when_asked, prepend=True)  # before sharded weights are gathered
+    try:
+        update = optimizer_step(
+            run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm, divisor
+        )
+    except Interrupted:
+        optimizer.zero_grad(set_to_none=True)
+        save_and_stop(run, optimizer)
+    finally:
+        watch.remove()
+    if not update.stepped:
+        run.nonfinite_batch = sequences
     if update.micro_batch_tokens < run.micro_batch_tokens:
         run.device.say(
             f"step {run.state.step + 1}: out of memory in the update: micro-batches of at most "
@@ -534,12 +583,35 @@ def end_step(run: Run, index: int, stage: SftStage | RlStage, row: dict, optimiz
     left = steps_left(stage, state)
     per_step = (time.perf_counter() - run.stage_began) / (state.stage_step - run.stage_first_step)
     run.device.say(console_line(row, sum(s.steps for s in run.recipe.stage), per_step * left))
+    for sentence in new_alarms(run.metrics.steps) if row["kind"] == "rl" else ():
+        run.device.say(f"warning: step {state.step}: {sentence}")
     if row["nonfinite"]:
         run.device.say(f"warning: step {state.step}: the gradient is not finite; the weights were left as they are")
+    if not row.get("skipped"):
+        state.nonfinite_steps = (state.nonfinite_steps + 1) * row["nonfinite"]
+    if row["nonfinite"] and state.nonfinite_steps >= settings.most_nonfinite_steps:
+        stop_at_nonfinite(run, optimizer)
     if any(run.device.gather(run.stop.asked)):
         save_and_stop(run, optimizer)
     if left == 0 or state.stage_step % settings.checkpoint_every_steps == 0:
-        save_checkpoint(run.folder, run.model, optimizer, state, run.device, settings.checkpoints_kept)
+        save_whole_step(run, optimizer)
+
+
+def stop_at_nonfinite(run: Run, optimizer: torch.optim.Optimizer) -> NoReturn:
+    """Leave the newest batch where a person can look at it; the weights are those before the first of these steps."""
+    state, path = run.state, run.folder / f"nonfinite-step-{run.state.step}.pt"
+    steps, state.nonfinite_steps = state.nonfinite_steps, 0  # a resumed run, with another rate perhaps, gets its chance
+    if run.device.is_main:
+        rows = [asdict(sequence) for sequence in run.nonfinite_batch]
+        torch.save(
+            [{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in r.items()} for r in rows], path
+        )
+    save_whole_step(run, optimizer)
+    raise UpdateError(
+        f"step {state.step}: {steps} updates in a row without a finite gradient (run.most_nonfinite_steps): the "
+        f"batch is in {path} (tokens, advantages, old log-probs); lower the learning rate or mend the data, then "
+        f"{how_to_go_on(run)}"
+    )
 
 
 def steps_left(stage: SftStage | RlStage, state: RunState) -> int:
@@ -551,12 +623,25 @@ def steps_left(stage: SftStage | RlStage, state: RunState) -> int:
     return max(0, left)
 
 
+def save_whole_step(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """A checkpoint of the last whole step, unless there is one already: little time may be left."""
+    state, kept = run.state, run.recipe.run.checkpoints_kept
+    place = state.step, state.stage, state.prepared
+    if run.saved != place:
+        run.metrics.sync()
+        save_checkpoint(run.folder, run.model, optimizer, state, run.device, kept)
+        run.saved = place
+
+
 def save_and_stop(run: Run, optimizer: torch.optim.Optimizer) -> NoReturn:
     """Save the last whole step and leave in order."""
-    kept = run.recipe.run.checkpoints_kept
-    save_checkpoint(run.folder, run.model, optimizer, run.state, run.device, kept)
-    step = run.state.step
-    raise Stopped(f"stopped after step {step}; go on with: torchrun train.py --resume {run.folder}")
+    save_whole_step(run, optimizer)
+    raise Stopped(f"stopped after step {run.state.step}; go on with: {how_to_go_on(run)}")
+
+
+def how_to_go_on(run: Run) -> str:
+    """The command for a person."""
+    return f"torchrun train.py --resume {run.folder}"
 
 
 def write_rollouts(run: Run, groups: list[Group], attempts: list[list[Attempt]]) -> None:
@@ -876,52 +961,144 @@ def new_folder(parent: Path, name: str) -> Path:
 
 def versions() -> str:
     """What the run was made with, as TOML comments."""
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    ).stdout.strip()
     parts = [
         f"python {platform.python_version()}",
         f"torch {torch.__version__}",
         f"transformers {transformers.__version__}",
     ]
-    return f"# {', '.join(parts)}, commit {commit or 'unknown'}\n"
+    return f"# {', '.join(parts)}, commit {git_commit(Path(__file__).parent)}\n"
 
 
-def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Path, Path | None, RunState]:
-    """A new run's folder, or an old one with the place where it stopped."""
-    if arguments.resume is None:
-        recipe = load_recipe(arguments.recipe, arguments.set)
-        check_recipe(recipe)
-        folder = device.share(new_folder(arguments.out, recipe.name) if device.is_main else None)
-        if device.is_main and recipe.world:
-            write_world(recipe.world, folder / "world")
-        found = None
-    else:
-        folder = arguments.resume
-        if not (folder / "recipe.toml").is_file():
-            raise RecipeError(f"{folder} is no run: it has no recipe.toml; give a folder that train.py has made")
-        recipe = load_recipe(folder / "recipe.toml", arguments.set)
-        check_recipe(recipe)
-        found = read_state(folder)
-        place = (
+def find_unfinished(out: Path, recipe: Recipe, anyway: bool) -> Path | None:
+    """The newest unfinished run of this very recipe in `out`; None where none has its name.
+
+    Raises CheckpointError when those of its name differ, unless that is allowed: none is passed over in silence.
+    """
+    found, told = [], []
+    for path in out.glob(f"{glob.escape(recipe.name)}*/recipe.toml"):
+        own = re.fullmatch(rf"{re.escape(recipe.name)}(-\d+)?", path.parent.name)
+        if own and not (path.parent / FINISHED).exists():
+            found.append(path)
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        differing = differences({"recipe": path.read_text(encoding="utf-8")}, {"recipe": to_toml(recipe)})
+        if anyway or not differing:
+            return path.parent
+        told.append(f"{path.parent} ({differing[0]}{f' and {len(differing) - 1} more' * (len(differing) > 1)})")
+    if told:
+        raise CheckpointError(
+            f"no unfinished run in {out} has this recipe: {'; '.join(told)}: name one with --resume RUN, leave "
+            "--resume out to begin another, or take the newest as it is with --resume-anyway"
+        )
+    return None
+
+
+def hold(folder: Path) -> int:
+    """Take a run's folder for this process, until it ends however it ends; CheckpointError when another has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(f"{folder} is being written by another process: wait for its end, or stop it") from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
+    """What a run depends on beside its checkpoint: see `differences`."""
+    found = {"recipe": to_toml(recipe), "code": code_version(Path(__file__).parent)}
+    found["model"] = model_identity(model_source(recipe, folder))
+    for source in {stage.data for stage in recipe.stage} | {recipe.eval.data, recipe.final.data}:
+        if source:
+            path = str(folder / source) if source.startswith("world/") else source
+            found[f"data {source}"] = data_identity(read_chats(path) if has_chats(path) else problems_of(path))
+    return found
+
+
+def model_source(recipe: Recipe, folder: Path) -> Path:
+    """The folder of the model that the run begins with."""
+    return folder / recipe.model if recipe.model.startswith("world/") else resolve_folder(recipe.model)
+
+
+def by_main(device: Device, work: Callable[[], Any]) -> Any:
+    """What the main process's `work` returned; when it fails, it fails on every process, and none is left waiting."""
+    return together(device, lambda: work() if device.is_main else None)[0]
+
+
+def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Path, int | None, Path | None, RunState]:
+    """A new run's folder, or an old one with the place where it stopped; held by the main process."""
+    folder = arguments.resume if isinstance(arguments.resume, Path) else None
+    if folder and not (folder / "recipe.toml").is_file():
+        raise RecipeError(f"{folder} is no run: it has no recipe.toml; give a folder that train.py has made")
+    recipe = load_recipe(folder / "recipe.toml" if folder else arguments.recipe, arguments.set)
+    check_recipe(recipe)
+    # torchrun --max-restarts starts the same command again: it goes on
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if folder is None and (arguments.resume or restarted):
+        anyway = arguments.resume_anyway
+        folder = by_main(device, lambda: find_unfinished(arguments.out, recipe, anyway))
+        if folder is None:
+            device.say(f"no unfinished run of {recipe.name} in {arguments.out}: beginning")
+    resumed, found = folder is not None, None
+    if not resumed:
+        folder = by_main(device, lambda: new_folder(arguments.out, recipe.name))
+    lock = by_main(device, lambda: hold(folder))
+    lock = lock if device.is_main else None  # a number that means nothing elsewhere
+    if not resumed and device.is_main and recipe.world:
+        write_world(recipe.world, folder / "world")
+    device.share(None)  # nobody reads the world before it is written
+    now = run_fingerprint(recipe, folder)
+    if resumed:
+        found = read_state(folder, device, device.share(whole_lines(folder) if device.is_main else None))
+        device.say(
             f"resuming {folder} after step {found[1].step}" if found else f"{folder} has no checkpoint: beginning again"
         )
-        device.say(place)
+    state = found[1] if found else RunState()
+    if found:
+        # a value set beside the name of a run is changed on purpose; in "the same command" nothing is
+        chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []
+        agreed = json.loads((folder / AGREED).read_text()) if (folder / AGREED).exists() else {}
+        differing = differences(agreed.get(found[0].name, state.fingerprint), now, chosen)
+        for difference in differing:
+            device.say(f"differs from the run so far: {difference}")
+        if differing and not arguments.resume_anyway:
+            if lock is not None:
+                os.close(lock)
+            raise CheckpointError(
+                f"{folder} was made otherwise: {'; '.join(differing)}: put it back as it was, or go on all the same "
+                "with --resume-anyway"
+            )
     if device.is_main:
         path = folder / "recipe.toml"
-        if path.exists() and arguments.set:  # what the earlier part of the run was made with stays on record
+        changed = path.exists() and differences({"recipe": path.read_text(encoding="utf-8")}, now) != []
+        if resumed:
+            forget_what_follows(folder, recipe, state, changed)
+        if changed:  # what the earlier part of the run was made with stays on record
             path.rename(new_name(folder, "recipe-before", ".toml"))
         if not path.exists():
-            path.write_text(versions() + to_toml(recipe))
-    device.share(None)  # nobody reads the world before it is written
-    return recipe, folder, *(found or (None, RunState()))
+            write_atomically(path, [(versions() + to_toml(recipe)).encode()])
+        if found and now != state.fingerprint:
+            write_atomically(folder / AGREED, [json.dumps({found[0].name: now}).encode()])
+    state.fingerprint = now
+    return recipe, folder, lock, *(found or (None, state))
+
+
+def forget_what_follows(folder: Path, recipe: Recipe, state: RunState, changed: bool) -> None:
+    """Remove the pass rates of weights that this run will not have: after an older checkpoint, or another recipe.
+
+    Those that the checkpoint's own weights have stay: the next stage's, when the checkpoint is at its stage's end.
+    """
+    at_end = state.stage < len(recipe.stage) and not steps_left(recipe.stage[state.stage], state)
+    first = state.stage + (0 if changed and not state.prepared else 1 if changed or not at_end else 2)
+    for index in range(first, len(recipe.stage)):
+        (folder / f"pass-rates-{index}.jsonl").unlink(missing_ok=True)
 
 
 def start_run(arguments: argparse.Namespace, device: Device) -> Run:
     """Everything that a run needs, in the order in which it can go wrong."""
-    recipe, folder, resume_from, state = open_run(arguments, device)
-    model_folder = folder / recipe.model if recipe.model.startswith("world/") else resolve_folder(recipe.model)
+    recipe, folder, lock, resume_from, state = open_run(arguments, device)
+    model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, device)
     tokenizer = load_tokenizer(model_folder, model)
     sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
@@ -931,13 +1108,15 @@ def start_run(arguments: argparse.Namespace, device: Device) -> Run:
     respondent = Respondent(
         model, tokenizer, stops, limits, grader, device, recipe.instruction, stop, reward.most_failed_share
     )
-    metrics = Metrics(folder, recipe.run.tensorboard, enabled=device.is_main)
-    if arguments.resume is not None:
-        metrics.cut_back_to(state.metrics_position)
+    metrics = Metrics(folder, recipe.run.tensorboard, device.is_main, state.metrics_position)
     most = recipe.micro_batch_tokens
     run = Run(recipe, folder, device, model, model_folder, respondent, metrics, state, stop, resume_from, most)
+    run.lock, run.saved = lock, (state.step, state.stage, state.prepared) if resume_from else None
     guard_data(run)
     check_inputs(run)
+    if device.is_main:
+        for name in (WANTS_RESUMING, FINISHED):  # it goes on
+            (folder / name).unlink(missing_ok=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     of_these = f" ({trained:,} of them trained)" * (trained < parameters)
@@ -957,10 +1136,17 @@ def main() -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="such as stage.1.temperature=1.1"
     )
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="the folder of a run to go on with")
+    parser.add_argument(
+        "--resume", nargs="?", const=True, type=Path, metavar="RUN",
+        help="go on with this run, or without a name with the newest unfinished one of the recipe, if there is one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume-anyway", action="store_true", help="although recipe, data, model or code are not what they were"
+    )
     parser.add_argument("--plan", action="store_true", help="say what memory, time and money it takes, and run nothing")
     add_plan_options(parser)
     arguments = parser.parse_args()
+    arguments.resume = arguments.resume or arguments.resume_anyway or None
     run, status = None, 0
     try:
         if arguments.plan:
@@ -970,15 +1156,19 @@ def main() -> None:
         run.metrics.close()
         if run.device.is_main:
             print(f"report in {write_report(run.folder)}")
-    except Stopped as stopped:
-        run.device.say(stopped)
-    except Interrupted:  # between stages: the last checkpoint and the estimated pass rates are all there is
-        run.device.say(f"stopped; go on with: torchrun train.py --resume {run.folder}")
+            (run.folder / FINISHED).write_text(f"after step {run.state.step}\n")
+    except (Stopped, Interrupted) as stopped:
+        # Interrupted is raised between stages: what the last checkpoint holds is all there is
+        if run.device.is_main:  # torchrun hides the exit code of its workers
+            (run.folder / WANTS_RESUMING).write_text(f"{how_to_go_on(run)}\n")
+        run.device.say(stopped if isinstance(stopped, Stopped) else f"stopped; go on with: {how_to_go_on(run)}")
     except Exception as error:
         status = devices.last_words(error, "train.py", EXPECTED_ERRORS)
     finally:
         if run is not None:
             run.respondent.grader.close()
+            if run.lock is not None:
+                os.close(run.lock)
         devices.stop()
     devices.leave(status)
 

@@ -1,16 +1,29 @@
 """checkpoint.py: what is read is what was written, whole or not at all."""
 
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import checkpoint as checkpoints
 import device as devices
 import model as models
 from checkpoint import CheckpointError, RunState, list_checkpoints, load_weights_and_optimizer, read_state
 from data_filter import Visit
+from problems import Problem
 from rollout import Rollout
 
+ROOT = Path(__file__).resolve().parent.parent
 SOURCE = {
     "model_type": "qwen3", "vocab_size": 17, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 32,
@@ -73,7 +86,7 @@ def save(here, folder, step, kept=2, parts=None):
 def test_a_run_stands_where_it_stood(here, tmp_path):
     saved = save(here, tmp_path, 7)
     torch.manual_seed(123)  # what the run would have drawn next is part of where it stood
-    folder, found = read_state(tmp_path)
+    folder, found = read_state(tmp_path, here)
     assert folder == saved == tmp_path / "checkpoints" / "step-7"
     expected = state_of(7)
     plain = [name for name in vars(expected) if name not in ("history", "sinks")]
@@ -92,7 +105,7 @@ def test_a_run_stands_where_it_stood(here, tmp_path):
 
 def test_the_state_of_a_run_that_has_barely_begun(here, tmp_path):
     checkpoints.save_checkpoint(tmp_path, *trained(here, 0), RunState(), here, 1)
-    _, found = read_state(tmp_path)
+    _, found = read_state(tmp_path, here)
     assert found.step == 0 and found.diversity is None and found.problem_ids == []
     assert not found.history.by_problem and not found.sinks.held
 
@@ -103,7 +116,7 @@ def test_torch_draws_on_where_it_was(here, tmp_path):
     save(here, tmp_path, 1, parts=parts)
     expected = torch.rand(4)
     torch.manual_seed(6)
-    read_state(tmp_path)
+    read_state(tmp_path, here)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -120,13 +133,33 @@ def test_weights_and_optimizer_come_back_exactly(here, tmp_path):
     assert optimizer.param_groups[0]["lr"] == rate
 
 
+def test_saving_and_loading_before_the_first_step_counts_no_step(here, tmp_path):
+    """Guards: torch makes AdamW's moments by a step with rate 0, which then counted in the bias correction."""
+
+    def fresh():
+        model, _ = trained(here, 0)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.01)
+
+    def step(model, optimizer):
+        tokens = torch.arange(9) % 17
+        model(tokens, models.Packed([9]), tokens, tokens).sum().backward()
+        optimizer.step()
+        return tensors(model, optimizer)
+
+    expected, parts, others = step(*fresh()), fresh(), fresh()
+    folder = save(here, tmp_path, 3, parts=parts)
+    load_weights_and_optimizer(folder, *others, here)
+    for found in (step(*parts), step(*others)):
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_the_last_few_are_kept_in_the_order_of_steps(here, tmp_path):
     parts = trained(here, 0)
     for step in (8, 9, 10, 100):
         save(here, tmp_path, step, kept=3, parts=parts)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-9", "step-10", "step-100"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-100", "step-9"]
-    assert read_state(tmp_path)[1].step == 100
+    assert read_state(tmp_path, here)[1].step == 100
 
 
 def test_the_same_step_may_be_saved_again(here, tmp_path):
@@ -134,35 +167,182 @@ def test_the_same_step_may_be_saved_again(here, tmp_path):
     save(here, tmp_path, 4, parts=parts)
     (tmp_path / "checkpoints/step-4/left-over").touch()
     save(here, tmp_path, 4, parts=parts)
-    assert not (tmp_path / "checkpoints/step-4/left-over").exists() and read_state(tmp_path)[1].step == 4
+    assert not (tmp_path / "checkpoints/step-4/left-over").exists() and read_state(tmp_path, here)[1].step == 4
 
 
-def test_an_unfinished_checkpoint_is_never_seen(here, tmp_path, monkeypatch):
-    parts = trained(here, 0)
-    save(here, tmp_path, 4, parts=parts)
+def fill_up(monkeypatch, what):
+    """From here on the disk is full when `what` is written."""
 
     def fail(*_, **__):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(checkpoints, "_pack", fail)
-        save(here, tmp_path, 6, parts=parts)
-    assert (tmp_path / "checkpoints/step-6.unfinished").is_dir()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-4"] and read_state(tmp_path)[1].step == 4
+    monkeypatch.setattr(*what, fail)
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_an_unfinished_checkpoint_is_never_seen(here, tmp_path):
+    parts = trained(here, 0)
+    save(here, tmp_path, 4, parts=parts)
+    shutil.copytree(tmp_path / "checkpoints/step-4", tmp_path / "checkpoints/step-6.unfinished")  # killed there
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-4"]
+    assert read_state(tmp_path, here)[1].step == 4
     save(here, tmp_path, 6, parts=parts)  # what was left over is in nobody's way
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step-6*")] == ["step-6"]
+    assert names(tmp_path) == ["step-4", "step-6"]
 
 
-def test_no_checkpoint_is_none(tmp_path):
-    assert list_checkpoints(tmp_path) == [] and read_state(tmp_path) is None
+PLACES = [
+    (checkpoints.dcp, "save"), (checkpoints, "_pack"), (checkpoints.torch, "save"), (checkpoints, "write_manifest"),
+    (checkpoints.os, "fsync"), (checkpoints, "sync_folder"), (checkpoints.Path, "rename"), (checkpoints.Path, "mkdir"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
+def test_a_full_disk_costs_no_good_checkpoint(here, tmp_path, monkeypatch, place):
+    parts = trained(here, 0)
+    save(here, tmp_path, 4, kept=1, parts=parts)
+    for step in (6, 4):  # a later step, and the very one that is there
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+            fill_up(patch, place)
+            save(here, tmp_path, step, kept=1, parts=parts)
+        says = str(caught.value)
+        assert f"step-{step} cannot be written (No space left on device" in says and "--resume" in says
+        assert "\n" not in says and names(tmp_path) == ["step-4"]
+        assert read_state(tmp_path, here)[1].step == 4
+    save(here, tmp_path, 6, kept=1, parts=parts)
+    assert names(tmp_path) == ["step-6"]
+
+
+def test_torch_reports_a_full_disk_itself(here, tmp_path):
+    """A real limit on the size of a file, in a process of its own: what torch raises then is caught as well."""
+    script = """
+import resource, sys
+from pathlib import Path
+import torch
+import checkpoint, device, model
+here, folder = device.start(), Path(sys.argv[1])
+net = model.Transformer(model.parse_config(eval(sys.argv[2])))
+model.initialise(net, 0)
+model.shard(net, here.mesh, here.compute_dtype)
+optimizer = torch.optim.AdamW(net.parameters())
+checkpoint.save_checkpoint(folder, net, optimizer, checkpoint.RunState(step=1), here, 1)
+state = checkpoint.RunState(step=2, problem_ids=[f"{i:040}" for i in range(10_000)] if sys.argv[3] == "run.pt" else [])
+limit = 300_000 if sys.argv[3] == "run.pt" else 3_000
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    checkpoint.save_checkpoint(folder, net, optimizer, state, here, 1)
+except checkpoint.CheckpointError as error:
+    print("said:", error)
+assert checkpoint.read_state(folder, here)[1].step == 1
+print(sorted(path.name for path in (folder / "checkpoints").iterdir()))
+device.stop()
+"""
+    for what in ("run.pt", "tensors"):
+        arguments = [sys.executable, "-c", script, str(tmp_path / what), repr(SOURCE), what]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        *_, said, left = done.stdout.splitlines()
+        assert said.startswith("said: ") and "step-2 cannot be written (" in said and left == "['step-1']"
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_what_was_passed_over_is_never_kept_in_place_of_what_is_good(here, tmp_path, kept):
+    """Guards: with one kept, a damaged step-8 outlived the good step-6 and step-7 that came after it."""
+    parts = trained(here, 0)
+    for step in (6, 8):
+        save(here, tmp_path, step, parts=parts)
+    (tmp_path / "checkpoints/step-8/run.pt").unlink()
+    assert read_state(tmp_path, here)[1].step == 6
+    save(here, tmp_path, 7, kept=kept, parts=parts)
+    assert names(tmp_path) == ["step-6", "step-7"][-kept:]
+
+
+def test_the_same_step_is_there_at_every_moment_of_saving_it_again(here, tmp_path, monkeypatch):
+    parts = trained(here, 0)
+    save(here, tmp_path, 4, kept=1, parts=parts)
+    rename, seen = checkpoints.Path.rename, []
+
+    def watched(path, target):
+        rename(path, target)
+        if path.parent.name != "checkpoints":  # inside of one
+            return
+        seen.append([(c.name, read_state(tmp_path, here)[1].step) for c in list_checkpoints(tmp_path)])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Path, "rename", watched)
+        save(here, tmp_path, 4, kept=1, parts=parts)
+    assert seen == [[("step-4.replaced", 4)], [("step-4", 4)], [("step-4", 4)]] and names(tmp_path) == ["step-4"]
+
+
+def test_a_checksum_is_the_crc_of_the_blocks_crcs(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "CHECKSUM_BLOCK", 3 * 2**20 + 7)
+    whole = np.random.default_rng(0).bytes(10 * 2**20 + 3)
+    (tmp_path / "file").write_bytes(whole)
+    size = 3 * 2**20 + 7
+    blocks = [zlib.crc32(whole[i : i + size]) for i in range(0, len(whole), size)]
+    assert checkpoints.checksum(tmp_path / "file") == zlib.crc32(np.array(blocks, dtype="<u4").tobytes())
+    (tmp_path / "empty").touch()
+    assert checkpoints.checksum(tmp_path / "empty") == 0
+
+
+def test_no_checkpoint_is_none(here, tmp_path):
+    assert list_checkpoints(tmp_path) == [] and read_state(tmp_path, here) is None
+
+
+def flip(path, place=-1):
+    whole = bytearray(path.read_bytes())
+    whole[place] ^= 1
+    path.write_bytes(whole)
+
+
+DAMAGES = {  # what happened, and what is said of it
+    "a flipped byte of the weights": (lambda c: flip(c / "__0_0.distcp", 5000), "__0_0.distcp has changed"),
+    "a flipped byte of the state": (lambda c: flip(c / "run.pt", 200), "run.pt has changed"),
+    "a flipped byte of the index": (lambda c: flip(c / ".metadata"), ".metadata has changed"),
+    "a flipped digit of the manifest": (lambda c: flip(c / "manifest.json", 70), "manifest.json (has changed|cannot)"),
+    "a file cut off": (lambda c: os.truncate(c / "run.pt", 100), "run.pt has 100 bytes, not "),
+    "an empty file": (lambda c: (c / "run.pt").write_bytes(b""), "run.pt has 0 bytes, not "),
+    "weights cut off": (lambda c: os.truncate(c / "__0_0.distcp", 64), "__0_0.distcp has 64 bytes, not "),
+    "weights missing": (lambda c: (c / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    "a state missing": (lambda c: (c / "run.pt").unlink(), "run.pt is missing"),
+    "a manifest missing": (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing"),
+    "a manifest cut off": (lambda c: os.truncate(c / "manifest.json", 30), "manifest.json cannot be read"),
+    "a folder in place of a file": (lambda c: [(c / "run.pt").unlink(), (c / "run.pt").mkdir()], "run.pt (has|cannot)"),
+    "another list as manifest": (lambda c: (c / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_the_last_good_checkpoint_is_used_and_the_damaged_one_named(here, tmp_path, capfd, how):
+    parts = trained(here, 0)
+    for step in (4, 6):
+        save(here, tmp_path, step, parts=parts)
+    harm, says = DAMAGES[how]
+    harm(tmp_path / "checkpoints/step-6")
+    found, state = read_state(tmp_path, here)
+    assert found.name == "step-4" and state.step == 4
+    assert re.search(f"passed over .*step-6: {says}", capfd.readouterr().out)
+    harm(tmp_path / "checkpoints/step-4")
+    with pytest.raises(
+        CheckpointError, match=rf"can be used: step-6 \({says}.*\); step-4 \({says}.*\): put one"
+    ) as caught:
+        read_state(tmp_path, here)
+    assert "\n" not in str(caught.value)
 
 
 BROKEN = {
-    "cut off": lambda whole: whole[:100],
     "empty": lambda whole: b"",
     "text": lambda whole: b"not a checkpoint\n" * 20,
     "pickle of code": lambda whole: b"cos\nsystem\n(S'true'\ntR.",
 }
+
+
+def seal(checkpoint):
+    """The manifest of what is there now."""
+    files = [path for path in checkpoint.iterdir() if path.name != "manifest.json"]
+    checkpoints.write_manifest(checkpoint, checkpoints.file_checksums(files))
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -170,8 +350,9 @@ def test_a_broken_state_is_one_sentence(here, tmp_path, how):
     """Guards: a file that is no archive raised pickle's own error."""
     path = save(here, tmp_path, 4) / "run.pt"
     path.write_bytes(BROKEN[how](path.read_bytes()))
-    with pytest.raises(CheckpointError, match=r"step-4: run.pt cannot be read \(.*\): remove the folder to") as caught:
-        read_state(tmp_path)
+    seal(path.parent)
+    with pytest.raises(CheckpointError, match=r"step-4 \(run.pt cannot be read \(.*\)\): put one back") as caught:
+        read_state(tmp_path, here)
     assert "\n" not in str(caught.value)
 
 
@@ -179,14 +360,92 @@ def test_a_broken_state_is_one_sentence(here, tmp_path, how):
 def test_a_state_of_another_version_is_one_sentence(here, tmp_path, change):
     path = save(here, tmp_path, 4) / "run.pt"
     torch.save(torch.load(path) | change, path)
+    seal(path.parent)
     with pytest.raises(CheckpointError, match="run.pt cannot be read"):
-        read_state(tmp_path)
+        read_state(tmp_path, here)
 
 
-def test_a_missing_state_is_one_sentence(here, tmp_path):
-    (save(here, tmp_path, 4) / "run.pt").unlink()
-    with pytest.raises(CheckpointError, match="run.pt cannot be read"):
-        read_state(tmp_path)
+def test_a_checkpoint_that_counts_on_lost_lines_is_passed_over(here, tmp_path, capfd):
+    parts = trained(here, 0)
+    for step, lines in ((4, [5, 8]), (6, [7, 12])):
+        state = state_of(step)
+        state.metrics_position = lines
+        checkpoints.save_checkpoint(tmp_path, *parts, state, here, 2)
+    assert read_state(tmp_path, here, lines=[7, 12])[1].step == 6
+    assert read_state(tmp_path, here, lines=[6, 12])[1].step == 4
+    assert "metrics.jsonl holds only 6 of the 7 lines that it goes on from" in capfd.readouterr().out
+    with pytest.raises(CheckpointError, match="rollouts.jsonl holds only 3 of the 8 lines"):
+        read_state(tmp_path, here, lines=[7, 3])
+
+
+# -------------------------------------------------------------------------------------------------- fingerprint
+
+RECIPE = 'name = "a"\n[sampler]\nrows = 4\n[[stage]]\nkind = "sft"\nsteps = 3\n[[stage]]\nkind = "rl"\nsteps = 5\n'
+PRINT = {"recipe": RECIPE, "model": "m1", "code": "c1, torch 2, commit f", "data a.jsonl": "d1", "data b": "e1"}
+
+
+@pytest.mark.parametrize(
+    ("change", "chosen", "says"),
+    [
+        ({}, (), []),
+        ({"recipe": RECIPE.replace("steps = 5", "steps = 9")}, (), ["recipe: stage.1.steps was 5, is 9"]),
+        ({"recipe": RECIPE.replace("steps = 5", "steps = 9")}, ["stage.1.steps"], []),
+        ({"recipe": RECIPE.replace("rows = 4", "rows = 5")}, ["sampler"], []),
+        ({"recipe": RECIPE.replace("rows = 4", "rows = 5")}, ["sampler.row"], ["recipe: sampler.rows was 4, is 5"]),
+        ({"recipe": RECIPE + "warmup = 1\n"}, (), ["recipe: stage.1.warmup was None, is 1"]),
+        ({"model": "m2"}, ["model"], ["model was m1, is m2"]),
+        ({"data a.jsonl": "d2", "data c": "new"}, (), ["data a.jsonl was d1, is d2"]),
+        ({"code": "c2, torch 2, commit f"}, (), ["code was c1, torch 2, commit f, is c2, torch 2, commit f"]),
+        ({"code": "c1, torch 2, commit g"}, (), []),  # the same program, committed since
+    ],
+)
+def test_a_difference_names_what_differs(change, chosen, says):
+    assert checkpoints.differences(PRINT, PRINT | change, chosen) == says
+
+
+def test_a_model_is_known_by_its_files(tmp_path):
+    shape = {"a": torch.zeros(700_000), "b": torch.ones(3)}
+    seen = set()
+    for change in ("none", "first weight", "last weight", "name", "config"):
+        folder = tmp_path / change
+        folder.mkdir()
+        tensors = {name: tensor.clone() for name, tensor in shape.items()}
+        tensors["a"][0] += change == "first weight"
+        tensors["b"][2] += change == "last weight"
+        save_file(tensors, folder / ("other" if change == "name" else "model.safetensors"))
+        (folder / "config.json").write_text("{ }" if change == "config" else "{}")
+        seen.add(checkpoints.model_identity(folder))
+        assert checkpoints.model_identity(folder) in seen
+    assert len(seen) == 5
+
+
+def test_data_is_known_by_ids_texts_and_order():
+    some = [Problem("a/1", "1 + 1", ("2",)), Problem("a/2", "1 + 2", ("3",))]
+    others = [some[::-1], some[:1], [replace(some[0], id="b/1"), some[1]], [replace(some[0], text="1 + 1 "), some[1]]]
+    assert checkpoints.data_identity(some) == checkpoints.data_identity(list(some))
+    assert len({checkpoints.data_identity(rows) for rows in [some, *others, [[{"role": "user"}]]]}) == 6
+
+
+def test_the_program_is_known_by_its_files(tmp_path):
+    (tmp_path / "a.py").write_text("1")
+    first = checkpoints.code_version(tmp_path)
+    assert "torch " + torch.__version__ in first
+    (tmp_path / "notes.md").write_text("no program")
+    assert checkpoints.code_version(tmp_path) == first
+    (tmp_path / "a.py").write_text("2")
+    assert checkpoints.code_version(tmp_path) != first
+
+
+def test_nothing_draws_from_a_generator_that_a_checkpoint_does_not_hold():
+    """torch's global state is saved; numpy's and Python's are never drawn from."""
+    found = {}
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        hits = re.findall(r"np\.random\.(?!default_rng|Generator|PCG64)\w+", text)
+        if re.search(r"^(import|from) random\b", text, re.MULTILINE):
+            hits += re.findall(r"\brandom\.(?!Random\()\w+", text)
+        found |= {path.name: hits} if hits else {}
+    assert not found
 
 
 def test_broken_weights_are_one_sentence(here, tmp_path):

@@ -287,6 +287,12 @@ group_size = 4
 """
 
 
+def write_checkpoint(folder, state):
+    """One that holds no weights."""
+    torch.save(checkpoint._pack(state), folder / "run.pt")
+    checkpoint.write_manifest(folder, checkpoint.file_checksums([folder / "run.pt"]))
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run that stands in the middle of its second rl stage, and its problems; solved k of 4 in each visit."""
@@ -304,7 +310,7 @@ def run(tmp_path):
                 state.history.append(Visit(f"p/{problem}", stage, int(5 + 9 * stage), (1.0,) * k + (0.0,) * (4 - k)))
     folder = tmp_path / "run"
     (folder / "checkpoints" / "step-18").mkdir(parents=True)
-    torch.save(checkpoint._pack(state), folder / "checkpoints" / "step-18" / "run.pt")
+    write_checkpoint(folder / "checkpoints" / "step-18", state)
     (folder / "recipe.toml").write_text(RECIPE)
     write_problems([Problem(f"p/{i}", f"{i}?", ("1",)) for i in range(6)], tmp_path / "data.jsonl")
     return folder, tmp_path / "data.jsonl"
@@ -343,11 +349,11 @@ def test_drop_refuses_what_is_no_such_run(command, run, tmp_path):
             command("drop", *words)
     (folder / "recipe.toml").write_text(RECIPE.replace("steps = 9", "steps = 99"))
     state = checkpoint.RunState(step=18, stage=1, stage_step=4)
-    torch.save(checkpoint._pack(state), folder / "checkpoints" / "step-18" / "run.pt")
+    write_checkpoint(folder / "checkpoints" / "step-18", state)
     with pytest.raises(SystemExit, match="run has ended no rl stage yet"):
         command("drop", folder, data, out)
     (folder / "checkpoints" / "step-18" / "run.pt").write_bytes(b"")
-    with pytest.raises(SystemExit, match="run.pt cannot be read"):
+    with pytest.raises(SystemExit, match="step-18 .run.pt has 0 bytes, not "):
         command("drop", folder, data, out)
     (folder / "checkpoints" / "step-18").rename(tmp_path / "away")
     with pytest.raises(SystemExit, match="run has no checkpoint yet"):

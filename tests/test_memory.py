@@ -419,6 +419,7 @@ def test_what_running_out_of_memory_looks_like():
 def test_the_smaller_budget_is_kept_and_said_once(here, monkeypatch, capsys):
     model, stage = tiny(), train.RlStage()
     run = types.SimpleNamespace(model=model, device=here, micro_batch_tokens=80, state=RunState(step=6))
+    run.stop = types.SimpleNamespace(asked=False)
     with monkeypatch.context() as patch:
         run_out(patch, "forward", (1,))
         for _ in range(2):

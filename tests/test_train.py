@@ -1,7 +1,9 @@
 """The whole recipe in miniature, as a user starts it: one process, two, interrupted and resumed, and refused."""
 
+import errno
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -19,10 +21,11 @@ from safetensors.torch import load_file
 import data_filter
 import eval as evaluation
 import train
-from checkpoint import RunState
+from bench import interrupt
+from checkpoint import CheckpointError, RunState
 from problems import DataError
 from recipe import load_recipe
-from report import Metrics
+from report import DETERMINISTIC, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 # a model of 0.1M parameters that learns in seconds to write the format, and now and then a right answer
@@ -34,11 +37,6 @@ MINIATURE = [
     "search.samples=2", "search.most=1.1", "eval.samples=2", "eval.every_steps=2", "final.samples=2",
     "reward.format=0.1", "reward.steps=0.5", "run.checkpoint_every_steps=2", "stage.1.informative_share=0.0",
 ]  # fmt: skip
-# what must not depend on how a run was interrupted or laid out; times and rates may
-DETERMINISTIC = (
-    "kind", "step", "stage", "loss", "grad_norm", "reward_mean", "accuracy", "response_length_mean", "distinct4",
-    "temperature", "rescued", "substituted", "zero_variance", "avg", "kept", "chosen",
-)  # fmt: skip
 
 
 def command(out, *arguments, processes=0):
@@ -98,6 +96,7 @@ def test_one_command_goes_from_a_raw_model_to_a_report(finished):
         "beyond the window, YaRN",
     }
     assert any(row["grad_norm"] > 0 for row in kinds["rl"] if not row["skipped"])
+    assert (folder / "finished").exists() and not (folder / "resume-me").exists()
 
 
 def test_sampler_and_trainer_agree_in_float32_at_every_step(finished):
@@ -136,12 +135,203 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_
                 break
         output = process.communicate(timeout=200)[0]
     assert process.returncode == 0 and "go on with" in output, output[-2000:]
-    assert not (folder / "report.html").exists()
+    assert not (folder / "report.html").exists() and not (folder / "finished").exists()
+    assert str(folder) in (folder / "resume-me").read_text()  # what torchrun hides: it was asked to stop
     done = run(command(None, "--resume", str(folder)))
+    assert (folder / "finished").exists() and not (folder / "resume-me").exists()
     assert done.returncode == 0, done.stderr[-3000:]
     assert deterministic(folder) == deterministic(finished[0])
     resumed, straight = (load_file(f / "stage-3" / "model.safetensors") for f in (folder, finished[0]))
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_killed_and_damaged_at_random_moments_equals_uninterrupted_bit_for_bit(finished, tmp_path):
+    """The same command with --resume until it ends; bench/interrupt.py does so with more kills and of every kind."""
+    out, draw = tmp_path / "out", random.Random(4)
+    for step in (1, 60, 152):  # in fine-tuning before and after the first checkpoint, in RL
+        process = interrupt.launch(out, MINIATURE)
+        assert interrupt.wait_for(process, interrupt.step_reached(out, step), 250)
+        time.sleep(draw.uniform(0.0, 0.3))
+        interrupt.end(process, signal.SIGKILL)
+        process.wait()
+        if step == 60:
+            interrupt.flip_a_byte(out, draw)
+        if step == 152:
+            interrupt.cut_a_line(out, draw)
+    says = (tmp_path / "out.log").read_text()
+    assert "no unfinished run of tiny" in says  # the first launch
+    assert interrupt.finish(interrupt.launch(out, MINIATURE))
+    says = (tmp_path / "out.log").read_text()
+    assert says.count(f"resuming {out / 'tiny'} after step ") >= 2 and "passed over" in says
+    assert [path.name for path in out.iterdir()] == ["tiny"]
+    assert interrupt.same(out / "tiny", finished[0])
+
+
+def test_torchrun_restarts_a_dead_worker_and_it_goes_on_by_itself(finished, tmp_path):
+    """Fine-tuning alone, as one worker on one core: its model is the one that the finished run has after stage 0."""
+    tables = (finished[0] / "recipe.toml").read_text().split("[[stage]]")
+    recipe = tmp_path / "sft.toml"
+    recipe.write_text("[[stage]]".join(tables[:2]).replace('name = "tiny"', 'name = "sft"'))
+    out, cores = tmp_path / "out", os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # as many threads as the finished run had
+    try:
+        words = [str(recipe), "--set", "eval.data=", "--set", "final.data="]
+        process = interrupt.launch(out, (), resume=False, starter=interrupt.torchrun(1, restarts=2), words=words)
+    finally:
+        os.sched_setaffinity(0, cores)
+    for moment in (lambda: any(out.glob("*/recipe.toml")), interrupt.step_reached(out, 60)):
+        assert interrupt.wait_for(process, moment, 250)
+        killed = interrupt.workers_of(process)
+        for worker in killed:
+            os.kill(worker, signal.SIGKILL)
+        assert len(killed) == 1 and interrupt.wait_for(
+            process, lambda killed=killed: interrupt.workers_of(process) != killed
+        )
+    assert interrupt.finish(process)
+    says = (tmp_path / "out.log").read_text()
+    assert f"{out / 'sft'} has no checkpoint: beginning again" in says
+    assert f"resuming {out / 'sft'} after step " in says and [path.name for path in out.iterdir()] == ["sft"]
+    again, straight = (load_file(f / "stage-0" / "model.safetensors") for f in (out / "sft", finished[0]))
+    assert all(torch.equal(again[name], straight[name]) for name in straight)
+    rows = ([row for row in deterministic(f) if row["kind"] == "sft"] for f in (out / "sft", finished[0]))
+    assert next(rows) == next(rows)
+
+
+@pytest.fixture
+def last_stage(finished, tmp_path):
+    """The finished run, put back to where its last stage of two steps began."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "step-158")
+    assert (folder / "checkpoints" / "step-156").is_dir()
+    return folder
+
+
+def main(monkeypatch, *arguments):
+    """train.py in this process, which saves the imports; what it exits with, None at its end."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    try:
+        train.main()
+    except SystemExit as stopped:
+        return str(stopped.code)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_asked_to_stop_in_the_update_saves_the_step_before_it(finished, last_stage, monkeypatch, capsys):
+    step = train.optimizer_step
+
+    def asked(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "optimizer_step", asked)
+        assert main(patch, "--resume", last_stage) is None
+    assert "stopped after step 156" in capsys.readouterr().out and (last_stage / "resume-me").exists()
+    assert main(monkeypatch, "--resume", last_stage) is None
+    assert interrupt.same(last_stage, finished[0])
+
+
+CHANGES = {
+    "recipe": (
+        "recipe.toml",
+        lambda text: text.replace("temperature = 1.0", "temperature = 0.9"),
+        "temperature was 1.0",
+    ),
+    "data": ("world/train.jsonl", lambda text: text.replace(" - ", "  - ", 1), "data world/train.jsonl was"),
+    "model": ("world/model/config.json", lambda text: text + " ", "model was"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_resume_that_does_not_match_says_what_differs_and_wants_a_flag(last_stage, monkeypatch, what):
+    name, change, says = CHANGES[what]
+    text = (last_stage / name).read_text()
+    (last_stage / name).write_text(change(text))
+    assert change(text) != text
+    before = sorted(path.name for path in last_stage.iterdir())
+    refusal = main(monkeypatch, "--resume", last_stage)
+    assert refusal.startswith(f"train.py: {last_stage} was made otherwise: ") and says in refusal
+    assert refusal.endswith("--resume-anyway") and "\n" not in refusal
+    assert sorted(path.name for path in last_stage.iterdir()) == before  # nothing was touched
+    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(train.RecipeError("it goes on")))
+    assert main(monkeypatch, "--resume", last_stage, "--resume-anyway") == "train.py: it goes on"
+
+
+def test_another_program_wants_a_flag_and_a_value_set_on_purpose_does_not(last_stage, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(train.RecipeError("it goes on")))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "code_version", lambda folder: "another, torch 9, commit 0")
+        assert "otherwise: code was " in main(patch, "--resume", last_stage)
+    rate = ("--set", "stage.3.learning_rate=1e-5")
+    assert main(monkeypatch, "--resume", last_stage, *rate) == "train.py: it goes on"
+    assert load_recipe(last_stage / "recipe.toml").stage[3].learning_rate == 1e-5
+    assert (last_stage / "recipe-before.toml").exists()
+    # from now on that is the recipe, although no checkpoint knows it yet
+    assert main(monkeypatch, "--resume", last_stage) == "train.py: it goes on"
+
+
+def test_a_damaged_only_checkpoint_is_no_beginning_from_nothing(last_stage, monkeypatch):
+    interrupt.flip_a_byte(last_stage.parent, random.Random(0))
+    for path in (last_stage / "checkpoints").iterdir():
+        (path / "run.pt").unlink()
+    rows = (last_stage / "metrics.jsonl").read_bytes()
+    says = main(monkeypatch, "--resume", last_stage)
+    assert says.startswith(f"train.py: no checkpoint of {last_stage} can be used: step-156 (") and "\n" not in says
+    assert (last_stage / "metrics.jsonl").read_bytes() == rows
+
+
+def test_a_run_in_progress_is_not_resumed_beside_itself(last_stage, monkeypatch):
+    held = train.hold(last_stage)
+    assert "is being written by another process" in main(monkeypatch, "--resume", last_stage)
+    os.close(held)
+    os.close(train.hold(last_stage))
+
+
+def test_resume_without_a_name_takes_the_newest_unfinished_run_of_the_very_recipe(finished, tmp_path):
+    text = (finished[0] / "recipe.toml").read_text()
+    recipe = load_recipe(finished[0] / "recipe.toml")
+    assert train.find_unfinished(tmp_path, recipe, False) is None
+    for age, (name, said) in enumerate(
+        {"tiny": text, "tiny-2": text, "tiny-3": text.replace("\nseed = 0", "\nseed = 1", 1), "tiny-new": text}.items()
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.toml").write_text(said)
+        os.utime(tmp_path / name / "recipe.toml", (1e9 + age, 1e9 + age))
+    assert train.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny-2"
+    assert train.find_unfinished(tmp_path, recipe, True) == tmp_path / "tiny-3"
+    (tmp_path / "tiny-2" / "finished").touch()
+    assert train.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny"
+    (tmp_path / "tiny" / "finished").touch()
+    with pytest.raises(CheckpointError, match=r"tiny-3 \(recipe: seed was 1, is 0\): name one with --resume RUN"):
+        train.find_unfinished(tmp_path, recipe, False)
+    (tmp_path / "tiny-3" / "finished").touch()
+    assert train.find_unfinished(tmp_path, recipe, False) is None
+
+
+def test_gradients_that_stay_nonfinite_stop_the_run_with_the_batch(tmp_path, monkeypatch, capsys):
+    """A rate that throws the weights out of float32 with the first step: from then on nothing is finite."""
+    arguments = [*command(tmp_path)[2:], "--set", "stage.0.learning_rate=1e38", "--set", "stage.0.warmup_steps=0"]
+    says = main(monkeypatch, *arguments)
+    folder = tmp_path / "tiny"
+    assert "step 4: 3 updates in a row without a finite gradient" in says and "nonfinite-step-4.pt" in says
+    batch = torch.load(folder / "nonfinite-step-4.pt", weights_only=True)
+    assert len(batch) == 16 and {"tokens", "prompt_length", "advantage", "old_logprobs"} <= batch[0].keys()
+    assert [row["nonfinite"] for row in metrics(folder) if row["kind"] == "sft"] == [0, 1, 1, 1]
+    assert (folder / "checkpoints" / "step-4").is_dir()  # nothing of the run is lost
+
+
+def test_a_read_only_folder_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        says = main(patch, *command(tmp_path)[2:])
+    assert "Read-only file system" in says and str(tmp_path) in says and "\n" not in says
 
 
 def two_nodes(arguments):
@@ -377,15 +567,11 @@ def test_a_run_does_not_go_on_without_problems_that_it_counts_on(guarded):
 # -------------------------------------------------------------------------------------------------- bad input
 
 
-def refused(monkeypatch, capsys, arguments):
-    """The exit status and the error lines of a run that must not start; in this process, which saves the imports."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as stopped:
-        train.main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return str(stopped.value)
+def refused(monkeypatch, arguments):
+    """The exit status of a run that must not start: its error."""
+    status = main(monkeypatch, *arguments[1:])
+    assert status is not None
+    return status
 
 
 @pytest.mark.parametrize(
@@ -400,17 +586,17 @@ def refused(monkeypatch, capsys, arguments):
         (["--set", "stage.1.batch_problems=999"], "cannot fill a batch of 999"),
     ],
 )
-def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, says):
-    says_this = refused(monkeypatch, capsys, [*command(tmp_path)[1:], *arguments])
+def test_bad_input_is_one_sentence(monkeypatch, tmp_path, arguments, says):
+    says_this = refused(monkeypatch, [*command(tmp_path)[1:], *arguments])
     assert says_this.startswith("train.py: ") and says in says_this
     assert "\n" not in says_this
 
 
-def test_a_row_without_an_answer_names_the_row(monkeypatch, capsys, tmp_path):
+def test_a_row_without_an_answer_names_the_row(monkeypatch, tmp_path):
     data = tmp_path / "bad.jsonl"
     data.write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": "1 + 2"}\n')
     override = ["--set", f"stage.1.data={data}"]
-    assert "bad.jsonl, row 2 has no answer" in refused(monkeypatch, capsys, [*command(tmp_path)[1:], *override])
+    assert "bad.jsonl, row 2 has no answer" in refused(monkeypatch, [*command(tmp_path)[1:], *override])
 
 
 def test_errors_reach_the_shell(tmp_path):

@@ -401,7 +401,8 @@ def run_stage(monkeypatch, script, **settings):
         state=state,
         recipe=Recipe("test", "none", (stage,)),
         model=model,
-        device=SimpleNamespace(say=lambda *_: None, peak_memory_gib=lambda: 0.0),
+        device=SimpleNamespace(say=lambda *_: None, peak_memory_gib=lambda: 0.0, gather=lambda value: [value]),
+        stop=SimpleNamespace(asked=False),
         respondent=SimpleNamespace(attempt=attempt, stop_tokens=(EOS,)),
         micro_batch_tokens=60,
     )

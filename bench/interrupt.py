@@ -1,0 +1,450 @@
+"""What a run survives: it is killed, stopped and damaged at random moments, and must end as if nothing had happened.
+
+    python bench/interrupt.py --out /tmp/interrupt                       # all kinds, 20 SIGKILLs at random moments
+    python bench/interrupt.py --out /tmp/interrupt --only stop worker    # some of them
+    python bench/interrupt.py --out /tmp/interrupt --forked              # without the seconds that imports take
+    python bench/interrupt.py --saving                                   # what saving and checking a checkpoint take
+
+A small world is trained once without interruption. Then the same command with --resume is started again and again, and
+this process, another one than the run, ends it: by SIGKILL at a moment drawn from the seed, by SIGKILL while a
+checkpoint is being written, by SIGTERM or SIGINT, by killing one of two workers under torchrun --max-restarts; or it
+flips a byte of the newest checkpoint, or cuts a metrics line, after a SIGKILL. A run has survived when it came to its
+end; it is equal when every tensor of its last model and every deterministic key of its metrics (report.DETERMINISTIC)
+and every byte of rollouts.jsonl are those of the uninterrupted run.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from report import DETERMINISTIC, read_metrics  # noqa: E402
+
+# the whole recipe in seconds: 0.1M parameters, 150 steps of fine-tuning, 7 of RL in three stages, a checkpoint every
+# other step
+SMALL = [
+    "name=small", "world.sft_problems=2400", "world.sft_terms=[2, 3]", "world.train_terms=[3, 3]",
+    "world.beyond_terms=[3, 3]", "world.train_problems=32", "world.held_out_problems=16", "world.beyond_problems=8",
+    "world.hidden_size=64", "world.layers=2", "stage.0.steps=150", "stage.0.batch_sequences=16", "stage.1.steps=3",
+    "stage.1.batch_problems=8", "stage.2.steps=2", "stage.2.batch_problems=8", "stage.3.steps=2",
+    "stage.3.batch_problems=8", "search.problems=8", "search.samples=2", "search.most=1.1", "eval.samples=2",
+    "eval.every_steps=2", "final.samples=2", "reward.format=0.1", "reward.steps=0.5", "run.checkpoint_every_steps=2",
+    "stage.1.informative_share=0.0", "stage.2.informative_share=0.0", "stage.3.informative_share=0.0",
+]  # fmt: skip
+KINDS = ("kill", "saving", "stop", "damage", "worker")
+MOST_SECONDS = 900.0  # of one launch, then it counts as lost
+
+
+@dataclass
+class Forked:
+    """A run that began as a copy of this process, all imports done; what subprocess.Popen has, as far as needed."""
+
+    pid: int
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float = math.inf) -> int:
+        """The exit status, when it is there."""
+        limit = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > limit:
+                raise subprocess.TimeoutExpired("train.py", timeout)
+            time.sleep(0.002)
+        return self.returncode
+
+
+Process = subprocess.Popen | Forked
+
+
+def launch(
+    out: Path,
+    overrides: Sequence[str] = SMALL,
+    resume: bool = True,
+    starter: Sequence[str] = (),
+    words: Sequence[str] = (),
+    forked: bool = False,
+) -> Process:
+    """The one command, in a process group of its own so that nobody else is hit; what it says goes to OUT.log."""
+    words = [*words, *(word for override in overrides for word in ("--set", override)), "--out", str(out)]
+    command = [str(ROOT / "train.py"), *words, *["--resume"] * resume]
+    with (out.parent / f"{out.name}.log").open("ab") as log:
+        if forked and not starter:
+            return Forked(fork(command, log.fileno()))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(
+            [sys.executable, *starter, *command], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def fork(command: list[str], log: int) -> int:
+    """train.main in a copy of this process; its id."""
+    import torch
+
+    import train  # once, for all launches
+
+    torch.set_num_threads(1)
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv, status = command, 0
+    try:
+        train.main()
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else 1
+        print(stopped.code, file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        os._exit(status or 0)
+
+
+def end(process: Process, number: int) -> None:
+    """A signal to the run and all that it started."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def finish(process: Process) -> bool:
+    """Whether a launch came to its end by itself, and in order."""
+    try:
+        return process.wait(MOST_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        end(process, signal.SIGKILL)
+        process.wait()
+        return False
+
+
+def wait_for(process: Process, happened: Callable[[], bool], seconds: float = MOST_SECONDS) -> bool:
+    """Whether it happened before the launch ended."""
+    limit = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < limit:
+        if happened():
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def same(folder: Path, expected: Path, last: str = "stage-3") -> bool:
+    """Whether two runs ended alike, bit for bit."""
+    import torch
+    from safetensors.torch import load_file
+
+    def figures(run: Path) -> list[dict]:
+        return [{key: row[key] for key in DETERMINISTIC if key in row} for row in read_metrics(run)]
+
+    weights, wanted = (load_file(run / last / "model.safetensors") for run in (folder, expected))
+    rollouts, wanted_rollouts = ((run / "rollouts.jsonl").read_bytes() for run in (folder, expected))
+    return (
+        weights.keys() == wanted.keys()
+        and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+        and json.dumps(figures(folder)) == json.dumps(figures(expected))  # NaN equals itself as text
+        and rollouts == wanted_rollouts
+    )
+
+
+def newest(out: Path) -> Path | None:
+    """The run's newest checkpoint."""
+    found = list(out.glob("*/checkpoints/step-*[0-9]"))
+    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def flip_a_byte(out: Path, draw: random.Random) -> None:
+    """A damaged disk: one bit of one file of the newest checkpoint."""
+    if checkpoint := newest(out):
+        path = draw.choice(sorted(path for path in checkpoint.iterdir() if path.stat().st_size))
+        place = draw.randrange(path.stat().st_size)
+        with path.open("r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ (1 << draw.randrange(8))]))
+
+
+def cut_a_line(out: Path, draw: random.Random) -> None:
+    """Killed while a metrics line is half written; or a line, not yet on the disk, lost with the machine."""
+    for path in out.glob("*/metrics.jsonl"):
+        size = path.stat().st_size
+        os.truncate(path, max(0, size - draw.randrange(1, 200)))
+
+
+# ------------------------------------------------------------------------------------------------------ the kinds
+
+
+Start = Callable[..., Process]
+
+
+def killed(
+    start: Start, out: Path, kills: int, first: float, last: float, draw: random.Random, harms: Sequence = ()
+) -> tuple[int, bool]:
+    """SIGKILL at random moments between two ages of a launch; how often, and whether the run then came to its end.
+
+    Harm is done while it is down. A run that ends before its killer comes is not killed again.
+    """
+    for number in range(kills):
+        process = start(out)
+        time.sleep(draw.uniform(first, last))
+        if process.poll() is not None:
+            return number, process.poll() == 0
+        end(process, signal.SIGKILL)
+        process.wait()
+        if harms:
+            harms[number % len(harms)](out, draw)
+    return kills, finish(start(out))
+
+
+def killed_while_saving(start: Start, out: Path, kills: int, draw: random.Random) -> tuple[int, bool]:
+    """SIGKILL within the milliseconds of a checkpoint's writing; how often it was hit, and whether the run survived."""
+    hit = 0
+    for _ in range(kills):
+        process = start(out)
+        skipped = draw.randrange(3)  # checkpoints that are left in peace
+        seen: set[Path] = set()
+
+        def writing(skipped: int = skipped, seen: set[Path] = seen) -> bool:
+            seen.update(out.glob("*/checkpoints/*.unfinished"))
+            return len(seen) > skipped
+
+        if not wait_for(process, writing):
+            return hit, finish(process)
+        time.sleep(draw.uniform(0.0, 0.06))
+        end(process, signal.SIGKILL)
+        process.wait()
+        hit += 1
+    return hit, finish(start(out))
+
+
+def stopped(
+    start: Start, out: Path, number: int, stops: int, first: float, last: float, draw: random.Random
+) -> tuple[float, bool]:
+    """SIGTERM or SIGINT at random moments: the longest time to the end in order, and whether the run survived."""
+    slowest = 0.0
+    for _ in range(stops):
+        launched, process = time.time(), start(out)
+
+        def begins(launched: float = launched) -> bool:  # before that nothing is lost, and the end is at once
+            return any(path.stat().st_mtime > launched for path in out.glob("*/metrics.jsonl"))
+
+        wait_for(process, begins)
+        time.sleep(draw.uniform(first, last))
+        begun = time.monotonic()
+        end(process, number)
+        in_order = finish(process)
+        slowest = max(slowest, time.monotonic() - begun)
+        marked = any(out.glob("*/resume-me")) or any(out.glob("*/finished"))
+        if not in_order or not marked:
+            return slowest, False
+    return slowest, finish(start(out))
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The processes that torchrun runs train.py in."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            words = (path.parent / "cmdline").read_bytes().split(b"\0")
+        except (OSError, IndexError):
+            continue
+        if parent == process.pid and str(ROOT / "train.py").encode() in words:
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def torchrun(processes: int, restarts: int = 0) -> list[str]:
+    """What starts train.py on several processes of this machine."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*words, "--max-restarts", str(restarts), "--monitor-interval", "0.1"]
+
+
+def worker_killed(
+    out: Path, moments: Sequence[Callable[[], bool]], draw: random.Random, processes: int = 2,
+    overrides: Sequence[str] = SMALL,
+) -> bool:  # fmt: skip
+    """One launch, one worker killed at each moment: torchrun starts them again, and they go on by themselves."""
+    process = launch(out, overrides, resume=False, starter=torchrun(processes, len(moments)))
+    for moment in moments:
+        if wait_for(process, moment):
+            os.kill(draw.choice(workers_of(process)), signal.SIGKILL)
+            time.sleep(2.0)  # until torchrun has seen it
+    return finish(process)
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+
+
+def step_reached(out: Path, step: int) -> Callable[[], bool]:
+    """Whether a run's metrics hold a step."""
+    return lambda: any(f'"step": {step},' in path.read_text(errors="replace") for path in out.glob("*/metrics.jsonl"))
+
+
+def interrupt(out: Path, kills: int, kinds: Sequence[str], seed: int, forked: bool) -> list[dict]:
+    """Every kind, each against the uninterrupted run; one row of the table each."""
+    rows: list[dict] = []
+    start = partial(launch, forked=forked)
+    if forked:
+        import train  # noqa: F401  before the clock runs
+    begun = time.monotonic()
+    first = start(out / "whole", resume=False)
+    wait_for(first, lambda: any((out / "whole").glob("*/metrics.jsonl")))
+    ready = time.monotonic() - begun
+    if not finish(first):
+        sys.exit(f"the uninterrupted run failed: see {out / 'whole.log'}")
+    seconds = time.monotonic() - begun
+    print(f"uninterrupted: {seconds:.0f} s, the first {ready:.0f} of them before training", flush=True)
+
+    def record(kind: str, tried: int, survived: bool, where: Path, expected: Path, **more: object) -> None:
+        equal = survived and same(where / "small", expected / "small")
+        rows.append({"kind": kind, "tried": tried, "survived": tried * survived, "equal": tried * equal, **more})
+        print(f"{kind}: {rows[-1]}", flush=True)
+
+    draw = random.Random(seed)
+    whole, early, late = out / "whole", 0.5 * ready, ready + 0.5 * (seconds - ready)
+    if "kill" in kinds:
+        done = 0
+        for number in count():
+            where = out / f"kill-{number}"
+            tried, survived = killed(start, where, min(7, kills - done), early, late, draw)
+            record("SIGKILL, random moment", tried, survived, where, whole)
+            done += tried
+            if done >= kills or not survived:
+                break
+    if "saving" in kinds:
+        tried, survived = killed_while_saving(start, out / "saving", 5, draw)
+        record("SIGKILL while a checkpoint is written", tried, survived, out / "saving", whole)
+    if "stop" in kinds:
+        for name in ("SIGTERM", "SIGINT"):
+            where = out / name
+            slowest, survived = stopped(start, where, getattr(signal, name), 3, 0.0, 0.5 * (seconds - ready), draw)
+            record(name, 3, survived, where, whole, slowest_seconds=round(slowest, 1))
+    if "damage" in kinds:
+        for name, harm in {
+            "a bit of the newest checkpoint flipped": flip_a_byte,
+            "a metrics line cut": cut_a_line,
+        }.items():
+            where = out / name.split()[-1]
+            tried, survived = killed(start, where, 3, ready + 0.3 * (seconds - ready), late, draw, [harm])
+            record(f"SIGKILL, then {name}", tried, survived, where, whole)
+    if "worker" in kinds:
+        two, where = out / "whole-2", out / "worker"
+        if not finish(launch(two, resume=False, starter=torchrun(2))):
+            sys.exit(f"the uninterrupted run of two processes failed: see {out / 'whole-2.log'}")
+        # before the first checkpoint, in fine-tuning, in RL
+        moments = [lambda: any(where.glob("*/recipe.toml")), step_reached(where, 40), step_reached(where, 152)]
+        survived = worker_killed(where, moments, draw)
+        record("SIGKILL of one of two workers, torchrun --max-restarts 3", len(moments), survived, where, two)
+    return rows
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Markdown, one line for each kind."""
+    lines = ["| kind | tried | survived | equal, bit for bit |", "|---|---|---|---|"]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        slowest = max((row.get("slowest_seconds", 0) for row in of_kind), default=0)
+        sums = [str(sum(row[key] for row in of_kind)) for key in ("tried", "survived", "equal")]
+        lines.append(f"| {kind}{f' (at most {slowest} s to the end)' if slowest else ''} | {' | '.join(sums)} |")
+    return "\n".join(lines)
+
+
+def saving() -> None:
+    """Seconds to save and to check a checkpoint, beside a step of the same model, for two sizes."""
+    import torch
+
+    import device
+    from checkpoint import RunState, damage, load_weights_and_optimizer, save_checkpoint
+    from grpo import TrainingSequence, optimizer_step, supervised_loss
+    from model import Transformer, initialise, parse_config, shard
+
+    here, tokens = device.start(), torch.arange(512).numpy().astype("int32")
+    print("| parameters | checkpoint, MB | a step of 4,096 tokens, s | saving, s | checking, s | loading, s |")
+    print("|---|---|---|---|---|---|")
+    for hidden, layers in ((128, 4), (512, 8), (768, 12)):
+        source = {
+            "model_type": "qwen3", "vocab_size": 4096, "hidden_size": hidden, "intermediate_size": 3 * hidden,
+            "num_hidden_layers": layers, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128,
+            "head_dim": 64, "max_position_embeddings": 1024,
+        }  # fmt: skip
+        model = Transformer(parse_config(source))
+        initialise(model, 0)
+        shard(model, here.mesh, here.compute_dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        batch = [TrainingSequence(tokens, 1)] * 8
+
+        def seconds(work: Callable[[], object], times: int = 3) -> float:
+            taken = []
+            for _ in range(times):
+                begun = time.perf_counter()
+                work()
+                taken.append(time.perf_counter() - begun)
+            return sorted(taken)[len(taken) // 2]
+
+        with tempfile.TemporaryDirectory() as folder:
+            run, state = Path(folder), RunState()
+
+            def save(run: Path = run, state: RunState = state, of: tuple = (model, optimizer)) -> None:
+                state.step += 1
+                save_checkpoint(run, *of, state, here, 1)
+
+            step = seconds(lambda of=(model, optimizer), batch=batch: optimizer_step(*of, batch, supervised_loss, 4096))
+            saved = seconds(save)
+            where = run / "checkpoints" / f"step-{state.step}"
+            size = sum(path.stat().st_size for path in where.iterdir())
+            checked = seconds(lambda where=where: damage(where))
+            loaded = seconds(
+                lambda where=where, of=(model, optimizer): load_weights_and_optimizer(where, *of, here), times=1
+            )
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"| {count:,} | {size / 1e6:,.1f} | {step:.2f} | {saved:.2f} | {checked:.3f} | {loaded:.2f} |", flush=True
+        )
+    device.stop()
+
+
+def main() -> None:
+    """Interrupt, or time the saving."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="a new folder for the runs (default: one that is removed)")
+    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs at random moments")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--forked", action="store_true", help="start runs as copies of this process, imports done")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--saving", action="store_true", help="time checkpoints instead")
+    arguments = parser.parse_args()
+    if arguments.saving:
+        saving()
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        out = arguments.out or Path(scratch) / "runs"
+        out.mkdir(parents=True)
+        rows = interrupt(out, arguments.kills, arguments.only, arguments.seed, arguments.forked)
+    print(table(rows))
+    print(json.dumps(rows))
+    sys.exit(any(row["equal"] < row["tried"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
