@@ -1075,8 +1075,8 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
         if resumed:
             forget_what_follows(folder, recipe, state, changed)
         if changed:  # what the earlier part of the run was made with stays on record
-            path.rename(new_name(folder, "recipe-before", ".toml"))
-        if not path.exists():
+            new_name(folder, "recipe-before", ".toml").write_bytes(path.read_bytes())
+        if changed or not path.exists():
             write_atomically(path, [(versions() + to_toml(recipe)).encode()])
         if found and now != state.fingerprint:
             write_atomically(folder / AGREED, [json.dumps({found[0].name: now}).encode()])
