@@ -32,7 +32,7 @@ from recipe import load_recipe  # noqa: E402
 from report import write_atomically  # noqa: E402
 from reward import Grader  # noqa: E402
 from rollout import CacheLimits, Sampling  # noqa: E402
-from train import EVALUATION_DRAW  # noqa: E402
+from start import EVALUATION_DRAW  # noqa: E402
 
 WINDOW, RATIOS = 128, (0.75, 1.0, 1.25, 1.5, 2.0)  # tokens; at 0.75 the end lies where training had been
 INSIDE_FACTOR, SAMPLES, ROWS, SPARE_ROWS = 1.5, 8, 256, 64

@@ -200,7 +200,7 @@ def here():
 
 
 def from_meta(base: Path, mesh, compute_dtype=torch.float32, rank: int = 4) -> Transformer:
-    """As train.build_model builds it."""
+    """As start.build_model builds it."""
     with torch.device("meta"):
         model = Transformer(read_config(base))
     add_lora(model, Lora(rank, 12.0, str(base)))

@@ -12,7 +12,8 @@ from torch import nn
 
 from arithmetic import World
 from recipe import Recipe, RecipeError, RlStage, SftStage, VariantSettings, load_recipe, to_toml
-from train import evaluation_sampling, learning_rate, make_optimizer, training_sampling
+from start import evaluation_sampling, training_sampling
+from train import learning_rate, make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(ROOT.glob("recipes/*.toml"))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import data_filter
 import eval as evaluation
+import start
 import train
 from bench import interrupt
 from checkpoint import CheckpointError, RunState
@@ -264,7 +265,7 @@ def test_a_resume_that_does_not_match_says_what_differs_and_wants_a_flag(last_st
 def test_another_program_wants_a_flag_and_a_value_set_on_purpose_does_not(last_stage, monkeypatch):
     monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(train.RecipeError("it goes on")))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "code_version", lambda folder: "another, torch 9, commit 0")
+        patch.setattr(start, "code_version", lambda folder: "another, torch 9, commit 0")
         assert "otherwise: code was " in main(patch, "--resume", last_stage)
     rate = ("--set", "stage.3.learning_rate=1e-5")
     assert main(monkeypatch, "--resume", last_stage, *rate) == "train.py: it goes on"
@@ -285,31 +286,31 @@ def test_a_damaged_only_checkpoint_is_no_beginning_from_nothing(last_stage, monk
 
 
 def test_a_run_in_progress_is_not_resumed_beside_itself(last_stage, monkeypatch):
-    held = train.hold(last_stage)
+    held = start.hold(last_stage)
     assert "is being written by another process" in main(monkeypatch, "--resume", last_stage)
     os.close(held)
-    os.close(train.hold(last_stage))
+    os.close(start.hold(last_stage))
 
 
 def test_resume_without_a_name_takes_the_newest_unfinished_run_of_the_very_recipe(finished, tmp_path):
     text = (finished[0] / "recipe.toml").read_text()
     recipe = load_recipe(finished[0] / "recipe.toml")
-    assert train.find_unfinished(tmp_path, recipe, False) is None
+    assert start.find_unfinished(tmp_path, recipe, False) is None
     for age, (name, said) in enumerate(
         {"tiny": text, "tiny-2": text, "tiny-3": text.replace("\nseed = 0", "\nseed = 1", 1), "tiny-new": text}.items()
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.toml").write_text(said)
         os.utime(tmp_path / name / "recipe.toml", (1e9 + age, 1e9 + age))
-    assert train.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny-2"
-    assert train.find_unfinished(tmp_path, recipe, True) == tmp_path / "tiny-3"
+    assert start.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny-2"
+    assert start.find_unfinished(tmp_path, recipe, True) == tmp_path / "tiny-3"
     (tmp_path / "tiny-2" / "finished").touch()
-    assert train.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny"
+    assert start.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny"
     (tmp_path / "tiny" / "finished").touch()
     with pytest.raises(CheckpointError, match=r"tiny-3 \(recipe: seed was 1, is 0\): name one with --resume RUN"):
-        train.find_unfinished(tmp_path, recipe, False)
+        start.find_unfinished(tmp_path, recipe, False)
     (tmp_path / "tiny-3" / "finished").touch()
-    assert train.find_unfinished(tmp_path, recipe, False) is None
+    assert start.find_unfinished(tmp_path, recipe, False) is None
 
 
 def test_gradients_that_stay_nonfinite_stop_the_run_with_the_batch(tmp_path, monkeypatch, capsys):
@@ -500,7 +501,7 @@ batch_problems = 1
     def look(*overrides, is_main=True):
         folder, device = tmp_path / "run", OneProcess(is_main)
         made = Metrics(folder, enabled=is_main)
-        run = train.Run(
+        run = start.Run(
             load_recipe(tmp_path / "r.toml", overrides),
             folder,
             device,
@@ -513,7 +514,7 @@ batch_problems = 1
             None,
             1,
         )
-        train.guard_data(run)
+        start.guard_data(run)
         made.close()
         return run
 
@@ -521,7 +522,7 @@ batch_problems = 1
 
 
 def ids(run, index):
-    return [problem.id for problem in train.stage_problems(run, index, run.recipe.stage[index])]
+    return [problem.id for problem in start.stage_problems(run, index, run.recipe.stage[index])]
 
 
 def test_copies_are_reported_and_trained_on_unless_the_recipe_excludes_them(guarded, tmp_path):
@@ -608,6 +609,6 @@ def test_errors_reach_the_shell(tmp_path):
 def test_a_second_run_gets_its_own_folder(tmp_path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "keep").write_text("mine")
-    assert train.new_folder(tmp_path, "tiny") == tmp_path / "tiny-2"
-    assert train.new_folder(tmp_path, "tiny") == tmp_path / "tiny-3"
+    assert start.new_folder(tmp_path, "tiny") == tmp_path / "tiny-2"
+    assert start.new_folder(tmp_path, "tiny") == tmp_path / "tiny-3"
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["keep"]
