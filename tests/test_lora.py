@@ -602,7 +602,7 @@ def test_recipe_checks_the_adapter(tmp_path):
         ("lora.rank=-1", "lora.rank must be at least 0"),
         ("lora.rank=1.5", "lora.rank must be of type int"),
         ("lora.alpha=0", "lora.alpha must be above 0"),
-        ("lora.alpha=nan", "lora.alpha must be above 0"),
+        ("lora.alpha=nan", "lora.alpha must be a finite number"),
         ("lora.rang=4", "did you mean rank?"),
     ]:
         with pytest.raises(RecipeError, match=said.replace("?", r"\?")):
