@@ -1037,7 +1037,8 @@ def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Pat
     resumed, found = folder is not None, None
     if not resumed:
         folder = by_main(device, lambda: new_folder(arguments.out, recipe.name))
-    lock = by_main(device, lambda: hold(folder))
+    held = by_main(device, lambda: hold(folder))
+    lock = held if device.is_main else None  # a number that means another file in another process
     if not resumed and device.is_main and recipe.world:
         write_world(recipe.world, folder / "world")
     device.share(None)  # nobody reads the world before it is written
