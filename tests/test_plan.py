@@ -279,7 +279,8 @@ def test_hours_and_cost_follow_the_options(capsys):
 def test_problems_are_counted_where_the_file_is_and_named_where_not(capsys, tmp_path):
     consumer = ROOT / "recipes" / "consumer-24gb.toml"
     (tmp_path / "own.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": "1 + 2", "answer": "3"}\n')
-    _, text = lines(capsys, consumer, [f"stage.0.data={tmp_path / 'own.jsonl'}", "eval.data=somebody/some-set"])
+    own = [f"stage.0.data={tmp_path / 'own.jsonl'}", "stage.0.filter_before=true", "eval.data=somebody/some-set"]
+    _, text = lines(capsys, consumer, own)
     assert "pass rates of 2 problems" in text
     assert "not counted: what is sampled of somebody/some-set" in text and "evaluation, around" not in text
     recipe = load_recipe(consumer)
