@@ -68,7 +68,7 @@ temperature = 1.0
 max_prompt_tokens = 96
 max_response_tokens = 40
 filter_before = true
-learning_rate = 1e-5
+learning_rate = 4e-5
 warmup_steps = 2
 
 [[stage]]
@@ -78,7 +78,7 @@ batch_problems = 8
 temperature = "match"
 max_prompt_tokens = 96
 max_response_tokens = 48
-learning_rate = 1e-5
+learning_rate = 4e-5
 """
 
 
