@@ -2,7 +2,7 @@
 
     python bench/smollm2.py models/smollm2-135m
     python bench/sums.py sums --model models/smollm2-135m       # sft.jsonl, train.jsonl, held-out.jsonl, recipe.toml
-    python bench/ablation.py --recipe sums/recipe.toml --settings full vanilla --seeds 0 1 --steps 10 \\
+    python bench/ablation.py --recipe sums/recipe.toml --settings full vanilla --seeds 0 --steps 10 \\
         --response-tokens 20 --jobs 1 --out runs/sums
 
 The model knows how to add, but not to put its answer into a box: a few steps of fine-tuning on right solutions teach
