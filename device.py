@@ -123,6 +123,8 @@ def start() -> Device:
         if cuda:
             torch.cuda.set_device(device)
         store, rank, ranks = next(dist.rendezvous("env://"))
+        # torchrun keeps its store over a restart, and gloo would dial the dead processes' ports
+        store = dist.PrefixStore(f"launch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         grace = NCCL_GRACE if cuda else timedelta()
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit + grace)
         if ranks > 1:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import in_processes
 
 import device as devices
@@ -55,6 +56,18 @@ def wait_in_vain(rank: int, port: int, fault: str) -> None:
 @pytest.mark.parametrize("fault", ["hangs", "dies"])
 def test_who_waits_in_vain_names_the_missing_rank_and_the_place(fault):
     in_processes(wait_in_vain, free_port(), fault, processes=3)
+
+
+def meet(rank: int, port: int, launch: int) -> None:
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(launch)}
+    assert join(rank, port, 2, "20").gather(rank) == [0, 1]
+
+
+def test_a_restarted_job_does_not_dial_the_processes_that_died():
+    """Guards: torchrun's store outlives a restart; gloo dialled the dead ones' ports."""
+    store = dist.TCPStore("localhost", free_port(), is_master=True, wait_for_workers=False)
+    for launch in range(4):
+        in_processes(meet, store.port, launch)
 
 
 def speak(rank: int, port: int, folder: Path, expected: tuple) -> None:
