@@ -381,7 +381,7 @@ def mean_of(found: dict[int, Outcome], value: Callable[[Outcome], float | None],
 def tables(results: Results) -> str:
     """Three Markdown tables: the scores, what the mechanisms did, and the lengths."""
     target = results.target
-    scores = [["setting", "seeds", "held-out avg@8", "difference to full", f"steps to {points(target or 0)}", "steps",
+    scores = [["setting", "seeds", "held-out avg@k", "difference to full", f"steps to {points(target or 0)}", "steps",
                "training tokens", "further tokens"]]  # fmt: skip
     did = [["setting", "filtered + dropped", "temperatures", "rescued", "substituted", "of groups", "skipped updates",
             "rollouts with a signal, sampled -> learned from", "distinct-4, last stage", "truncated"]]  # fmt: skip
