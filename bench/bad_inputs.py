@@ -118,7 +118,7 @@ CASES = [
     ("resume with another model", f"train.py {RESUME} --set model=wide/model"),
     ("resume with other data", f"train.py {RESUME} --set {RL}=good.jsonl"),
     ("resume with broken metrics", "train.py --resume runs/broken-metrics"),
-    ("resume with a cut run.pt", "train.py --resume runs/broken-state"),
+    ("resume where every run.pt is cut", "train.py --resume runs/broken-state"),
     ("resume with a checkpoint's part gone", "train.py --resume runs/broken-part"),
     ("plan of a card of nan", "train.py small.toml --set model=Qwen/Qwen3-4B --plan --device nanGB"),
     ("plan of no cards", "train.py small.toml --set model=Qwen/Qwen3-4B --plan --gpus 0"),
@@ -173,8 +173,8 @@ def break_runs() -> None:
         copy(Path("runs/small"), Path("runs") / name)
     broken = Path("runs/broken-metrics/metrics.jsonl")
     broken.write_text("{broken\n" + broken.read_text())
-    newest = max(Path("runs/broken-state/checkpoints").iterdir(), key=lambda path: int(path.name.removeprefix("step-")))
-    (newest / "run.pt").write_bytes((newest / "run.pt").read_bytes()[:50])
+    for state in Path("runs/broken-state/checkpoints").glob("*/run.pt"):  # an older whole one would be used instead
+        state.write_bytes(state.read_bytes()[:100])
     for part in Path("runs/broken-part/checkpoints").glob("*/*.distcp"):
         part.unlink()
 

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -21,18 +20,6 @@ from data_filter import (
     zero_variance_share,
 )
 from problems import DataError, Problem
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real problems are not here")
-
-
-def write_rows(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def good(n):
-    return {"problem": f"p{n}", "answer": str(n)}
 
 
 def problem(id, text="", answers=("1",)):
