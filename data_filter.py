@@ -150,10 +150,11 @@ def visit_of(row: dict) -> Visit:
         not rewards
         or type(step) is not int
         or type(tokens) is not int
+        or tokens < 0
         or not abs(stage) < math.inf
         or not all(0 <= reward <= 1 for reward in rewards)
     ):
-        raise ValueError("no rewards, or a stage, a step or a reward out of range")
+        raise ValueError("no rewards, or a number out of range")
     return Visit(problem_id, stage, step, tuple(rewards), tokens)
 
 

@@ -211,6 +211,7 @@ visit_row = st.fixed_dictionaries({
     "problem_id": mostly(plain_text), "stage": mostly(st.sampled_from([-0.5, 0, 1])),
     "step": mostly(st.integers(0, 9)),
     "rewards": mostly(st.lists(mostly(st.sampled_from([0.0, 1.0, 0.5, 0, 1])), min_size=1, max_size=3)),
+    "tokens": mostly(st.integers(0, 9999)),
 }, optional={"odd": junk})  # fmt: skip
 whole_number, name = mostly(st.integers(0, 9)), mostly(plain_text)
 response_row = st.fixed_dictionaries({
@@ -239,6 +240,7 @@ def read_a_history(folder: Path, content: bytes) -> None:
     history = History.load(path)
     for visit in history.log:
         assert type(visit) is Visit and type(visit.problem_id) is str and type(visit.step) is int
+        assert type(visit.tokens) is int and visit.tokens >= 0
         assert visit.rewards and all(type(r) in (int, float) and 0 <= r <= 1 for r in visit.rewards)
         assert 0 <= history.estimate(visit.problem_id) <= 1
     (copy := folder / "history-copy.jsonl").unlink(missing_ok=True)
