@@ -14,7 +14,6 @@ Source: RECIPE.md sections 4 and 5; GRPO (arXiv 2402.03300) equation 3; DAPO (ar
 clip-higher and the token mean; dual clip (arXiv 1912.09729) equation 5.
 """
 
-import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,9 +24,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from device import enter, out_of_memory
-from model import Packed, SharedPrompts, Transformer
-from problems import Problem
+from engine.batches import (
+    TokenBatch,
+    TrainingSequence,
+    even_length,
+    idle_share,
+    micro_batches,
+    pack,
+    packed_tokens,
+    work_of,
+)
+from engine.device import enter
+from engine.memory import forget_half_done_pass, out_of_memory
+from lab.problems import Problem
+from model import Transformer
 from rollout import Rollout
 
 ADVANTAGE_EPSILON = 1e-6
@@ -121,26 +131,6 @@ def substitute(groups: Sequence[Group], seed: int, step: int, least_share: float
     return Substitution(filled, empty, skip_update=False)
 
 
-# ------------------------------------------------------------------------------------------------------- loss
-
-
-@dataclass(frozen=True)
-class TrainingSequence:
-    """A prompt and a response to learn from; every response token carries the sequence's advantage."""
-
-    tokens: np.ndarray  # int32 (P + R,)
-    prompt_length: int
-    advantage: float = 1.0
-    old_logprobs: np.ndarray | None = None  # float32 (R,), at `temperature`; None in supervised fine-tuning
-    temperature: float = 1.0
-    rescued: bool = False
-
-    @property
-    def response_length(self) -> int:
-        """Tokens that the loss looks at, end-of-sequence included."""
-        return len(self.tokens) - self.prompt_length
-
-
 def training_sequences(
     groups: Sequence[Group], advantages_of: Callable[[np.ndarray], np.ndarray] = advantages
 ) -> list[TrainingSequence]:
@@ -154,72 +144,6 @@ def training_sequences(
             )
             sequences.append(replace(sequence, rescued=i == group.rescued))
     return sequences
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """The response tokens of one micro-batch, N in all; every field but `tokens` and `context` is (N,)."""
-
-    tokens: Tensor  # int64 (T,), prompts and responses
-    context: Packed
-    predict: Tensor  # int64, the position whose hidden state predicts each response token
-    targets: Tensor  # int64
-    advantages: Tensor
-    old_logprobs: Tensor
-    temperature: Tensor
-    rescued: Tensor  # bool
-    sequence: Tensor  # int64, which of the micro-batch's sequences the token is of: 0, 1, ...
-
-
-LEAST_SHARED = 0.1  # of a sequence: a shorter prompt is not worth taking sequences apart in every attention
-
-
-def by_prompt(sequences: Sequence[TrainingSequence]) -> list[list[int]]:
-    """Which sequences share a prompt, each list in the order given; a sequence that is nearly all response is alone."""
-    alike: dict[bytes | int, list[int]] = {}
-    for i, sequence in enumerate(sequences):
-        shares = sequence.prompt_length >= LEAST_SHARED * len(sequence.tokens)
-        alike.setdefault(sequence.tokens[: sequence.prompt_length].tobytes() if shares else i, []).append(i)
-    return list(alike.values())
-
-
-def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBatch:
-    """Lay sequences end to end, longest first, a shared prompt once, and list their response tokens."""
-    sequences = sorted(sequences, key=lambda sequence: -len(sequence.tokens))
-    lengths = [len(sequence.tokens) for sequence in sequences]
-    starts = np.cumsum([0, *lengths])
-    tokens = np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64)
-    context, place = Packed(lengths, device), np.arange(len(tokens))  # of every token in the row that the model reads
-    own = np.ones(len(tokens), dtype=bool)  # not a repeated prompt
-    for first, *others in by_prompt(sequences):
-        for i in others:
-            prompt = np.arange(sequences[i].prompt_length)
-            place[starts[i] + prompt], own[starts[i] + prompt] = starts[first] + prompt, False
-    if not own.all():
-        place = (own.cumsum() - 1)[place]
-        context = SharedPrompts(lengths, torch.from_numpy(place), torch.from_numpy(np.flatnonzero(own)), device)
-    # the token at position p is predicted from position p - 1
-    predict = np.concatenate(
-        [start + np.arange(s.prompt_length - 1, len(s.tokens) - 1) for start, s in zip(starts, sequences, strict=False)]
-    )
-
-    responses = [s.response_length for s in sequences]
-
-    def per_token(value: Callable[[TrainingSequence], float | np.ndarray], dtype: type) -> Tensor:
-        columns = [np.broadcast_to(np.asarray(value(s), dtype), n) for s, n in zip(sequences, responses, strict=True)]
-        return torch.from_numpy(np.concatenate(columns)).to(device)
-
-    return TokenBatch(
-        tokens=torch.from_numpy(tokens[own]).to(device),
-        context=context,
-        predict=torch.from_numpy(place[predict]).to(device),
-        targets=torch.from_numpy(tokens[predict + 1]).to(device),
-        advantages=per_token(lambda s: s.advantage, np.float32),
-        old_logprobs=per_token(lambda s: 0.0 if s.old_logprobs is None else s.old_logprobs, np.float32),
-        temperature=per_token(lambda s: s.temperature, np.float32),
-        rescued=per_token(lambda s: s.rescued, np.bool_),
-        sequence=torch.from_numpy(np.repeat(np.arange(len(sequences)), responses)).to(device),
-    )
 
 
 TokenLoss = Callable[[Tensor, TokenBatch], Tensor]  # log-probs (N,) and their batch -> losses (N,)
@@ -273,111 +197,6 @@ class PolicyLoss:
 def supervised_loss(logprobs: Tensor, batch: TokenBatch) -> Tensor:
     """Cross-entropy of the worked solution's tokens."""
     return -logprobs
-
-
-# ----------------------------------------------------------------------------------------------------- update
-
-
-def cut_into_micro_batches(
-    lengths: Sequence[int], most_tokens: int, ranks: int = 1, work: Sequence[float] | None = None
-) -> list[list[int]]:
-    """Deal sequences into equally many micro-batches per rank, of at most `most_tokens` and alike in work.
-
-    Work is the length where nothing else is given. Returns ranks x k lists of indices, micro-batch i for rank
-    i % ranks; those that ranks do at the same time, in which they wait for each other, are next to each other in work.
-    A sequence longer than most_tokens gets a micro-batch of its own; some may be empty when there are few sequences.
-    """
-    work = lengths if work is None else work
-    order = sorted(range(len(lengths)), key=lambda i: (-work[i], i))
-    per_rank = max(1, math.ceil(sum(lengths) / (most_tokens * ranks)))
-    while True:
-        batches: list[list[int]] = [[] for _ in range(per_rank * ranks)]
-        tokens, loads = [0] * len(batches), [0.0] * len(batches)
-        for i in order:  # the longest first, each to the one with least to do that has room
-            open_to = [b for b, batch in enumerate(batches) if not batch or tokens[b] + lengths[i] <= most_tokens]
-            if not open_to:
-                break
-            least = min(open_to, key=loads.__getitem__)
-            batches[least].append(i)
-            tokens[least] += lengths[i]
-            loads[least] += work[i]
-        else:
-            heaviest_first = sorted(range(len(batches)), key=lambda b: -loads[b]) if ranks > 1 else range(len(batches))
-            return [batches[b] for b in heaviest_first]
-        per_rank += 1
-
-
-def even_length(model: Transformer) -> float:
-    """The length, in tokens, of a sequence whose attention costs as much as all the rest of a forward.
-
-    A token costs 2 FLOPs a parameter, and in causal attention 2 x layers x heads x head_dim a token of its sequence.
-    """
-    config = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters / (config.num_hidden_layers * config.num_attention_heads * config.head_dim)
-
-
-def work_of(sequences: Sequence[TrainingSequence], even_at: float) -> float:
-    """What a micro-batch of these costs, in tokens without attention."""
-    return packed_tokens(sequences) + sum(len(sequence.tokens) ** 2 for sequence in sequences) / even_at
-
-
-def packed_tokens(sequences: Sequence[TrainingSequence]) -> int:
-    """Tokens of a micro-batch of these, every prompt counted once."""
-    repeated = sum(sequences[i].prompt_length for _, *others in by_prompt(sequences) for i in others)
-    return sum(len(sequence.tokens) for sequence in sequences) - repeated
-
-
-def micro_batches(
-    sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int, even_at: float = math.inf
-) -> list[list[int]]:
-    """`cut_into_micro_batches`, with the responses to one prompt together as far as they fit.
-
-    Over several ranks a group is also split where that ends the step sooner, though its prompt is then learned from
-    once more. `even_at` is `even_length`'s; without it work is tokens alone.
-    """
-    largest = [most_tokens]  # of what stays together
-    if ranks > 1:
-        share = packed_tokens(sequences) / ranks
-        largest += [math.ceil(share / parts) for parts in (1, 2, 4, 8) if share / parts < most_tokens]
-    ways = [_cut_groups(sequences, most_tokens, ranks, even_at, tokens) for tokens in largest]
-
-    def time_taken(batches: list[list[int]]) -> float:
-        return slowest([work_of([sequences[i] for i in batch], even_at) for batch in batches], ranks)
-
-    return min(ways, key=time_taken)
-
-
-def _cut_groups(
-    sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int, even_at: float, most_together: int
-) -> list[list[int]]:
-    units: list[list[int]] = []
-    sizes: list[int] = []
-    for alike in by_prompt(sequences):
-        prompt = sequences[alike[0]].prompt_length
-        fresh = True
-        for i in alike:
-            response = sequences[i].response_length
-            if fresh or sizes[-1] + response > most_together:
-                units.append([])
-                sizes.append(prompt)
-            units[-1].append(i)
-            sizes[-1] += response
-            fresh = False
-    work = [work_of([sequences[i] for i in unit], even_at) for unit in units]
-    batches = cut_into_micro_batches(sizes, most_tokens, ranks, work)
-    return [[i for unit in batch for i in units[unit]] for batch in batches]
-
-
-def slowest(loads: Sequence[float], ranks: int) -> float:
-    """The work of the slowest rank of each round of micro-batches, for which the others wait, in all."""
-    return sum(max(loads[i : i + ranks]) for i in range(0, len(loads), ranks))
-
-
-def idle_share(loads: Sequence[float], ranks: int) -> float:
-    """The share of all ranks' time in which they wait for the slowest of each round of micro-batches, by their work."""
-    longest = ranks * slowest(loads, ranks)
-    return 1 - sum(loads) / longest if longest else 0.0
 
 
 @dataclass
@@ -493,20 +312,6 @@ def accumulate_gradient(
         if indices and hasattr(loss, "sums"):
             parts.append(loss.sums(logprobs.detach(), batch))
     return loss_sum, parts
-
-
-def forget_half_done_pass(model: Transformer) -> None:
-    """After a forward or backward that died: no memory held, no gradient begun, every weight sharded again."""
-    if isinstance(model, FSDPModule):
-        model.reset_iter_state()
-        for module in model.modules():
-            if isinstance(module, FSDPModule):  # it leaves the gradients of weights that were still gathered
-                module.unshard()
-                module.zero_grad(set_to_none=True)
-                module.reshard()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def ratio_stats(parts: list[dict[str, Tensor]], total: int, device: torch.device, ranks: int) -> RatioStats:

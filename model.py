@@ -13,14 +13,11 @@ dimension, V vocabulary, N predicted positions.
 """
 
 import argparse
-import inspect
 import json
 import math
 import shutil
 import sys
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -32,34 +29,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from yarn import (
-    Rope,
-    RopeError,
-    Yarn,
-    attention_factor,
-    frequencies,
-    rope_from_config,
-    rope_to_config,
-    rotate,
-    rotation,
-)
-
-try:  # optional: the fastest kernels where they are installed
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
-try:  # torch's own variable-length flash attention, CUDA only; older versions lack what is needed here
-    from torch.nn.attention.varlen import varlen_attn
-
-    if not {"enable_gqa", "block_table", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys():
-        varlen_attn = None
-except ImportError:
-    varlen_attn = None
+from engine.attention import PaddedRun, packed_attention, padded_runs
+from engine.huggingface import rope_from_config, rope_to_config
+from engine.offload import KeptInput, Offload
+from engine.sharding import fill
+from yarn import Rope, RopeError, Yarn, attention_factor, frequencies, rotate, rotation
 
 SHARD_BYTES = 5 * 2**30
 LOGIT_CHUNK_BYTES = 512 * 2**20  # of float32 logits that exist at once: 883 positions of a vocabulary of 152K
@@ -195,17 +172,6 @@ class AttentionContext(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class PaddedRun:
-    """Neighbouring sequences of like size, as rows of one padded rectangle for SDPA."""
-
-    rows: int
-    gather: Tensor  # (rows x longest,) the token in each cell; padding repeats a sequence's last token
-    keep: Tensor  # (tokens of the run,) the cells that hold tokens
-    start: int  # the run's first token
-    plain: bool  # sequences of one length: the rectangle is a view
-
-
 class Packed:
     """Sequences laid end to end; a token sees itself and what precedes it in its own sequence."""
 
@@ -249,53 +215,6 @@ class SharedPrompts(Packed):
         """Causal attention inside each sequence: (T, H, D) -> (T, H, D)."""
         q, k, v = (x.index_select(0, self.apart) for x in (q, k, v))  # (sum of lengths, H or K, D)
         return packed_attention(q, k, v, self).index_select(0, self.together)
-
-
-def padded_runs(lengths: list[int], device: torch.device | str, most_padding: float = 0.25) -> list[PaddedRun]:
-    """Cut packed sequences into runs in which at most this share of the cells is padding."""
-    runs, first, offset = [], 0, 0
-    while first < len(lengths):
-        last, tokens, longest = first, 0, 0
-        while last < len(lengths):
-            wider = max(longest, lengths[last])
-            if (tokens + lengths[last]) < (1 - most_padding) * wider * (last - first + 1):
-                break
-            last, tokens, longest = last + 1, tokens + lengths[last], wider
-        sizes = torch.tensor(lengths[first:last])[:, None]  # (rows, 1)
-        starts = offset + sizes.cumsum(0) - sizes
-        column = torch.arange(longest)[None]  # (1, longest)
-        gather = (starts + torch.minimum(column, sizes - 1)).flatten()
-        keep = (column < sizes).flatten().nonzero().squeeze(1)
-        plain = tokens == longest * (last - first)
-        runs.append(PaddedRun(last - first, gather.to(device), keep.to(device), offset, plain))
-        first, offset = last, offset + tokens
-    return runs
-
-
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    """Causal attention of packed sequences: q (T, H, D), k and v (T, K, D) -> (T, H, D).
-
-    CUDA in half precision: flash-attn when installed, else torch's variable-length flash attention.
-    Everything else: SDPA on padded runs; right padding needs no mask, since no token sees what follows it.
-    """
-    if q.is_cuda and q.dtype != torch.float32:
-        ends, longest = packed.cumulative, packed.longest
-        if flash_attn_varlen_func is not None:
-            return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
-        if varlen_attn is not None:
-            return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
-    outputs = []
-    for run in packed.runs:
-        of_run = slice(run.start, run.start + len(run.keep))
-        q_run, k_run, v_run = (
-            (x[of_run] if run.plain else x.index_select(0, run.gather)).unflatten(0, (run.rows, -1)).transpose(1, 2)
-            for x in (q, k, v)
-        )  # (rows, H, longest, D)
-        grouped = q.shape[1] != k.shape[1]
-        attended = F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=True, enable_gqa=grouped)
-        attended = attended.transpose(1, 2).flatten(0, 1)  # (cells, H, D)
-        outputs.append(attended if run.plain else attended.index_select(0, run.keep))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 # -------------------------------------------------------------------------------------------------- log-probs
@@ -460,60 +379,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
-
-
-class KeptInput:
-    """A layer's input (T, C), in host memory from its forward until backward repeats the layer.
-
-    On CUDA the copies run on `stream`, beside the computation: out while the layer computes, and back while the layer
-    above is repeated, which is why an input knows the one `below`.
-    """
-
-    def __init__(self, x: Tensor, below: "KeptInput | None", stream: torch.cuda.Stream | None):
-        self.on_device, self.below, self.stream, self.left = x, below, stream, False
-        self.requires_grad, self.device = x.requires_grad, x.device
-        self.host = torch.empty_like(x, device="cpu", requires_grad=False, pin_memory=stream is not None)
-        self._copy(self.host, x.detach())
-
-    def take(self) -> Tensor:
-        """The input: in forward as it came, in backward from host memory."""
-        if self.left:
-            self._fetch()
-            if self.stream is not None:
-                torch.cuda.current_stream().wait_stream(self.stream)
-            if self.below is not None:
-                self.below._fetch()
-        self.left, x, self.on_device = True, self.on_device, None
-        return x
-
-    def _fetch(self) -> None:
-        if self.on_device is None:
-            x = torch.empty_like(self.host, device=self.device, pin_memory=False)
-            self._copy(x, self.host)
-            self.on_device = x.requires_grad_(self.requires_grad)
-
-    def _copy(self, to: Tensor, source: Tensor) -> None:
-        if self.stream is None:
-            to.copy_(source)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            to.copy_(source, non_blocking=True)
-        (source if source.is_cuda else to).record_stream(self.stream)  # its place is not given away before that
-
-
-@dataclass
-class Offload:
-    """What the layers of a model share when the inputs that they keep wait in host memory."""
-
-    stream: torch.cuda.Stream | None
-    last: "weakref.ref[KeptInput] | None" = None  # weak: only the graph that needs them holds the inputs
-
-    def keep(self, x: Tensor, layer: int) -> KeptInput:
-        """Begin to move a layer's input (T, C) out."""
-        kept = KeptInput(x, self.last() if layer and self.last is not None else None, self.stream)
-        self.last = weakref.ref(kept)
-        return kept
 
 
 class Layer(nn.Module):
@@ -857,15 +722,6 @@ def copy_into(parameter: nn.Parameter, tensor: Tensor, name: str, path: Path) ->
     fill(parameter, tensor)
 
 
-def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or this rank's part of it into its shard."""
-    with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            tensor = distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
-        parameter.copy_(tensor)
-
-
 def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
     """An unsharded model from a folder or hub id, on one device (evaluation, tests, export).
 
@@ -958,40 +814,6 @@ def name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
     total = sum(size for tensors in shards for size in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-# ----------------------------------------------------------------------------------------------- many devices
-
-
-def shard(model: Transformer, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Split every parameter over the mesh (FSDP2); float32 master weights, forward and backward in compute_dtype.
-
-    Of a model with an adapter only the adapter is split; the frozen base is whole on every rank, in compute_dtype.
-    """
-    # sampling needs all of the base at once: a shard of it would be a second copy beside what is gathered
-    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
-    for parameter in frozen:
-        parameter.data = parameter.data.to(compute_dtype)
-    # inputs are left alone: a temperature of 1.45 cast to bfloat16 would be scored as 1.453
-    policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=frozen)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
-
-
-@contextmanager
-def gathered(model: Transformer) -> Iterator[None]:
-    """Sampling reads whole weights: gather all of them once, so that no collective runs until this block ends."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.unshard()
-    try:
-        # not inference_mode: its tensors break the backward that follows
-        with torch.no_grad():
-            yield
-    finally:
-        for module in modules:
-            module.reshard()
 
 
 # ----------------------------------------------------------------------------------------------- command line

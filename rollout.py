@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decode import DecodeState, StepGraphs, sampling_forward
-from device import out_of_memory
-from model import ModelConfig, Packed, Transformer, flash_attn_varlen_func, packed_attention, varlen_attn
+from engine.attention import flash_attn_varlen_func, packed_attention, varlen_attn
+from engine.decode import DecodeState, StepGraphs, sampling_forward
+from engine.memory import out_of_memory
+from model import ModelConfig, Packed, Transformer
 
 LARGEST_PREFILL = 16_384  # tokens in one prefill forward; a longer prompt goes alone
 LARGEST_CPU_PREFILL = 2_048  # what the caches of a CPU hold

@@ -26,14 +26,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
-import torch
 
-import device as devices
-from attempts import Attempt, AttemptStats, GraderError
-from checkpoint import CheckpointError, load_weights_and_optimizer, save_checkpoint
 from data_filter import (
     BEFORE_STAGE,
     ESTIMATE_DRAW,
@@ -47,47 +42,46 @@ from data_filter import (
     require_batch,
     zero_variance_share,
 )
-from device import Interrupted, RankError
-from eval import evaluate, fingerprint, print_evaluation
-from grpo import (
-    Group,
-    Substitution,
-    TokenLoss,
-    TrainingSequence,
-    UpdateError,
-    UpdateStats,
-    optimizer_step,
-    substitute,
-    supervised_loss,
-)
-from model import ModelError, save
-from optimizer import HostAdamW
-from page import write_report
-from plan import add_plan_options, read_machine, show_plan
-from problems import DataError, Problem
-from recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe
-from report import MetricsError, console_line, new_alarms
-from responses import respond
-from rollout import RolloutError, distinct_ngrams
-from scores import Evaluation, Response
-from start import (
-    FINISHED,
+from engine import device as devices
+from engine.attempts import Attempt, AttemptStats, GraderError
+from engine.batches import TrainingSequence
+from engine.checkpoint import CheckpointError
+from engine.device import Interrupted, RankError
+from engine.fingerprint import fingerprint
+from engine.run import (
     SEARCH_DRAW,
-    WANTS_RESUMING,
     Run,
+    Stopped,
     by_ids,
     data_path,
+    describe_update,
+    end_step,
     evaluation_sampling,
-    final_config,
-    problems_of,
+    how_to_go_on,
+    make_optimizer,
+    save_and_stop,
+    save_whole_step,
+    set_learning_rate,
     stage_problems,
     start_run,
-    steps_left,
     training_problems,
     training_sampling,
+    update_model,
 )
-from temperature import match_diversity, measure_temperature
-from variants import choose_loss, mini_batches, over_steps, punish_overlong
+from engine.run_folder import FINISHED, WANTS_RESUMING, final_config, problems_of, steps_left
+from eval import evaluate, match_diversity, measure_temperature
+from grpo import Group, Substitution, UpdateError, substitute, supervised_loss
+from lab.evaluation import print_evaluation
+from lab.page import write_report
+from lab.plan import add_plan_options, read_machine, show_plan
+from lab.problems import DataError, Problem
+from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe
+from lab.report import MetricsError
+from lab.responses import respond
+from lab.scores import Evaluation, Response
+from lab.variants import choose_loss, mini_batches, over_steps, punish_overlong
+from model import ModelError, save
+from rollout import RolloutError, distinct_ngrams
 
 # what a person can put right: one sentence, no traceback
 EXPECTED_ERRORS = (
@@ -103,10 +97,6 @@ EXPECTED_ERRORS = (
     ImportError,
     OSError,
 )
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has saved its work."""
 
 
 # ------------------------------------------------------------------------------------------------------ the run
@@ -421,124 +411,6 @@ def short_hash(parts: Iterable[bytes]) -> str:
     return hashlib.blake2b(b"/".join(parts), digest_size=8).hexdigest()
 
 
-def update_model(
-    run: Run,
-    optimizer: torch.optim.Optimizer,
-    sequences: list[TrainingSequence],
-    loss: TokenLoss,
-    stage: SftStage | RlStage,
-    divisor: float | None = None,
-    begun: bool = False,
-) -> UpdateStats:
-    """One optimizer step; micro-batches that memory has made smaller stay so for the rest of the run.
-
-    A step whose update was abandoned, between two micro-batches, is done again whole: its visits replace themselves.
-    One whose weights have `begun` to change, by an earlier mini-batch, is not abandoned.
-    """
-
-    def leave_when_asked(*_: object) -> None:
-        # all leave before the same forward, of which each has as many
-        if not begun and any(run.device.gather(run.stop.asked)):
-            raise Interrupted
-
-    watch = run.model.register_forward_pre_hook(leave_when_asked, prepend=True)  # before sharded weights are gathered
-    try:
-        update = optimizer_step(
-            run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm, divisor
-        )
-    except Interrupted:
-        optimizer.zero_grad(set_to_none=True)
-        save_and_stop(run, optimizer)
-    finally:
-        watch.remove()
-    if not update.stepped:
-        run.nonfinite_batch = sequences
-    if update.micro_batch_tokens < run.micro_batch_tokens:
-        run.device.say(
-            f"step {run.state.step + 1}: out of memory in the update: micro-batches of at most "
-            f"{update.micro_batch_tokens:,} tokens from now on, not {run.micro_batch_tokens:,}"
-        )
-        run.micro_batch_tokens = update.micro_batch_tokens
-    return update
-
-
-def describe_update(update: UpdateStats | None, seconds: float) -> dict:
-    """The batch's update in numbers; None is a batch from which there is too little to learn, which is skipped."""
-    if update is None:
-        return {"skipped": 1, "nonfinite": 0, "seconds_update": seconds}
-    return {
-        "skipped": 0,
-        "nonfinite": int(not update.stepped),
-        "loss": update.loss,
-        "grad_norm": update.grad_norm,
-        "update_tokens_per_s": update.tokens / seconds,
-        "update_idle_share": update.idle_share,
-        "seconds_update": seconds,
-    } | asdict(update.ratios)
-
-
-def end_step(run: Run, index: int, stage: SftStage | RlStage, row: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Count the step, write its line, save where the recipe says so, stop when asked."""
-    state, settings = run.state, run.recipe.run
-    state.step, state.stage_step = state.step + 1, state.stage_step + 1
-    row = {"kind": row["kind"], "step": state.step, "stage": index} | row
-    run.metrics.write(row)
-    state.metrics_position = list(run.metrics.position)
-    left = steps_left(stage, state)
-    per_step = (time.perf_counter() - run.stage_began) / (state.stage_step - run.stage_first_step)
-    run.device.say(console_line(row, sum(s.steps for s in run.recipe.stage), per_step * left))
-    for sentence in new_alarms(run.metrics.steps) if row["kind"] == "rl" else ():
-        run.device.say(f"warning: step {state.step}: {sentence}")
-    if row["nonfinite"]:
-        run.device.say(f"warning: step {state.step}: the gradient is not finite; the weights were left as they are")
-    if not row.get("skipped"):
-        state.nonfinite_steps = (state.nonfinite_steps + 1) * row["nonfinite"]
-    if row["nonfinite"] and state.nonfinite_steps >= settings.most_nonfinite_steps:
-        stop_at_nonfinite(run, optimizer)
-    if any(run.device.gather(run.stop.asked)):
-        save_and_stop(run, optimizer)
-    if left == 0 or state.stage_step % settings.checkpoint_every_steps == 0:
-        save_whole_step(run, optimizer)
-
-
-def stop_at_nonfinite(run: Run, optimizer: torch.optim.Optimizer) -> NoReturn:
-    """Leave the newest batch where a person can look at it; the weights are those before the first of these steps."""
-    state, path = run.state, run.folder / f"nonfinite-step-{run.state.step}.pt"
-    steps, state.nonfinite_steps = state.nonfinite_steps, 0  # a resumed run, with another rate perhaps, gets its chance
-    if run.device.is_main:
-        rows = [asdict(sequence) for sequence in run.nonfinite_batch]
-        torch.save(
-            [{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in r.items()} for r in rows], path
-        )
-    save_whole_step(run, optimizer)
-    raise UpdateError(
-        f"step {state.step}: {steps} updates in a row without a finite gradient (run.most_nonfinite_steps): the "
-        f"batch is in {path} (tokens, advantages, old log-probs); lower the learning rate or mend the data, then "
-        f"{how_to_go_on(run)}"
-    )
-
-
-def save_whole_step(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """A checkpoint of the last whole step, unless there is one already: little time may be left."""
-    state, kept = run.state, run.recipe.run.checkpoints_kept
-    place = state.step, state.stage, state.prepared
-    if run.saved != place:
-        run.metrics.sync()
-        save_checkpoint(run.folder, run.model, optimizer, state, run.device, kept)
-        run.saved = place
-
-
-def save_and_stop(run: Run, optimizer: torch.optim.Optimizer) -> NoReturn:
-    """Save the last whole step and leave in order."""
-    save_whole_step(run, optimizer)
-    raise Stopped(f"stopped after step {run.state.step}; go on with: {how_to_go_on(run)}")
-
-
-def how_to_go_on(run: Run) -> str:
-    """The command for a person."""
-    return f"torchrun train.py --resume {run.folder}"
-
-
 def write_rollouts(run: Run, groups: list[Group], attempts: list[list[Attempt]]) -> None:
     """A few whole rollouts of this step, for people to read."""
     rows = []
@@ -604,29 +476,6 @@ def learning_rate(stage: SftStage | RlStage, step: int) -> float:
     if isinstance(stage, RlStage) or not stage.decay_share:
         return rate
     return rate * max(0.1, min(1.0, (stage.steps - step) / (stage.decay_share * stage.steps)))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of every parameter."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def make_optimizer(run: Run, stage: SftStage | RlStage) -> torch.optim.Optimizer:
-    """AdamW, new in each stage; when the run resumes inside a stage, with the moments (and weights) it had."""
-    betas = (0.9, stage.adam_beta2)
-    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    settings = {"lr": stage.learning_rate, "betas": betas, "weight_decay": stage.weight_decay}
-    if run.recipe.offload_optimizer:
-        optimizer = HostAdamW(trained, **settings)
-    else:
-        optimizer = torch.optim.AdamW(trained, **settings, fused=True)
-    if run.resume_from is not None:
-        load_weights_and_optimizer(run.resume_from, run.model, optimizer, run.device)
-        run.resume_from = None
-        for group in optimizer.param_groups:  # the recipe's word counts, not the checkpoint's
-            group |= {"betas": betas, "weight_decay": stage.weight_decay}
-    return optimizer
 
 
 def main() -> None:

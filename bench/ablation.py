@@ -37,9 +37,19 @@ sys.path.insert(0, str(ROOT))
 from extrapolation import SETTINGS as SCALINGS  # noqa: E402
 from extrapolation import WINDOW  # noqa: E402
 
-import charts  # noqa: E402
-from recipe import Recipe, RecipeError, RlStage, load_recipe, to_toml  # noqa: E402
-from report import format_eta, read_metrics, write_atomically  # noqa: E402
+from engine.files import write_atomically  # noqa: E402
+from lab import charts  # noqa: E402
+from lab.recipe import (  # noqa: E402
+    Recipe,  # noqa: E402
+    RecipeError,  # noqa: E402
+    RlStage,  # noqa: E402
+    load_recipe,  # noqa: E402
+    to_toml,  # noqa: E402
+)
+from lab.report import (  # noqa: E402
+    format_eta,  # noqa: E402
+    read_metrics,  # noqa: E402
+)
 
 TINY = ROOT / "recipes" / "tiny.toml"
 MOST_STEPS = 2  # times --steps: room for shorter responses, never reached otherwise

@@ -28,9 +28,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no input may be looked up elsewhere
 import torch  # noqa: E402
 
 import eval as evaluation  # noqa: E402, F401
-import page  # noqa: E402, F401
 import train  # noqa: E402, F401
-from arithmetic import World, write_world  # noqa: E402
+from lab import page  # noqa: E402, F401
+from lab.arithmetic import (  # noqa: E402
+    World,  # noqa: E402
+    write_world,  # noqa: E402
+)
 
 MOST_SECONDS = 60
 RECIPE = """name = "small"

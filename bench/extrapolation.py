@@ -22,17 +22,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import device as devices  # noqa: E402
-from arithmetic import FILLER  # noqa: E402
-from attempts import Respondent, encode, load_tokenizer, stop_tokens  # noqa: E402
+from engine import device as devices  # noqa: E402
+from engine.attempts import Respondent  # noqa: E402
+from engine.files import write_atomically  # noqa: E402
+from engine.grader import Grader  # noqa: E402
+from engine.run import EVALUATION_DRAW  # noqa: E402
+from engine.tokenizer import (  # noqa: E402
+    encode,  # noqa: E402
+    load_tokenizer,  # noqa: E402
+    stop_tokens,  # noqa: E402
+)
 from eval import evaluate  # noqa: E402
-from model import ModelConfig, extend_window, load  # noqa: E402
-from problems import Problem, read_problems  # noqa: E402
-from recipe import load_recipe  # noqa: E402
-from report import write_atomically  # noqa: E402
-from reward import Grader  # noqa: E402
-from rollout import CacheLimits, Sampling  # noqa: E402
-from start import EVALUATION_DRAW  # noqa: E402
+from lab.arithmetic import FILLER  # noqa: E402
+from lab.problems import (  # noqa: E402
+    Problem,  # noqa: E402
+    read_problems,  # noqa: E402
+)
+from lab.recipe import load_recipe  # noqa: E402
+from model import (  # noqa: E402
+    ModelConfig,  # noqa: E402
+    extend_window,  # noqa: E402
+    load,  # noqa: E402
+)
+from rollout import (  # noqa: E402
+    CacheLimits,  # noqa: E402
+    Sampling,  # noqa: E402
+)
 
 WINDOW, RATIOS = 128, (0.75, 1.0, 1.25, 1.5, 2.0)  # tokens; at 0.75 the end lies where training had been
 INSIDE_FACTOR, SAMPLES, ROWS, SPARE_ROWS = 1.5, 8, 256, 64

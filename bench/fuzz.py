@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from test_fuzz import TARGETS, fuzz  # noqa: E402
 
-from benchmarks import text_table  # noqa: E402
+from lab.benchmarks import text_table  # noqa: E402
 
 
 def main() -> None:

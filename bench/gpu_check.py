@@ -31,10 +31,29 @@ import rollout  # noqa: E402
 from bench.machine import measure_machine  # noqa: E402
 from bench.sampler import Case, run_continuous, run_generate, run_ours  # noqa: E402
 from bench.update import SHAPES  # noqa: E402
-from benchmarks import text_table  # noqa: E402
-from grpo import PolicyLoss, TrainingSequence, pack  # noqa: E402
-from model import Transformer, gathered, initialise, load, parse_config, save  # noqa: E402
-from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, cache_bytes_per_token, generate  # noqa: E402
+from engine.batches import (  # noqa: E402
+    TrainingSequence,  # noqa: E402
+    pack,  # noqa: E402
+)
+from engine.sharding import gathered  # noqa: E402
+from grpo import PolicyLoss  # noqa: E402
+from lab.benchmarks import text_table  # noqa: E402
+from model import (  # noqa: E402
+    Transformer,  # noqa: E402
+    initialise,  # noqa: E402
+    load,  # noqa: E402
+    parse_config,  # noqa: E402
+    save,  # noqa: E402
+)
+from rollout import (  # noqa: E402
+    CacheLimits,  # noqa: E402
+    Prompt,  # noqa: E402
+    Rollout,  # noqa: E402
+    SamplerStats,  # noqa: E402
+    Sampling,  # noqa: E402
+    cache_bytes_per_token,  # noqa: E402
+    generate,  # noqa: E402
+)
 
 SMALL = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

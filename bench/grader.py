@@ -21,9 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import answers  # noqa: E402
 import reward  # noqa: E402
-from problems import read_problems  # noqa: E402
+from engine import grader as graders  # noqa: E402
+from lab import answers  # noqa: E402
+from lab.problems import read_problems  # noqa: E402
 
 FILES = ("aime24", "aime25", "amc23", "minerva", "olympiad")
 
@@ -256,7 +257,7 @@ def wrong_answers(golds: list[tuple[str, ...]], count: int, rng: random.Random) 
     return [pair for pair in dict.fromkeys(pairs) if pair[0]]
 
 
-def seconds_for(grader: reward.Grader, pairs: list[tuple[str, tuple[str, ...]]]) -> float:
+def seconds_for(grader: graders.Grader, pairs: list[tuple[str, tuple[str, ...]]]) -> float:
     """Time to grade (answer, golds) pairs."""
     started = time.perf_counter()
     grader.grade([(boxed(answer), golds) for answer, golds in pairs])
@@ -280,7 +281,7 @@ def main() -> None:
     problems = golds_of(arguments.data)
     rng, table = random.Random(arguments.seed), []
 
-    with reward.Grader(workers=2, thinking=False) as grader:
+    with graders.Grader(workers=2, thinking=False) as grader:
         asked = [(name, gold, golds) for name, golds in problems for gold in golds]
         grades = grader.grade([(boxed(gold), golds) for _, gold, golds in asked])
         wrong = [case for case, grade in zip(asked, grades, strict=True) if grade.verdict != "right"]
@@ -330,7 +331,7 @@ def fuzz(golds: list[str], count: int, seed: int) -> tuple[Counter, list[tuple[s
     """The verdicts on generated answers, and those judged right; progress goes to stderr."""
     verdicts, false_right, started, done = Counter(), [], time.monotonic(), 0
     cases = list(hostile_and_wrong(golds, count, seed))
-    with reward.Grader(workers=2, time_limit_s=2.0, thinking=False) as grader:
+    with graders.Grader(workers=2, time_limit_s=2.0, thinking=False) as grader:
         for first in range(0, count, 200):
             batch = cases[first : first + 200]
             grades = grader.grade([(boxed(answer), [gold]) for _, gold, answer in batch])

@@ -32,7 +32,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from report import DETERMINISTIC, read_metrics  # noqa: E402
+from lab.report import (  # noqa: E402
+    DETERMINISTIC,  # noqa: E402
+    read_metrics,  # noqa: E402
+)
 
 # the whole recipe in seconds: 0.1M parameters, 150 steps of fine-tuning, 7 of RL in three stages, a checkpoint every
 # other step
@@ -100,7 +103,7 @@ def fork(command: list[str], log: int) -> int:
     """train.main in a copy of this process; its id."""
     import torch
 
-    import train  # once, for all launches
+    import train
 
     torch.set_num_threads(1)
     pid = os.fork()
@@ -374,10 +377,12 @@ def saving() -> None:
     """Seconds to save and to check a checkpoint, beside a step of the same model, for two sizes."""
     import torch
 
-    import device
-    from checkpoint import RunState, damage, load_weights_and_optimizer, save_checkpoint
-    from grpo import TrainingSequence, optimizer_step, supervised_loss
-    from model import Transformer, initialise, parse_config, shard
+    from engine import device
+    from engine.batches import TrainingSequence
+    from engine.checkpoint import RunState, damage, load_weights_and_optimizer, save_checkpoint
+    from engine.sharding import shard
+    from grpo import optimizer_step, supervised_loss
+    from model import Transformer, initialise, parse_config
 
     here, tokens = device.start(), torch.arange(512).numpy().astype("int32")
     print("| parameters | checkpoint, MB | a step of 4,096 tokens, s | saving, s | checking, s | loading, s |")

@@ -28,11 +28,24 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as model_file  # noqa: E402
-import plan  # noqa: E402
 import rollout  # noqa: E402
 from bench.machine import LiveBytes  # noqa: E402
-from grpo import PolicyLoss, TrainingSequence, optimizer_step  # noqa: E402
-from model import ModelConfig, Transformer, gathered, initialise, parse_config, shard  # noqa: E402
+from engine.batches import TrainingSequence  # noqa: E402
+from engine.sharding import (  # noqa: E402
+    gathered,  # noqa: E402
+    shard,  # noqa: E402
+)
+from grpo import (  # noqa: E402
+    PolicyLoss,  # noqa: E402
+    optimizer_step,  # noqa: E402
+)
+from lab import plan  # noqa: E402
+from model import (  # noqa: E402
+    ModelConfig,  # noqa: E402
+    Transformer,  # noqa: E402
+    initialise,  # noqa: E402
+    parse_config,  # noqa: E402
+)
 
 
 class LiveFakeBytes(LiveBytes):

@@ -25,17 +25,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.machine import measure_machine  # noqa: E402
-from benchmarks import text_table  # noqa: E402
-from model import Transformer, gathered, load, save  # noqa: E402
+from engine.sharding import gathered  # noqa: E402
+from lab.benchmarks import text_table  # noqa: E402
+from model import (  # noqa: E402
+    Transformer,  # noqa: E402
+    load,  # noqa: E402
+    save,  # noqa: E402
+)
 from rollout import (  # noqa: E402
-    KERNEL_PAGE_TOKENS,
-    CacheLimits,
-    Prompt,
-    SamplerStats,
-    Sampling,
-    cache_bytes_per_token,
-    generate,
-    pages_have_kernels,
+    KERNEL_PAGE_TOKENS,  # noqa: E402
+    CacheLimits,  # noqa: E402
+    Prompt,  # noqa: E402
+    SamplerStats,  # noqa: E402
+    Sampling,  # noqa: E402
+    cache_bytes_per_token,  # noqa: E402
+    generate,  # noqa: E402
+    pages_have_kernels,  # noqa: E402
 )
 
 WIDE128 = {

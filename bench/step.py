@@ -35,8 +35,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import text_table  # noqa: E402
-from problems import Problem, prompt_text, write_problems  # noqa: E402
+from lab.benchmarks import text_table  # noqa: E402
+from lab.problems import (  # noqa: E402
+    Problem,  # noqa: E402
+    prompt_text,  # noqa: E402
+    write_problems,  # noqa: E402
+)
 
 GROUP, MOST_TOKENS, LEARNING_RATE, MANY_STEPS = 8, 64, 1e-6, 100_000
 PHASES = ("sample", "grade", "update")  # of ours; grading is the time that it adds to sampling's, and the wait after it
@@ -89,11 +93,11 @@ def take_turns(row: dict) -> None:
 
 def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
     """train.py on a recipe of one stage, from its start to the end of the steps."""
-    import device
     import train
-    from attempts import Respondent
-    from recipe import Recipe, RlStage, SamplerSettings, to_toml
-    from report import Metrics
+    from engine import device
+    from engine.attempts import Respondent
+    from lab.recipe import Recipe, RlStage, SamplerSettings, to_toml
+    from lab.report import Metrics
 
     @dataclass
     class ParityRespondent(Respondent):
@@ -142,7 +146,7 @@ def run_trl(case: str, model: Path, scratch: Path, batch: int) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from recipe import Recipe
+    from lab.recipe import Recipe
 
     tokens: list[int] = []
 
@@ -236,7 +240,7 @@ def write_wide128(folder: Path) -> Path:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from arithmetic import CHAT_TEMPLATE, SPECIAL
+    from lab.arithmetic import CHAT_TEMPLATE, SPECIAL
     from model import Transformer, initialise, parse_config, save
 
     words = [*SPECIAL, "<|unknown|>", *"abcdefghijklmnopqrstuvwxyzL'\\{}()[]0123456789 +-*/=.,;:?!_"]

@@ -18,7 +18,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from problems import DataError, Problem, write_problems  # noqa: E402
+from lab.problems import (  # noqa: E402
+    DataError,  # noqa: E402
+    Problem,  # noqa: E402
+    write_problems,  # noqa: E402
+)
 
 SIZES = {"held-out": 96, "train": 256, "sft": 320}  # no problem of one is in another
 RECIPE = """# SmolLM2-135M-Instruct on small sums: written by bench/sums.py, every number a choice for two CPU cores.

@@ -33,18 +33,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as models  # noqa: E402
 from bench.machine import measure_machine, peak_of, seconds_of  # noqa: E402
-from benchmarks import text_table  # noqa: E402
-from grpo import PolicyLoss, TrainingSequence, optimizer_step  # noqa: E402
+from engine.batches import TrainingSequence  # noqa: E402
+from engine.offload import Offload  # noqa: E402
+from engine.sharding import shard  # noqa: E402
+from grpo import (  # noqa: E402
+    PolicyLoss,  # noqa: E402
+    optimizer_step,  # noqa: E402
+)
+from lab.benchmarks import text_table  # noqa: E402
 from model import (  # noqa: E402
-    Lora,
-    ModelConfig,
-    Offload,
-    Transformer,
-    add_lora,
-    initialise,
-    initialise_lora,
-    parse_config,
-    shard,
+    Lora,  # noqa: E402
+    ModelConfig,  # noqa: E402
+    Transformer,  # noqa: E402
+    add_lora,  # noqa: E402
+    initialise,  # noqa: E402
+    initialise_lora,  # noqa: E402
+    parse_config,  # noqa: E402
 )
 
 QWEN3 = {
@@ -121,9 +125,9 @@ def useful_flops(config: ModelConfig, lengths: list[int], predicted: int) -> flo
 
 def measure_update(case: Case) -> dict:
     """Run one case in this process."""
-    import device as devices
-    from recipe import RlStage
-    from train import make_optimizer
+    from engine import device as devices
+    from engine.run import make_optimizer
+    from lab.recipe import RlStage
 
     here, clock = devices.start(), time.process_time if case.cpu_time else time.perf_counter
     settings = FEATURES[case.feature]

@@ -7,8 +7,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no test may reach the network
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # on models this small, threads only cost
 
@@ -103,7 +103,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
     """A laptop world of a few problems with a raw model of one layer."""
-    from arithmetic import World, write_world
+    from lab.arithmetic import World, write_world
 
     folder = tmp_path_factory.mktemp("worlds") / "world"
     sizes = {"sft_problems": 1, "train_problems": 5, "held_out_problems": 6, "beyond_problems": 1, "filler_tokens": 3}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import arithmetic
 import model as models
-from arithmetic import FILLER, World, make_problems, make_terms, make_tokenizer, solve, write_sum, write_world
-from attempts import encode_chat, load_tokenizer, stop_tokens
-from problems import DataError, read_problems
+from engine.tokenizer import encode_chat, load_tokenizer, stop_tokens
+from lab import arithmetic
+from lab.arithmetic import FILLER, World, make_problems, make_terms, make_tokenizer, solve, write_sum, write_world
+from lab.problems import DataError, read_problems
 from reward import last_boxed, step_reward
 
 SETS = ("train", "held-out", "beyond-window", "sft")

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import attempts
-from attempts import AttemptStats, GraderError, Respondent, check_grader, deal, load_tokenizer, stop_tokens, whole_work
+from engine import attempts
+from engine.attempts import AttemptStats, GraderError, Respondent, check_grader, deal, whole_work
+from engine.grader import Grader
+from engine.tokenizer import load_tokenizer, stop_tokens
+from lab.problems import read_problems
 from model import load
-from problems import read_problems
-from reward import Grade, Grader
+from reward import Grade
 from rollout import CacheLimits, Prompt, Sampling
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks import BENCHMARKS, PUBLISHED, find_data, published_table, text_table
-from problems import DataError, Problem
-from scores import Response, summarise
+from lab.benchmarks import BENCHMARKS, PUBLISHED, find_data, published_table, text_table
+from lab.problems import DataError, Problem
+from lab.scores import Response, summarise
 
 
 def touch(folder, *names):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-import charts
+from lab import charts
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\x00\ud800"
 ELEMENTS = {"svg", "title", "defs", "g", "path", "text", "use", "clipPath", "rect"}
@@ -324,10 +324,10 @@ def test_charts_may_be_drawn_in_several_threads():
 
 def test_neither_room_imports_matplotlib_before_it_draws_and_pyplot_never():
     code = (
-        "import sys, charts, page; assert 'matplotlib' not in sys.modules; "
+        "import sys; from lab import charts, page; assert 'matplotlib' not in sys.modules; "
         "charts.svg(charts.line_chart('t', {'a': [(0, 1.0)]})); assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(charts.__file__).parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(charts.__file__).parent.parent)
 
 
 @pytest.mark.parametrize("value, text", [(None, "–"), (0, "0"), (0.01234, "0.0123"), (52224, "52,224"),

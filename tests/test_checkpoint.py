@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoint as checkpoints
-import device as devices
 import model as models
-from checkpoint import CheckpointError, RunState, list_checkpoints, load_weights_and_optimizer, read_state
 from data_filter import Visit
-from problems import Problem
+from engine import checkpoint as checkpoints
+from engine import device as devices
+from engine import fingerprint, sharding
+from engine.checkpoint import CheckpointError, RunState, list_checkpoints, load_weights_and_optimizer, read_state
+from lab.problems import Problem
 from rollout import Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ def trained(here, seed):
     """A sharded model and its optimizer, some steps in."""
     model = models.Transformer(models.parse_config(SOURCE))
     models.initialise(model, seed)
-    models.shard(model, here.mesh, here.compute_dtype)
+    sharding.shard(model, here.mesh, here.compute_dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * (seed + 1))
     tokens = torch.arange(9) % 17
     for _ in range(2):
@@ -221,11 +222,13 @@ def test_torch_reports_a_full_disk_itself(here, tmp_path):
 import resource, sys
 from pathlib import Path
 import torch
-import checkpoint, device, model
+import model
+from engine import checkpoint, device
+from engine.sharding import shard
 here, folder = device.start(), Path(sys.argv[1])
 net = model.Transformer(model.parse_config(eval(sys.argv[2])))
 model.initialise(net, 0)
-model.shard(net, here.mesh, here.compute_dtype)
+shard(net, here.mesh, here.compute_dtype)
 optimizer = torch.optim.AdamW(net.parameters())
 checkpoint.save_checkpoint(folder, net, optimizer, checkpoint.RunState(step=1), here, 1)
 state = checkpoint.RunState(step=2, problem_ids=[f"{i:040}" for i in range(10_000)] if sys.argv[3] == "run.pt" else [])
@@ -400,7 +403,7 @@ PRINT = {"recipe": RECIPE, "model": "m1", "code": "c1, torch 2, commit f", "data
     ],
 )
 def test_a_difference_names_what_differs(change, chosen, says):
-    assert checkpoints.differences(PRINT, PRINT | change, chosen) == says
+    assert fingerprint.differences(PRINT, PRINT | change, chosen) == says
 
 
 def test_a_model_is_known_by_its_files(tmp_path):
@@ -414,32 +417,32 @@ def test_a_model_is_known_by_its_files(tmp_path):
         tensors["b"][2] += change == "last weight"
         save_file(tensors, folder / ("other" if change == "name" else "model.safetensors"))
         (folder / "config.json").write_text("{ }" if change == "config" else "{}")
-        seen.add(checkpoints.model_identity(folder))
-        assert checkpoints.model_identity(folder) in seen
+        seen.add(fingerprint.model_identity(folder))
+        assert fingerprint.model_identity(folder) in seen
     assert len(seen) == 5
 
 
 def test_data_is_known_by_ids_texts_and_order():
     some = [Problem("a/1", "1 + 1", ("2",)), Problem("a/2", "1 + 2", ("3",))]
     others = [some[::-1], some[:1], [replace(some[0], id="b/1"), some[1]], [replace(some[0], text="1 + 1 "), some[1]]]
-    assert checkpoints.data_identity(some) == checkpoints.data_identity(list(some))
-    assert len({checkpoints.data_identity(rows) for rows in [some, *others, [[{"role": "user"}]]]}) == 6
+    assert fingerprint.data_identity(some) == fingerprint.data_identity(list(some))
+    assert len({fingerprint.data_identity(rows) for rows in [some, *others, [[{"role": "user"}]]]}) == 6
 
 
 def test_the_program_is_known_by_its_files(tmp_path):
     (tmp_path / "a.py").write_text("1")
-    first = checkpoints.code_version(tmp_path)
+    first = fingerprint.code_version(tmp_path)
     assert "torch " + torch.__version__ in first
     (tmp_path / "notes.md").write_text("no program")
-    assert checkpoints.code_version(tmp_path) == first
+    assert fingerprint.code_version(tmp_path) == first
     (tmp_path / "a.py").write_text("2")
-    assert checkpoints.code_version(tmp_path) != first
+    assert fingerprint.code_version(tmp_path) != first
 
 
 def test_nothing_draws_from_a_generator_that_a_checkpoint_does_not_hold():
     """torch's global state is saved; numpy's and Python's are never drawn from."""
     found = {}
-    for path in ROOT.glob("*.py"):
+    for path in (path for pattern in ("*.py", "engine/*.py", "lab/*.py") for path in ROOT.glob(pattern)):
         text = path.read_text()
         hits = re.findall(r"np\.random\.(?!default_rng|Generator|PCG64)\w+", text)
         if re.search(r"^(import|from) random\b", text, re.MULTILINE):

@@ -19,7 +19,7 @@ from data_filter import (
     verdict,
     zero_variance_share,
 )
-from problems import DataError, Problem
+from lab.problems import DataError, Problem
 
 
 def problem(id, text="", answers=("1",)):

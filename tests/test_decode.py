@@ -8,10 +8,11 @@ import pytest
 import torch
 from test_rollout import AMPLE, LENGTHS, assert_same, full_logits, make_prompts, run, warm
 
-import decode
 import rollout
 from bench.machine import LiveBytes
-from grpo import PolicyLoss, TrainingSequence, optimizer_step
+from engine import decode
+from engine.batches import TrainingSequence
+from grpo import PolicyLoss, optimizer_step
 from model import Lora, Packed, add_lora, initialise_lora, load
 from rollout import CacheLimits, RolloutError, SamplerStats
 

@@ -12,8 +12,8 @@ import pytest
 import torch.distributed as dist
 from conftest import in_processes
 
-import device as devices
-from device import RankError
+from engine import device as devices
+from engine.device import RankError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,7 +121,7 @@ def test_an_alarm_ends_a_process_that_nothing_can_be_raised_in(tmp_path):
 import sys, time, datetime
 sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
-import device
+from engine import device
 store = dist.HashStore()
 store.set("place/1", "0 sampling")
 device._watch = device.Watch(store, 0, 2, datetime.timedelta(seconds=1), alarms=True)
@@ -170,7 +170,8 @@ max_response_tokens = 8
     script.write_text(
         f"""import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import attempts, train
+import train
+from engine import attempts
 generate = attempts.generate
 def faulty(model, prompts, sampling, *rest):
     if os.environ["RANK"] == "1" and sampling.step == 1:

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 import eval as evaluation
-import responses
-from eval import length_curve
-from problems import Problem, read_problems
-from reward import Grader
-from scores import Response, interval
+from engine.grader import Grader
+from lab import evaluation as evaluations
+from lab import responses
+from lab.evaluation import length_curve
+from lab.problems import Problem, read_problems
+from lab.scores import Response, interval
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ["--temperature", "1", "--top-k", "0", "--instruction", ""]
@@ -36,7 +37,7 @@ def command(small_world, tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["eval.py", str(model), *files, *settings, *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            evaluation.main()
+            evaluations.main()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -162,18 +163,18 @@ def test_the_command_line_says_what_it_cannot_do(monkeypatch, capsys):
     ]:
         monkeypatch.setattr("sys.argv", ["eval.py", *words.split()])
         with pytest.raises(SystemExit):
-            evaluation.main()
+            evaluations.main()
         assert sentence in capsys.readouterr().err
 
 
 def test_an_unknown_benchmark_and_an_unknown_schema(command, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["eval.py", "no-model", "--data", "aime26"])
     with pytest.raises(SystemExit, match="aime26 is no file, .* known are aime24, aime25, "):
-        evaluation.main()
+        evaluations.main()
     (tmp_path / "odd.jsonl").write_text('{"prob": 1, "ans": 2}\n')
     monkeypatch.setattr("sys.argv", ["eval.py", "no-model", "--data", str(tmp_path / "odd.jsonl")])
     with pytest.raises(SystemExit, match="has the columns prob, ans, which is no known schema"):
-        evaluation.main()
+        evaluations.main()
 
 
 def test_a_problem_without_an_answer_counts_unless_it_is_to_be_left_out(command, small_world, tmp_path, capsys):
@@ -252,7 +253,7 @@ def test_more_samples_are_added_to_those_that_are_there(command, tmp_path, monke
     fewer, _ = command("-n", 2, "--max-tokens", 6, "--limit", 3, out="grown")
     assert fewer["evaluations"][0]["n"] == 2
     monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "grown"), "--out", str(tmp_path / "again")])
-    evaluation.main()  # of the two that the settings speak of
+    evaluations.main()  # of the two that the settings speak of
     regraded = json.loads((tmp_path / "again" / "results.json").read_text())
     assert strip(regraded) == strip(fewer)
 
@@ -362,7 +363,7 @@ def made_up(monkeypatch):
 
         return [[response(problem, i) for i in range(n)] for problem in problems]
 
-    monkeypatch.setattr(evaluation.Recorder, "respond", respond)
+    monkeypatch.setattr(responses.Recorder, "respond", respond)
     return made
 
 
@@ -460,7 +461,7 @@ def test_a_curve_goes_on_where_it_stopped_and_ends_the_same(command, tmp_path, m
     assert (tmp_path / "cut/results.json").read_text() == (tmp_path / "whole/results.json").read_text()
     with pytest.raises(SystemExit, match="holds a curve, not an evaluation"):
         monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "cut"), "--out", str(tmp_path / "no")])
-        evaluation.main()
+        evaluations.main()
 
 
 def test_the_length_curve_cuts_responses_by_hand():
@@ -519,12 +520,12 @@ def test_compare_pairs_problems(command, tmp_path, monkeypatch, capsys):
         responses.write_responses(path, rows)
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["eval.py", "--compare", str(tmp_path / "a"), str(tmp_path / "b")])
-    evaluation.main()
+    evaluations.main()
     line = capsys.readouterr().out.splitlines()[-1].split()
     assert line[:4] == ["held-out", "0.0", "16.7", "+16.7"] and line[-4:] == ["1", "0", "5", "0"]
     monkeypatch.setattr("sys.argv", ["eval.py", "--compare", str(tmp_path / "a"), str(tmp_path)])
     with pytest.raises(SystemExit, match="is no evaluation: it has no settings.json"):
-        evaluation.main()
+        evaluations.main()
 
 
 def test_regrade_grades_stored_responses_again(command, tmp_path, monkeypatch, capsys):
@@ -537,13 +538,13 @@ def test_regrade_grades_stored_responses_again(command, tmp_path, monkeypatch, c
     boxed = [Response(**asdict(r) | {"text": rf"</think> \boxed{{{golds[r.problem_id]}}}"}) for r in rows[:3]]
     responses.write_responses(path, boxed + rows[3:])
     monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
-    evaluation.main()
+    evaluations.main()
     results, again = read_out(tmp_path / "new")
     assert [row["verdict"] for row in again] == ["right"] * 3 + ["no answer"] * 9
     assert results["evaluations"][0]["avg"] == 0.25
     assert "held-out: 12 responses graded again; 3 no answer -> right" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="new exists already; give another --out"):
-        evaluation.main()
+        evaluations.main()
 
 
 def test_folders_that_are_broken_or_unfinished_are_refused(command, tmp_path, monkeypatch):
@@ -552,7 +553,7 @@ def test_folders_that_are_broken_or_unfinished_are_refused(command, tmp_path, mo
 
     def regrade():
         monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
-        evaluation.main()
+        evaluations.main()
 
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import data_filter
 from data_filter import History, Visit
-from problems import DataError, Problem, read_problems, write_problems
+from engine import checkpoint
+from lab import difficulty
+from lab.problems import DataError, Problem, read_problems, write_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ["-n", "4", "--temperature", "1", "--max-tokens", "10", "--instruction", "", "--rows", "6"]
@@ -56,7 +57,7 @@ def command(monkeypatch):
         monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, words)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            data_filter.main()
+            difficulty.main()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

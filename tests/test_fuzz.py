@@ -21,13 +21,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from arithmetic import World
 from data_filter import History, Visit
-from problems import DataError, has_chats, read_chats, read_problems, write_problems
-from recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
-from report import Metrics, MetricsError, read_metrics
-from responses import read_responses
-from scores import Response
+from lab.arithmetic import World
+from lab.problems import DataError, has_chats, read_chats, read_problems, write_problems
+from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
+from lab.report import Metrics, MetricsError, read_metrics
+from lab.responses import read_responses
+from lab.scores import Response
 
 EXAMPLES = 150  # of each target, in the test suite
 MOST_SECONDS = 5.0  # of one example: more is a hang

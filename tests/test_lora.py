@@ -15,10 +15,14 @@ from conftest import VOCABULARY, in_processes
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-import checkpoint as checkpoints
-import device as devices
 import model as model_file
-from grpo import TrainingSequence, optimizer_step, supervised_loss
+from engine import checkpoint as checkpoints
+from engine import device as devices
+from engine import sharding
+from engine.batches import TrainingSequence
+from engine.sharding import gathered, shard
+from grpo import optimizer_step, supervised_loss
+from lab.recipe import LoraSettings, Recipe, RecipeError, load_recipe, to_toml
 from model import (
     LORA_TARGETS,
     Linear,
@@ -27,16 +31,13 @@ from model import (
     Packed,
     Transformer,
     add_lora,
-    gathered,
     initialise_lora,
     load,
     load_weights,
     merge_lora,
     read_config,
     save,
-    shard,
 )
-from recipe import LoraSettings, Recipe, RecipeError, load_recipe, to_toml
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = [("qwen3", True), ("qwen2", False), ("llama", True)]
@@ -96,7 +97,7 @@ def stir(model: Transformer) -> Transformer:
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
-            model_file.fill(parameter, 0.1 * torch.randn(parameter.shape, generator=generator))
+            sharding.fill(parameter, 0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

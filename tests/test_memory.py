@@ -12,15 +12,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import device as devices
 import grpo
 import model as models
-import optimizer as optimizers
 import train
-from checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
-from device import out_of_memory
-from grpo import PolicyLoss, TrainingSequence, UpdateError
-from optimizer import HostAdamW
+from engine import device as devices
+from engine import offload as offloading
+from engine import optimizer as optimizers
+from engine import run as runs
+from engine import sharding
+from engine.batches import TrainingSequence
+from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
+from engine.memory import out_of_memory
+from engine.optimizer import HostAdamW
+from grpo import PolicyLoss, UpdateError
 
 SOURCE = {
     "model_type": "qwen3", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
@@ -43,7 +47,7 @@ def tiny(mesh=None, seed=0):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.2)
     if mesh is not None:
-        models.shard(model, mesh, torch.float32)
+        sharding.shard(model, mesh, torch.float32)
     return model
 
 
@@ -209,7 +213,7 @@ def device_types():
 
 
 def prepared(model, recompute, offload):
-    shared = models.Offload(torch.cuda.Stream() if model.device.type == "cuda" else None)
+    shared = offloading.Offload(torch.cuda.Stream() if model.device.type == "cuda" else None)
     for layer in model.model.layers:
         layer.recompute, layer.offload = recompute, shared if offload else None
     return model
@@ -256,8 +260,9 @@ def test_offloaded_inputs_of_a_sharded_model(here):
 
 
 def test_no_layer_input_stays_on_the_device(monkeypatch):
-    moved, keep = [], models.Offload.keep
-    monkeypatch.setattr(models.Offload, "keep", lambda self, x, layer: moved.append(x.shape) or keep(self, x, layer))
+    moved, keep = [], offloading.Offload.keep
+    kept = lambda self, x, layer: moved.append(x.shape) or keep(self, x, layer)  # noqa: E731
+    monkeypatch.setattr(offloading.Offload, "keep", kept)
     alive = {}
     for offload in (False, True):
         model, seen = prepared(tiny(), True, offload), []
@@ -424,7 +429,7 @@ def test_the_smaller_budget_is_kept_and_said_once(here, monkeypatch, capsys):
         run_out(patch, "forward", (1,))
         for _ in range(2):
             optimizer = Recorder(model.parameters(), lr=0.0)
-            stats = train.update_model(run, optimizer, ragged_sequences(), PolicyLoss(), stage)
+            stats = runs.update_model(run, optimizer, ragged_sequences(), PolicyLoss(), stage)
     assert stats.memory_retries == 0 and stats.micro_batch_tokens == run.micro_batch_tokens < 80
     said = capsys.readouterr().out
     assert said.count("out of memory") == 1 and said.startswith("step 7: ")

@@ -18,21 +18,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
+from engine.attention import packed_attention, padded_runs
+from engine.sharding import gathered, shard
 from model import (
     ModelError,
     Packed,
     TokenLogprobs,
     Transformer,
     extend_window,
-    gathered,
     initialise,
     load,
-    packed_attention,
-    padded_runs,
     parse_config,
     read_config,
     save,
-    shard,
 )
 from yarn import Yarn
 

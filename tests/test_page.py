@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import charts
-import page
-import report
+from lab import charts, page, report
+
+ROOT = Path(__file__).resolve().parent.parent
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\x00\ud800"
 VOID = {"meta", "br", "hr", "link", "img", "input"}
@@ -276,6 +276,6 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 
 
 def test_the_command_line_refuses_a_folder_that_is_no_run(tmp_path):
-    done = subprocess.run([sys.executable, page.__file__, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "lab.page", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "usage: python page.py RUN, a folder with a metrics.jsonl" in done.stderr
+    assert "usage: python -m lab.page RUN, a folder with a metrics.jsonl" in done.stderr

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import plan
 import rollout
 from bench.sampler import Case, roofline_seconds
-from grpo import PolicyLoss, TrainingSequence, optimizer_step
+from engine.batches import TrainingSequence
+from grpo import PolicyLoss, optimizer_step
+from lab import plan
+from lab.recipe import RecipeError, load_recipe
 from model import ModelError, Transformer, initialise_lora, parse_config
-from recipe import RecipeError, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 specification = importlib.util.spec_from_file_location("bench_plan", ROOT / "bench" / "plan.py")

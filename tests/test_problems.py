@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import problems
-from problems import (
+from lab import problems
+from lab.problems import (
     INSTRUCTION,
     DataError,
     Problem,

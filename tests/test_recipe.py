@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from arithmetic import World
-from recipe import Recipe, RecipeError, RlStage, SftStage, VariantSettings, load_recipe, to_toml
-from start import evaluation_sampling, training_sampling
-from train import learning_rate, make_optimizer
+from engine.run import evaluation_sampling, make_optimizer, training_sampling
+from lab.arithmetic import World
+from lab.recipe import Recipe, RecipeError, RlStage, SftStage, VariantSettings, load_recipe, to_toml
+from train import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(ROOT.glob("recipes/*.toml"))

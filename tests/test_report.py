@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import report
+from lab import report
 
 
 def test_read_metrics_drops_a_cut_last_line_and_says_so(tmp_path, capsys):

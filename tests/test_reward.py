@@ -15,10 +15,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import answers  # noqa: E402
-import reward  # noqa: E402
-from answers import number  # noqa: E402
-from reward import Grader, format_reward, last_boxed, step_reward  # noqa: E402
+from engine import grader as graders  # noqa: E402
+from engine.grader import Grader  # noqa: E402
+from lab import answers  # noqa: E402
+from lab.answers import number  # noqa: E402
+from reward import (  # noqa: E402
+    format_reward,  # noqa: E402
+    last_boxed,  # noqa: E402
+    step_reward,  # noqa: E402
+)
 
 DATA = ROOT.parent / "shared" / "data" / "math"
 
@@ -198,7 +203,7 @@ def test_a_dead_worker_is_replaced():
 
 def test_a_worker_that_talks_nonsense_is_replaced(monkeypatch):
     with Grader() as grader:
-        real, told = reward._Worker.read, []
+        real, told = graders._Worker.read, []
 
         def read(worker, limit_s):
             reply = real(worker, limit_s)
@@ -207,7 +212,7 @@ def test_a_worker_that_talks_nonsense_is_replaced(monkeypatch):
                 return {"id": -1, "right": True}
             return reply
 
-        monkeypatch.setattr(reward._Worker, "read", read)
+        monkeypatch.setattr(graders._Worker, "read", read)
         verdicts = [g.verdict for g in grader.grade([(boxed("y+1"), ["1+y"]), (boxed("z+1"), ["1+z"])])]
         assert verdicts == ["grader failed", "right"]
 
@@ -258,7 +263,7 @@ def test_no_worker_is_left_behind():
     assert not _alive(worker)
 
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from reward import Grader\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from engine.grader import Grader\n"
         r"g = Grader(thinking=False); g.grade([(r'\boxed{y}', ['x'])]); print(g._slots[0].process.pid, flush=True)"
         "\nraise SystemError('the run fell over')"
     )
@@ -269,7 +274,7 @@ def test_no_worker_is_left_behind():
 
 def test_a_killed_parent_leaves_no_worker():
     script = (
-        "import sys, os; sys.path.insert(0, sys.argv[1]); from reward import Grader\n"
+        "import sys, os; sys.path.insert(0, sys.argv[1]); from engine.grader import Grader\n"
         r"g = Grader(thinking=False); g.grade([(r'\boxed{y}', ['x'])]); print(g._slots[0].process.pid, flush=True)"
         "\nos.kill(os.getpid(), 9)"
     )

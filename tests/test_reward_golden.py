@@ -15,10 +15,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import grader as bench  # noqa: E402
 
-import answers  # noqa: E402
-import reward  # noqa: E402
-from answers import normal_form  # noqa: E402
-from reward import Grader  # noqa: E402
+from engine import grader as graders  # noqa: E402
+from engine.grader import Grader  # noqa: E402
+from lab import answers  # noqa: E402
+from lab.answers import normal_form  # noqa: E402
 
 R, W = True, False
 
@@ -674,7 +674,7 @@ def test_a_verdict_is_kept_for_the_next_same_answer_but_no_failure_is(monkeypatc
 
 
 def test_few_verdicts_are_kept(monkeypatch):
-    monkeypatch.setattr(reward, "CACHED_VERDICTS", 3)
+    monkeypatch.setattr(graders, "CACHED_VERDICTS", 3)
     with Grader() as grader:
         assert all(g.correct for g in grader.grade([(boxed(f"{i}+y"), [f"y+{i}"]) for i in range(6)]))
         assert [key[-1] for key in grader._verdicts] == ["3+y", "4+y", "5+y"]

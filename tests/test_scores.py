@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from problems import Problem
-from scores import (
+from lab.problems import Problem
+from lab.scores import (
     Response,
     accuracy_by,
     compare,

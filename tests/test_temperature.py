@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from problems import Problem
+from eval import TemperaturePoint, find_zones, has_collapsed, match_diversity, measure_temperature, never_rising
+from lab.problems import Problem
+from lab.scores import Response
 from rollout import distinct_share
-from scores import Response
-from temperature import TemperaturePoint, find_zones, has_collapsed, match_diversity, measure_temperature, never_rising
 
 PROBLEMS = [Problem(str(i), "?", ("1",)) for i in range(400)]
 

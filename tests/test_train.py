@@ -18,15 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data_filter
-import eval as evaluation
-import start
+import grpo
 import train
 from bench import interrupt
-from checkpoint import CheckpointError, RunState
-from problems import DataError
-from recipe import load_recipe
-from report import DETERMINISTIC, Metrics
+from engine import fingerprint, run_folder
+from engine import run as start
+from engine.checkpoint import CheckpointError, RunState
+from lab import difficulty
+from lab.problems import DataError
+from lab.recipe import load_recipe
+from lab.report import DETERMINISTIC, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 # a model of 0.1M parameters that learns in seconds to write the format, and now and then a right answer
@@ -222,14 +223,14 @@ def main(monkeypatch, *arguments):
 
 
 def test_asked_to_stop_in_the_update_saves_the_step_before_it(finished, last_stage, monkeypatch, capsys):
-    step = train.optimizer_step
+    step = grpo.optimizer_step
 
     def asked(*arguments):
         signal.raise_signal(signal.SIGTERM)
         return step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "optimizer_step", asked)
+        patch.setattr(start, "optimizer_step", asked)
         assert main(patch, "--resume", last_stage) is None
     assert "stopped after step 156" in capsys.readouterr().out and (last_stage / "resume-me").exists()
     assert main(monkeypatch, "--resume", last_stage) is None
@@ -265,7 +266,7 @@ def test_a_resume_that_does_not_match_says_what_differs_and_wants_a_flag(last_st
 def test_another_program_wants_a_flag_and_a_value_set_on_purpose_does_not(last_stage, monkeypatch):
     monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(train.RecipeError("it goes on")))
     with monkeypatch.context() as patch:
-        patch.setattr(start, "code_version", lambda folder: "another, torch 9, commit 0")
+        patch.setattr(run_folder, "code_version", lambda folder: "another, torch 9, commit 0")
         assert "otherwise: code was " in main(patch, "--resume", last_stage)
     rate = ("--set", "stage.3.learning_rate=1e-5")
     assert main(monkeypatch, "--resume", last_stage, *rate) == "train.py: it goes on"
@@ -286,31 +287,31 @@ def test_a_damaged_only_checkpoint_is_no_beginning_from_nothing(last_stage, monk
 
 
 def test_a_run_in_progress_is_not_resumed_beside_itself(last_stage, monkeypatch):
-    held = start.hold(last_stage)
+    held = run_folder.hold(last_stage)
     assert "is being written by another process" in main(monkeypatch, "--resume", last_stage)
     os.close(held)
-    os.close(start.hold(last_stage))
+    os.close(run_folder.hold(last_stage))
 
 
 def test_resume_without_a_name_takes_the_newest_unfinished_run_of_the_very_recipe(finished, tmp_path):
     text = (finished[0] / "recipe.toml").read_text()
     recipe = load_recipe(finished[0] / "recipe.toml")
-    assert start.find_unfinished(tmp_path, recipe, False) is None
+    assert run_folder.find_unfinished(tmp_path, recipe, False) is None
     for age, (name, said) in enumerate(
         {"tiny": text, "tiny-2": text, "tiny-3": text.replace("\nseed = 0", "\nseed = 1", 1), "tiny-new": text}.items()
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.toml").write_text(said)
         os.utime(tmp_path / name / "recipe.toml", (1e9 + age, 1e9 + age))
-    assert start.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny-2"
-    assert start.find_unfinished(tmp_path, recipe, True) == tmp_path / "tiny-3"
+    assert run_folder.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny-2"
+    assert run_folder.find_unfinished(tmp_path, recipe, True) == tmp_path / "tiny-3"
     (tmp_path / "tiny-2" / "finished").touch()
-    assert start.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny"
+    assert run_folder.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny"
     (tmp_path / "tiny" / "finished").touch()
     with pytest.raises(CheckpointError, match=r"tiny-3 \(recipe: seed was 1, is 0\): name one with --resume RUN"):
-        start.find_unfinished(tmp_path, recipe, False)
+        run_folder.find_unfinished(tmp_path, recipe, False)
     (tmp_path / "tiny-3" / "finished").touch()
-    assert start.find_unfinished(tmp_path, recipe, False) is None
+    assert run_folder.find_unfinished(tmp_path, recipe, False) is None
 
 
 def test_gradients_that_stay_nonfinite_stop_the_run_with_the_batch(tmp_path, monkeypatch, capsys):
@@ -443,11 +444,11 @@ def test_the_tools_filter_and_drop_as_the_run_did(finished, tmp_path, monkeypatc
     ):
         out = tmp_path / f"{label.replace(' ', '-')}.jsonl"
         monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, [*words, data, out]), *option])
-        data_filter.main()
+        difficulty.main()
         # the run dropped from what the filter before it had left, the tool from all
         assert len(out.read_text().splitlines()) == filters[label]["kept"], label
     first = json.loads((folder / "pass-rates-1.jsonl").read_text().splitlines()[0])["settings"]
-    assert first["weights"] == evaluation.fingerprint(folder / "stage-0") and first["n"] == 8
+    assert first["weights"] == fingerprint.fingerprint(folder / "stage-0") and first["n"] == 8
 
 
 # --------------------------------------------------------------------------- twice in the data, or in a benchmark
@@ -609,6 +610,6 @@ def test_errors_reach_the_shell(tmp_path):
 def test_a_second_run_gets_its_own_folder(tmp_path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "keep").write_text("mine")
-    assert start.new_folder(tmp_path, "tiny") == tmp_path / "tiny-2"
-    assert start.new_folder(tmp_path, "tiny") == tmp_path / "tiny-3"
+    assert run_folder.new_folder(tmp_path, "tiny") == tmp_path / "tiny-2"
+    assert run_folder.new_folder(tmp_path, "tiny") == tmp_path / "tiny-3"
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["keep"]

@@ -14,16 +14,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-import device as devices
 import grpo
 import model as models
 import train
-from attempts import Attempt, AttemptStats
-from checkpoint import RunState, read_state, save_checkpoint
-from grpo import Group, PolicyLoss, Sinks, TrainingSequence
-from problems import Problem
-from recipe import Recipe, RlStage
-from reward import Grade, Grader
+from engine import batches as batching
+from engine import device as devices
+from engine import run as runs
+from engine import sharding
+from engine.attempts import Attempt, AttemptStats
+from engine.batches import TrainingSequence
+from engine.checkpoint import RunState, read_state, save_checkpoint
+from engine.grader import Grader
+from grpo import Group, PolicyLoss, Sinks
+from lab.problems import Problem
+from lab.recipe import Recipe, RlStage
+from reward import Grade
 from rollout import CacheLimits, Prompt, Rollout, Sampling, generate
 
 EOS = PAD = 0  # as in the laptop world and in Qwen's base models
@@ -204,7 +209,7 @@ def in_two_processes(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = tiny_model()
-    models.shard(model, init_device_mesh("cpu", (2,)), torch.float32)
+    sharding.shard(model, init_device_mesh("cpu", (2,)), torch.float32)
     results = []
     for most_tokens in (1, 12, 10_000):
         optimizer = Recorder(model.parameters(), lr=0.0)
@@ -313,7 +318,7 @@ def here():
 
 def test_rescue_survives_a_resume(here, tmp_path):
     model = tiny_model()
-    models.shard(model, here.mesh, here.compute_dtype)
+    sharding.shard(model, here.mesh, here.compute_dtype)
     state, seen = RunState(step=3), group("p", [0, 1, 0, 1])
     for place, one in enumerate(seen.rollouts):
         one.logprobs[:] = [-0.1 * (place + 1), -1e-7]
@@ -388,7 +393,7 @@ def run_stage(monkeypatch, script, **settings):
         updates.append((state.step, sequences))
         return real_update(run, optimizer, sequences, *rest)
 
-    real_update = train.update_model
+    real_update = runs.update_model
     for name, stand_in in {
         "stage_problems": lambda *_: problems,
         "make_optimizer": lambda run, stage: torch.optim.AdamW(model.parameters(), lr=1e-2),
@@ -462,7 +467,7 @@ def test_the_dual_clip_acts_on_negative_advantages_only():
 
 
 def test_end_of_sequence_is_in_the_loss_even_where_it_is_the_pad_token():
-    batch = grpo.pack([TrainingSequence(np.array([3, 4, 5, EOS], dtype=np.int32), 2)], torch.device("cpu"))
+    batch = batching.pack([TrainingSequence(np.array([3, 4, 5, EOS], dtype=np.int32), 2)], torch.device("cpu"))
     assert batch.targets.tolist() == [5, EOS] and batch.predict.tolist() == [1, 2]
     # and its log-prob has a gradient: one EOS of the policy's own per response, none of the prompt's
     g = group("p", [1, 0, 0])

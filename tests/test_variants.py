@@ -10,8 +10,8 @@ from test_traps import Table, fast_update, group, ragged_groups, run_stage, slow
 
 import grpo
 from grpo import PolicyLoss, RatioStats, UpdateStats
-from recipe import RlStage, VariantSettings
-from variants import GspoLoss, centred, choose_loss, mini_batches, over_steps, punish_overlong
+from lab.recipe import RlStage, VariantSettings
+from lab.variants import GspoLoss, centred, choose_loss, mini_batches, over_steps, punish_overlong
 
 LIMIT = 12  # max_response_tokens
 SIZE = 6  # of a group

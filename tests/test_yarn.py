@@ -6,19 +6,8 @@ import math
 import pytest
 import torch
 
-from yarn import (
-    Llama3Scaling,
-    Rope,
-    RopeError,
-    Yarn,
-    attention_factor,
-    frequencies,
-    rope_from_config,
-    rope_to_config,
-    rotate,
-    rotation,
-    yarn_ramp,
-)
+from engine.huggingface import rope_from_config, rope_to_config
+from yarn import Llama3Scaling, Rope, RopeError, Yarn, attention_factor, frequencies, rotate, rotation, yarn_ramp
 
 WINDOW = 131_072
 ROPES = {

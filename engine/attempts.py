@@ -4,25 +4,25 @@ Each process answers its share of the problems, grades every response while the 
 attempts are exchanged, so that every process sees all of them in the same order.
 """
 
-import json
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from device import Device, Interrupted, StopRequest, enter
-from model import ModelError, Transformer, gathered
-from problems import DataError, Problem, prompt_text
-from report import format_eta
-from reward import Grade, Grader
+from engine.device import Device, Interrupted, StopRequest, enter
+from engine.grader import Grader
+from engine.sharding import gathered
+from engine.tokenizer import encode_chat
+from lab.problems import DataError, Problem, prompt_text
+from lab.report import format_eta
+from model import Transformer
+from reward import Grade
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate
 
 SECONDS_BETWEEN_LINES = 10.0
-MOST_PADDING = 1024  # rows by which an embedding may exceed its tokenizer, to a round number (Qwen2.5: 399)
 LEAST_FAILURES = 5  # fewer failures of the grader than this stop nothing, whatever their share
 
 
@@ -65,52 +65,6 @@ def check_grader(verdicts: Mapping[str, int], most_failed_share: float) -> None:
             f"{most_failed_share:.1%} allowed): see that math-verify imports and that its workers have the memory they "
             f"need, or allow a larger share (reward.most_failed_share in a recipe, --most-failed-share of eval.py)"
         )
-
-
-def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, checked against the model."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
-    if len(tokenizer) > model.config.vocab_size:
-        raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}"
-        )
-    if len(tokenizer) < model.config.vocab_size - MOST_PADDING:
-        raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: more than "
-            f"padding explains; take the tokenizer that belongs to the model"
-        )
-    if not tokenizer.chat_template:
-        raise ModelError(f"{folder}: the tokenizer has no chat template; add a chat_template.jinja to the folder")
-    return tokenizer
-
-
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: Path) -> tuple[int, ...]:
-    """Every token that ends a response: the tokenizer's, the config's and the generation config's."""
-    found = {tokenizer.eos_token_id}
-    sources = [model.config.source]
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        sources.append(json.loads(generation.read_text()))
-    for source in sources:
-        ends = source.get("eos_token_id")
-        found |= set(ends) if isinstance(ends, list) else {ends}
-    found.discard(None)
-    if not found:
-        raise ModelError(f"{folder}: neither tokenizer nor config names an end-of-sequence token")
-    return tuple(sorted(found))
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Text to tokens, with nothing added: the chat template has written what belongs there."""
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) -> list[int]:
-    """A chat up to the place where the assistant is to reply."""
-    return encode(tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 @dataclass

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
-from arithmetic import World
-from problems import INSTRUCTION
+from lab.arithmetic import World
+from lab.problems import INSTRUCTION
 
 MOST_SHOWN = 200  # characters of what a recipe holds, in an error
 
@@ -218,7 +218,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = ", ".join(sorted(str(p) for p in Path(__file__).parent.glob("recipes/*.toml")))
+        known = ", ".join(sorted(str(p) for p in Path(__file__).parent.parent.glob("recipes/*.toml")))
         raise RecipeError(f"{path}: no such recipe file (there are {known})") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None

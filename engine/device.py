@@ -295,16 +295,6 @@ def last_words(error: BaseException, program: str, expected: tuple[type[BaseExce
     return 1
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, the accelerator's or the CPU's, had nothing left to give."""
-    if error.__context__ is not None and out_of_memory(error.__context__):  # such as a graph's capture cut short
-        return True
-    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
-
-
 class Interrupted(Exception):
     """Sampling was abandoned because the run was asked to stop; every process raises it."""
 

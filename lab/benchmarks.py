@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from problems import DATA_FILES, HUB_ID, DataError
-from scores import Evaluation
+from lab.problems import DATA_FILES, HUB_ID, DataError
+from lab.scores import Evaluation
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Drawn from metrics.jsonl, rollouts.jsonl and recipe.toml; can be rebuilt at any time, also while the run goes on:
 
-    python page.py runs/NAME
+    python -m lab.page runs/NAME
 """
 
 import html
@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from charts import BINS, bar_chart, clean, format_number, line_chart, number, panels, svg
-from report import format_eta, read_metrics, write_atomically
+from engine.files import write_atomically
+from lab.charts import BINS, bar_chart, clean, format_number, line_chart, number, panels, svg
+from lab.report import format_eta, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -362,7 +363,7 @@ def write_report(folder: Path) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").exists():
-        sys.exit("usage: python page.py RUN, a folder with a metrics.jsonl")
+        sys.exit("usage: python -m lab.page RUN, a folder with a metrics.jsonl")
     try:
         print(write_report(Path(sys.argv[1])))
     except (ValueError, OSError) as error:

@@ -24,19 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo import (
-    Group,
-    PolicyLoss,
-    RatioStats,
-    TokenBatch,
-    TokenLoss,
-    TrainingSequence,
-    UpdateStats,
-    advantages,
-    ratio_sums,
-    training_sequences,
-)
-from recipe import RlStage
+from engine.batches import TokenBatch, TrainingSequence
+from grpo import Group, PolicyLoss, RatioStats, TokenLoss, UpdateStats, advantages, ratio_sums, training_sequences
+from lab.recipe import RlStage
 
 # ----------------------------------------------------------------------------------------------------- losses
 

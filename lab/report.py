@@ -7,11 +7,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
+
+from engine.files import write_atomically
 
 FILES = ("metrics.jsonl", "rollouts.jsonl")
 # what a row says that depends on neither times, rates nor memory: an interrupted run equals an uninterrupted one in
@@ -132,28 +134,6 @@ def _summary_writer(folder: Path, purge_step: int | None = None):
             "TensorBoard was asked for but is not installed: `pip install tensorboard`, or switch it off."
         ) from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-
-
-def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write under another name, then rename: the path holds the old bytes or all of the new ones."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(chunks)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk: a rename that the machine's end must not undo."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some file systems cannot do it for folders, and need not
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def whole_lines(folder: Path) -> list[int]:

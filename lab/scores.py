@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from answers import normal_form
-from problems import Problem
+from lab.answers import normal_form
+from lab.problems import Problem
 from rollout import distinct_ngrams
 
 NORMAL_95 = 1.959964  # half the width of a 95% interval in standard errors

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from attempts import Attempt, AttemptStats, Respondent, check_grader, deal
-from benchmarks import file_name
-from device import Interrupted
-from problems import DataError, Problem, read_problems
-from report import write_atomically
+from engine.attempts import Attempt, AttemptStats, Respondent, check_grader, deal
+from engine.device import Interrupted
+from engine.files import write_atomically
+from lab.benchmarks import file_name
+from lab.problems import DataError, Problem, read_problems
+from lab.scores import Response
 from rollout import Prompt, Sampling
-from scores import Response
 
 
 def response_of(name: str, attempt: Attempt, cuts: dict[str, int] | None = None) -> Response:

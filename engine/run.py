@@ -5,76 +5,46 @@ a run that was made otherwise than it is to go on, a folder that another process
 """
 
 import argparse
-import fcntl
-import glob
-import json
-import math
-import os
-import platform
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import count
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
-import transformers
 
-from arithmetic import write_world
-from attempts import Respondent, encode, encode_chat, load_tokenizer, stop_tokens
-from benchmarks import find_data
-from checkpoint import (
-    CheckpointError,
-    RunState,
-    code_version,
-    data_identity,
-    differences,
-    git_commit,
-    model_identity,
-    read_state,
-    together,
-)
 from data_filter import DataOrder
-from device import Device, StopRequest
-from grpo import TrainingSequence
-from model import (
-    Lora,
-    ModelConfig,
-    Offload,
-    Transformer,
-    add_lora,
-    extend_window,
-    initialise_lora,
-    load_weights,
-    read_config,
-    resolve_folder,
-    shard,
+from engine.attempts import Respondent
+from engine.batches import TrainingSequence
+from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
+from engine.device import Device, Interrupted, StopRequest
+from engine.grader import Grader
+from engine.offload import Offload
+from engine.optimizer import HostAdamW
+from engine.run_folder import (
+    FINISHED,
+    WANTS_RESUMING,
+    final_config,
+    model_config,
+    model_source,
+    open_run,
+    problems_of,
+    steps_left,
 )
-from problems import (
-    DATA_FILES,
-    DataError,
-    Problem,
-    benchmark_copies,
-    duplicated,
-    existing_file,
-    has_chats,
-    read_chats,
-    read_problems,
-)
-from recipe import EvalSettings, FinalSettings, Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
-from report import Metrics, read_metrics, whole_lines, write_atomically
-from reward import Grader
+from engine.sharding import shard
+from engine.tokenizer import encode, encode_chat, load_tokenizer, stop_tokens
+from grpo import TokenLoss, UpdateError, UpdateStats, optimizer_step
+from lab.benchmarks import find_data
+from lab.problems import DataError, Problem, benchmark_copies, duplicated, has_chats, read_chats, read_problems
+from lab.recipe import EvalSettings, FinalSettings, Recipe, RlStage, SftStage
+from lab.report import Metrics, console_line, new_alarms, read_metrics
+from model import Lora, Transformer, add_lora, initialise_lora, load_weights
 from rollout import CacheLimits, Sampling, cache_bytes_per_token, check_requests
 
 # samples drawn for a purpose other than a training step are counted from a place of their own
 EVALUATION_DRAW, SEARCH_DRAW = -1, -3
 FEW = 3  # pairs of problems that guard_data names
-WANTS_RESUMING = "resume-me"  # in a run's folder: it was asked to stop, and wants to go on
-FINISHED = "finished"  # and: it came to its end
-AGREED = "agreed.json"  # and: what changed on purpose since its newest checkpoint, so that it is asked once
 
 
 @dataclass
@@ -135,192 +105,6 @@ def start_run(arguments: argparse.Namespace, device: Device) -> Run:
     return run
 
 
-# ----------------------------------------------------------------------------------------- a folder, new or found again
-
-
-def new_name(parent: Path, name: str, ending: str = "") -> Path:
-    """NAME, or NAME-2 and so on when that is taken: nothing is ever overwritten."""
-    numbered = (parent / f"{name}{f'-{number}' if number > 1 else ''}{ending}" for number in count(1))
-    return next(path for path in numbered if not path.exists())
-
-
-def new_folder(parent: Path, name: str) -> Path:
-    """A new folder runs/NAME, or runs/NAME-2 and so on."""
-    while True:
-        try:
-            folder = new_name(parent, name)
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:  # another run took the name in the meantime
-            continue
-        except OSError as error:
-            raise RecipeError(f"{folder} cannot be made ({error.strerror}); give another --out") from None
-
-
-def versions() -> str:
-    """What the run was made with, as TOML comments."""
-    parts = [
-        f"python {platform.python_version()}",
-        f"torch {torch.__version__}",
-        f"transformers {transformers.__version__}",
-    ]
-    return f"# {', '.join(parts)}, commit {git_commit(Path(__file__).parent)}\n"
-
-
-def find_unfinished(out: Path, recipe: Recipe, anyway: bool) -> Path | None:
-    """The newest unfinished run of this very recipe in `out`; None where none has its name.
-
-    Raises CheckpointError when those of its name differ, unless that is allowed: none is passed over in silence.
-    """
-    found, told = [], []
-    for path in out.glob(f"{glob.escape(recipe.name)}*/recipe.toml"):
-        own = re.fullmatch(rf"{re.escape(recipe.name)}(-\d+)?", path.parent.name)
-        if own and not (path.parent / FINISHED).exists():
-            found.append(path)
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        differing = differences({"recipe": path.read_text(encoding="utf-8")}, {"recipe": to_toml(recipe)})
-        if anyway or not differing:
-            return path.parent
-        told.append(f"{path.parent} ({differing[0]}{f' and {len(differing) - 1} more' * (len(differing) > 1)})")
-    if told:
-        raise CheckpointError(
-            f"no unfinished run in {out} has this recipe: {'; '.join(told)}: name one with --resume RUN, leave "
-            "--resume out to begin another, or take the newest as it is with --resume-anyway"
-        )
-    return None
-
-
-def hold(folder: Path) -> int:
-    """Take a run's folder for this process, until it ends however it ends; CheckpointError when another has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CheckpointError(f"{folder} is being written by another process: wait for its end, or stop it") from None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
-
-
-def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
-    """What a run depends on beside its checkpoint: see `differences`."""
-    found = {"recipe": to_toml(recipe), "code": code_version(Path(__file__).parent)}
-    found["model"] = model_identity(model_source(recipe, folder))
-    for source in {stage.data for stage in recipe.stage} | {recipe.eval.data, recipe.final.data}:
-        if source:
-            path = str(folder / source) if source.startswith("world/") else source
-            found[f"data {source}"] = data_identity(read_chats(path) if has_chats(path) else problems_of(path))
-    return found
-
-
-def model_source(recipe: Recipe, folder: Path) -> Path:
-    """The folder of the model that the run begins with."""
-    return folder / recipe.model if recipe.model.startswith("world/") else resolve_folder(recipe.model)
-
-
-def by_main(device: Device, work: Callable[[], Any]) -> Any:
-    """What the main process's `work` returned; when it fails, it fails on every process, and none is left waiting."""
-    return together(device, lambda: work() if device.is_main else None)[0]
-
-
-def open_run(arguments: argparse.Namespace, device: Device) -> tuple[Recipe, Path, int | None, Path | None, RunState]:
-    """A new run's folder, or an old one with the place where it stopped; held by the main process."""
-    folder = arguments.resume if isinstance(arguments.resume, Path) else None
-    if folder and not (folder / "recipe.toml").is_file():
-        raise RecipeError(f"{folder} is no run: it has no recipe.toml; give a folder that train.py has made")
-    recipe = load_recipe(folder / "recipe.toml" if folder else arguments.recipe, arguments.set)
-    check_recipe(recipe)
-    # torchrun --max-restarts starts the same command again: it goes on
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if folder is None and (arguments.resume or restarted):
-        anyway = arguments.resume_anyway
-        folder = by_main(device, lambda: find_unfinished(arguments.out, recipe, anyway))
-        if folder is None:
-            device.say(f"no unfinished run of {recipe.name} in {arguments.out}: beginning")
-    resumed, found = folder is not None, None
-    if not resumed:
-        folder = by_main(device, lambda: new_folder(arguments.out, recipe.name))
-    lock = by_main(device, lambda: hold(folder))
-    lock = lock if device.is_main else None  # a number that means nothing elsewhere
-    if not resumed and device.is_main and recipe.world:
-        write_world(recipe.world, folder / "world")
-    device.share(None)  # nobody reads the world before it is written
-    now = run_fingerprint(recipe, folder)
-    if resumed:
-        found = read_state(folder, device, device.share(whole_lines(folder) if device.is_main else None))
-        device.say(
-            f"resuming {folder} after step {found[1].step}" if found else f"{folder} has no checkpoint: beginning again"
-        )
-    state = found[1] if found else RunState()
-    if found:
-        # a value set beside the name of a run is changed on purpose; in "the same command" nothing is
-        chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []
-        agreed = json.loads((folder / AGREED).read_text()) if (folder / AGREED).exists() else {}
-        differing = differences(agreed.get(found[0].name, state.fingerprint), now, chosen)
-        for difference in differing:
-            device.say(f"differs from the run so far: {difference}")
-        if differing and not arguments.resume_anyway:
-            if lock is not None:
-                os.close(lock)
-            raise CheckpointError(
-                f"{folder} was made otherwise: {'; '.join(differing)}: put it back as it was, or go on all the same "
-                "with --resume-anyway"
-            )
-    if device.is_main:
-        path = folder / "recipe.toml"
-        changed = path.exists() and differences({"recipe": path.read_text(encoding="utf-8")}, now) != []
-        if resumed:
-            forget_what_follows(folder, recipe, state, changed)
-        if changed:  # what the earlier part of the run was made with stays on record
-            new_name(folder, "recipe-before", ".toml").write_bytes(path.read_bytes())
-        if changed or not path.exists():
-            write_atomically(path, [(versions() + to_toml(recipe)).encode()])
-        if found and now != state.fingerprint:
-            write_atomically(folder / AGREED, [json.dumps({found[0].name: now}).encode()])
-    state.fingerprint = now
-    return recipe, folder, lock, *(found or (None, state))
-
-
-def forget_what_follows(folder: Path, recipe: Recipe, state: RunState, changed: bool) -> None:
-    """Remove the pass rates of weights that this run will not have: after an older checkpoint, or another recipe.
-
-    Those that the checkpoint's own weights have stay: the next stage's, when the checkpoint is at its stage's end.
-    """
-    at_end = state.stage < len(recipe.stage) and not steps_left(recipe.stage[state.stage], state)
-    first = state.stage + (0 if changed and not state.prepared else 1 if changed or not at_end else 2)
-    for index in range(first, len(recipe.stage)):
-        (folder / f"pass-rates-{index}.jsonl").unlink(missing_ok=True)
-
-
-def steps_left(stage: SftStage | RlStage, state: RunState) -> int:
-    """Steps until the stage ends, by number or, at the length of its rollouts so far, by their tokens; 0 at its end."""
-    left = stage.steps - state.stage_step
-    if isinstance(stage, RlStage) and stage.generated_tokens and state.stage_tokens:
-        tokens_left = max(0, stage.generated_tokens - state.stage_tokens)
-        left = min(left, math.ceil(tokens_left * state.stage_step / state.stage_tokens))
-    return max(0, left)
-
-
-# -------------------------------------------------------------------------------------------------- the recipe's inputs
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """What can be found wrong before anything is written or loaded."""
-    for source in [stage.data for stage in recipe.stage] + [recipe.eval.data, recipe.final.data]:
-        if source.startswith("world/") and not recipe.world:
-            raise RecipeError(f"{source}: the recipe has no [world] that would write it; write ./{source} for a file")
-        if source.endswith(DATA_FILES) and not source.startswith("world/"):
-            existing_file(Path(source))
-    for source in find_data(recipe.guard.benchmarks).values():
-        if source.endswith(DATA_FILES):
-            existing_file(Path(source))
-    if not recipe.model.startswith("world/"):
-        config = model_config(resolve_folder(recipe.model), recipe)
-        if recipe.final.data:
-            final_config(config, recipe)
-
-
 def check_inputs(run: Run) -> None:
     """Find before the first step what a later stage or evaluation would stumble over: rows, prompts, lengths."""
     respondent, recipe = run.respondent, run.recipe
@@ -363,31 +147,6 @@ def evaluation_sampling(run: Run, settings: EvalSettings | FinalSettings) -> Sam
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
-
-
-def model_config(folder: Path, recipe: Recipe) -> ModelConfig:
-    """The model's config with the recipe's window, in which every stage must fit."""
-    config = read_config(folder)
-    if recipe.max_position_embeddings:
-        config = replace(config, max_position_embeddings=recipe.max_position_embeddings)
-    for index, stage in enumerate(recipe.stage):
-        if isinstance(stage, SftStage):
-            continue
-        if stage.max_prompt_tokens + stage.max_response_tokens > config.max_position_embeddings:
-            raise RecipeError(
-                f"stage.{index}: {stage.max_prompt_tokens} + {stage.max_response_tokens} tokens exceed the model's "
-                f"window of {config.max_position_embeddings}: set max_position_embeddings in the recipe"
-            )
-    return config
-
-
-def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
-    """The config of the last evaluation: YaRN, and a window as long as it makes it."""
-    final = recipe.final
-    return extend_window(config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor)
-
-
 def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
     """The model, split over all processes before any weight is read, so that no process holds all of it.
 
@@ -417,12 +176,6 @@ def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
 def data_path(run: Run, source: str) -> str:
     """A recipe's data: world/... is what this run has written; anything else is a file or a hub data set."""
     return str(run.folder / source) if source.startswith("world/") else source
-
-
-@cache
-def problems_of(path: str) -> list[Problem]:
-    """The problems of a file or hub data set, read once per run."""
-    return read_problems(path)
 
 
 def stage_problems(run: Run, index: int, stage: RlStage) -> list[Problem]:
@@ -544,3 +297,148 @@ def training_texts(run: Run, stage: SftStage | RlStage) -> tuple[list[Problem], 
 def some_pairs(pairs: list[tuple[Problem, Problem]]) -> str:
     """The first few of the pairs found, by their ids."""
     return ", ".join(f"{a.id} is {b.id}" for a, b in pairs[:FEW]) + ", ..." * (len(pairs) > FEW)
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its work."""
+
+
+def update_model(
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    sequences: list[TrainingSequence],
+    loss: TokenLoss,
+    stage: SftStage | RlStage,
+    divisor: float | None = None,
+    begun: bool = False,
+) -> UpdateStats:
+    """One optimizer step; micro-batches that memory has made smaller stay so for the rest of the run.
+
+    A step whose update was abandoned, between two micro-batches, is done again whole: its visits replace themselves.
+    One whose weights have `begun` to change, by an earlier mini-batch, is not abandoned.
+    """
+
+    def leave_when_asked(*_: object) -> None:
+        # all leave before the same forward, of which each has as many
+        if not begun and any(run.device.gather(run.stop.asked)):
+            raise Interrupted
+
+    watch = run.model.register_forward_pre_hook(leave_when_asked, prepend=True)  # before sharded weights are gathered
+    try:
+        update = optimizer_step(
+            run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm, divisor
+        )
+    except Interrupted:
+        optimizer.zero_grad(set_to_none=True)
+        save_and_stop(run, optimizer)
+    finally:
+        watch.remove()
+    if not update.stepped:
+        run.nonfinite_batch = sequences
+    if update.micro_batch_tokens < run.micro_batch_tokens:
+        run.device.say(
+            f"step {run.state.step + 1}: out of memory in the update: micro-batches of at most "
+            f"{update.micro_batch_tokens:,} tokens from now on, not {run.micro_batch_tokens:,}"
+        )
+        run.micro_batch_tokens = update.micro_batch_tokens
+    return update
+
+
+def describe_update(update: UpdateStats | None, seconds: float) -> dict:
+    """The batch's update in numbers; None is a batch from which there is too little to learn, which is skipped."""
+    if update is None:
+        return {"skipped": 1, "nonfinite": 0, "seconds_update": seconds}
+    return {
+        "skipped": 0,
+        "nonfinite": int(not update.stepped),
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "update_tokens_per_s": update.tokens / seconds,
+        "update_idle_share": update.idle_share,
+        "seconds_update": seconds,
+    } | asdict(update.ratios)
+
+
+def end_step(run: Run, index: int, stage: SftStage | RlStage, row: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Count the step, write its line, save where the recipe says so, stop when asked."""
+    state, settings = run.state, run.recipe.run
+    state.step, state.stage_step = state.step + 1, state.stage_step + 1
+    row = {"kind": row["kind"], "step": state.step, "stage": index} | row
+    run.metrics.write(row)
+    state.metrics_position = list(run.metrics.position)
+    left = steps_left(stage, state)
+    per_step = (time.perf_counter() - run.stage_began) / (state.stage_step - run.stage_first_step)
+    run.device.say(console_line(row, sum(s.steps for s in run.recipe.stage), per_step * left))
+    for sentence in new_alarms(run.metrics.steps) if row["kind"] == "rl" else ():
+        run.device.say(f"warning: step {state.step}: {sentence}")
+    if row["nonfinite"]:
+        run.device.say(f"warning: step {state.step}: the gradient is not finite; the weights were left as they are")
+    if not row.get("skipped"):
+        state.nonfinite_steps = (state.nonfinite_steps + 1) * row["nonfinite"]
+    if row["nonfinite"] and state.nonfinite_steps >= settings.most_nonfinite_steps:
+        stop_at_nonfinite(run, optimizer)
+    if any(run.device.gather(run.stop.asked)):
+        save_and_stop(run, optimizer)
+    if left == 0 or state.stage_step % settings.checkpoint_every_steps == 0:
+        save_whole_step(run, optimizer)
+
+
+def stop_at_nonfinite(run: Run, optimizer: torch.optim.Optimizer) -> NoReturn:
+    """Leave the newest batch where a person can look at it; the weights are those before the first of these steps."""
+    state, path = run.state, run.folder / f"nonfinite-step-{run.state.step}.pt"
+    steps, state.nonfinite_steps = state.nonfinite_steps, 0  # a resumed run, with another rate perhaps, gets its chance
+    if run.device.is_main:
+        rows = [asdict(sequence) for sequence in run.nonfinite_batch]
+        torch.save(
+            [{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in r.items()} for r in rows], path
+        )
+    save_whole_step(run, optimizer)
+    raise UpdateError(
+        f"step {state.step}: {steps} updates in a row without a finite gradient (run.most_nonfinite_steps): the "
+        f"batch is in {path} (tokens, advantages, old log-probs); lower the learning rate or mend the data, then "
+        f"{how_to_go_on(run)}"
+    )
+
+
+def save_whole_step(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """A checkpoint of the last whole step, unless there is one already: little time may be left."""
+    state, kept = run.state, run.recipe.run.checkpoints_kept
+    place = state.step, state.stage, state.prepared
+    if run.saved != place:
+        run.metrics.sync()
+        save_checkpoint(run.folder, run.model, optimizer, state, run.device, kept)
+        run.saved = place
+
+
+def save_and_stop(run: Run, optimizer: torch.optim.Optimizer) -> NoReturn:
+    """Save the last whole step and leave in order."""
+    save_whole_step(run, optimizer)
+    raise Stopped(f"stopped after step {run.state.step}; go on with: {how_to_go_on(run)}")
+
+
+def how_to_go_on(run: Run) -> str:
+    """The command for a person."""
+    return f"torchrun train.py --resume {run.folder}"
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of every parameter."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def make_optimizer(run: Run, stage: SftStage | RlStage) -> torch.optim.Optimizer:
+    """AdamW, new in each stage; when the run resumes inside a stage, with the moments (and weights) it had."""
+    betas = (0.9, stage.adam_beta2)
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    settings = {"lr": stage.learning_rate, "betas": betas, "weight_decay": stage.weight_decay}
+    if run.recipe.offload_optimizer:
+        optimizer = HostAdamW(trained, **settings)
+    else:
+        optimizer = torch.optim.AdamW(trained, **settings, fused=True)
+    if run.resume_from is not None:
+        load_weights_and_optimizer(run.resume_from, run.model, optimizer, run.device)
+        run.resume_from = None
+        for group in optimizer.param_groups:  # the recipe's word counts, not the checkpoint's
+            group |= {"betas": betas, "weight_decay": stage.weight_decay}
+    return optimizer

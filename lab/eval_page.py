@@ -4,12 +4,12 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import charts
-from benchmarks import file_name
-from page import folded, html_figures, html_page, html_table, html_text
-from problems import Problem
-from report import write_atomically
-from scores import Estimate, Evaluation, Response
+from engine.files import write_atomically
+from lab import charts
+from lab.benchmarks import file_name
+from lab.page import folded, html_figures, html_page, html_table, html_text
+from lab.problems import Problem
+from lab.scores import Estimate, Evaluation, Response
 
 RESPONSES_SHOWN = 6  # of each verdict of each set, drawn at random but always the same
 ZONES = ("robust generation", "controlled exploration", "performance collapse")

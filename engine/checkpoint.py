@@ -13,13 +13,10 @@ other hash of the standard library comes near (4 GB/s on one core; SHA-256 1.8, 
 training of a 4B saves, take 12 core seconds; each process reads its own files, which the page cache still holds.
 """
 
-import hashlib
 import json
 import os
 import pickle
 import shutil
-import subprocess
-import tomllib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,16 +36,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from data_filter import History
-from device import Device
+from engine.device import Device
+from engine.files import sync_folder
 from grpo import Sinks
+from lab.report import FILES
 from model import Transformer
-from problems import Problem
-from report import FILES, sync_folder
 from rollout import Rollout
 
 MANIFEST = "manifest.json"
 CHECKSUM_BLOCK = 2**26  # bytes that one thread reads
-IDENTITY_BYTES = 2**20  # of a weights file's beginning (its header, and the first tensors) and end, to know it by
 
 
 class CheckpointError(RuntimeError):
@@ -330,76 +326,6 @@ def load_weights_and_optimizer(
     # not strict: a frozen base is no part of a checkpoint
     set_model_state_dict(model, parts["model"], options=StateDictOptions(strict=not wanted))
     set_optimizer_state_dict(model, optimizer, parts["optimizer"])
-
-
-# -------------------------------------------------------------------------------------------------- fingerprint
-
-
-def data_identity(rows: Iterable[Problem | list[dict]]) -> str:
-    """A hash of problems (ids, texts, answers, solutions) or chats, in their order."""
-    found = hashlib.blake2b(digest_size=8)
-    for row in rows:
-        found.update(json.dumps(vars(row) if isinstance(row, Problem) else row).encode())
-    return found.hexdigest()
-
-
-def model_identity(folder: Path) -> str:
-    """A hash of a model folder: names and sizes, small files whole, of larger ones the first and the last MiB.
-
-    Enough to tell models and their fine-tunes apart within a second; a change in the middle of a file is missed.
-    """
-    found = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = path.stat().st_size
-        found.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            found.update(file.read(IDENTITY_BYTES))
-            file.seek(max(0, size - IDENTITY_BYTES))
-            found.update(file.read())
-    return found.hexdigest()
-
-
-def code_version(folder: Path) -> str:
-    """A hash of the program's files (a commit says nothing of what was edited since), with the commit for people."""
-    found = hashlib.blake2b(digest_size=8)
-    for path in sorted(folder.glob("*.py")):
-        found.update(path.name.encode() + path.read_bytes())
-    return f"{found.hexdigest()}, torch {torch.__version__}, commit {git_commit(folder)[:8]}"
-
-
-def git_commit(folder: Path) -> str:
-    """The commit that a folder is at; "unknown" without git."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str] = ()) -> list[str]:
-    """What differs between two fingerprints, a few words each; `chosen` are recipe keys that were changed on purpose.
-
-    A fingerprint holds "recipe" (TOML), "model", "code" and a "data SOURCE" for each. Commits are not compared.
-    """
-    found = []
-    values = [dict(_flat(tomllib.loads(fingerprint.get("recipe", "")))) for fingerprint in (then, now)]
-    for key in sorted(values[0].keys() | values[1].keys()):
-        old, new = (of.get(key) for of in values)
-        if old != new and not any(f"{key}.".startswith(f"{name}.") for name in chosen):
-            found.append(f"recipe: {key} was {old!r}, is {new!r}")
-    for name in sorted((then.keys() & now.keys()) - {"recipe"}):
-        if then[name].partition(", commit")[0] != now[name].partition(", commit")[0]:
-            found.append(f"{name} was {then[name]}, is {now[name]}")
-    return found
-
-
-def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
-    """Dotted names and values, as --set names them."""
-    for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-            yield from _flat(value, f"{where}{key}.")
-        else:
-            yield f"{where}{key}", value
 
 
 def _pack(state: RunState) -> dict:

@@ -1,12 +1,12 @@
 """The laptop world: sums to solve step by step, a tokenizer for them, and a raw model to start from.
 
-    python arithmetic.py OUT            # model/, sft.jsonl, train.jsonl, held-out.jsonl, beyond-window.jsonl
+    python -m lab.arithmetic OUT            # model/, sft.jsonl, train.jsonl, held-out.jsonl, beyond-window.jsonl
 
 A problem is a sum of small numbers, perhaps behind some filler; its worked solution takes one term at a time, so that
 the response grows with the number of terms:
 
     problem     7 + 5 - 3
-    response    7 + 5 = 12 ; 12 - 3 = 9</think> \\boxed{9}
+    response    7 + 5 = 12 ; 12 - 3 = 9</think> \boxed{9}
 
 The solutions that supervised fine-tuning sees are noisy: a share of the steps is wrong, and what follows goes on
 from the wrong number. A model that has learned them imitates the noise as well, which is what reinforcement
@@ -25,8 +25,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lab.problems import DataError, Problem, write_problems
 from model import Transformer, initialise, parse_config, save
-from problems import DataError, Problem, write_problems
 
 FILLER = " ."
 MOST_MISSES = 10_000  # draws in a row that found no new sum

@@ -1,0 +1,184 @@
+"""Grading in the background: workers that can be killed, under limits of time and memory."""
+
+import atexit
+import itertools
+import json
+import os
+import queue
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from lab import answers as answer_matching
+from lab.answers import text_verdict, tidy
+from reward import Grade, format_reward, last_boxed, step_reward
+
+CACHED_VERDICTS = 20_000  # of pairs of golds and answer
+START_LIMIT_S = 60.0  # for a worker to import math-verify
+
+
+class _Worker:
+    """One worker process and the pipe to it."""
+
+    def __init__(self, memory_limit_bytes: int, time_limit_s: float):
+        # -P: the names of this directory's files must not shadow what math-verify imports.
+        command = [sys.executable, "-P", os.path.abspath(answer_matching.__file__)]
+        command += [str(memory_limit_bytes), str(time_limit_s)]
+        # a session of its own: a signal to the whole run must not turn answers in flight into grader failures
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        self.process = subprocess.Popen(command, start_new_session=True, **pipes)
+        self.ready = False
+
+    def read(self, limit_s: float) -> dict:
+        """The next reply. Raises TimeoutError when it is late, ValueError when it is none."""
+        deadline, line = time.monotonic() + limit_s, b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError
+                chunk = self.process.stdout.read(4096)
+                if not chunk:
+                    raise ValueError("the worker ended")
+                line += chunk
+        reply = json.loads(line)
+        if not isinstance(reply, dict):
+            raise ValueError(f"the worker said {reply!r}")
+        return reply
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class Grader:
+    """Grades responses in the background: submit while sampling goes on, collect when it is done.
+
+    workers: processes for what the exact path cannot decide; each starts with the first such answer.
+    time_limit_s: for one answer in a worker, all accepted answers together, start-up not included.
+    memory_limit_bytes: address space of one worker.
+    thinking: whether responses must close a thinking block before they answer.
+    """
+
+    def __init__(
+        self, workers: int = 1, time_limit_s: float = 5.0, memory_limit_bytes: int = 2 << 30, thinking: bool = True
+    ):
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, not {workers}")
+        self.time_limit_s, self.memory_limit_bytes, self.thinking = time_limit_s, memory_limit_bytes, thinking
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._tickets, self._results = itertools.count(), {}
+        self._verdicts: dict[tuple, str] = {}  # of (*golds, answer), oldest first
+        self._slots: list[_Worker | None] = [None] * workers
+        self._threads: list[threading.Thread] = []
+        self._lock, self._closed = threading.Lock(), False
+        atexit.register(self.close)
+
+    def submit(self, response: str, answers: Sequence[str]) -> int:
+        """Start grading `response` against its accepted answers; returns a ticket for `collect`."""
+        if isinstance(answers, str):
+            raise TypeError("answers is a sequence of accepted answers, not one string")
+        if self._closed:
+            raise RuntimeError("the grader is closed")
+        answer = last_boxed(response, self.thinking)
+        rewards = format_reward(response, self.thinking), step_reward(response)
+        verdict, golds = ("no answer", []) if answer is None else text_verdict(answer, answers)
+        result, ticket = Future(), next(self._tickets)
+        if verdict is None:
+            self._jobs.put((ticket, golds, tidy(answer), result))
+            if not self._threads:
+                slots = range(len(self._slots))
+                self._threads = [threading.Thread(target=self._serve, args=(slot,), daemon=True) for slot in slots]
+                for thread in self._threads:
+                    thread.start()
+        else:
+            result.set_result(verdict)
+        self._results[ticket] = (result, rewards, answer)
+        return ticket
+
+    def ready(self, ticket: int) -> bool:
+        """Whether collect would return this ticket's grade at once. KeyError once it is collected."""
+        return self._results[ticket][0].done()
+
+    def collect(self, tickets: Sequence[int]) -> list[Grade]:
+        """Wait for these tickets, in their order. A ticket is collected once; KeyError after that."""
+        grades = []
+        for ticket in tickets:
+            result, (form, steps), answer = self._results.pop(ticket)
+            verdict = result.result()
+            grades.append(Grade(verdict, 1.0 if verdict == "right" else 0.0, form, steps, answer))
+        return grades
+
+    def grade(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[Grade]:
+        """Grade (response, accepted answers) pairs, in their order."""
+        return self.collect([self.submit(response, answers) for response, answers in items])
+
+    def close(self) -> None:
+        """End the workers. What was not graded yet becomes "grader failed". May be called twice."""
+        atexit.unregister(self.close)
+        with self._lock:
+            self._closed = True
+            for worker in self._slots:
+                if worker is not None:
+                    worker.process.kill()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _serve(self, slot: int) -> None:
+        """A thread's life: hand jobs to the worker in `slot`, replacing the worker when it fails."""
+        while (job := self._jobs.get()) is not None:
+            ticket, golds, answer, result = job
+            key = (*golds, answer)
+            verdict = self._verdicts.get(key) or self._ask(slot, ticket, golds, answer)
+            if verdict in ("right", "wrong"):  # what failed or was late may not be so again
+                with self._lock:
+                    self._verdicts[key] = verdict
+                    if len(self._verdicts) > CACHED_VERDICTS:
+                        del self._verdicts[next(iter(self._verdicts))]
+            result.set_result(verdict)
+        self._drop(slot)
+
+    def _ask(self, slot: int, ticket: int, golds: list[str], answer: str) -> str:
+        verdict, worker = "grader failed", None
+        try:
+            with self._lock:
+                if self._closed:
+                    return verdict
+                if self._slots[slot] is None:
+                    self._slots[slot] = _Worker(self.memory_limit_bytes, self.time_limit_s)
+                worker = self._slots[slot]
+            if not worker.ready:
+                worker.ready = worker.read(START_LIMIT_S).get("ready", False)
+            worker.process.stdin.write(json.dumps({"id": ticket, "golds": golds, "answer": answer}).encode() + b"\n")
+            reply = worker.read(self.time_limit_s)
+            if reply.get("exceeded"):
+                raise TimeoutError
+            if reply.get("id") == ticket and reply.get("right") in (True, False, None):
+                return {True: "right", False: "wrong", None: "grader failed"}[reply["right"]]
+        except TimeoutError:
+            verdict = "timed out" if worker.ready else "grader failed"
+        except (OSError, ValueError):  # it cannot start, it died, or what it said is no reply
+            pass
+        self._drop(slot)
+        return verdict
+
+    def _drop(self, slot: int) -> None:
+        with self._lock:
+            worker, self._slots[slot] = self._slots[slot], None
+        if worker is not None:
+            worker.kill()
