@@ -34,7 +34,7 @@ from engine.batches import (
     packed_tokens,
     work_of,
 )
-from engine.device import enter
+from engine.device import Interrupted, enter
 from engine.memory import forget_half_done_pass, out_of_memory
 from lab.problems import Problem
 from model import Transformer
@@ -223,6 +223,7 @@ class UpdateStats:
     micro_batch_tokens: int  # what was asked for, or less where memory ran out
     memory_retries: int  # how often it did
     ratios: RatioStats | None = None  # None in supervised fine-tuning
+    optimizer_steps: int = 1  # several only in a variant
     idle_share: float = 0.0  # reckoned: see the function of that name
 
 
@@ -234,6 +235,7 @@ def optimizer_step(
     most_tokens: int,
     max_grad_norm: float = 1.0,
     divisor: float | None = None,
+    abandon: Callable[[], bool] = lambda: False,
 ) -> UpdateStats:
     """One step on the mean loss over every response token of the global batch, or on the sum of losses / `divisor`.
 
@@ -251,8 +253,11 @@ def optimizer_step(
         batches = micro_batches(sequences, most_tokens, ranks, even_at)
         optimizer.zero_grad(set_to_none=True)
         try:
-            loss_sum, parts = accumulate_gradient(model, sequences, batches[rank::ranks], loss, total, ranks)
+            loss_sum, parts = accumulate_gradient(model, sequences, batches[rank::ranks], loss, total, ranks, abandon)
             break
+        except Interrupted:
+            optimizer.zero_grad(set_to_none=True)
+            raise
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -289,7 +294,7 @@ def optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     ratios = ratio_stats(parts, tokens, model.device, ranks) if hasattr(loss, "sums") else None
     idle = idle_share([work_of([sequences[i] for i in batch], even_at) for batch in batches], ranks)
-    return UpdateStats(float(loss_sum) / total, norm, tokens, stepped, most_tokens, retries, ratios, idle)
+    return UpdateStats(float(loss_sum) / total, norm, tokens, stepped, most_tokens, retries, ratios, int(stepped), idle)
 
 
 def accumulate_gradient(
@@ -299,10 +304,13 @@ def accumulate_gradient(
     loss: TokenLoss,
     total: float,
     ranks: int,
+    abandon: Callable[[], bool],
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Forward and backward of this rank's micro-batches; the sum of the losses, and what RatioStats is made of."""
     loss_sum, parts = torch.zeros((), dtype=torch.float64, device=model.device), []
     for indices in batches:
+        if abandon():  # on all ranks alike: each has as many micro-batches
+            raise Interrupted
         # a rank without work still takes part in the collectives of forward and backward, with weight zero
         batch = pack([sequences[i] for i in indices or [0]], model.device)
         logprobs = model(batch.tokens, batch.context, batch.predict, batch.targets, batch.temperature)

@@ -70,7 +70,6 @@ class RunState:
     history: History = field(default_factory=History)
     sinks: Sinks = field(default_factory=Sinks)
     metrics_position: list[int] = field(default_factory=lambda: [0, 0])  # lines of metrics.jsonl and rollouts.jsonl
-    fingerprint: dict[str, str] = field(default_factory=dict)  # of recipe, data, model and code: see `differences`
 
 
 # ------------------------------------------------------------------------------------------------------- saving

@@ -17,7 +17,7 @@ A loss is called like grpo.PolicyLoss: log-probs (N,) and their TokenBatch -> lo
 and divides. Old log-probs are the sampler's, in every one of several steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -201,6 +201,15 @@ def mini_batches(groups: Sequence[Group], stage: RlStage) -> list[tuple[list[Tra
     return parts
 
 
+def update(run_update: Callable, groups: Sequence[Group], stage: RlStage) -> UpdateStats | None:
+    """The optimizer steps of a batch, through `engine.run.Run.update`; None if nothing is left to learn from."""
+    updates: list[UpdateStats] = []
+    for sequences, divisor in mini_batches(groups, stage):
+        begun = any(one.stepped for one in updates)
+        updates.append(run_update(sequences, choose_loss(stage), stage, divisor=divisor, begun=begun))
+    return over_steps(updates)
+
+
 def over_steps(updates: Sequence[UpdateStats]) -> UpdateStats | None:
     """The optimizer steps of a batch as one line of metrics; None if there was none.
 
@@ -222,5 +231,6 @@ def over_steps(updates: Sequence[UpdateStats]) -> UpdateStats | None:
         tokens=sum(update.tokens for update in updates),
         stepped=all(update.stepped for update in updates),
         memory_retries=sum(update.memory_retries for update in updates),
+        optimizer_steps=sum(update.optimizer_steps for update in updates),
         ratios=replace(ratios[0], **{name: mean(name, ratios) for name in names}),
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.run import evaluation_sampling, make_optimizer, training_sampling
+from engine.run import Run
 from lab.arithmetic import World
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, VariantSettings, load_recipe, to_toml
 from train import learning_rate
@@ -396,10 +396,10 @@ def test_every_published_number_is_written_and_everything_else_is_marked_as_a_ch
 def test_training_samples_the_policy_itself_as_published():
     """top_p 1 and no top_k are not in the recipes: there is no key that could make it otherwise."""
     run = SimpleNamespace(respondent=SimpleNamespace(stop_tokens=(2,)), recipe=SimpleNamespace(seed=5))
-    sampling = training_sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").stage[1], 1.45, draw=7)
+    sampling = Run.sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").stage[1], 1.45, draw=7)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens) == (1.45, 1.0, 0, 48_128)
     assert not {"top_p", "top_k"} & {f.name for f in fields(RlStage)}
-    evaluation = evaluation_sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").final)
+    evaluation = Run.evaluation_sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").final)
     assert (evaluation.temperature, evaluation.top_p, evaluation.top_k, evaluation.max_new_tokens) == (
         1.4,
         1,
@@ -410,9 +410,10 @@ def test_training_samples_the_policy_itself_as_published():
 
 def test_the_optimizer_is_adamw_as_published():
     recipe = load_recipe(ROOT / "recipes/polaris-4b.toml")
-    optimizer = make_optimizer(SimpleNamespace(model=nn.Linear(2, 2), resume_from=None, recipe=recipe), recipe.stage[0])
-    group = optimizer.param_groups[0]
-    assert type(optimizer) is torch.optim.AdamW
+    run = SimpleNamespace(model=nn.Linear(2, 2), resume_from=None, recipe=recipe)
+    Run.begin_steps(run, recipe.stage[0])
+    group = run.optimizer.param_groups[0]
+    assert type(run.optimizer) is torch.optim.AdamW
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-6, (0.9, 0.999), 0.01)
     assert learning_rate(recipe.stage[0], 0) == learning_rate(recipe.stage[0], 299) == 1e-6
 
