@@ -63,7 +63,7 @@ BEGIN, END = "<!-- default run: written by python bench/prove_tiny.py RUN ... --
 
 def update_readme(folders: list[Path]) -> None:
     """Rewrite the README's block on the default run, and its picture, from these runs."""
-    lines = ["| run | after fine-tuning, avg@8 | after RL, avg@8 | gain | temperatures | rescued | overwritten |"]
+    lines = ["| run | after fine-tuning, avg@8 | after RL, avg@8 | gain | temperatures | rescued | overwritten groups |"]
     lines.append("|---|---|---|---|---|---|---|")
     for folder in folders:
         rows = read_metrics(folder)
@@ -72,7 +72,7 @@ def update_readme(folders: list[Path]) -> None:
         rescued, overwritten = (sum(row[key] for row in rl) for key in ("rescued", "substituted"))
         gain = f"{100 * (last['avg'] - first['avg']):+.1f}"
         groups = sum(row["groups"] for row in rl)
-        cells = [folder.name, interval(first), interval(last), gain, chosen, rescued, f"{overwritten} of {groups} groups"]
+        cells = [folder.name, interval(first), interval(last), gain, chosen, rescued, f"{overwritten} of {groups}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     beyond = [row for row in read_metrics(folders[0]) if row["kind"] == "eval" and row["name"].startswith("beyond")]
     lines += ["", "Longer than trained, without and with YaRN: " + ", ".join(map(interval, beyond)) + "."]
