@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import charts, page, report
+from lab import charts, page
+from lab.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,7 +78,7 @@ def synthetic_rows(steps: tuple[int, int, int] = (60, 150, 150)) -> list[dict]:
 
 def synthetic_run(folder: Path, steps: tuple[int, int, int] = (60, 150, 150)) -> list[dict]:
     rows = synthetic_rows(steps)
-    metrics = report.Metrics(folder)
+    metrics = Metrics(folder)
     for row in rows:
         metrics.write(row)
         if row["kind"] == "rl":
