@@ -40,7 +40,7 @@ class Metrics:
         for i, name in enumerate(FILES):
             path = self.folder / name
             if path.exists():
-                kept = [line for line, _ in islice(_read_rows(path), position and position[i])]
+                kept = [line for line, _ in islice(read_rows(path), position and position[i])]
                 write_atomically(path, kept)
                 self.position[i] = len(kept)
         self.rows, self.rollouts = ((self.folder / name).open("a") for name in FILES)
@@ -103,25 +103,11 @@ class Metrics:
             ) from None
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl. A half-written last line is dropped, with a note on stderr.
+def read_rows(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """(line, row) of each line of a record. A half-written last line is dropped, with a note on stderr.
 
     Raises MetricsError naming file and line for a broken line elsewhere, FileNotFoundError where there is no file.
     """
-    return [row for _, row in _read_rows(Path(folder) / "metrics.jsonl")]
-
-
-def whole_lines(folder: Path) -> list[int]:
-    """How many lines of metrics.jsonl and of rollouts.jsonl are whole, up to the first that is not."""
-    counts = [0, 0]
-    for i, name in enumerate(FILES):
-        with suppress(FileNotFoundError, MetricsError):
-            for _ in _read_rows(folder / name):
-                counts[i] += 1
-    return counts
-
-
-def _read_rows(path: Path) -> Iterator[tuple[bytes, dict]]:
     try:
         for number, line, row in read_jsonl(path):
             if not isinstance(row, dict) or type(row.get("step")) is not int or type(row.get("kind", "")) is not str:
@@ -129,6 +115,21 @@ def _read_rows(path: Path) -> Iterator[tuple[bytes, dict]]:
             yield line, row
     except ValueError as error:
         raise MetricsError(f"{error}; fix or remove that line") from None
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl, as `read_rows` reads them."""
+    return [row for _, row in read_rows(Path(folder) / "metrics.jsonl")]
+
+
+def whole_lines(folder: Path) -> list[int]:
+    """How many lines of metrics.jsonl and of rollouts.jsonl are whole, up to the first that is not."""
+    counts = [0, 0]
+    for i, name in enumerate(FILES):
+        with suppress(FileNotFoundError, MetricsError):
+            for _ in read_rows(folder / name):
+                counts[i] += 1
+    return counts
 
 
 def _summary_writer(folder: Path, purge_step: int | None):
