@@ -17,7 +17,7 @@ class Entry(NamedTuple):
 
 STEPS, ALL = "sft rl", "sft rl eval filter temperature guard"
 GLOSSARY = (
-    Entry("kind step stage", ALL, "the kind of row; the step, counted from 1 over all stages; the stage, counted from 0"),
+    Entry("kind step stage", ALL, "the kind of row; the step, from 1 over all stages; the stage, counted from 0"),
     Entry("reward_mean", "rl", "mean reward of all rollouts as sampled: before rescue and substitution"),
     Entry("accuracy", "rl", "share of right answers, of all rollouts as sampled"),
     Entry("reward_correct reward_format reward_steps", "rl", "parts of the reward, unweighted: right answer, form, "
