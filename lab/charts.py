@@ -122,11 +122,12 @@ def _scale_y(ax: "Axes", low: float, high: float, kind: str) -> None:
     ax.minorticks_off()
 
 
-def _add_legend(figure: "FigureBase", title: str, legend: "list[tuple[Artist, str]]") -> None:
-    """The title, in bold, and the legend below it, above the axes."""
+def _label(ax: "Axes", title: str, x_label: str, legend: "list[tuple[Artist, str]]") -> None:
+    """The axes' x label; above them, the title in bold and the legend."""
     handles, labels = zip(*legend, strict=True)
     style = {"title_fontproperties": {"weight": "bold", "size": 9}, "alignment": "left", "ncols": 2}
-    figure.legend(handles, labels, loc="outside upper left", title=_short(title, 48), **style)
+    ax.set_xlabel(_short(x_label, 40), loc="right", labelpad=1)
+    ax.figure.legend(handles, labels, loc="outside upper left", title=_short(title, 48), **style)
 
 
 def _line(ax: "Axes", x: np.ndarray, y: np.ndarray, dots: bool, **style: object) -> "Artist":
@@ -177,7 +178,6 @@ def line_chart(
         whole = all(x == round(x) for x in xs)  # there is no half step
         ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1))
         ax.xaxis.set_major_formatter(lambda x, _: format_number(x, digits=6))
-        ax.set_xlabel(_short(x_label, 40), loc="right", labelpad=1)
         legend, taken = [], 0.0  # how far labels above the axes reach, as a share of their width
         for i, (label, (x, y)) in enumerate(lines.items()):
             known, limit = np.isfinite(y), label in DASHED
@@ -205,7 +205,7 @@ def line_chart(
                     taken = place + width + 0.02
                     above = {"xycoords": "axes fraction", "textcoords": "offset points", "color": GREY}
                     ax.annotate(label, (place, 1), (0, 4), **above)
-        _add_legend(figure, title, legend)
+        _label(ax, title, x_label, legend)
     return figure
 
 
@@ -224,8 +224,7 @@ def bar_chart(title: str, groups: dict[str, list[float]], x_label: str) -> "Figu
             x = np.arange(len(counts)) - 0.4 + (g + 0.5) * width
             legend.append((ax.bar(x, counts, width * 0.9, **style), f"{_short(label, 24)} {sum(counts):,.0f}"))
         _scale_y(ax, 0.0, most, "amount")
-        ax.set_xlabel(_short(x_label, 40), loc="right", labelpad=1)
-        _add_legend(figure, title, legend)
+        _label(ax, title, x_label, legend)
     return figure
 
 

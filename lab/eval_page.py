@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lab import charts
 from lab.benchmarks import file_name
-from lab.page import write_page
+from lab.page import Drawn, temperature_figure, write_page
 from lab.problems import Problem
 from lab.scores import Evaluation, Response
 
@@ -35,7 +35,7 @@ def write_evaluation_page(
     drawn = []  # (figure with title and caption, a note, a table) of each curve
     for kind in ("temperature", "match", "length"):
         for name, curve in curves.get(kind, {}).items():
-            figure = length_figure(name, curve) if kind == "length" else temperature_figure(name, curve)
+            figure = length_figure(name, curve) if kind == "length" else curve_figure(name, curve)
             if figure[1] is not None:
                 charts.png(figure[1], out / f"{file_name(f'{kind}-{name}')}.png")
             note = describe_zones(curve["zones"]) if "zones" in curve else ""
@@ -160,7 +160,7 @@ def draw(title: str, lines: dict[str, list[tuple]], kind: str, x_label: str, **o
     return charts.line_chart(title, series, kind, x_label=x_label, smooth=False, band=band, **options)
 
 
-def k_figure(found: Evaluation) -> tuple:
+def k_figure(found: Evaluation) -> Drawn:
     """pass@k and maj@k against k."""
     lines = {
         title: [(float(k), e.value, e.low, e.high) for k, e in figures.items()]
@@ -171,7 +171,7 @@ def k_figure(found: Evaluation) -> tuple:
     return title, draw(title, lines, "share", "k"), caption
 
 
-def length_bands_figure(found: Evaluation) -> tuple:
+def length_bands_figure(found: Evaluation) -> Drawn:
     """Accuracy by response length, each band of lengths at its middle."""
     points = []
     for band in found.by_length:
@@ -181,30 +181,22 @@ def length_bands_figure(found: Evaluation) -> tuple:
     return title, draw(title, {"accuracy": points}, "share", "tokens"), caption
 
 
-def temperature_figure(name: str, curve: dict) -> tuple:
+def curve_figure(name: str, curve: dict) -> Drawn:
     """Accuracy and distinct-4 against temperature, with the zones or the target where the curve has them."""
-    points = sorted(curve["points"], key=lambda point: point["temperature"])
-    lines = {"accuracy": [], "distinct4": []}
-    for point in points:
-        for key in lines:
-            value, half = point[key], point[f"{key}_half"]
-            ends = (None, None) if value is None else (max(0.0, value - half), min(1.0, value + half))
-            lines[key].append((point["temperature"], value, *ends))
     zones, rules, found = [], [], curve.get("zones")
     if "chosen" in curve:
-        lines["target"] = [(point["temperature"], point["target"], None, None) for point in points]
         rules = [(curve["chosen"], f"chosen {curve['chosen']:g}")]
     if found and "none" not in found:
-        first, last = points[0]["temperature"], points[-1]["temperature"]
-        ends = [last if end is None else end for end in (found["robust_end"], found["exploration_end"])]
-        zones = list(zip([first, *ends], [*ends, last], ZONES, strict=True))
+        measured = [point["temperature"] for point in curve["points"]]
+        ends = [max(measured) if end is None else end for end in (found["robust_end"], found["exploration_end"])]
+        zones = list(zip([min(measured), *ends], [*ends, max(measured)], ZONES, strict=True))
         rules = [(found["start"], f"start {found['start']:g}")]
     title = f"Temperature {name}"
-    figure = draw(title, lines, "amount", "temperature", rules=rules, zones=zones)
+    figure = temperature_figure(title, curve["points"], rules, zones)
     return title, figure, "Bands: 95% intervals, problems being the sampling unit."
 
 
-def length_figure(name: str, settings: dict) -> tuple:
+def length_figure(name: str, settings: dict) -> Drawn:
     """Accuracy when responses are cut, against the budget, a line for each setting."""
     lines = {
         setting: [(p["budget"], p["accuracy"], p["low"], p["high"]) for p in points]

@@ -8,6 +8,7 @@ Drawn from metrics.jsonl, rollouts.jsonl and recipe.toml; can be rebuilt at any 
 import sys
 import tomllib
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,8 @@ from lab.metrics import read_metrics, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Drawn = tuple[str, "Figure | None", str]  # title, figure if there is something to draw, caption
 
 
 class Chart(NamedTuple):
@@ -58,38 +61,20 @@ CHARTS = [
     Chart("Seconds by phase", "seconds_sample seconds_grade seconds_update", "amount", "Of one step."),
 ]
 PANELS = (  # of curves.svg
-    "Held-out accuracy by type",
-    "Reward and accuracy",
-    "Response length",
-    "Distinct-4",
-    "Temperature",
-    "Groups at a glance",
-)
+    "Held-out accuracy by type", "Reward and accuracy", "Response length",
+    "Distinct-4", "Temperature", "Groups at a glance",
+)  # fmt: skip
 STAGE_COLUMNS = [  # title, metric, and what of it: mean of the first ten steps -> of the last ten, last value, or sum
-    ("Reward", "reward_mean", "ends"),
-    ("Accuracy", "accuracy", "ends %"),
-    ("Length", "response_length_mean", "ends"),
-    ("Truncated", "truncated_share", "ends %"),
-    ("Limit", "max_response_tokens", "last"),
-    ("T", "temperature", "last"),
-    ("Distinct-4", "distinct4", "ends"),
-    ("Problems", "problems", "last"),
-    ("Rescued", "rescued", "sum"),
-    ("Subst.", "substituted", "sum"),
-    ("Skipped", "skipped", "sum"),
-    ("Tokens", "tokens", "sum"),
-]
+    ("Reward", "reward_mean", "ends"), ("Accuracy", "accuracy", "ends %"), ("Length", "response_length_mean", "ends"),
+    ("Truncated", "truncated_share", "ends %"), ("Limit", "max_response_tokens", "last"), ("T", "temperature", "last"),
+    ("Distinct-4", "distinct4", "ends"), ("Problems", "problems", "last"), ("Rescued", "rescued", "sum"),
+    ("Subst.", "substituted", "sum"), ("Skipped", "skipped", "sum"), ("Tokens", "tokens", "sum"),
+]  # fmt: skip
 FINAL_COLUMNS = [
-    ("Accuracy", "avg", "last %"),
-    ("95% from", "low", "last %"),
-    ("to", "high", "last %"),
-    ("Problems", "problems", "last"),
-    ("Samples", "n", "last"),
-    ("T", "temperature", "last"),
-    ("Length", "length_mean", "last"),
-    ("Truncated", "truncated_share", "last %"),
-    ("No box", "no_box_share", "last %"),
-]
+    ("Accuracy", "avg", "last %"), ("95% from", "low", "last %"), ("to", "high", "last %"),
+    ("Problems", "problems", "last"), ("Samples", "n", "last"), ("T", "temperature", "last"),
+    ("Length", "length_mean", "last"), ("Truncated", "truncated_share", "last %"), ("No box", "no_box_share", "last %"),
+]  # fmt: skip
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -149,23 +134,33 @@ def _curve(chart: Chart, rows: list[dict], rules: list[tuple[float, str]]) -> di
     return dict(title=chart.title, series=drawn, kind=chart.kind, rules=rules, smooth=smooth, band=band)
 
 
-def _difficulty(row: dict) -> "tuple[str, Figure | None, str]":
+def _difficulty(row: dict) -> Drawn:
     groups = {key: row[key] for key in ("before", "after") if row.get(key)}
     title, most = f"Difficulty {row.get('label', '')}", max(map(len, groups.values()), default=1) - 1
     caption = f"{row.get('rule', '')}: kept {row.get('kept', '?')}, dropped {row.get('dropped', '?')}."
     return title, bar_chart(title, groups, f"rollouts right of {most}"), caption
 
 
-def _search(row: dict) -> "tuple[str, Figure | None, str]":
-    title, target = f"Temperature {row.get('label', '')}", row.get("target_distinct4")
-    chosen, curve = number(row.get("chosen")), [c | {"target": target} for c in row.get("curve") or []]
-    curve = sorted((c for c in curve if number(c.get("temperature")) is not None), key=lambda c: c["temperature"])
-    series = {
-        key: [(c["temperature"], number(c.get(key))) for c in curve] for key in ("accuracy", "distinct4", "target")
-    }
+def temperature_figure(
+    title: str, points: list[dict], rules: list[tuple[float, str]], zones: Sequence[tuple[float, float, str]] = ()
+) -> "Figure | None":
+    """Accuracy, distinct-4 and the distinct-4 to restore, where there is one, against temperature."""
+    points = sorted((p for p in points if number(p.get("temperature")) is not None), key=lambda p: p["temperature"])
+    series, band = {}, {}
+    for key in ("accuracy", "distinct4", "target"):
+        known = [(p["temperature"], number(p.get(key)), number(p.get(f"{key}_half"))) for p in points]
+        series[key] = [(x, y) for x, y, _ in known]
+        band[key] = [(x, max(0.0, y - half), min(1.0, y + half)) for x, y, half in known if None not in (y, half)]
+    return line_chart(title, series, "amount", rules, "temperature", smooth=False, band=band, zones=zones)
+
+
+def _search(row: dict) -> Drawn:
+    title, chosen = f"Temperature {row.get('label', '')}", number(row.get("chosen"))
+    target = {"target": row.get("target_distinct4")}
     rules = [(chosen, f"chosen {format_number(chosen)}")] if chosen is not None else []
-    caption = "To give back the last stage's diversity." if target else "Exploration begins where accuracy falls."
-    return title, line_chart(title, series, "amount", rules, "temperature", smooth=False), caption
+    figure = temperature_figure(title, [point | target for point in row.get("curve") or []], rules)
+    why = "To give back the last stage's diversity." if target["target"] else "Exploration begins where accuracy falls."
+    return title, figure, f"{why} Bands: 95% intervals."
 
 
 def _values(rows: list[dict], key: str) -> list[float]:
@@ -210,14 +205,10 @@ def _stage_table(stages: dict[str, list[dict]], planned: list[dict]) -> tuple[li
 def _final_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     final = [row for row in rows if row["kind"] == "eval" and row.get("final")]
     types = sorted({part for row in final for part in row.get("by_type") or {}})
-    cells = [
-        [
-            row.get("name"),
-            *(_cell([row], key, what) for _, key, what in FINAL_COLUMNS),
-            *(_cell([row.get("by_type") or {}], part, "last %") for part in types),
-        ]
-        for row in final
-    ]
+    cells = []
+    for row in final:
+        shares = [_cell([row.get("by_type") or {}], part, "last %") for part in types]
+        cells.append([row.get("name"), *(_cell([row], key, what) for _, key, what in FINAL_COLUMNS), *shares])
     return ["Evaluation", *(title for title, _, _ in FINAL_COLUMNS), *types], cells
 
 
