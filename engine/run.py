@@ -35,10 +35,12 @@ from engine.run_folder import (
 from engine.sharding import shard
 from engine.tokenizer import encode, encode_chat, load_tokenizer, stop_tokens
 from grpo import TokenLoss, UpdateError, UpdateStats, optimizer_step
+from lab.alarms import new_alarms
 from lab.benchmarks import find_data
+from lab.console import console_line
+from lab.metrics import Metrics, read_metrics
 from lab.problems import DataError, Problem, benchmark_copies, duplicated, has_chats, read_chats, read_problems
 from lab.recipe import EvalSettings, FinalSettings, Recipe, RlStage, SftStage
-from lab.report import Metrics, console_line, new_alarms, read_metrics
 from model import Lora, Transformer, add_lora, initialise_lora, load_weights
 from rollout import CacheLimits, Sampling, cache_bytes_per_token, check_requests
 

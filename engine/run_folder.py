@@ -24,9 +24,9 @@ from engine.files import write_atomically
 from engine.fingerprint import code_version, data_identity, differences, git_commit, model_identity
 from lab.arithmetic import write_world
 from lab.benchmarks import find_data
+from lab.metrics import whole_lines
 from lab.problems import DATA_FILES, Problem, existing_file, has_chats, read_chats, read_problems
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
-from lab.report import whole_lines
 from model import ModelConfig, extend_window, read_config, resolve_folder
 
 ROOT = Path(__file__).resolve().parent.parent  # of the program

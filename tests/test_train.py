@@ -25,9 +25,10 @@ from engine import fingerprint, run_folder
 from engine import run as start
 from engine.checkpoint import CheckpointError, RunState
 from lab import difficulty
+from lab.glossary import DETERMINISTIC
+from lab.metrics import Metrics
 from lab.problems import DataError
 from lab.recipe import load_recipe
-from lab.report import DETERMINISTIC, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 # a model of 0.1M parameters that learns in seconds to write the format, and now and then a right answer
