@@ -29,8 +29,8 @@ import numpy as np
 from engine.attempts import AttemptStats, Respondent, check_grader
 from engine.device import Interrupted
 from lab import charts
+from lab.console import format_eta
 from lab.problems import DataError, Problem
-from lab.report import format_eta
 from rollout import Sampling
 
 GROUP_SIZE = 8  # the recipe's rollouts of a problem

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.files import write_atomically  # noqa: E402
-from lab.report import read_metrics  # noqa: E402
+from lab.metrics import read_metrics  # noqa: E402
 
 
 def held_out(rows: list[dict]) -> list[dict]:

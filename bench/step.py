@@ -96,8 +96,8 @@ def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
     import train
     from engine import device
     from engine.attempts import Respondent
+    from lab.metrics import Metrics
     from lab.recipe import Recipe, RlStage, SamplerSettings, to_toml
-    from lab.report import Metrics
 
     @dataclass
     class ParityRespondent(Respondent):

@@ -39,7 +39,7 @@ from data_filter import History
 from engine.device import Device
 from engine.files import sync_folder
 from grpo import Sinks
-from lab.report import FILES
+from lab.metrics import FILES
 from model import Transformer
 from rollout import Rollout
 

@@ -19,9 +19,11 @@ from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpo
 from engine.device import Device, Interrupted, StopRequest
 from engine.optimizer import HostAdamW
 from grpo import TokenLoss, UpdateError, UpdateStats, optimizer_step
+from lab.alarms import new_alarms
+from lab.console import console_line
+from lab.metrics import Metrics
 from lab.problems import Problem
 from lab.recipe import EvalSettings, FinalSettings, Recipe, RlStage, SftStage
-from lab.report import Metrics, console_line, new_alarms
 from lab.run_data import RunData, by_ids
 from model import Transformer
 from rollout import Sampling

@@ -19,9 +19,9 @@ from engine.device import Device
 from engine.files import write_atomically
 from engine.fingerprint import code_version, data_identity, differences, git_commit, model_identity
 from lab.arithmetic import write_world
+from lab.metrics import whole_lines
 from lab.problems import has_chats, read_chats
 from lab.recipe import Recipe, RecipeError, load_recipe, to_toml
-from lab.report import whole_lines
 from lab.run_data import RunData
 from model import resolve_folder
 

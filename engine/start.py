@@ -20,9 +20,9 @@ from engine.sharding import shard
 from engine.tokenizer import encode, encode_chat, load_tokenizer, stop_tokens
 from grpo import UpdateError
 from lab.benchmarks import find_data
+from lab.metrics import Metrics, MetricsError, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage
-from lab.report import Metrics, MetricsError, read_metrics
 from lab.run_data import RunData
 from model import (
     Lora,

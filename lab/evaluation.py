@@ -21,8 +21,8 @@ from engine.tokenizer import load_tokenizer, stop_tokens
 from eval import Answer, Diversity, TemperaturePoint, find_zones, match_diversity, measure_temperature
 from lab.benchmarks import file_name, find_data, published_table, text_table
 from lab.eval_page import budget_table, describe_zones, k_table, length_table, temperature_table, write_evaluation_page
+from lab.metrics import MetricsError, read_metrics
 from lab.problems import INSTRUCTION, DataError, Problem, read_problems, write_problems
-from lab.report import MetricsError, read_metrics
 from lab.responses import Recorder, read_groups, read_settings, response_file, write_responses, write_settings
 from lab.scores import Evaluation, Response, compare, interval, summarise
 from model import ModelConfig, ModelError, extend_window, load, resolve_folder, tokenizer_folder

@@ -25,10 +25,11 @@ from engine import fingerprint, run_folder, start
 from engine import run as runs
 from engine.checkpoint import CheckpointError, RunState
 from lab import difficulty
+from lab.glossary import DETERMINISTIC
+from lab.metrics import Metrics
 from lab.options import training_arguments
 from lab.problems import DataError
 from lab.recipe import RecipeError, load_recipe
-from lab.report import DETERMINISTIC, Metrics
 from lab.run_data import RunData
 
 ROOT = Path(__file__).resolve().parent.parent
