@@ -318,21 +318,15 @@ def update_model(
     One whose weights have `begun` to change, by an earlier mini-batch, is not abandoned.
     """
 
-    def leave_when_asked(*_: object) -> None:
-        # all leave before the same forward, of which each has as many
-        if not begun and any(run.device.gather(run.stop.asked)):
-            raise Interrupted
+    def abandon() -> bool:
+        return not begun and any(run.device.gather(run.stop.asked))  # all ranks ask equally often
 
-    watch = run.model.register_forward_pre_hook(leave_when_asked, prepend=True)  # before sharded weights are gathered
     try:
         update = optimizer_step(
-            run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm, divisor
+            run.model, optimizer, sequences, loss, run.micro_batch_tokens, stage.max_grad_norm, divisor, abandon
         )
     except Interrupted:
-        optimizer.zero_grad(set_to_none=True)
         save_and_stop(run, optimizer)
-    finally:
-        watch.remove()
     if not update.stepped:
         run.nonfinite_batch = sequences
     if update.micro_batch_tokens < run.micro_batch_tokens:
