@@ -74,7 +74,7 @@ class Sinks:
                 self.held[group.problem.id] = (group.rollouts[newest], float(group.rewards[newest]))
 
     def rescue(self, groups: Sequence[Group], seed: int, step: int) -> list[Group]:
-        """Replace a random rollout of each group in which nothing is right by the response that its sink holds.
+        """Rollout Rescue (RECIPE section 4): a random rollout of a group in which nothing is right becomes its sink's.
 
         The response keeps the log-probs and the temperature of the policy that wrote it: it is off-policy, and
         the ratio says so. Returns new groups; which of them were rescued is in Group.rescued.
@@ -105,7 +105,7 @@ def substitute(groups: Sequence[Group], seed: int, step: int, least_share: float
     """Overwrite every group without a signal by a random informative one of the batch, problem, rewards and all.
 
     Only when informative groups exceed `least_share` of the batch; otherwise the update is to be skipped.
-    Without replacement when there are enough informative groups, else with (RECIPE.md section 4).
+    Without replacement when there are enough informative groups, else with (RECIPE section 4).
     """
     informative = [group for group in groups if group.informative]
     empty = len(groups) - len(informative)
@@ -238,6 +238,7 @@ def optimizer_step(
 ) -> UpdateStats:
     """One step on the mean loss over every response token of the global batch, or on the sum of losses / `divisor`.
 
+    The token mean is DAPO's (equation 8): 1 / (|o_1| + ... + |o_n|) x the sum over responses and their tokens.
     All ranks call it with the same sequences and take their share of the micro-batches; how the batch is cut, and
     over how many ranks, does not change the gradient. A non-finite gradient leaves the weights as they are.
     `abandon` is asked before every micro-batch, equally often on all ranks; after a yes it raises Interrupted.

@@ -1,7 +1,7 @@
 """Sequences packed end to end, and cut into micro-batches that all processes finish together."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,23 +74,22 @@ def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBa
     predict = np.concatenate(
         [start + np.arange(s.prompt_length - 1, len(s.tokens) - 1) for start, s in zip(starts, sequences, strict=False)]
     )
-
     responses = [s.response_length for s in sequences]
+    old = [np.zeros(n) if s.old_logprobs is None else s.old_logprobs for s, n in zip(sequences, responses, strict=True)]
 
-    def per_token(value: Callable[[TrainingSequence], float | np.ndarray], dtype: type) -> Tensor:
-        columns = [np.broadcast_to(np.asarray(value(s), dtype), n) for s, n in zip(sequences, responses, strict=True)]
-        return torch.from_numpy(np.concatenate(columns)).to(device)
+    def per_token(values: Sequence[float], dtype: type) -> Tensor:  # (S,) -> (N,)
+        return torch.from_numpy(np.repeat(values, responses).astype(dtype)).to(device)
 
     return TokenBatch(
         tokens=torch.from_numpy(tokens[own]).to(device),
         context=context,
         predict=torch.from_numpy(place[predict]).to(device),
         targets=torch.from_numpy(tokens[predict + 1]).to(device),
-        advantages=per_token(lambda s: s.advantage, np.float32),
-        old_logprobs=per_token(lambda s: 0.0 if s.old_logprobs is None else s.old_logprobs, np.float32),
-        temperature=per_token(lambda s: s.temperature, np.float32),
-        rescued=per_token(lambda s: s.rescued, np.bool_),
-        sequence=torch.from_numpy(np.repeat(np.arange(len(sequences)), responses)).to(device),
+        advantages=per_token([s.advantage for s in sequences], np.float32),
+        old_logprobs=torch.from_numpy(np.concatenate(old).astype(np.float32)).to(device),
+        temperature=per_token([s.temperature for s in sequences], np.float32),
+        rescued=per_token([s.rescued for s in sequences], np.bool_),
+        sequence=per_token(range(len(sequences)), np.int64),
     )
 
 
