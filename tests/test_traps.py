@@ -23,6 +23,7 @@ from engine import sharding
 from engine.attempts import Attempt, AttemptStats
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState, read_state, save_checkpoint
+from engine.device import Interrupted
 from engine.grader import Grader
 from engine.run import Run
 from grpo import Group, PolicyLoss, Sinks
@@ -210,7 +211,17 @@ def in_two_processes(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = tiny_model()
     sharding.shard(model, init_device_mesh("cpu", (2,)), torch.float32)
-    results = []
+    results, asked = [], []
+
+    def abandon():  # one process is asked to stop in its second micro-batch, and all leave
+        asked.append(torch.tensor(float(rank == 1 and len(asked) == 1)))
+        dist.all_reduce(asked[-1])
+        return bool(asked[-1])
+
+    with pytest.raises(Interrupted):
+        optimizer = Recorder(model.parameters(), lr=0.0)
+        grpo.optimizer_step(model, optimizer, ragged_sequences(count=5), PolicyLoss(), 1, 1e9, None, abandon)
+    assert len(asked) == 2
     for most_tokens in (1, 12, 10_000):
         optimizer = Recorder(model.parameters(), lr=0.0)
         stats = grpo.optimizer_step(model, optimizer, ragged_sequences(count=5), PolicyLoss(), most_tokens, 1e9)
@@ -221,7 +232,8 @@ def in_two_processes(rank, folder):
 
 
 def test_token_mean_is_over_the_global_batch_across_processes_and_micro_batches(tmp_path):
-    # five ragged sequences: unequal shares, and with one per micro-batch a process that has none at the end
+    # five ragged sequences: unequal shares, and with one per micro-batch a process that has none at the end; a step
+    # that was abandoned before leaves nothing behind
     torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2)
     sequences = ragged_sequences(count=5)
     loss, gradient = slow_gradient(tiny_model(), sequences)
