@@ -72,8 +72,9 @@ from engine.run_folder import FINISHED, WANTS_RESUMING, final_config, problems_o
 from eval import evaluate, match_diversity, measure_temperature
 from grpo import Group, Substitution, UpdateError, substitute, supervised_loss
 from lab.evaluation import print_evaluation
+from lab.machine import add_plan_options, read_machine
 from lab.page import write_report
-from lab.plan import add_plan_options, read_machine, show_plan
+from lab.plan import show_plan
 from lab.problems import DataError, Problem
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe
 from lab.report import MetricsError
