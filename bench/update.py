@@ -115,7 +115,7 @@ def useful_flops(config: ModelConfig, lengths: list[int], predicted: int) -> flo
 def measure_update(case: Case) -> dict:
     """Run one case in this process."""
     from engine import device as devices
-    from engine.run import make_optimizer
+    from engine.run import Run
     from lab.recipe import RlStage
 
     here, clock = devices.start(), time.process_time if case.cpu_time else time.perf_counter
@@ -132,7 +132,9 @@ def measure_update(case: Case) -> dict:
     model.to(here.device)
     shard(model, here.mesh, here.compute_dtype)
     recipe = SimpleNamespace(offload_optimizer=settings.get("offload_optimizer", False))
-    optimizer = make_optimizer(SimpleNamespace(model=model, resume_from=None, recipe=recipe), RlStage())
+    run = SimpleNamespace(model=model, resume_from=None, recipe=recipe)
+    Run.begin_steps(run, RlStage())
+    optimizer = run.optimizer
 
     random, length = np.random.default_rng(0), case.sequence or case.tokens
     lengths = [length] * (case.tokens // length)

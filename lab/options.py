@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from lab.plan import add_plan_options, read_machine
+from lab.machine import add_plan_options, read_machine
 from lab.problems import DataError
 from lab.recipe import RecipeError, load_recipe
 
@@ -35,7 +35,8 @@ def training_arguments(description: str) -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.resume = arguments.resume or arguments.resume_anyway or None
     try:
-        recipe = None if isinstance(arguments.resume, Path) else load_recipe(arguments.recipe, arguments.set)
+        if arguments.plan or not isinstance(arguments.resume, Path):
+            recipe = load_recipe(arguments.recipe, arguments.set)
         if arguments.plan:
             from lab.plan import show_plan
 
