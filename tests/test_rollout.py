@@ -335,8 +335,8 @@ def test_pages_in_use_are_counted_at_every_step(model, limits):
         sampler = rollout._Sampler(model, make_prompts(), warm(), limits, SamplerStats(), lambda: False)
         retire = sampler._retire
 
-        def checked(finished):
-            retire(finished)
+        def checked(*drawn):
+            rollouts = retire(*drawn)
             users = [0] * sampler.cache.pages
             prefixes = {id(row.prefix): row.prefix for row in sampler.waiting}
             for pages in [row.pages for row in sampler.rows] + [p.pages or [] for p in prefixes.values()]:
@@ -344,6 +344,7 @@ def test_pages_in_use_are_counted_at_every_step(model, limits):
                     users[page] += 1
             assert users == sampler.cache.users
             assert sorted(sampler.cache.free) == [page for page, n in enumerate(users) if n == 0]
+            return rollouts
 
         sampler._retire = checked
         assert len(list(sampler.run())) == 2 * len(LENGTHS)
