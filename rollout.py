@@ -30,14 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.decode import (
-    KERNEL_PAGE_TOKENS,
-    PagedKernel,
-    StepGraphs,
-    pages_have_kernels,
-    sampling_forward,
-    steps_become_graphs,
-)
+from engine.decode import KERNEL_PAGE_TOKENS, PagedKernel, pages_have_kernels, sampling_forward, step_graphs
 from engine.memory import out_of_memory
 from model import ModelConfig, Packed, Transformer
 
@@ -94,6 +87,17 @@ class Rollout:
     logprobs: np.ndarray  # float32 (R,), at `temperature`
     finish_reason: str  # "stop" or "length"
     temperature: float
+
+
+@dataclass
+class SamplerStats:
+    """What a call of `generate` did; filled in as it goes."""
+
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+    decode_steps: int = 0
+    preemptions: int = 0
+    memory_retries: int = 0  # times that memory ran out and the batch was made smaller
 
 
 # ---------------------------------------------------------------------------------------- counted randomness
@@ -291,18 +295,7 @@ class Decode:
         return torch.bmm(scores.softmax(-1), v).view(rows, heads, size)
 
 
-# --------------------------------------------------------------------------------------------------- requests
-
-
-@dataclass
-class SamplerStats:
-    """What a call of `generate` did; filled in as it goes."""
-
-    prefilled_tokens: int = 0
-    decoded_tokens: int = 0
-    decode_steps: int = 0
-    preemptions: int = 0
-    memory_retries: int = 0  # times that memory ran out and the batch was made smaller
+# ------------------------------------------------------------------------------------------------ the sampler
 
 
 def generate(
@@ -320,7 +313,7 @@ def generate(
     Raises RolloutError before any work when a sequence could outgrow the model's window or the cache.
     """
     check_requests(model, prompts, sampling, limits)
-    return _Sampler(model, prompts, sampling, limits, stats or SamplerStats(), abandon).run() if prompts else iter(())
+    return _Sampler(model, prompts, sampling, limits, stats or SamplerStats()).run(abandon) if prompts else iter(())
 
 
 def _page_size(model: Transformer, limits: CacheLimits, longest: int) -> int:
@@ -344,8 +337,7 @@ def check_requests(model: Transformer, prompts: Sequence[Prompt], sampling: Samp
     for prompt in prompts:
         needs = len(prompt.tokens) + sampling.max_new_tokens
         what = f"problem {prompt.problem_id}: prompt of {len(prompt.tokens)} tokens + {sampling.max_new_tokens} new"
-        if min(prompt.limits or [1]) < 1:
-            least = min(prompt.limits)
+        if prompt.limits and (least := min(prompt.limits)) < 1:
             raise RolloutError(f"problem {prompt.problem_id}: a limit of {least} new tokens is below 1: raise it")
         if not len(prompt.tokens):
             raise RolloutError(f"problem {prompt.problem_id}: the prompt is empty")
@@ -355,14 +347,10 @@ def check_requests(model: Transformer, prompts: Sequence[Prompt], sampling: Samp
             raise RolloutError(f"{what} and a spare page exceed the cache of {limits.tokens} tokens: enlarge it")
 
 
-# ------------------------------------------------------------------------------------------------ the sampler
-
-
 @dataclass
 class _Prefix:
     """Tokens whose keys and values are prefilled once and held until every row that starts from them has started."""
 
-    tokens: np.ndarray  # all but the last token known: that one is decoded
     rows_to_start: int
     pages: list[int] | None = None  # None: not prefilled
 
@@ -374,8 +362,8 @@ class _Row:
     prompt: Prompt
     index: int
     key: int
-    prefix: _Prefix
     limit: int  # most new tokens
+    prefix: _Prefix  # all but the last of its tokens when it starts: that one is decoded
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -397,27 +385,26 @@ class _Sampler:
         sampling: Sampling,
         limits: CacheLimits,
         stats: SamplerStats,
-        abandon: Callable[[], bool],
     ):
-        self.model, self.sampling, self.stats, self.abandon = model, sampling, stats, abandon
-        self.device, self.dtype = model.device, model.lm_head.weight.dtype
+        self.sampling, self.stats = sampling, stats
+        self.device, dtype = model.device, model.lm_head.weight.dtype
         self.rows: list[_Row] = []
         self.waiting: deque[_Row] = deque()
         self.admissions = 0
         for prompt in prompts:
-            prefix = _Prefix(np.asarray(prompt.tokens[:-1], dtype=np.int64), prompt.n)
+            prefix = _Prefix(prompt.n)
             for i in range(prompt.n):
                 key = sequence_key(sampling.seed, sampling.step, prompt.problem_id, prompt.first + i)
                 limit = min(sampling.max_new_tokens, prompt.limits[i] if prompt.limits else sampling.max_new_tokens)
-                self.waiting.append(_Row(prompt, prompt.first + i, key, prefix, limit))
+                self.waiting.append(_Row(prompt, prompt.first + i, key, limit, prefix))
         longest = max(len(prompt.tokens) for prompt in prompts) + sampling.max_new_tokens
         self.page_size = _page_size(model, limits, longest)
         self.pages_per_row = math.ceil(longest / self.page_size)
         self.one_page = self.pages_per_row == 1  # then row i keeps to page i, as long as the cache is not tight
         rows = self.most_rows = min(limits.rows, len(self.waiting))
         self.most_prefill = LARGEST_CPU_PREFILL if self.device.type == "cpu" else LARGEST_PREFILL
-        self.graphs = StepGraphs(rows) if steps_become_graphs(self.device, self.dtype) else None
-        self.cache = self._make_cache(limits)
+        self.graphs = step_graphs(rows, self.device, dtype)
+        self.cache = self._make_cache(model, limits, dtype)
         self.forward = sampling_forward(model, rows)
         # the rows as tensors, made once: a step reads and updates them in place, so that a graph can replay it
         self.table = torch.zeros(rows, self.pages_per_row, dtype=torch.int64, device=self.device)
@@ -425,12 +412,12 @@ class _Sampler:
         self.logprobs = torch.zeros(rows, device=self.device)  # of the tokens drawn
         self.loaded: list[tuple[int, int]] | None = None  # which rows, with how many pages, the tensors hold
 
-    def _make_cache(self, limits: CacheLimits) -> PagedCache:
+    def _make_cache(self, model: Transformer, limits: CacheLimits, dtype: torch.dtype) -> PagedCache:
         """As many pages as the budget holds, and no more than full rows and as many held prompts could use."""
         pages = min(limits.tokens // self.page_size, 2 * self.most_rows * self.pages_per_row)
         while True:
             try:
-                return PagedCache(self.model, pages, self.page_size, self.dtype, scratch=self.graphs is not None)
+                return PagedCache(model, pages, self.page_size, dtype, scratch=self.graphs is not None)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -442,9 +429,9 @@ class _Sampler:
                 )
             self.stats.memory_retries += 1
 
-    def run(self) -> Iterator[Rollout]:
+    def run(self, abandon: Callable[[], bool]) -> Iterator[Rollout]:
         """Decode until nothing runs and nothing waits."""
-        while (self.rows or self.waiting) and not self.abandon():
+        while (self.rows or self.waiting) and not abandon():
             drawn = None
             try:
                 self._admit()
@@ -457,33 +444,31 @@ class _Sampler:
             else:
                 yield from self._retire(*drawn)
 
-    # --- admit
-
     def _admit(self) -> None:
         """Start waiting responses while there are rows and pages. A prefix is prefilled once for all its rows."""
         started: list[_Row] = []
         prefills: list[tuple[np.ndarray, list[int]]] = []  # tokens and the pages that they fill
-        held: list[_Prefix] = []
         while self.waiting and len(self.rows) < self.most_rows:
             row = self.waiting[0]
             prefix = row.prefix
-            whole, part = divmod(len(prefix.tokens), self.page_size)
+            whole, part = divmod(row.length - 1, self.page_size)
             alone = prefix.pages is None and prefix.rows_to_start == 1  # its pages can be the row's own
             needed = 1 + (0 if prefix.pages else whole if alone else whole + bool(part))
             # rows that are to grow keep a page each in reserve, or they would only preempt each other
             reserve = 0 if self.one_page else len(self.rows)
             if len(self.cache.free) < needed + reserve:
-                if not self.rows and self._forget_waiting():
-                    continue
-                break
+                if self.rows:
+                    break
+                self._preempt()  # prompts that are held leave no page
+                continue
+            tokens = np.concatenate([row.prompt.tokens, row.tokens])[:-1].astype(np.int64)
             if alone:
                 row.pages = [self.cache.take() for _ in range(whole + 1)]
-                prefills.append((prefix.tokens, row.pages))
+                prefills.append((tokens, row.pages))
             else:
                 if prefix.pages is None:  # from the far end, so that rows keep the low pages to themselves
                     prefix.pages = [self.cache.take(highest=True) for _ in range(whole + bool(part))]
-                    prefills.append((prefix.tokens, prefix.pages))
-                    held.append(prefix)
+                    prefills.append((tokens, prefix.pages))
                 row.pages = [self.cache.share(page) for page in prefix.pages[:whole]] + [self.cache.take()]
             row.admitted = self.admissions = self.admissions + 1
             self.rows.append(self.waiting.popleft())
@@ -493,11 +478,10 @@ class _Sampler:
         except BaseException:  # as if nothing had been admitted
             for row in reversed(started):
                 self._put_back(row)
-            for prefix in held:
-                self._forget(prefix)
+                self._forget(row.prefix)
             raise
         for row in started:
-            whole, part = divmod(len(row.prefix.tokens), self.page_size)
+            whole, part = divmod(row.length - 1, self.page_size)
             if part and row.prefix.pages:  # the page that the row goes on writing is its own copy
                 self.cache.copy(row.prefix.pages[whole], row.pages[whole], part)
             row.prefix.rows_to_start -= 1
@@ -514,8 +498,6 @@ class _Sampler:
             context = Prefill(self.cache, [len(t) for t, _ in batch], [pages for _, pages in batch], self.device)
             self.forward.hidden(torch.from_numpy(np.concatenate([t for t, _ in batch])).to(self.device), context)
             self.stats.prefilled_tokens += tokens
-
-    # --- decode
 
     def _decode(self) -> tuple[list[list[int]], list[list[float]]]:
         """The next tokens of every row and their log-probs, B x steps. The host waits for the device once."""
@@ -573,8 +555,6 @@ class _Sampler:
                 else:
                     self._preempt()
 
-    # --- retire
-
     def _retire(self, tokens: list[list[int]], logprobs: list[list[float]]) -> list[Rollout]:
         """Give every row what was drawn for it, B x steps. Finished responses leave and are returned."""
         stop, finished = self.sampling.stop_tokens, []
@@ -586,7 +566,18 @@ class _Sampler:
                 if token in stop or len(row.tokens) == row.limit:
                     finished.append(i)
                     break  # what it drew after its end is forgotten
-        rollouts = [self._rollout(self.rows[i]) for i in finished]
+        rollouts = [
+            Rollout(
+                problem_id=row.prompt.problem_id,
+                index=row.index,
+                prompt=np.asarray(row.prompt.tokens, dtype=np.int32),
+                tokens=np.asarray(row.tokens, dtype=np.int32),
+                logprobs=np.asarray(row.logprobs, dtype=np.float32),
+                finish_reason="stop" if row.tokens[-1] in stop else "length",
+                temperature=self.sampling.temperature,
+            )
+            for row in map(self.rows.__getitem__, finished)
+        ]
         for i in reversed(finished):  # the last row moves into each gap
             self.cache.release(self.rows[i].pages)
             last = self.rows.pop()
@@ -598,29 +589,16 @@ class _Sampler:
                     self.cache.release(source)
         return rollouts
 
-    def _rollout(self, row: _Row) -> Rollout:
-        return Rollout(
-            problem_id=row.prompt.problem_id,
-            index=row.index,
-            prompt=np.asarray(row.prompt.tokens, dtype=np.int32),
-            tokens=np.asarray(row.tokens, dtype=np.int32),
-            logprobs=np.asarray(row.logprobs, dtype=np.float32),
-            finish_reason="stop" if row.tokens[-1] in self.sampling.stop_tokens else "length",
-            temperature=self.sampling.temperature,
-        )
-
-    # --- when pages or memory run out
-
     def _preempt(self) -> None:
-        """Free the pages of the row admitted last; or, when one row is left, those of a prompt held for others."""
-        if len(self.rows) == 1:
-            self._forget_waiting()
+        """Free the pages of the row admitted last; when none is left beside another, those of prompts held for others."""
+        if len(self.rows) <= 1:
+            for row in self.waiting:
+                self._forget(row.prefix)
             return
         row = max(self.rows, key=lambda row: row.admitted)
         self._put_back(row)
         if row.tokens:  # its own tokens are now part of what is to be prefilled
-            known = np.concatenate([row.prompt.tokens, row.tokens]).astype(np.int64)
-            row.prefix = _Prefix(known[:-1], 0)
+            row.prefix = _Prefix(0)
         row.prefix.rows_to_start += 1
         self.stats.preemptions += 1
 
@@ -636,13 +614,6 @@ class _Sampler:
         self.cache.release(prefix.pages or [])
         prefix.pages = None
 
-    def _forget_waiting(self) -> bool:
-        """Let go of prefixes held for waiting rows, which will be prefilled again. Was there any?"""
-        held = [row.prefix for row in self.waiting if row.prefix.pages]
-        for prefix in held:
-            self._forget(prefix)
-        return bool(held)
-
     def _shrink(self) -> None:
         """Go on with half the rows and half the prefill. Raises RolloutError when there is nothing left to halve."""
         if self.most_rows == 1 and self.most_prefill == 1:
@@ -653,7 +624,7 @@ class _Sampler:
             self._preempt()
         self.loaded = None  # a step that died may have changed the tensors
         if self.graphs:
-            self.graphs = StepGraphs(self.most_rows)
+            self.graphs.forget()
         self.stats.memory_retries += 1
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -95,13 +95,13 @@ def check_agreement(model: Transformer, new_tokens: int) -> dict[str, float]:
         found[f"largest log-prob difference, {head}"] = float(sums["largest_difference"])
     model.float32_head = True
     greedy = sample(model, 0.0, new_tokens)
-    graphs, rollout.steps_become_graphs = rollout.steps_become_graphs, lambda device, dtype: False
+    graphs, rollout.step_graphs = rollout.step_graphs, lambda *_: None
     found["greedy tokens equal, graphs to single steps"] = equal_share(greedy, sample(model, 0.0, new_tokens))
     kernels = decode.flash_attn_varlen_func, decode.varlen_attn
     decode.flash_attn_varlen_func = decode.varlen_attn = None
     found["greedy tokens equal, paged kernel to SDPA"] = equal_share(greedy, sample(model, 0.0, new_tokens))
     decode.flash_attn_varlen_func, decode.varlen_attn = kernels
-    rollout.steps_become_graphs = graphs
+    rollout.step_graphs = graphs
     return found
 
 

@@ -147,11 +147,6 @@ class PagedKernel:
         return varlen_attn(*arguments, **options)
 
 
-def steps_become_graphs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether decode steps are recorded: only kernels that read lengths on the device can be replayed as they grow."""
-    return pages_have_kernels(device, dtype)
-
-
 def capture_graph(step: Callable[[], None], pool: object) -> tuple[Callable[[], None], object]:
     """Record a step as a CUDA graph: a function that replays it, and the memory pool that graphs share."""
     graph = torch.cuda.CUDAGraph()
@@ -184,6 +179,16 @@ class StepGraphs:
             return
         step(size)  # launched one by one: what is made at first use (handles, workspaces) must exist before recording
         self.replays[size], self.pool = capture_graph(lambda: step(size), self.pool)
+
+    def forget(self) -> None:
+        """Let go of all graphs and their memory; the next steps are recorded anew."""
+        self.replays.clear()
+        self.pool = None
+
+
+def step_graphs(most_rows: int, device: torch.device, dtype: torch.dtype) -> StepGraphs | None:
+    """Graphs, where steps can be recorded: only kernels that read lengths on the device can be replayed as they grow."""
+    return StepGraphs(most_rows) if pages_have_kernels(device, dtype) else None
 
 
 def padded_rows(rows: int, most: int) -> int:
