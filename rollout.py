@@ -131,10 +131,14 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
         return tokens, logprobs
     # one pass each: shift, exponentiate in place, sum; a vocabulary is too wide for more than is needed
     scaled = (logits - logits.amax(1, keepdim=True)).div_(sampling.temperature)
-    if sampling.top_k or sampling.top_p < 1:
-        tokens = _draw_from_top(scaled, sampling, uniform)
-        chosen = scaled.gather(1, tokens[:, None]).squeeze(1)
-        return tokens, chosen - scaled.logsumexp(1)
+    if sampling.top_k or sampling.top_p < 1:  # the top_k likeliest, and of these the fewest that hold top_p of the mass
+        size = logits.shape[1]
+        best, index = scaled.topk(min(sampling.top_k or size, size), dim=1)  # (B, kept), likeliest first
+        probability = best.softmax(1)
+        mass_before = probability.cumsum(1) - probability
+        place, _ = _draw(probability.masked_fill(mass_before >= sampling.top_p, 0.0), uniform)
+        tokens = index.gather(1, place[:, None])  # (B, 1)
+        return tokens.squeeze(1), scaled.gather(1, tokens).squeeze(1) - scaled.logsumexp(1)
     weights = scaled.exp_()
     tokens, total = _draw(weights, uniform)
     return tokens, weights.gather(1, tokens[:, None]).squeeze(1).log() - total.log()
@@ -171,16 +175,6 @@ def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return index.squeeze(1), target - before
 
 
-def _draw_from_top(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Keep the top_k likeliest tokens, then of these the fewest that hold top_p of the mass, and draw."""
-    keep = min(sampling.top_k or logits.shape[1], logits.shape[1])
-    best, index = logits.topk(keep, dim=1)  # (B, keep), likeliest first
-    probability = best.softmax(1)
-    mass_before = probability.cumsum(1) - probability
-    probability = probability.masked_fill(mass_before >= sampling.top_p, 0.0)
-    return index.gather(1, _draw(probability, uniform)[0][:, None]).squeeze(1)
-
-
 # -------------------------------------------------------------------------------------------- the paged cache
 
 
@@ -206,16 +200,15 @@ class PagedCache:
         self.free = list(range(pages - 1, -1, -1))  # the lowest page is handed out first
         self.users = [0] * pages
 
-    def take(self, highest: bool = False) -> int:
-        """A free page: the lowest, or the highest."""
-        page = self.free.pop(0 if highest else -1)
-        self.users[page] = 1
-        return page
+    def take(self, count: int, highest: bool = False) -> list[int]:
+        """Free pages: the lowest, or the highest."""
+        return self.share([self.free.pop(0 if highest else -1) for _ in range(count)])
 
-    def share(self, page: int) -> int:
-        """The same page, with one more user."""
-        self.users[page] += 1
-        return page
+    def share(self, pages: list[int]) -> list[int]:
+        """The same pages, with one more user each."""
+        for page in pages:
+            self.users[page] += 1
+        return pages
 
     def release(self, pages: Sequence[int]) -> None:
         """One user fewer for each page; those without any are free again."""
@@ -271,9 +264,8 @@ class Decode:
             longest = size  # pages side by side are one stream: skipping the rest of each costs more than reading it
         self.table, self.longest = table[:, : math.ceil(longest / size)], longest
         unseen = torch.arange(longest, device=table.device)[None] > positions[:, None]  # (B, longest)
-        self.bias = torch.zeros(unseen.shape, dtype=cache.keys.dtype, device=table.device).masked_fill_(
-            unseen, -math.inf
-        )
+        bias = torch.zeros(unseen.shape, dtype=cache.keys.dtype, device=table.device)
+        self.bias = bias.masked_fill_(unseen, -math.inf)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store this token's key and value, then attend: q (B, H, D) -> (B, H, D)."""
@@ -313,7 +305,9 @@ def generate(
     Raises RolloutError before any work when a sequence could outgrow the model's window or the cache.
     """
     check_requests(model, prompts, sampling, limits)
-    return _Sampler(model, prompts, sampling, limits, stats or SamplerStats()).run(abandon) if prompts else iter(())
+    return (
+        _Sampler(model, list(prompts), sampling, limits, stats or SamplerStats()).run(abandon) if prompts else iter(())
+    )
 
 
 def _page_size(model: Transformer, limits: CacheLimits, longest: int) -> int:
@@ -352,7 +346,7 @@ class _Prefix:
     """Tokens whose keys and values are prefilled once and held until every row that starts from them has started."""
 
     rows_to_start: int
-    pages: list[int] | None = None  # None: not prefilled
+    pages: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -379,12 +373,7 @@ class _Sampler:
     """The state of one `generate` call: the rows in flight, the rows that wait, and the cache that they share."""
 
     def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        limits: CacheLimits,
-        stats: SamplerStats,
+        self, model: Transformer, prompts: list[Prompt], sampling: Sampling, limits: CacheLimits, stats: SamplerStats
     ):
         self.sampling, self.stats = sampling, stats
         self.device, dtype = model.device, model.lm_head.weight.dtype
@@ -423,10 +412,8 @@ class _Sampler:
                     raise
             pages //= 2
             if pages <= self.pages_per_row:
-                raise RolloutError(
-                    f"out of memory: not even one sequence of {self.pages_per_row * self.page_size} tokens fits a "
-                    f"cache: shorten the responses or take a smaller model"
-                )
+                what = f"a cache for one sequence of {self.pages_per_row * self.page_size} tokens does not fit"
+                raise RolloutError(f"out of memory: {what}: shorten the responses or take a smaller model")
             self.stats.memory_retries += 1
 
     def run(self, abandon: Callable[[], bool]) -> Iterator[Rollout]:
@@ -447,57 +434,59 @@ class _Sampler:
     def _admit(self) -> None:
         """Start waiting responses while there are rows and pages. A prefix is prefilled once for all its rows."""
         started: list[_Row] = []
-        prefills: list[tuple[np.ndarray, list[int]]] = []  # tokens and the pages that they fill
+        prefills: list[tuple[_Row, list[int]]] = []  # rows and the pages that all but their last token fill
         while self.waiting and len(self.rows) < self.most_rows:
             row = self.waiting[0]
             prefix = row.prefix
             whole, part = divmod(row.length - 1, self.page_size)
-            alone = prefix.pages is None and prefix.rows_to_start == 1  # its pages can be the row's own
-            needed = 1 + (0 if prefix.pages else whole if alone else whole + bool(part))
+            alone = not prefix.pages and prefix.rows_to_start == 1  # its pages can be the row's own
+            needed = 1 if prefix.pages else 1 + whole + (part > 0 and not alone)
             # rows that are to grow keep a page each in reserve, or they would only preempt each other
             reserve = 0 if self.one_page else len(self.rows)
             if len(self.cache.free) < needed + reserve:
                 if self.rows:
                     break
-                self._preempt()  # prompts that are held leave no page
+                self._free_pages()
                 continue
-            tokens = np.concatenate([row.prompt.tokens, row.tokens])[:-1].astype(np.int64)
             if alone:
-                row.pages = [self.cache.take() for _ in range(whole + 1)]
-                prefills.append((tokens, row.pages))
+                row.pages = self.cache.take(whole + 1)
+                prefills.append((row, row.pages))
             else:
-                if prefix.pages is None:  # from the far end, so that rows keep the low pages to themselves
-                    prefix.pages = [self.cache.take(highest=True) for _ in range(whole + bool(part))]
-                    prefills.append((tokens, prefix.pages))
-                row.pages = [self.cache.share(page) for page in prefix.pages[:whole]] + [self.cache.take()]
+                if not prefix.pages:  # from the far end, so that rows keep the low pages to themselves
+                    prefix.pages = self.cache.take(whole + (part > 0), highest=True)
+                    prefills.append((row, prefix.pages))
+                row.pages = self.cache.share(prefix.pages[:whole]) + self.cache.take(1)
+            prefix.rows_to_start -= 1
             row.admitted = self.admissions = self.admissions + 1
             self.rows.append(self.waiting.popleft())
             started.append(row)
         try:
-            self._prefill([prefill for prefill in prefills if len(prefill[0])])
+            self._prefill([(row, pages) for row, pages in prefills if row.length > 1])
         except BaseException:  # as if nothing had been admitted
             for row in reversed(started):
-                self._put_back(row)
                 self._forget(row.prefix)
+                self._preempt(row)
             raise
         for row in started:
             whole, part = divmod(row.length - 1, self.page_size)
             if part and row.prefix.pages:  # the page that the row goes on writing is its own copy
                 self.cache.copy(row.prefix.pages[whole], row.pages[whole], part)
-            row.prefix.rows_to_start -= 1
+        for row in started:
             if row.prefix.rows_to_start == 0:
                 self._forget(row.prefix)
 
-    def _prefill(self, prefills: list[tuple[np.ndarray, list[int]]]) -> None:
-        """Write keys and values of tokens into their pages, several sequences packed into one forward."""
+    def _prefill(self, prefills: list[tuple[_Row, list[int]]]) -> None:
+        """Write keys and values of all but the last token of rows into pages, several rows packed into one forward."""
         while prefills:
-            batch, tokens = [], 0
-            while prefills and (not batch or tokens + len(prefills[0][0]) <= self.most_prefill):
-                tokens += len(prefills[0][0])
-                batch.append(prefills.pop(0))
-            context = Prefill(self.cache, [len(t) for t, _ in batch], [pages for _, pages in batch], self.device)
-            self.forward.hidden(torch.from_numpy(np.concatenate([t for t, _ in batch])).to(self.device), context)
-            self.stats.prefilled_tokens += tokens
+            tokens, tables, total = [], [], 0
+            while prefills and (not tokens or total + prefills[0][0].length - 1 <= self.most_prefill):
+                row, pages = prefills.pop(0)
+                tokens.append(np.concatenate([row.prompt.tokens, row.tokens])[:-1].astype(np.int64))
+                tables.append(pages)
+                total += len(tokens[-1])
+            context = Prefill(self.cache, [len(t) for t in tokens], tables, self.device)
+            self.forward.hidden(torch.from_numpy(np.concatenate(tokens)).to(self.device), context)
+            self.stats.prefilled_tokens += total
 
     def _decode(self) -> tuple[list[list[int]], list[list[float]]]:
         """The next tokens of every row and their log-probs, B x steps. The host waits for the device once."""
@@ -551,9 +540,9 @@ class _Sampler:
         for row in sorted(self.rows, key=lambda row: row.admitted):
             while row.pages and (row.length + steps - 2) // self.page_size >= len(row.pages):
                 if self.cache.free:
-                    row.pages.append(self.cache.take())
+                    row.pages += self.cache.take(1)
                 else:
-                    self._preempt()
+                    self._free_pages()
 
     def _retire(self, tokens: list[list[int]], logprobs: list[list[float]]) -> list[Rollout]:
         """Give every row what was drawn for it, B x steps. Finished responses leave and are returned."""
@@ -584,35 +573,34 @@ class _Sampler:
             if i < len(self.rows):
                 self.rows[i] = last
                 if self.one_page:  # and so does its page
-                    source, last.pages = last.pages, [self.cache.take()]
+                    source, last.pages = last.pages, self.cache.take(1)
                     self.cache.copy(source[0], last.pages[0], last.length)
                     self.cache.release(source)
         return rollouts
 
-    def _preempt(self) -> None:
-        """Free the pages of the row admitted last; when none is left beside another, those of prompts held for others."""
-        if len(self.rows) <= 1:
+    def _free_pages(self) -> None:
+        """Preempt the row admitted last; when there is at most one, let go of the prompts held for waiting rows."""
+        if len(self.rows) > 1:
+            self._preempt(max(self.rows, key=lambda row: row.admitted))
+            self.stats.preemptions += 1
+        else:
             for row in self.waiting:
                 self._forget(row.prefix)
-            return
-        row = max(self.rows, key=lambda row: row.admitted)
-        self._put_back(row)
-        if row.tokens:  # its own tokens are now part of what is to be prefilled
-            row.prefix = _Prefix(0)
-        row.prefix.rows_to_start += 1
-        self.stats.preemptions += 1
 
-    def _put_back(self, row: _Row) -> None:
-        """A row waits again, first in line, without its pages."""
+    def _preempt(self, row: _Row) -> None:
+        """A row waits again, first in line. It is prefilled again where it has drawn tokens or its prefix is gone."""
         self.rows.remove(row)
         self.cache.release(row.pages)
         row.pages = []
+        if row.tokens:
+            row.prefix = _Prefix(0)
+        row.prefix.rows_to_start += 1
         self.waiting.appendleft(row)
 
     def _forget(self, prefix: _Prefix) -> None:
         """Let go of a prefix's pages; rows that share them keep them."""
-        self.cache.release(prefix.pages or [])
-        prefix.pages = None
+        self.cache.release(prefix.pages)
+        prefix.pages = []
 
     def _shrink(self) -> None:
         """Go on with half the rows and half the prefill. Raises RolloutError when there is nothing left to halve."""
@@ -621,7 +609,7 @@ class _Sampler:
         self.most_rows = max(1, (len(self.rows) or self.most_rows) // 2)
         self.most_prefill = max(1, self.most_prefill // 2)
         while len(self.rows) > self.most_rows:
-            self._preempt()
+            self._free_pages()
         self.loaded = None  # a step that died may have changed the tensors
         if self.graphs:
             self.graphs.forget()

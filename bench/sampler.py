@@ -163,9 +163,8 @@ def main() -> None:
         parser.error("the cases equal and ragged need --model")
     bandwidth, matrix_rate = measure_machine()
     print(f"bandwidth {bandwidth / 1e9:.1f} GB/s, matrix rate {matrix_rate / 1e9:.0f} GFLOP/s")
-    rows, results = [[
-        "case", "ours tok/s", "generate tok/s", "ratio", "continuous tok/s", "roofline tok/s", "of roofline", "prefilled",
-    ]], {}  # fmt: skip
+    results = {}
+    rows = ["case,ours tok/s,generate tok/s,ratio,continuous tok/s,roofline tok/s,of roofline,prefilled".split(",")]
     for name in names:
         folder = write_wide128() if name == "wide128" else arguments.model
         model = load(folder)

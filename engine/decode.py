@@ -187,7 +187,7 @@ class StepGraphs:
 
 
 def step_graphs(most_rows: int, device: torch.device, dtype: torch.dtype) -> StepGraphs | None:
-    """Graphs, where steps can be recorded: only kernels that read lengths on the device can be replayed as they grow."""
+    """Graphs where steps can be recorded: only kernels that read lengths on the device can be replayed as they grow."""
     return StepGraphs(most_rows) if pages_have_kernels(device, dtype) else None
 
 

@@ -339,7 +339,7 @@ def test_pages_in_use_are_counted_at_every_step(model, limits):
             rollouts = retire(*drawn)
             users = [0] * sampler.cache.pages
             prefixes = {id(row.prefix): row.prefix for row in sampler.waiting}
-            for pages in [row.pages for row in sampler.rows] + [p.pages or [] for p in prefixes.values()]:
+            for pages in [row.pages for row in sampler.rows] + [p.pages for p in prefixes.values()]:
                 for page in pages:
                     users[page] += 1
             assert users == sampler.cache.users
