@@ -3,8 +3,10 @@
 `generate` yields rollouts as they finish, so that grading can overlap sampling. One loop serves every device:
 
     admit    waiting responses take free rows and pages; a prompt is prefilled once for its whole group
-    decode   one token for every row: attention over pages, then one draw per row (decode.py says how fast)
+    decode   one token for every row: attention over its pages, then one draw
     retire   finished rows leave at once, and the last row closes the gap
+
+All of it is here in plain PyTorch; engine/decode.py has the faster weights, kernel and graphs that stand in for it.
 
 A row that needs a page when none is free preempts the row admitted last, which waits and is prefilled again;
 nothing fails for lack of memory as long as one whole sequence fits.
@@ -21,14 +23,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention import flash_attn_varlen_func, packed_attention, varlen_attn
-from engine.decode import DecodeState, StepGraphs, sampling_forward
+from engine.decode import KERNEL_PAGE_TOKENS, PagedKernel, pages_have_kernels, sampling_forward, step_graphs
 from engine.memory import out_of_memory
 from model import ModelConfig, Packed, Transformer
 
@@ -87,6 +89,17 @@ class Rollout:
     temperature: float
 
 
+@dataclass
+class SamplerStats:
+    """What a call of `generate` did; filled in as it goes."""
+
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+    decode_steps: int = 0
+    preemptions: int = 0
+    memory_retries: int = 0  # times that memory ran out and the batch was made smaller
+
+
 # ---------------------------------------------------------------------------------------- counted randomness
 
 
@@ -118,10 +131,14 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
         return tokens, logprobs
     # one pass each: shift, exponentiate in place, sum; a vocabulary is too wide for more than is needed
     scaled = (logits - logits.amax(1, keepdim=True)).div_(sampling.temperature)
-    if sampling.top_k or sampling.top_p < 1:
-        tokens = _draw_from_top(scaled, sampling, uniform)
-        chosen = scaled.gather(1, tokens[:, None]).squeeze(1)
-        return tokens, chosen - scaled.logsumexp(1)
+    if sampling.top_k or sampling.top_p < 1:  # the top_k likeliest, and of these the fewest that hold top_p of the mass
+        size = logits.shape[1]
+        best, index = scaled.topk(min(sampling.top_k or size, size), dim=1)  # (B, kept), likeliest first
+        probability = best.softmax(1)
+        mass_before = probability.cumsum(1) - probability
+        place, _ = _draw(probability.masked_fill(mass_before >= sampling.top_p, 0.0), uniform)
+        tokens = index.gather(1, place[:, None])  # (B, 1)
+        return tokens.squeeze(1), scaled.gather(1, tokens).squeeze(1) - scaled.logsumexp(1)
     weights = scaled.exp_()
     tokens, total = _draw(weights, uniform)
     return tokens, weights.gather(1, tokens[:, None]).squeeze(1).log() - total.log()
@@ -158,30 +175,7 @@ def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return index.squeeze(1), target - before
 
 
-def _draw_from_top(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Keep the top_k likeliest tokens, then of these the fewest that hold top_p of the mass, and draw."""
-    keep = min(sampling.top_k or logits.shape[1], logits.shape[1])
-    best, index = logits.topk(keep, dim=1)  # (B, keep), likeliest first
-    probability = best.softmax(1)
-    mass_before = probability.cumsum(1) - probability
-    probability = probability.masked_fill(mass_before >= sampling.top_p, 0.0)
-    return index.gather(1, _draw(probability, uniform)[0][:, None]).squeeze(1)
-
-
 # -------------------------------------------------------------------------------------------- the paged cache
-
-
-KERNEL_PAGE_TOKENS = 256  # the paged flash kernels take pages of a multiple of this
-
-
-def pages_have_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention reads pages through a table by itself: CUDA, half precision, a kernel at hand."""
-    return device.type == "cuda" and dtype != torch.float32 and bool(flash_attn_varlen_func or varlen_attn)
-
-
-def steps_become_graphs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether decode steps are recorded: only kernels that read lengths on the device can be replayed as they grow."""
-    return pages_have_kernels(device, dtype)
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -195,29 +189,26 @@ class PagedCache:
     def __init__(self, model: Transformer, pages: int, page_size: int, dtype: torch.dtype, scratch: bool = False):
         """With `scratch` there is one more page, number `pages`, which is never handed out."""
         config, device = model.config, model.device
-        heads, size = config.num_key_value_heads, config.head_dim
         self.page_size, self.pages = page_size, pages
-        self.has_kernels = pages_have_kernels(device, dtype)
-        shape = (config.num_hidden_layers, pages + scratch, page_size, heads, size)
-        if device.type == "cpu":  # attention reads one head's tokens in a row; the view has the same shape
-            shape = (config.num_hidden_layers, pages + scratch, heads, page_size, size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        if device.type == "cpu":
-            self.keys, self.values = self.keys.transpose(2, 3), self.values.transpose(2, 3)
+
+        def zeros() -> Tensor:  # (layers, pages, page_size, K, D)
+            order = (0, 1, 3, 2, 4) if device.type == "cpu" else (0, 1, 2, 3, 4)  # on a CPU a head's tokens in a row
+            shape = (config.num_hidden_layers, pages + scratch, page_size, config.num_key_value_heads, config.head_dim)
+            return torch.zeros([shape[i] for i in order], dtype=dtype, device=device).permute(order)
+
+        self.keys, self.values = zeros(), zeros()
         self.free = list(range(pages - 1, -1, -1))  # the lowest page is handed out first
         self.users = [0] * pages
 
-    def take(self, highest: bool = False) -> int:
-        """A free page: the lowest, or the highest."""
-        page = self.free.pop(0 if highest else -1)
-        self.users[page] = 1
-        return page
+    def take(self, count: int, highest: bool = False) -> list[int]:
+        """Free pages: the lowest, or the highest."""
+        return self.share([self.free.pop(0 if highest else -1) for _ in range(count)])
 
-    def share(self, page: int) -> int:
-        """The same page, with one more user."""
-        self.users[page] += 1
-        return page
+    def share(self, pages: list[int]) -> list[int]:
+        """The same pages, with one more user each."""
+        for page in pages:
+            self.users[page] += 1
+        return pages
 
     def release(self, pages: Sequence[int]) -> None:
         """One user fewer for each page; those without any are free again."""
@@ -232,125 +223,71 @@ class PagedCache:
         self.keys[:, target, :tokens] = self.keys[:, source, :tokens]
         self.values[:, target, :tokens] = self.values[:, source, :tokens]
 
+    def store(self, layer: int, page: Tensor, offset: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write the keys and values (T, K, D) of T tokens to their places: page and offset in it (T,)."""
+        self.keys[layer][page, offset] = k.to(self.keys.dtype)
+        self.values[layer][page, offset] = v.to(self.values.dtype)
+
 
 class Prefill(Packed):
     """Packed prompts whose keys and values go into the cache on the way."""
 
     def __init__(self, cache: PagedCache, lengths: list[int], page_tables: list[list[int]], device: torch.device):
         super().__init__(lengths, device)
-        self.cache = cache
-        size = cache.page_size
+        self.cache, size = cache, cache.page_size
         pages = [page for table, n in zip(page_tables, lengths, strict=True) for page in np.repeat(table, size)[:n]]
-        offsets = [np.arange(n) % size for n in lengths]
         self.page = torch.tensor(np.array(pages), device=device)  # (T,)
-        self.offset = torch.tensor(np.concatenate(offsets), device=device)  # (T,)
+        self.offset = self.positions % size  # (T,)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention within each prompt; keys and values are stored."""
-        self.cache.keys[layer][self.page, self.offset] = k.to(self.cache.keys.dtype)
-        self.cache.values[layer][self.page, self.offset] = v.to(self.cache.values.dtype)
-        return packed_attention(q, k, v, self)
+        """Store keys and values, and attend within each prompt: q (T, H, D) -> (T, H, D)."""
+        self.cache.store(layer, self.page, self.offset, k, v)
+        return super().attend(layer, q, k, v)
 
 
 class Decode:
     """One new token per row, which sees all of its sequence through the page table."""
 
-    def __init__(self, cache: PagedCache, table: Tensor, positions: Tensor, longest: int, in_place: bool):
-        self.cache, self.table, self.positions, self.longest = cache, table, positions, longest  # table (B, pages)
-        self.page = table.gather(1, (positions // cache.page_size)[:, None]).squeeze(1)  # (B,)
-        self.offset = positions % cache.page_size
-        self.in_place = in_place  # row i is page i, and nothing more: the cache itself is the batch, ungathered
-        if in_place and 2 * longest > cache.page_size:
-            # slots side by side are one stream: skipping the unwritten rest of each costs more than reading it
-            self.longest = longest = cache.page_size
-        lengths = positions + 1
-        if cache.has_kernels:
-            self.lengths, self.table = lengths.int(), table.int()
-            self.query_ends = torch.arange(len(table) + 1, dtype=torch.int32, device=table.device)
-            self.key_ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-        else:
-            seen = torch.arange(longest, device=positions.device)[None] < lengths[:, None]  # (B, longest)
-            bias = torch.zeros(seen.shape, dtype=cache.keys.dtype, device=seen.device)
-            self.bias = bias.masked_fill(~seen, -math.inf)
+    def __init__(self, cache: PagedCache, table: Tensor, positions: Tensor, longest: int, in_place: bool = False):
+        """table (B, pages), positions (B,) of the new tokens; no row has more than `longest` tokens with its new one.
+
+        `in_place`: row i is page i, and nothing more: the cache itself is the batch, ungathered.
+        """
+        self.cache, self.positions, self.in_place, size = cache, positions, in_place, cache.page_size
+        self.page = table.gather(1, (positions // size)[:, None]).squeeze(1)  # (B,)
+        self.offset = positions % size
+        self.kernel = None
+        if pages_have_kernels(table.device, cache.keys.dtype):
+            self.kernel = PagedKernel(table, positions + 1, longest)
+            return
+        if in_place and 2 * longest > size:
+            longest = size  # pages side by side are one stream: skipping the rest of each costs more than reading it
+        self.table, self.longest = table[:, : math.ceil(longest / size)], longest
+        unseen = torch.arange(longest, device=table.device)[None] > positions[:, None]  # (B, longest)
+        bias = torch.zeros(unseen.shape, dtype=cache.keys.dtype, device=table.device)
+        self.bias = bias.masked_fill_(unseen, -math.inf)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store this token's key and value, then attend: q (B, H, D) -> (B, H, D)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (pages, page_size, K, D)
-        keys[self.page, self.offset] = k.to(keys.dtype)
-        values[self.page, self.offset] = v.to(values.dtype)
-        return paged_attention(q, keys, values, self)
-
-
-def paged_attention(q: Tensor, keys: Tensor, values: Tensor, decode: Decode) -> Tensor:
-    """Attention of one query token per row over its pages: q (B, H, D), keys and values (pages, size, K, D)."""
-    if decode.cache.has_kernels:
-        ends, key_ends, table, longest = decode.query_ends, decode.key_ends, decode.table, decode.longest
-        if flash_attn_varlen_func is not None:
-            return flash_attn_varlen_func(q, keys, values, ends, key_ends, 1, longest, block_table=table)
-        # one split: splitting by the longest row would make a row's result depend on the others (flash-attn, above,
-        # chooses for itself)
-        options = {"enable_gqa": True, "seqused_k": decode.lengths, "block_table": table, "num_splits": 1}
-        return varlen_attn(q, keys, values, ends, key_ends, 1, longest, **options)
-    rows, heads, size = q.shape
-    if decode.in_place:
-        k, v = keys[:rows], values[:rows]
-    else:
-        k, v = keys[decode.table].flatten(1, 2), values[decode.table].flatten(1, 2)  # (B, pages x size, K, D)
-    k, v = k[:, : decode.longest].transpose(1, 2), v[:, : decode.longest].transpose(1, 2)  # (B, K, longest, D)
-    q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D): queries that share a key head become its rows
-    q, k, v = (q * size**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B x K, ., D)
-    # keys first: with few queries to a key, the product reads memory twice as fast in this order
-    scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2).contiguous()  # (B x K, H/K, longest)
-    scores.view(rows, -1, decode.longest).add_(decode.bias[:, None])
-    return torch.bmm(scores.softmax(-1), v).view(rows, heads, size)
+        self.cache.store(layer, self.page, self.offset, k, v)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (pages, size, K, D)
+        if self.kernel:
+            return self.kernel.attend(q, keys, values)
+        rows, heads, size = q.shape
+        if self.in_place:
+            k, v = keys[:rows], values[:rows]
+        else:
+            k, v = keys[self.table].flatten(1, 2), values[self.table].flatten(1, 2)  # (B, pages x size, K, D)
+        k, v = k[:, : self.longest].transpose(1, 2), v[:, : self.longest].transpose(1, 2)  # (B, K, longest, D)
+        q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D): queries that share a key head become its rows
+        q, k, v = (q * size**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B x K, ., D)
+        # keys first: with few queries to a key, the product reads memory twice as fast in this order
+        scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2).contiguous()  # (B x K, H/K, longest)
+        scores.view(rows, -1, self.longest).add_(self.bias[:, None])
+        return torch.bmm(scores.softmax(-1), v).view(rows, heads, size)
 
 
 # ------------------------------------------------------------------------------------------------ the sampler
-
-
-@dataclass
-class _Prefix:
-    """Tokens whose keys and values are prefilled once and held until every row that starts from them has started."""
-
-    tokens: np.ndarray  # all but the last token known: that one is decoded
-    rows_to_start: int
-    pages: list[int] | None = None
-
-
-@dataclass
-class _Row:
-    """A response in the making."""
-
-    prompt: Prompt
-    index: int
-    key: int
-    prefix: _Prefix
-    limit: int  # most new tokens
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    admitted: int = 0  # a running number: preemption takes the highest
-
-    @property
-    def room(self) -> int:
-        """New tokens that it may still make."""
-        return self.limit - len(self.tokens)
-
-    @property
-    def length(self) -> int:
-        """Tokens so far, prompt and response."""
-        return len(self.prompt.tokens) + len(self.tokens)
-
-
-@dataclass
-class SamplerStats:
-    """What a call of `generate` did; filled in as it goes."""
-
-    prefilled_tokens: int = 0
-    decoded_tokens: int = 0
-    decode_steps: int = 0
-    preemptions: int = 0
-    memory_retries: int = 0  # times that memory ran out and the batch was made smaller
 
 
 def generate(
@@ -368,7 +305,9 @@ def generate(
     Raises RolloutError before any work when a sequence could outgrow the model's window or the cache.
     """
     check_requests(model, prompts, sampling, limits)
-    return _Sampler(model, prompts, sampling, limits, stats or SamplerStats(), abandon).run() if prompts else iter(())
+    return (
+        _Sampler(model, list(prompts), sampling, limits, stats or SamplerStats()).run(abandon) if prompts else iter(())
+    )
 
 
 def _page_size(model: Transformer, limits: CacheLimits, longest: int) -> int:
@@ -392,8 +331,7 @@ def check_requests(model: Transformer, prompts: Sequence[Prompt], sampling: Samp
     for prompt in prompts:
         needs = len(prompt.tokens) + sampling.max_new_tokens
         what = f"problem {prompt.problem_id}: prompt of {len(prompt.tokens)} tokens + {sampling.max_new_tokens} new"
-        if min(prompt.limits or [1]) < 1:
-            least = min(prompt.limits)
+        if prompt.limits and (least := min(prompt.limits)) < 1:
             raise RolloutError(f"problem {prompt.problem_id}: a limit of {least} new tokens is below 1: raise it")
         if not len(prompt.tokens):
             raise RolloutError(f"problem {prompt.problem_id}: the prompt is empty")
@@ -403,97 +341,266 @@ def check_requests(model: Transformer, prompts: Sequence[Prompt], sampling: Samp
             raise RolloutError(f"{what} and a spare page exceed the cache of {limits.tokens} tokens: enlarge it")
 
 
+@dataclass
+class _Prefix:
+    """Tokens whose keys and values are prefilled once and held until every row that starts from them has started."""
+
+    rows_to_start: int
+    pages: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Row:
+    """A response in the making."""
+
+    prompt: Prompt
+    index: int
+    key: int
+    limit: int  # most new tokens
+    prefix: _Prefix  # all but the last of its tokens when it starts: that one is decoded
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    admitted: int = 0  # a running number: preemption takes the highest
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt and response."""
+        return len(self.prompt.tokens) + len(self.tokens)
+
+
 class _Sampler:
-    """The state of one `generate` call: the rows in flight, and the device tensors that mirror them."""
+    """The state of one `generate` call: the rows in flight, the rows that wait, and the cache that they share."""
 
     def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        limits: CacheLimits,
-        stats: SamplerStats,
-        abandon: Callable[[], bool],
+        self, model: Transformer, prompts: list[Prompt], sampling: Sampling, limits: CacheLimits, stats: SamplerStats
     ):
-        self.model, self.sampling, self.stats, self.abandon = model, sampling, stats, abandon
-        self.device = model.device
+        self.sampling, self.stats = sampling, stats
+        self.device, dtype = model.device, model.lm_head.weight.dtype
         self.rows: list[_Row] = []
         self.waiting: deque[_Row] = deque()
         self.admissions = 0
         for prompt in prompts:
-            prefix = _Prefix(np.asarray(prompt.tokens[:-1], dtype=np.int64), prompt.n)
-            for index in range(prompt.first, prompt.first + prompt.n):
-                key = sequence_key(sampling.seed, sampling.step, prompt.problem_id, index)
-                limit = sampling.max_new_tokens
-                if prompt.limits is not None:
-                    limit = min(limit, prompt.limits[index - prompt.first])
-                self.waiting.append(_Row(prompt, index, key, prefix, limit))
+            prefix = _Prefix(prompt.n)
+            for i in range(prompt.n):
+                key = sequence_key(sampling.seed, sampling.step, prompt.problem_id, prompt.first + i)
+                limit = min(sampling.max_new_tokens, prompt.limits[i] if prompt.limits else sampling.max_new_tokens)
+                self.waiting.append(_Row(prompt, prompt.first + i, key, limit, prefix))
         longest = max(len(prompt.tokens) for prompt in prompts) + sampling.max_new_tokens
         self.page_size = _page_size(model, limits, longest)
         self.pages_per_row = math.ceil(longest / self.page_size)
-        self.most_rows = min(limits.rows, len(self.waiting))
+        self.one_page = self.pages_per_row == 1  # then row i keeps to page i, as long as the cache is not tight
+        rows = self.most_rows = min(limits.rows, len(self.waiting))
         self.most_prefill = LARGEST_CPU_PREFILL if self.device.type == "cpu" else LARGEST_PREFILL
-        self.one_page = self.pages_per_row == 1
-        self.dtype = model.lm_head.weight.dtype
-        self.graphed = steps_become_graphs(self.device, self.dtype)
-        self.cache = self._make_cache(limits)
-        self.forward = sampling_forward(model, self.most_rows)
-        self.graphs = None
-        if self.graphed:
-            self.graphs = StepGraphs(self.most_rows, self.pages_per_row, self.cache.pages, self.device)
-        self.state: DecodeState | None = None  # None: the rows have changed since the last step
+        self.graphs = step_graphs(rows, self.device, dtype)
+        self.cache = self._make_cache(model, limits, dtype)
+        self.forward = sampling_forward(model, rows)
+        # the rows as tensors, made once: a step reads and updates them in place, so that a graph can replay it
+        self.table = torch.zeros(rows, self.pages_per_row, dtype=torch.int64, device=self.device)
+        self.numbers = torch.zeros(5, rows, dtype=torch.int64, device=self.device)  # what _step unpacks
+        self.logprobs = torch.zeros(rows, device=self.device)  # of the tokens drawn
+        self.loaded: list[tuple[int, int]] | None = None  # which rows, with how many pages, the tensors hold
 
-    def _make_cache(self, limits: CacheLimits) -> PagedCache:
+    def _make_cache(self, model: Transformer, limits: CacheLimits, dtype: torch.dtype) -> PagedCache:
         """As many pages as the budget holds, and no more than full rows and as many held prompts could use."""
         pages = min(limits.tokens // self.page_size, 2 * self.most_rows * self.pages_per_row)
         while True:
             try:
-                return PagedCache(self.model, pages, self.page_size, self.dtype, scratch=self.graphed)
+                return PagedCache(model, pages, self.page_size, dtype, scratch=self.graphs is not None)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
             pages //= 2
             if pages <= self.pages_per_row:
-                raise RolloutError(
-                    f"out of memory: not even one sequence of {self.pages_per_row * self.page_size} tokens fits a "
-                    f"cache: shorten the responses or take a smaller model"
-                )
+                what = f"a cache for one sequence of {self.pages_per_row * self.page_size} tokens does not fit"
+                raise RolloutError(f"out of memory: {what}: shorten the responses or take a smaller model")
             self.stats.memory_retries += 1
 
-    def run(self) -> Iterator[Rollout]:
+    def run(self, abandon: Callable[[], bool]) -> Iterator[Rollout]:
         """Decode until nothing runs and nothing waits."""
-        stop = set(self.sampling.stop_tokens)
-        while (self.rows or self.waiting) and not self.abandon():
-            tokens, logprobs = self._next_tokens()  # each steps x B
-            self.stats.decode_steps += len(tokens)
-            finished = []
-            for i, row in enumerate(self.rows):
-                before = len(row.tokens)
-                for drawn, scored in zip(tokens, logprobs, strict=True):
-                    row.tokens.append(drawn[i])
-                    row.logprobs.append(scored[i])
-                    if drawn[i] in stop or len(row.tokens) == row.limit:
-                        finished.append(i)
-                        break  # what it drew after its end is forgotten
-                self.stats.decoded_tokens += len(row.tokens) - before
-            for i in finished:
-                yield self._rollout(self.rows[i], "stop" if self.rows[i].tokens[-1] in stop else "length")
-            self._retire(finished)
-
-    def _next_tokens(self) -> tuple[list[list[int]], list[list[float]]]:
-        """The next tokens of all rows and their log-probs, steps x B; with fewer rows when memory runs out."""
-        while True:
+        while (self.rows or self.waiting) and not abandon():
+            drawn = None
             try:
                 self._admit()
-                steps = 1
-                if self.graphs is not None:
-                    steps = min([STEPS_BETWEEN_SYNCS, *(row.room for row in self.rows)])
-                self._give_every_row_pages(steps)
-                return self._decode(steps)
+                drawn = self._decode()
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-            self._shrink()  # not inside the except: the error's traceback keeps its tensors alive
+            if drawn is None:  # outside the except clause: the error's traceback keeps its tensors alive
+                self._shrink()
+            else:
+                yield from self._retire(*drawn)
+
+    def _admit(self) -> None:
+        """Start waiting responses while there are rows and pages. A prefix is prefilled once for all its rows."""
+        started: list[_Row] = []
+        prefills: list[tuple[_Row, list[int]]] = []  # rows and the pages that all but their last token fill
+        while self.waiting and len(self.rows) < self.most_rows:
+            row = self.waiting[0]
+            prefix = row.prefix
+            whole, part = divmod(row.length - 1, self.page_size)
+            alone = not prefix.pages and prefix.rows_to_start == 1  # its pages can be the row's own
+            needed = 1 if prefix.pages else 1 + whole + (part > 0 and not alone)
+            # rows that are to grow keep a page each in reserve, or they would only preempt each other
+            reserve = 0 if self.one_page else len(self.rows)
+            if len(self.cache.free) < needed + reserve:
+                if self.rows:
+                    break
+                self._free_pages()
+                continue
+            if alone:
+                row.pages = self.cache.take(whole + 1)
+                prefills.append((row, row.pages))
+            else:
+                if not prefix.pages:  # from the far end, so that rows keep the low pages to themselves
+                    prefix.pages = self.cache.take(whole + (part > 0), highest=True)
+                    prefills.append((row, prefix.pages))
+                row.pages = self.cache.share(prefix.pages[:whole]) + self.cache.take(1)
+            prefix.rows_to_start -= 1
+            row.admitted = self.admissions = self.admissions + 1
+            self.rows.append(self.waiting.popleft())
+            started.append(row)
+        try:
+            self._prefill([(row, pages) for row, pages in prefills if row.length > 1])
+        except BaseException:  # as if nothing had been admitted
+            for row in reversed(started):
+                self._forget(row.prefix)
+                self._preempt(row)
+            raise
+        for row in started:
+            whole, part = divmod(row.length - 1, self.page_size)
+            if part and row.prefix.pages:  # the page that the row goes on writing is its own copy
+                self.cache.copy(row.prefix.pages[whole], row.pages[whole], part)
+        for row in started:
+            if row.prefix.rows_to_start == 0:
+                self._forget(row.prefix)
+
+    def _prefill(self, prefills: list[tuple[_Row, list[int]]]) -> None:
+        """Write keys and values of all but the last token of rows into pages, several rows packed into one forward."""
+        while prefills:
+            tokens, tables, total = [], [], 0
+            while prefills and (not tokens or total + prefills[0][0].length - 1 <= self.most_prefill):
+                row, pages = prefills.pop(0)
+                tokens.append(np.concatenate([row.prompt.tokens, row.tokens])[:-1].astype(np.int64))
+                tables.append(pages)
+                total += len(tokens[-1])
+            context = Prefill(self.cache, [len(t) for t in tokens], tables, self.device)
+            self.forward.hidden(torch.from_numpy(np.concatenate(tokens)).to(self.device), context)
+            self.stats.prefilled_tokens += total
+
+    def _decode(self) -> tuple[list[list[int]], list[list[float]]]:
+        """The next tokens of every row and their log-probs, B x steps. The host waits for the device once."""
+        steps = 1
+        if self.graphs:
+            steps = min([STEPS_BETWEEN_SYNCS, *(row.limit - len(row.tokens) for row in self.rows)])
+        self._give_every_row_pages(steps)
+        self._load()
+        rows, longest, drawn = len(self.rows), max(row.length for row in self.rows), []
+        # no page i is another's, unless a tight cache left a held prompt among the low pages
+        in_place = self.one_page and all(row.pages == [i] for i, row in enumerate(self.rows))
+        for _ in range(steps):
+            if self.graphs:  # recorded once for all lengths
+                self.graphs.run(partial(self._step, longest=self.pages_per_row * self.page_size), rows)
+            else:
+                self._step(rows, longest, in_place)
+            drawn.append((self.numbers[1, :rows].clone(), self.logprobs[:rows].clone()))
+        self.stats.decode_steps += steps
+        tokens, logprobs = zip(*drawn, strict=True)
+        return torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
+
+    def _step(self, rows: int, longest: int, in_place: bool = False) -> None:
+        """Draw one token for each of the first rows and leave their tensors ready for the next step."""
+        positions, inputs, keys, counts, alive = self.numbers[:, :rows]  # each int64 (B,)
+        context = Decode(self.cache, self.table[:rows], positions, longest, in_place)
+        logits = self.forward.logits(self.forward.hidden(inputs, context))  # (B, V)
+        tokens, logprobs = sample(logits, self.sampling, counted_uniform(keys, counts))
+        inputs.copy_(tokens)
+        self.logprobs[:rows] = logprobs
+        positions += alive
+        counts += alive
+
+    def _load(self) -> None:
+        """Write the rows to the tensors that a step reads, unless they have not changed since the last one."""
+        rows = [(row.admitted, len(row.pages)) for row in self.rows]
+        if rows == self.loaded:
+            return
+        # rows beyond them only fill up a graph's batch: they stay where they are, on the scratch page
+        table = np.full(self.table.shape, self.cache.pages if self.graphs else 0)
+        numbers = np.zeros(self.numbers.shape, dtype=np.int64)
+        for i, row in enumerate(self.rows):
+            table[i, : len(row.pages)] = row.pages
+            last = row.tokens[-1] if row.tokens else int(row.prompt.tokens[-1])
+            numbers[:, i] = row.length - 1, last, row.key, len(row.tokens), 1
+        self.table.copy_(torch.from_numpy(table))
+        self.numbers.copy_(torch.from_numpy(numbers))
+        self.loaded = rows
+
+    def _give_every_row_pages(self, steps: int) -> None:
+        """The tokens about to be decoded need a place; without a free page the row admitted last must wait."""
+        for row in sorted(self.rows, key=lambda row: row.admitted):
+            while row.pages and (row.length + steps - 2) // self.page_size >= len(row.pages):
+                if self.cache.free:
+                    row.pages += self.cache.take(1)
+                else:
+                    self._free_pages()
+
+    def _retire(self, tokens: list[list[int]], logprobs: list[list[float]]) -> list[Rollout]:
+        """Give every row what was drawn for it, B x steps. Finished responses leave and are returned."""
+        stop, finished = self.sampling.stop_tokens, []
+        for i, row in enumerate(self.rows):
+            for token, logprob in zip(tokens[i], logprobs[i], strict=True):
+                row.tokens.append(token)
+                row.logprobs.append(logprob)
+                self.stats.decoded_tokens += 1
+                if token in stop or len(row.tokens) == row.limit:
+                    finished.append(i)
+                    break  # what it drew after its end is forgotten
+        rollouts = [
+            Rollout(
+                problem_id=row.prompt.problem_id,
+                index=row.index,
+                prompt=np.asarray(row.prompt.tokens, dtype=np.int32),
+                tokens=np.asarray(row.tokens, dtype=np.int32),
+                logprobs=np.asarray(row.logprobs, dtype=np.float32),
+                finish_reason="stop" if row.tokens[-1] in stop else "length",
+                temperature=self.sampling.temperature,
+            )
+            for row in map(self.rows.__getitem__, finished)
+        ]
+        for i in reversed(finished):  # the last row moves into each gap
+            self.cache.release(self.rows[i].pages)
+            last = self.rows.pop()
+            if i < len(self.rows):
+                self.rows[i] = last
+                if self.one_page:  # and so does its page
+                    source, last.pages = last.pages, self.cache.take(1)
+                    self.cache.copy(source[0], last.pages[0], last.length)
+                    self.cache.release(source)
+        return rollouts
+
+    def _free_pages(self) -> None:
+        """Preempt the row admitted last; when there is at most one, let go of the prompts held for waiting rows."""
+        if len(self.rows) > 1:
+            self._preempt(max(self.rows, key=lambda row: row.admitted))
+            self.stats.preemptions += 1
+        else:
+            for row in self.waiting:
+                self._forget(row.prefix)
+
+    def _preempt(self, row: _Row) -> None:
+        """A row waits again, first in line. It is prefilled again where it has drawn tokens or its prefix is gone."""
+        self.rows.remove(row)
+        self.cache.release(row.pages)
+        row.pages = []
+        if row.tokens:
+            row.prefix = _Prefix(0)
+        row.prefix.rows_to_start += 1
+        self.waiting.appendleft(row)
+
+    def _forget(self, prefix: _Prefix) -> None:
+        """Let go of a prefix's pages; rows that share them keep them."""
+        self.cache.release(prefix.pages)
+        prefix.pages = []
 
     def _shrink(self) -> None:
         """Go on with half the rows and half the prefill. Raises RolloutError when there is nothing left to halve."""
@@ -502,185 +609,13 @@ class _Sampler:
         self.most_rows = max(1, (len(self.rows) or self.most_rows) // 2)
         self.most_prefill = max(1, self.most_prefill // 2)
         while len(self.rows) > self.most_rows:
-            self._preempt()
-        self.state = None
-        if self.graphs is not None:
+            self._free_pages()
+        self.loaded = None  # a step that died may have changed the tensors
+        if self.graphs:
             self.graphs.forget()
         self.stats.memory_retries += 1
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _step(self, state: DecodeState, longest: int | None = None, in_place: bool = False) -> None:
-        """Draw one token for every row of a state, in place; this is what a graph holds."""
-        context = Decode(self.cache, state.table, state.positions, longest or self._capacity, in_place)
-        logits = self.forward.logits(self.forward.hidden(state.inputs, context))
-        state.advance(*sample(logits, self.sampling, counted_uniform(state.keys, state.counts)))
-
-    @property
-    def _capacity(self) -> int:
-        """The most tokens that a page table can hold."""
-        return self.pages_per_row * self.page_size
-
-    def _decode(self, steps: int) -> tuple[list[list[int]], list[list[float]]]:
-        """So many tokens for every row, and their log-probs: steps x B. The host waits for the device once."""
-        if self.state is None:
-            self.state = self._mirror()
-            if self.graphs is not None:
-                self.state = self.graphs.load(self.state)
-            # so it is unless a tight cache left a held prompt among the low pages
-            self.in_place = self.one_page and all(row.pages == [i] for i, row in enumerate(self.rows))
-        rows, longest, drawn = len(self.rows), max(row.length for row in self.rows), []
-        for i in range(steps):
-            if self.graphs is not None:
-                self.graphs.run(self._step, rows)
-            else:
-                self._step(self.state, longest + i, self.in_place)
-            drawn.append((self.state.inputs[:rows].clone(), self.state.logprobs[:rows].clone()))
-        tokens, logprobs = zip(*drawn, strict=True)
-        return torch.stack(tokens).tolist(), torch.stack(logprobs).tolist()
-
-    def _admit(self) -> None:
-        """Start waiting responses while there are rows and pages. A prefix is prefilled once for all its rows."""
-        started: list[_Row] = []
-        prefills: list[tuple[np.ndarray, list[int]]] = []  # tokens and the pages that they fill
-        held: list[_Prefix] = []
-        while self.waiting and len(self.rows) < self.most_rows:
-            row = self.waiting[0]
-            prefix, size = row.prefix, self.page_size
-            whole, part = divmod(len(prefix.tokens), size)
-            alone = prefix.pages is None and prefix.rows_to_start == 1  # its pages can be the row's own
-            needed = 1 + (0 if prefix.pages else whole if alone else whole + bool(part))
-            # rows that are to grow keep a page each in reserve, or they would only preempt each other
-            reserve = 0 if self.one_page else len(self.rows)
-            if len(self.cache.free) < needed + reserve:
-                if not self.rows and self._forget_waiting():
-                    continue
-                break
-            if alone:
-                row.pages = [self.cache.take() for _ in range(whole + 1)]
-                prefills.append((prefix.tokens, row.pages))
-            else:
-                if prefix.pages is None:  # from the far end, so that rows keep the low pages to themselves
-                    prefix.pages = [self.cache.take(highest=True) for _ in range(whole + bool(part))]
-                    prefills.append((prefix.tokens, prefix.pages))
-                    held.append(prefix)
-                row.pages = [self.cache.share(page) for page in prefix.pages[:whole]] + [self.cache.take()]
-            row.admitted = self.admissions = self.admissions + 1
-            self.rows.append(self.waiting.popleft())
-            started.append(row)
-        if not started:
-            return
-        self.state = None
-        try:
-            self._prefill([prefill for prefill in prefills if len(prefill[0])])
-        except BaseException:  # as if nothing had been admitted
-            del self.rows[len(self.rows) - len(started) :]
-            for row in reversed(started):
-                self.cache.release(row.pages)
-                row.pages = []
-                self.waiting.appendleft(row)
-            for prefix in held:
-                self._forget(prefix)
-            raise
-        for row in started:
-            whole, part = divmod(len(row.prefix.tokens), self.page_size)
-            if part and row.prefix.pages:  # the page that the row goes on writing is its own copy
-                self.cache.copy(row.prefix.pages[whole], row.pages[whole], part)
-            row.prefix.rows_to_start -= 1
-            if row.prefix.rows_to_start == 0:
-                self._forget(row.prefix)
-
-    def _prefill(self, prefills: list[tuple[np.ndarray, list[int]]]) -> None:
-        """Write keys and values of tokens into their pages, several sequences packed into one forward."""
-        while prefills:
-            batch, tokens = [], 0
-            while prefills and (not batch or tokens + len(prefills[0][0]) <= self.most_prefill):
-                tokens += len(prefills[0][0])
-                batch.append(prefills.pop(0))
-            context = Prefill(self.cache, [len(t) for t, _ in batch], [pages for _, pages in batch], self.device)
-            self.forward.hidden(torch.from_numpy(np.concatenate([t for t, _ in batch])).to(self.device), context)
-            self.stats.prefilled_tokens += tokens
-
-    def _give_every_row_pages(self, steps: int) -> None:
-        """The tokens about to be decoded need a place; without a free page the row admitted last must wait."""
-        for row in sorted(self.rows, key=lambda row: row.admitted):
-            while row.pages and (row.length + steps - 2) // self.page_size >= len(row.pages):
-                if self.cache.free:
-                    row.pages.append(self.cache.take())
-                else:
-                    self._preempt()
-                self.state = None
-
-    def _preempt(self) -> None:
-        """Free the pages of the row admitted last; or, when one row is left, those of a prompt held for others."""
-        if len(self.rows) == 1:
-            self._forget_waiting()
-            return
-        victim = max(self.rows, key=lambda row: row.admitted)
-        self.rows.remove(victim)
-        self.cache.release(victim.pages)
-        victim.pages = []
-        if victim.tokens:  # its own tokens are now part of what is to be prefilled
-            known = np.concatenate([victim.prompt.tokens, victim.tokens]).astype(np.int64)
-            victim.prefix = _Prefix(known[:-1], 1)
-        else:
-            victim.prefix.rows_to_start += 1
-        self.waiting.appendleft(victim)
-        self.stats.preemptions += 1
-
-    def _forget(self, prefix: _Prefix) -> None:
-        """Let go of a prefix's pages; rows that share them keep them."""
-        self.cache.release(prefix.pages or [])
-        prefix.pages = None
-
-    def _forget_waiting(self) -> bool:
-        """Let go of prefixes held for waiting rows, which will be prefilled again. Was there any?"""
-        held = {id(row.prefix): row.prefix for row in self.waiting if row.prefix.pages}
-        for prefix in held.values():
-            self._forget(prefix)
-        return bool(held)
-
-    def _mirror(self) -> DecodeState:
-        """The rows as device tensors."""
-        widest = max(len(row.pages) for row in self.rows)
-        table = np.zeros((len(self.rows), widest), dtype=np.int64)
-        for i, row in enumerate(self.rows):
-            table[i, : len(row.pages)] = row.pages
-        last = [row.tokens[-1] if row.tokens else int(row.prompt.tokens[-1]) for row in self.rows]
-        columns = (
-            [row.length - 1 for row in self.rows],
-            last,
-            [row.key for row in self.rows],
-            [len(row.tokens) for row in self.rows],
-        )
-        numbers = (np.asarray(x, dtype=np.int64) for x in (table, *columns))
-        return DecodeState(*(torch.from_numpy(x).to(self.device) for x in numbers))
-
-    def _retire(self, finished: list[int]) -> None:
-        """Remove finished rows; the last row moves into each gap, with its page where a row is one page."""
-        if finished:
-            self.state = None
-        for i in reversed(finished):
-            self.cache.release(self.rows[i].pages)
-            last = self.rows.pop()
-            if i == len(self.rows):
-                continue
-            self.rows[i] = last
-            if self.one_page:
-                source, last.pages = last.pages, [self.cache.take()]
-                self.cache.copy(source[0], last.pages[0], last.length)
-                self.cache.release(source)
-
-    def _rollout(self, row: _Row, finish_reason: str) -> Rollout:
-        return Rollout(
-            problem_id=row.prompt.problem_id,
-            index=row.index,
-            prompt=np.asarray(row.prompt.tokens, dtype=np.int32),
-            tokens=np.asarray(row.tokens, dtype=np.int32),
-            logprobs=np.asarray(row.logprobs, dtype=np.float32),
-            finish_reason=finish_reason,
-            temperature=self.sampling.temperature,
-        )
 
 
 # --------------------------------------------------------------------------------------------------- diversity

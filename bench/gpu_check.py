@@ -31,6 +31,7 @@ import rollout  # noqa: E402
 from bench.machine import measure_machine  # noqa: E402
 from bench.sampler import Case, run_continuous, run_generate, run_ours  # noqa: E402
 from bench.update import SHAPES  # noqa: E402
+from engine import decode  # noqa: E402
 from engine.batches import (  # noqa: E402
     TrainingSequence,  # noqa: E402
     pack,  # noqa: E402
@@ -94,13 +95,13 @@ def check_agreement(model: Transformer, new_tokens: int) -> dict[str, float]:
         found[f"largest log-prob difference, {head}"] = float(sums["largest_difference"])
     model.float32_head = True
     greedy = sample(model, 0.0, new_tokens)
-    graphs, rollout.steps_become_graphs = rollout.steps_become_graphs, lambda device, dtype: False
+    graphs, rollout.step_graphs = rollout.step_graphs, lambda *_: None
     found["greedy tokens equal, graphs to single steps"] = equal_share(greedy, sample(model, 0.0, new_tokens))
-    kernels = rollout.flash_attn_varlen_func, rollout.varlen_attn
-    rollout.flash_attn_varlen_func = rollout.varlen_attn = None
+    kernels = decode.flash_attn_varlen_func, decode.varlen_attn
+    decode.flash_attn_varlen_func = decode.varlen_attn = None
     found["greedy tokens equal, paged kernel to SDPA"] = equal_share(greedy, sample(model, 0.0, new_tokens))
-    rollout.flash_attn_varlen_func, rollout.varlen_attn = kernels
-    rollout.steps_become_graphs = graphs
+    decode.flash_attn_varlen_func, decode.varlen_attn = kernels
+    rollout.step_graphs = graphs
     return found
 
 
@@ -205,7 +206,7 @@ def main() -> None:
     if "update" in parts:
         small = ("smollm2-135m", [256], 128)
         found |= check_update(*(small if arguments.small else (arguments.shape, [16_384, 40_960], 0)))
-    kernels = {"flash-attn": rollout.flash_attn_varlen_func, "torch varlen": rollout.varlen_attn}
+    kernels = {"flash-attn": decode.flash_attn_varlen_func, "torch varlen": decode.varlen_attn}
     names = [name for name, kernel in kernels.items() if kernel and cuda] or ["SDPA"]
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}, {names[0]}")
     print(text_table([["what", "value"], *([name, f"{value:.4g}"] for name, value in found.items())]))

@@ -23,27 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sampler import WIDE128  # noqa: E402
 
 from engine.sharding import gathered  # noqa: E402
-from grpo import (  # noqa: E402
-    Group,  # noqa: E402
-    PolicyLoss,  # noqa: E402
-    optimizer_step,  # noqa: E402
-    training_sequences,  # noqa: E402
-)
+from grpo import Group, PolicyLoss, optimizer_step, training_sequences  # noqa: E402
 from lab.benchmarks import text_table  # noqa: E402
 from lab.problems import Problem  # noqa: E402
-from model import (  # noqa: E402
-    Transformer,  # noqa: E402
-    initialise,  # noqa: E402
-    load,  # noqa: E402
-    parse_config,  # noqa: E402
-)
-from rollout import (  # noqa: E402
-    CacheLimits,  # noqa: E402
-    Prompt,  # noqa: E402
-    SamplerStats,  # noqa: E402
-    Sampling,  # noqa: E402
-    generate,  # noqa: E402
-)
+from model import Transformer, initialise, load, parse_config  # noqa: E402
+from rollout import CacheLimits, Prompt, SamplerStats, Sampling, generate  # noqa: E402
 
 WHY = {
     "batch": "falls while every step reads the same weights for more rows, and rests once matrix work sets its pace",

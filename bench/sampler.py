@@ -15,6 +15,7 @@ bandwidth, and its FLOPs (2 per weight and row, plus attention) over the matrix 
 import argparse
 import json
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,23 +26,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.machine import measure_machine  # noqa: E402
+from engine.decode import KERNEL_PAGE_TOKENS, pages_have_kernels  # noqa: E402
 from engine.sharding import gathered  # noqa: E402
 from lab.benchmarks import text_table  # noqa: E402
-from model import (  # noqa: E402
-    Transformer,  # noqa: E402
-    load,  # noqa: E402
-    save,  # noqa: E402
-)
-from rollout import (  # noqa: E402
-    KERNEL_PAGE_TOKENS,  # noqa: E402
-    CacheLimits,  # noqa: E402
-    Prompt,  # noqa: E402
-    SamplerStats,  # noqa: E402
-    Sampling,  # noqa: E402
-    cache_bytes_per_token,  # noqa: E402
-    generate,  # noqa: E402
-    pages_have_kernels,  # noqa: E402
-)
+from model import Transformer, initialise, load, parse_config, save  # noqa: E402
+from rollout import CacheLimits, Prompt, SamplerStats, Sampling, cache_bytes_per_token, generate  # noqa: E402
 
 WIDE128 = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -174,21 +163,8 @@ def main() -> None:
         parser.error("the cases equal and ragged need --model")
     bandwidth, matrix_rate = measure_machine()
     print(f"bandwidth {bandwidth / 1e9:.1f} GB/s, matrix rate {matrix_rate / 1e9:.0f} GFLOP/s")
-    rows, results = (
-        [
-            [
-                "case",
-                "ours tok/s",
-                "generate tok/s",
-                "ratio",
-                "continuous tok/s",
-                "roofline tok/s",
-                "of roofline",
-                "prefilled",
-            ]
-        ],
-        {},
-    )
+    results = {}
+    rows = ["case,ours tok/s,generate tok/s,ratio,continuous tok/s,roofline tok/s,of roofline,prefilled".split(",")]
     for name in names:
         folder = write_wide128() if name == "wide128" else arguments.model
         model = load(folder)
@@ -230,10 +206,6 @@ def main() -> None:
 
 def write_wide128() -> Path:
     """The 128-wide Qwen3 with random weights, as a folder that both read."""
-    import tempfile
-
-    from model import initialise, parse_config
-
     folder = Path(tempfile.mkdtemp()) / "wide128"
     config = WIDE128 | {"model_type": "qwen3", "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
     model = Transformer(parse_config(config, "wide128"))

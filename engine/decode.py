@@ -1,12 +1,11 @@
-"""What makes a decode step fast: on a CPU the layout of the weights, on CUDA a graph of the whole step.
+"""What makes sampling fast, beside the plain path of rollout.py, which is its reference.
 
-A step does little arithmetic per weight, so reading the weights well and starting few kernels is most of its speed.
+A decode step does little arithmetic per weight: memory reads and kernel launches set its speed.
 
-    PackedModel   float32 on a CPU: q/k/v and gate/up fused, norm weights folded in, all laid out for oneDNN. A copy,
-                  made when sampling begins and dropped when it ends; training never sees it.
-    StepGraphs    half precision on CUDA: the weights as they are (no copy), and one launch per token.
-
-The slow, obvious references are `Transformer.hidden` and steps launched one by one; the tests compare with both.
+    PackedModel       float32 on a CPU: q/k/v and gate/up fused, norm weights folded in, all laid out for oneDNN. A
+                      copy, made when sampling begins and dropped when it ends; training never sees it.
+    PagedKernel       half precision on CUDA: attention that reads the pages through their table, nothing gathered.
+    StepGraphs        half precision on CUDA: one launch per token, the whole step replayed as a CUDA graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.attention import flash_attn_varlen_func, varlen_attn
 from model import AttentionContext, Layer, RMSNorm, Transformer
 from yarn import rotate, rotation
 
@@ -119,32 +119,32 @@ def sampling_forward(model: Transformer, rows: int) -> "Transformer | PackedMode
     return model
 
 
-@dataclass
-class DecodeState:
-    """The rows in flight as tensors: a decode step reads them and leaves them ready for the next."""
+KERNEL_PAGE_TOKENS = 256  # the paged flash kernels take pages of a multiple of this
 
-    table: Tensor  # int64 (B, pages), each row's pages in order
-    positions: Tensor  # int64 (B,), of the token about to be read
-    inputs: Tensor  # int64 (B,), that token; after a step the one drawn
-    keys: Tensor  # int64 (B,), of the row's random numbers
-    counts: Tensor  # int64 (B,), how many have been drawn
-    logprobs: Tensor | None = None  # float32 (B,), of the token drawn
-    alive: Tensor | None = None  # int64 (B,), 0 where a row only fills up a graph's batch; None: all are alive
 
-    def advance(self, tokens: Tensor, logprobs: Tensor) -> None:
-        """Take the tokens drawn, in place where a graph holds the tensors."""
-        if self.alive is None:
-            self.inputs, self.logprobs = tokens, logprobs
-            self.positions, self.counts = self.positions + 1, self.counts + 1
-            return
-        self.inputs.copy_(tokens)
-        self.logprobs.copy_(logprobs)
-        self.positions += self.alive  # a row that only fills up stays where it is
-        self.counts += self.alive
+def pages_have_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `PagedKernel` can be used: CUDA, half precision, a kernel at hand."""
+    return device.type == "cuda" and dtype != torch.float32 and bool(flash_attn_varlen_func or varlen_attn)
 
-    def first(self, rows: int) -> "DecodeState":
-        """The first rows, as views."""
-        return DecodeState(*(tensor[:rows] for tensor in vars(self).values()))
+
+class PagedKernel:
+    """Attention of one query token per row over its pages, by flash-attn or torch's variable-length flash attention."""
+
+    def __init__(self, table: Tensor, lengths: Tensor, longest: int):
+        """table (B, pages); lengths (B,) in tokens, the new one included, none above `longest`."""
+        self.table, self.lengths, self.longest = table.int(), lengths.int(), longest
+        self.query_ends = torch.arange(len(table) + 1, dtype=torch.int32, device=table.device)
+        self.key_ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """q (B, H, D), one layer's keys and values (pages, size, K, D) -> (B, H, D)."""
+        arguments = (q, keys, values, self.query_ends, self.key_ends, 1, self.longest)
+        if flash_attn_varlen_func is not None:
+            return flash_attn_varlen_func(*arguments, block_table=self.table)
+        # one split: splitting by the longest row would make a row's result depend on the others (flash-attn, above,
+        # chooses for itself)
+        options = {"enable_gqa": True, "seqused_k": self.lengths, "block_table": self.table, "num_splits": 1}
+        return varlen_attn(*arguments, **options)
 
 
 def capture_graph(step: Callable[[], None], pool: object) -> tuple[Callable[[], None], object]:
@@ -163,48 +163,32 @@ class StepGraphs:
     A step of a 4B model launches over a thousand kernels: without a graph the host, not the memory, sets its speed.
     """
 
-    def __init__(self, rows: int, pages: int, scratch_page: int, device: torch.device):
-        self.rows, self.scratch_page = rows, scratch_page
+    def __init__(self, most_rows: int):
+        self.most_rows = most_rows
         self.replays: dict[int, Callable[[], None]] = {}
         self.pool = None
-        numbers = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)]
-        self.state = DecodeState(
-            torch.full((rows, pages), scratch_page, device=device),
-            *numbers,
-            logprobs=torch.zeros(rows, device=device),
-            alive=torch.zeros(rows, dtype=torch.int64, device=device),
-        )
 
-    def load(self, state: DecodeState) -> DecodeState:
-        """Take over the rows of a state; the others idle, on the scratch page. Returns the tensors that graphs use."""
-        rows, width = state.table.shape
-        self.state.table.fill_(self.scratch_page)
-        self.state.table[:rows, :width] = state.table
-        for name in ("positions", "inputs", "keys", "counts"):
-            tensor = getattr(self.state, name).zero_()
-            tensor[:rows] = getattr(state, name)
-        self.state.alive.zero_()[:rows] = 1
-        return self.state
+    def run(self, step: Callable[[int], None], rows: int) -> None:
+        """Do `step(B)`, which reads and updates the same tensors whenever it is called, for a B of at least `rows`.
 
-    def run(self, step: Callable[[DecodeState], None], rows: int) -> None:
-        """One step of the first rows. It is passed and not kept: a cycle would keep the KV cache into the update."""
-        size = padded_rows(rows, self.rows)
-        if size not in self.replays:
-            self._record(step, size)
-        self.replays[size]()
-
-    def _record(self, step: Callable[[DecodeState], None], size: int) -> None:
-        state = self.state.first(size)
-        before = [tensor.clone() for tensor in vars(state).values()]
-        step(state)  # what is made at first use (handles, workspaces) must be there before recording
-        for tensor, value in zip(vars(state).values(), before, strict=True):
-            tensor.copy_(value)
-        self.replays[size], self.pool = capture_graph(lambda: step(state), self.pool)
+        The step is passed and not kept: a cycle would keep the KV cache into the update.
+        """
+        size = padded_rows(rows, self.most_rows)
+        if size in self.replays:
+            self.replays[size]()
+            return
+        step(size)  # launched one by one: what is made at first use (handles, workspaces) must exist before recording
+        self.replays[size], self.pool = capture_graph(lambda: step(size), self.pool)
 
     def forget(self) -> None:
         """Let go of all graphs and their memory; the next steps are recorded anew."""
         self.replays.clear()
         self.pool = None
+
+
+def step_graphs(most_rows: int, device: torch.device, dtype: torch.dtype) -> StepGraphs | None:
+    """Graphs where steps can be recorded: only kernels that read lengths on the device can be replayed as they grow."""
+    return StepGraphs(most_rows) if pages_have_kernels(device, dtype) else None
 
 
 def padded_rows(rows: int, most: int) -> int:

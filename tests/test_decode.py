@@ -104,7 +104,7 @@ class FakeGraph:
 def graphed(monkeypatch):
     """Every decode step as on CUDA: static tensors, idle rows, several steps between looks at the ends."""
     FakeGraph.recorded = []
-    monkeypatch.setattr(rollout, "steps_become_graphs", lambda device, dtype: True)
+    monkeypatch.setattr(rollout, "step_graphs", lambda most_rows, device, dtype: decode.StepGraphs(most_rows))
     monkeypatch.setattr(decode, "capture_graph", FakeGraph.capture)
 
 
@@ -114,9 +114,9 @@ def test_nothing_keeps_the_cache_alive_once_sampling_is_over(model, graphed):
     gc.disable()
     try:
         with torch.no_grad():
-            sampler = rollout._Sampler(model, make_prompts(), warm(), AMPLE, SamplerStats(), lambda: False)
+            sampler = rollout._Sampler(model, make_prompts(), warm(), AMPLE, SamplerStats())
             cache = weakref.ref(sampler.cache)
-            list(sampler.run())
+            list(sampler.run(lambda: False))
         FakeGraph.recorded.clear()
         sampler.graphs.replays.clear()  # a CUDA graph holds no Python object; the stand-in holds its step
         del sampler
@@ -199,8 +199,8 @@ def test_running_out_of_memory_shrinks_the_batch_and_loses_nothing(model, expect
 def test_pages_come_back_after_running_out_of_memory(model, monkeypatch):
     fail_at(monkeypatch, decode.PackedModel, "hidden", {0, 4, 5}, ERRORS[0])
     with torch.no_grad():
-        sampler = rollout._Sampler(model, make_prompts(), warm(), AMPLE, SamplerStats(), lambda: False)
-        assert len(list(sampler.run())) == 2 * len(LENGTHS)
+        sampler = rollout._Sampler(model, make_prompts(), warm(), AMPLE, SamplerStats())
+        assert len(list(sampler.run(lambda: False))) == 2 * len(LENGTHS)
     assert sorted(sampler.cache.free) == list(range(sampler.cache.pages))
 
 

@@ -321,8 +321,8 @@ def test_rollouts_are_yielded_as_they_finish(model):
 )
 def test_every_page_comes_back(model, limits):
     with torch.no_grad():
-        sampler = rollout._Sampler(model, make_prompts(), warm(), limits, SamplerStats(), lambda: False)
-        assert len(list(sampler.run())) == 2 * len(LENGTHS)
+        sampler = rollout._Sampler(model, make_prompts(), warm(), limits, SamplerStats())
+        assert len(list(sampler.run(lambda: False))) == 2 * len(LENGTHS)
     assert sorted(sampler.cache.free) == list(range(sampler.cache.pages))
     assert set(sampler.cache.users) == {0}
     assert sampler.cache.pages * sampler.page_size <= limits.tokens
@@ -332,21 +332,22 @@ def test_every_page_comes_back(model, limits):
 def test_pages_in_use_are_counted_at_every_step(model, limits):
     """Each page's users are the rows that list it and the prompt that holds it; free pages have none."""
     with torch.no_grad():
-        sampler = rollout._Sampler(model, make_prompts(), warm(), limits, SamplerStats(), lambda: False)
+        sampler = rollout._Sampler(model, make_prompts(), warm(), limits, SamplerStats())
         retire = sampler._retire
 
-        def checked(finished):
-            retire(finished)
+        def checked(*drawn):
+            rollouts = retire(*drawn)
             users = [0] * sampler.cache.pages
             prefixes = {id(row.prefix): row.prefix for row in sampler.waiting}
-            for pages in [row.pages for row in sampler.rows] + [p.pages or [] for p in prefixes.values()]:
+            for pages in [row.pages for row in sampler.rows] + [p.pages for p in prefixes.values()]:
                 for page in pages:
                     users[page] += 1
             assert users == sampler.cache.users
             assert sorted(sampler.cache.free) == [page for page, n in enumerate(users) if n == 0]
+            return rollouts
 
         sampler._retire = checked
-        assert len(list(sampler.run())) == 2 * len(LENGTHS)
+        assert len(list(sampler.run(lambda: False))) == 2 * len(LENGTHS)
 
 
 # ------------------------------------------------------------------------------------------------------- errors
