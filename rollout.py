@@ -249,7 +249,7 @@ class Prefill(Packed):
         """Attention within each prompt; keys and values are stored."""
         self.cache.keys[layer][self.page, self.offset] = k.to(self.cache.keys.dtype)
         self.cache.values[layer][self.page, self.offset] = v.to(self.cache.values.dtype)
-        return packed_attention(q, k, v, self)
+        return packed_attention(q, k, v, self.layout)
 
 
 class Decode:

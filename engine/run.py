@@ -20,8 +20,7 @@ from engine.batches import TrainingSequence
 from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
 from engine.device import Device, Interrupted, StopRequest
 from engine.grader import Grader
-from engine.offload import Offload
-from engine.optimizer import HostAdamW
+from engine.offload import HostAdamW, Offload
 from engine.run_folder import (
     FINISHED,
     WANTS_RESUMING,

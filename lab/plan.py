@@ -24,9 +24,10 @@ from pathlib import Path
 
 import torch
 
+from engine.huggingface import SHARD_BYTES
 from lab.problems import read_problems
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage
-from model import LOGIT_CHUNK_BYTES, SHARD_BYTES, ModelConfig, ModelError, parse_config, read_config
+from model import LOGIT_CHUNK_BYTES, ModelConfig, ModelError, parse_config, read_config
 from rollout import DRAW_BLOCK, LARGEST_PREFILL, cache_bytes_per_token
 
 GIB = 2**30

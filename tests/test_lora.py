@@ -22,6 +22,7 @@ from engine import sharding
 from engine.batches import TrainingSequence
 from engine.sharding import gathered, shard
 from grpo import optimizer_step, supervised_loss
+from lab.export import export_arguments
 from lab.recipe import LoraSettings, Recipe, RecipeError, load_recipe, to_toml
 from model import (
     LORA_TARGETS,
@@ -421,13 +422,12 @@ def test_adapter_made_by_peft_is_read(checkpoint, tmp_path, targets):
 
 
 @pytest.mark.parametrize("family, tied", FAMILIES)
-def test_command_line_merges_an_adapter(checkpoint, tmp_path, monkeypatch, family, tied):
+def test_command_line_merges_an_adapter(checkpoint, tmp_path, family, tied):
     from transformers import AutoModelForCausalLM
 
     theirs = peft_model(checkpoint(family, tied))
     theirs.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr(sys, "argv", ["model.py", str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype=float32"])
-    model_file.main()
+    model_file.main(export_arguments([str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype=float32"]))
     assert not list((tmp_path / "out").glob("adapter*"))
     with torch.no_grad():
         merged = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
@@ -437,13 +437,12 @@ def test_command_line_merges_an_adapter(checkpoint, tmp_path, monkeypatch, famil
         assert relative(tensor, weights[name]) < 1e-6, name
 
 
-def test_merging_is_rounded_once(checkpoint, tmp_path, monkeypatch):
+def test_merging_is_rounded_once(checkpoint, tmp_path):
     """In float32 even where the base is bfloat16: what is written is the nearest bfloat16 of W + scale B A."""
     base = tmp_path / "base"
     save(load(checkpoint()), base, torch.bfloat16)
     save(adapted(base), tmp_path / "adapter")
-    monkeypatch.setattr(sys, "argv", ["model.py", str(tmp_path / "adapter"), str(tmp_path / "out")])
-    model_file.main()
+    model_file.main(export_arguments([str(tmp_path / "adapter"), str(tmp_path / "out")]))
     name, adapter = "model.layers.1.mlp.down_proj", load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     expected = load_file(base / "model.safetensors")[f"{name}.weight"].float() + 3.0 * (b @ a)
@@ -495,7 +494,7 @@ WRONG_CONFIGS = [
     ({"r": 0}, "r above 0"),
     ({"r": "four"}, "not the config of a LoRA adapter"),
     ({"r": 8}, "lora_A.weight has shape (4, 48), the config says (8, 48)"),
-    ({"target_modules": ["q_proj"]}, "has no place in"),
+    ({"target_modules": ["q_proj"]}, "is not part of this model"),
     ({"base_model_name_or_path": "./nowhere"}, "nowhere: no such model folder"),
 ]
 
@@ -534,11 +533,11 @@ def test_broken_adapter_files_are_refused(adapter, tmp_path):
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, weights)
     assert f"the tensor {name} is missing" in refusal(adapter)
     save_file(tensors | {"base_model.model.lm_head.weight": torch.zeros(1)}, weights)
-    assert "the tensor base_model.model.lm_head.weight has no place" in refusal(adapter)
+    assert "the tensor base_model.model.lm_head.weight is not part of this model" in refusal(adapter)
     weights.write_bytes(b"cut off")
-    assert "the adapter cannot be read" in refusal(adapter)
+    assert f"{weights}: cannot be read" in refusal(adapter)
     weights.unlink()
-    assert "the adapter cannot be read" in refusal(adapter)
+    assert f"{weights}: cannot be read" in refusal(adapter)
     for wrong in ("{", "[]", "null", '"lora"'):
         config.write_text(wrong)
         assert "adapter_config.json: not " in refusal(adapter)

@@ -18,8 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from engine.attention import packed_attention, padded_runs
+from engine import huggingface
+from engine.attention import PackedLayout, packed_attention, padded_runs
 from engine.sharding import gathered, shard
+from lab.export import export_arguments
 from model import (
     ModelError,
     Packed,
@@ -107,7 +109,7 @@ def test_saved_folder_loads_in_transformers_with_the_same_logits(checkpoint, tmp
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_saved_in_shards_loads_in_transformers_and_here(checkpoint, tmp_path, monkeypatch, tied):
-    monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)
     model = load(checkpoint("qwen2", tied))
     save(model, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
@@ -318,7 +320,7 @@ def test_packed_attention_equals_a_naive_masked_softmax(lengths, heads, key_head
     generator = torch.Generator().manual_seed(sum(lengths))
     shapes = [(sum(lengths), n, 8) for n in (heads, key_heads, key_heads)]
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-    assert difference(packed_attention(q, k, v, Packed(lengths)), naive_attention(q, k, v, lengths)) < 1e-5
+    assert difference(packed_attention(q, k, v, PackedLayout(lengths, "cpu")), naive_attention(q, k, v, lengths)) < 1e-5
 
 
 @pytest.mark.parametrize("most_padding", [0.0, 0.25, 0.6])
@@ -592,12 +594,21 @@ def test_command_line_errors_are_one_sentence_and_nothing_is_written(checkpoint,
         ((folder, out, "--yarn", 0), "must be above 1"),
         ((scaled, out, "--yarn", 1.5), "already carries Yarn"),
     ]:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            patch.setattr(sys, "argv", ["model.py", *map(str, arguments)])
-            model_file.main()
+        with pytest.raises(SystemExit) as stopped:
+            model_file.main(export_arguments([*map(str, arguments)]))
         message = stopped.value.code
         assert message.startswith("model.py: ") and said in message and "\n" not in message
         assert [file.name for file in tmp_path.iterdir()] == ["taken"] and not list((tmp_path / "taken").iterdir())
+
+
+@pytest.mark.parametrize("mistake, status", [(["--help"], 0), (["MODEL", "OUT", "--yarn=much"], 2), (["MODEL"], 2)])
+def test_help_and_mistakes_are_answered_without_torch(mistake, status):
+    """Regression: they took as long as torch takes to import, seconds."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "model.py"), *mistake]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status and "usage: model.py" in done.stdout + done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported and "torch" not in imported
 
 
 def test_extend_window_states_every_parameter(checkpoint):
