@@ -226,16 +226,11 @@ def _chunks(positions: int, vocabulary: int) -> list[slice]:
 # -------------------------------------------------------------------------------------------------- the model
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Scale to unit root mean square, in float32, then by a learned weight (arXiv 1910.07467, equation 4)."""
 
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
 
 
 class Linear(nn.Linear):

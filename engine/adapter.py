@@ -36,8 +36,6 @@ def read_config(folder: Path) -> dict | None:
         source = json.loads(path.read_text())
         rank, alpha, base = int(source["r"]), float(source["lora_alpha"]), str(source["base_model_name_or_path"])
         kind, targets = source["peft_type"], source["target_modules"]
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
     except KeyError as missing:
         raise ModelError(f"{path}: the key {missing} is missing") from None
     except (TypeError, ValueError) as error:

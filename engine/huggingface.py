@@ -146,13 +146,8 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
 
 def rope_to_config(rope: Rope) -> dict:
     """The config.json keys that make transformers (4 and 5) compute the very same frequencies and scale."""
-    match rope.scaling:
-        case None:
-            scaling = None
-        case Yarn() as yarn:
-            scaling = {"rope_type": "yarn", **vars(yarn)}
-        case Llama3Scaling() as llama3:
-            scaling = {"rope_type": "llama3", **vars(llama3)}
+    kinds = {Yarn: "yarn", Llama3Scaling: "llama3"}
+    scaling = {"rope_type": kinds[type(rope.scaling)], **vars(rope.scaling)} if rope.scaling else None
     parameters = {"rope_theta": rope.theta, **(scaling or {"rope_type": "default"})}
     return {"rope_theta": rope.theta, "rope_scaling": scaling, "rope_parameters": parameters}
 
@@ -236,7 +231,7 @@ def read_tensors(where: Path, files: Mapping[str, Path], parameters: Mapping[str
         raise ModelError(f"{where}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
     if surplus := sorted(files.keys() - parameters.keys()):
         raise ModelError(f"{where}: the tensor {surplus[0]} is not part of this model (and {len(surplus) - 1} more)")
-    for path, names in groupby(sorted(files, key=files.get), files.get):
+    for path, names in groupby(sorted(files, key=lambda name: (files[name], name)), files.get):
         with open_tensors(path) as tensors:
             for name in names:
                 tensor, shape = tensors.get_tensor(name), parameters[name].shape
