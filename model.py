@@ -143,86 +143,6 @@ class SharedPrompts(Packed):
         return packed_attention(q, k, v, self.layout).index_select(0, self.together)
 
 
-# -------------------------------------------------------------------------------------------------- log-probs
-
-
-def head_logits(hidden: Tensor, weight: Tensor, float32: bool) -> Tensor:
-    """hidden (N, C) and a head's weight (V, C) -> logits (N, V), in the inputs' dtype or in float32.
-
-    Half precision is multiplied as it is and only the sums are kept in float32, where the device can do that.
-    """
-    if not float32 or hidden.dtype == torch.float32:
-        return F.linear(hidden, weight)
-    if hidden.is_cuda and not torch.is_grad_enabled():  # it has no derivative of its own
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return F.linear(hidden.float(), weight.float())
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """Log-probs, float32 (N,), of targets under the softmax of logits / temperature, with one chunk of logits alive.
-
-    hidden (N, C), weight (V, C), targets int64 (N,), temperature float32 (N,). Backward computes the logits again,
-    for the weight's gradient needs that of the log-probs; under a frozen head forward leaves what backward scales.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, float32_head: bool
-    ) -> Tensor:
-        targets, divisors = targets[:, None], temperature[:, None]  # (N, 1)
-        logprobs, normalisers = temperature.new_empty(len(hidden)), torch.empty_like(divisors)
-        frozen_head = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        slopes = torch.empty_like(hidden) if frozen_head else None  # of each log-prob with respect to its hidden state
-        for part in _chunks(len(hidden), len(weight)):
-            scaled = head_logits(hidden[part], weight, float32_head).float().div_(divisors[part])  # (n, V)
-            largest, picked = scaled.amax(1, keepdim=True), scaled.gather(1, targets[part])
-            sums = scaled.sub_(largest).exp_().sum(1, keepdim=True)
-            normalisers[part] = largest + sums.log()
-            logprobs[part] = (picked - normalisers[part]).squeeze(1)
-            if slopes is not None:
-                # (one-hot - softmax) / temperature, (n, V)
-                scaled.div_(-sums * divisors[part]).scatter_add_(1, targets[part], 1 / divisors[part])
-                torch.mm(scaled.to(weight.dtype), weight, out=slopes[part])
-            del scaled  # before the next chunk is made
-        ctx.float32_head = float32_head
-        if frozen_head:
-            ctx.save_for_backward(slopes)
-        else:
-            ctx.save_for_backward(hidden, weight, targets, divisors, normalisers)
-        return logprobs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradient[:, None]  # (N, 1)
-        if len(ctx.saved_tensors) == 1:
-            (slopes,) = ctx.saved_tensors
-            return (slopes * gradient).to(slopes.dtype), None, None, None, None
-        hidden, weight, targets, divisors, normalisers = ctx.saved_tensors
-        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # chunk after chunk is added: in bfloat16 the sum would lose the small ones
-        of_weight = torch.zeros_like(weight, dtype=torch.float32)
-        gradient = gradient / divisors
-        for part in _chunks(len(hidden), len(weight)):
-            scaled = head_logits(hidden[part], weight, ctx.float32_head).float().div_(divisors[part])  # (n, V)
-            softmax = scaled.sub_(normalisers[part]).exp_()
-            slope = softmax.mul_(-gradient[part]).scatter_add_(1, targets[part], gradient[part]).to(weight.dtype)
-            del scaled, softmax
-            if of_hidden is not None:
-                torch.mm(slope, weight, out=of_hidden[part])
-            if weight.dtype == torch.float32:
-                of_weight.addmm_(slope.t(), hidden[part])
-            else:
-                of_weight += head_logits(slope.t(), hidden[part].t(), float32=True)
-            del slope  # before the next chunk is made
-        return of_hidden, of_weight.to(weight.dtype), None, None, None
-
-
-def _chunks(positions: int, vocabulary: int) -> list[slice]:
-    rows = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary))
-    return [slice(start, start + rows) for start in range(0, positions, rows)]
-
-
 # -------------------------------------------------------------------------------------------------- the model
 
 
@@ -312,7 +232,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.recompute = False
-        self.offload: Offload | None = None  # where its input waits for that, if not on the device
+        self.offload: Offload | None = None  # where its input waits for backward, if not on the device
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -335,7 +255,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model. Built without useful weights: `load_weights` or `initialise` gives it some."""
+    """A causal language model. Its weights are useless until `load_weights` or `initialise` fills them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -349,7 +269,7 @@ class Transformer(nn.Module):
         self.set_rope(config.rope)
 
     def tie(self) -> None:
-        """Make the output weights those of the embedding, where the config says so; to_empty parts them."""
+        """Make the output weights those of the embedding, where the config says so; to_empty separates the two."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -371,7 +291,7 @@ class Transformer(nn.Module):
         cos, sin = rotation(self.inverse_frequencies, context.positions, self.attention_factor)
         x = self.model.embed_tokens(tokens)  # (T, C)
         for i, layer in enumerate(self.model.layers):
-            # FSDP's hooks hang on __call__: training wants them, sampling reads weights that are gathered already
+            # FSDP's hooks run in __call__: training needs them, sampling reads weights that are gathered already
             x = layer(x, cos, sin, context, i) if torch.is_grad_enabled() else layer.forward(x, cos, sin, context, i)
         return self.model.norm(x)
 
@@ -412,6 +332,86 @@ def initialise(model: Transformer, seed: int) -> None:
                 parameter.normal_(0.0, narrow if into_residual else 0.02, generator=generator)
 
 
+# -------------------------------------------------------------------------------------------------- log-probs
+
+
+def head_logits(hidden: Tensor, weight: Tensor, float32: bool) -> Tensor:
+    """hidden (N, C) and a head's weight (V, C) -> logits (N, V), in the inputs' dtype or in float32.
+
+    Half precision is multiplied as it is and only the sums are kept in float32, where the device can do that.
+    """
+    if not float32 or hidden.dtype == torch.float32:
+        return F.linear(hidden, weight)
+    if hidden.is_cuda and not torch.is_grad_enabled():  # it has no derivative of its own
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return F.linear(hidden.float(), weight.float())
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs, float32 (N,), of targets under the softmax of logits / temperature, with one chunk of logits alive.
+
+    hidden (N, C), weight (V, C), targets int64 (N,), temperature float32 (N,). Backward computes the logits again,
+    for the weight's gradient needs that of the log-probs; under a frozen head forward leaves what backward scales.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, float32_head: bool
+    ) -> Tensor:
+        targets, divisors = targets[:, None], temperature[:, None]  # (N, 1)
+        logprobs, normalisers = temperature.new_empty(len(hidden)), torch.empty_like(divisors)
+        frozen_head = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        slopes = torch.empty_like(hidden) if frozen_head else None  # of each log-prob with respect to its hidden state
+        for part in _chunks(len(hidden), len(weight)):
+            scaled = head_logits(hidden[part], weight, float32_head).float().div_(divisors[part])  # (n, V)
+            largest, picked = scaled.amax(1, keepdim=True), scaled.gather(1, targets[part])
+            sums = scaled.sub_(largest).exp_().sum(1, keepdim=True)
+            normalisers[part] = largest + sums.log()
+            logprobs[part] = (picked - normalisers[part]).squeeze(1)
+            if slopes is not None:
+                # (one-hot - softmax) / temperature, (n, V)
+                scaled.div_(-sums * divisors[part]).scatter_add_(1, targets[part], 1 / divisors[part])
+                torch.mm(scaled.to(weight.dtype), weight, out=slopes[part])
+            del scaled  # before the next chunk is made
+        ctx.float32_head = float32_head
+        if frozen_head:
+            ctx.save_for_backward(slopes)
+        else:
+            ctx.save_for_backward(hidden, weight, targets, divisors, normalisers)
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradient[:, None]  # (N, 1)
+        if len(ctx.saved_tensors) == 1:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * gradient).to(slopes.dtype), None, None, None, None
+        hidden, weight, targets, divisors, normalisers = ctx.saved_tensors
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # chunk after chunk is added: in bfloat16 the sum would lose the small ones
+        of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        gradient = gradient / divisors
+        for part in _chunks(len(hidden), len(weight)):
+            scaled = head_logits(hidden[part], weight, ctx.float32_head).float().div_(divisors[part])  # (n, V)
+            softmax = scaled.sub_(normalisers[part]).exp_()
+            slope = softmax.mul_(-gradient[part]).scatter_add_(1, targets[part], gradient[part]).to(weight.dtype)
+            del scaled, softmax
+            if of_hidden is not None:
+                torch.mm(slope, weight, out=of_hidden[part])
+            if weight.dtype == torch.float32:
+                of_weight.addmm_(slope.t(), hidden[part])
+            else:
+                of_weight += head_logits(slope.t(), hidden[part].t(), float32=True)
+            del slope  # before the next chunk is made
+        return of_hidden, of_weight.to(weight.dtype), None, None, None
+
+
+def _chunks(positions: int, vocabulary: int) -> list[slice]:
+    rows = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary))
+    return [slice(start, start + rows) for start in range(0, positions, rows)]
+
+
 # ------------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -429,27 +429,23 @@ def add_lora(model: Transformer, lora: Lora) -> None:
     """Freeze the model and give its projections a float32 adapter, which `initialise_lora` or `load` fills."""
     model.requires_grad_(False)
     model.lora = lora
-    for linear in adapted(model).values():
+    for linear in adapted(model):
         options = {"dtype": torch.float32, "device": linear.weight.device}
         linear.lora_A = nn.Parameter(torch.empty(lora.rank, linear.in_features, **options))
         linear.lora_B = nn.Parameter(torch.empty(linear.out_features, lora.rank, **options))
         linear.lora_scale = lora.alpha / lora.rank
 
 
-def adapted(model: Transformer) -> dict[str, Linear]:
-    """The projections that the model's adapter extends, by name."""
+def adapted(model: Transformer) -> list[nn.Module]:
+    """The projections that the model's adapter extends."""
     targets = model.lora.targets if model.lora else ()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and name.rpartition(".")[2] in targets
-    }
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]
 
 
 def initialise_lora(model: Transformer, seed: int) -> None:
     """A fresh adapter, sharded or not: A uniform within 1 / sqrt(inputs), as PEFT's; B zero: no change yet."""
     generator = torch.Generator().manual_seed(seed)
-    for linear in adapted(model).values():
+    for linear in adapted(model):
         a = nn.init.kaiming_uniform_(torch.empty(linear.lora_A.shape), a=math.sqrt(5), generator=generator)
         fill(linear.lora_A, a)
         nn.init.zeros_(linear.lora_B)
@@ -458,7 +454,7 @@ def initialise_lora(model: Transformer, seed: int) -> None:
 def merge_lora(model: Transformer) -> None:
     """Add an unsharded model's adapter, if any, to its weights, in float32: for export only, never in training."""
     with torch.no_grad():
-        for linear in adapted(model).values():
+        for linear in adapted(model):
             change = linear.lora_scale * (linear.lora_B.float() @ linear.lora_A.float())  # (outputs, inputs)
             linear.weight.copy_(linear.weight.float() + change)
             linear.lora_A = linear.lora_B = linear.lora_scale = None
