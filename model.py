@@ -3,19 +3,22 @@
     python model.py MODEL OUT --yarn 1.5          # export a checkpoint whose config carries the scaling
     python model.py ADAPTER OUT                   # merge a LoRA adapter into its base
 
-Tokens flow as one packed row of T tokens, several sequences end to end and no padding. How tokens of one
-sequence see each other is the business of an attention context: `Packed` here (training), the paged KV cache
-of rollout.py (sampling). The rest of the network is the same code for both.
+T tokens flow as one packed row, several sequences end to end and no padding. An attention context decides which
+tokens see each other: `Packed` here (training), the paged KV cache of rollout.py (sampling). The rest of the network
+is the same code for both.
 
 Parameters carry their Hugging Face names, so a checkpoint is loaded and saved without a table of names.
-Shapes: T tokens, S sequences, L longest sequence, C hidden size, H query heads, K key/value heads, D head
-dimension, V vocabulary, N predicted positions.
+Shapes: T tokens, S sequences, C hidden size, H query heads, K key/value heads, D head dimension, V vocabulary,
+N predicted positions.
 """
 
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    from lab.export import export_arguments
+
+    arguments = export_arguments()
+
 import argparse
-import json
 import math
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,29 +28,18 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
-from engine.attention import PaddedRun, packed_attention, padded_runs
-from engine.huggingface import rope_from_config, rope_to_config
-from engine.offload import KeptInput, Offload
-from engine.sharding import fill
-from yarn import Rope, RopeError, Yarn, attention_factor, frequencies, rotate, rotation
+from engine import adapter, huggingface
+from engine.adapter import LORA_TARGETS, tokenizer_folder
+from engine.attention import PackedLayout, packed_attention
+from engine.huggingface import ModelError, resolve_folder
+from engine.offload import Offload, recomputed
+from engine.sharding import fill, whole
+from yarn import Rope, Yarn, attention_factor, frequencies, rotate, rotation
 
-SHARD_BYTES = 5 * 2**30
 LOGIT_CHUNK_BYTES = 512 * 2**20  # of float32 logits that exist at once: 883 positions of a vocabulary of 152K
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json", "tokenizer.model",
-)  # fmt: skip
-
-
-class ModelError(ValueError):
-    """A model that cannot be used, in one sentence: what, where, what to do."""
 
 
 # --------------------------------------------------------------------------------------------- configuration
@@ -82,68 +74,14 @@ class ModelConfig:
         return self.model_type == "qwen2"
 
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
-
-
 def parse_config(source: dict, where: str | Path = "config.json") -> ModelConfig:
     """Read a Hugging Face config; anything that would compute another model raises ModelError."""
-
-    def refuse(what: str) -> ModelError:
-        return ModelError(f"{where}: {what}")
-
-    kind = source.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise refuse(f"model_type {kind!r} is not supported (known: {', '.join(ARCHITECTURES)})")
-    if source.get("quantization_config"):
-        raise refuse("the weights are quantised: give the folder of the unquantised model")
-    if source.get("use_sliding_window") or "sliding_attention" in (source.get("layer_types") or ()):
-        raise refuse("sliding-window attention is in use, which is not supported")
-    if source.get("hidden_act", "silu") != "silu":
-        raise refuse(f"hidden_act {source['hidden_act']!r} is not supported (only silu)")
-    if kind != "qwen2" and (source.get("attention_bias") or source.get("mlp_bias")):
-        raise refuse("attention_bias / mlp_bias are not supported")
-    try:
-        heads = source["num_attention_heads"]
-        head_dim = source.get("head_dim") or source["hidden_size"] // heads
-        rope, notes = rope_from_config(source, head_dim)
-        config = ModelConfig(
-            model_type=kind,
-            vocab_size=source["vocab_size"],
-            hidden_size=source["hidden_size"],
-            intermediate_size=source["intermediate_size"],
-            num_hidden_layers=source["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=source.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            rms_norm_eps=source.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=bool(source.get("tie_word_embeddings", False)),
-            max_position_embeddings=source["max_position_embeddings"],
-            rope=rope,
-            source=source,
-        )
-    except KeyError as missing:
-        raise refuse(f"the key {missing} is missing") from None
-    except RopeError as error:
-        raise refuse(str(error)) from None
-    for note in notes:
-        print(f"{where}: {note}", file=sys.stderr)
-    if heads % config.num_key_value_heads or head_dim % 2:
-        raise refuse(f"{heads} heads cannot share {config.num_key_value_heads} key/value heads of {head_dim}")
-    return config
+    return ModelConfig(**huggingface.config_fields(source, where))
 
 
-def config_to_json(config: ModelConfig) -> dict:
-    """The config.json that makes transformers compute this very model."""
-    return config.source | {
-        "architectures": [ARCHITECTURES[config.model_type]],
-        "model_type": config.model_type,
-        "head_dim": config.head_dim,
-        "num_key_value_heads": config.num_key_value_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        **rope_to_config(config.rope),
-    }
+def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
+    """The config of a Hugging Face model folder."""
+    return parse_config(huggingface.read_config(folder, name), folder / name)
 
 
 def extend_window(
@@ -176,31 +114,19 @@ class Packed:
     """Sequences laid end to end; a token sees itself and what precedes it in its own sequence."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
-        self.lengths = list(lengths)
-        self.longest = max(self.lengths)
-        sizes = torch.tensor(self.lengths)
-        self.cumulative = F.pad(sizes.cumsum(0), (1, 0)).to(device, torch.int32)  # (S + 1,)
-        self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)  # (T,)
-        self.device = device
-        self._runs: list[PaddedRun] | None = None
+        self.layout = PackedLayout(list(lengths), device)
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (T,)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention inside each sequence: (T, H, D) -> (T, H, D)."""
-        return packed_attention(q, k, v, self)
-
-    @property
-    def runs(self) -> list[PaddedRun]:
-        """The same sequences cut into padded rectangles, made once and used by every layer."""
-        if self._runs is None:
-            self._runs = padded_runs(self.lengths, self.device)
-        return self._runs
+        return packed_attention(q, k, v, self.layout)
 
 
 class SharedPrompts(Packed):
-    """Sequences of which some begin with the same prompt: its tokens are there once, and every one of them sees it.
+    """Sequences of which some begin with the same prompt: its tokens are in the row once, and each of them sees it.
 
-    All that a layer does token by token is done once for a prompt; attention alone takes the sequences apart, and there
-    holds queries, keys and values of as many tokens as without sharing.
+    All that a layer does token by token is done once for a prompt. Only attention takes the sequences apart, with
+    queries, keys and values of as many tokens as without sharing.
     """
 
     def __init__(self, lengths: Sequence[int], apart: Tensor, together: Tensor, device: torch.device | str = "cpu"):
@@ -214,7 +140,196 @@ class SharedPrompts(Packed):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention inside each sequence: (T, H, D) -> (T, H, D)."""
         q, k, v = (x.index_select(0, self.apart) for x in (q, k, v))  # (sum of lengths, H or K, D)
-        return packed_attention(q, k, v, self).index_select(0, self.together)
+        return packed_attention(q, k, v, self.layout).index_select(0, self.together)
+
+
+# -------------------------------------------------------------------------------------------------- the model
+
+
+class RMSNorm(nn.RMSNorm):
+    """Scale to unit root mean square, in float32, then by a learned weight (arXiv 1910.07467, equation 4)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+class Linear(nn.Linear):
+    """A projection that an adapter may extend: x W^T + b + scale (x A^T) B^T (LoRA, arXiv 2106.09685, equation 3)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool):
+        super().__init__(inputs, outputs, bias)
+        self.register_parameter("lora_A", None)  # (rank, inputs)
+        self.register_parameter("lora_B", None)  # (outputs, rank)
+        self.lora_scale: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)  # (T, outputs)
+        if self.lora_A is None:
+            return y
+        # into y, which no backward needs: a temporary of its size would be the largest of a long sequence
+        return y.addmm_(F.linear(x, self.lora_A), self.lora_B.t(), alpha=self.lora_scale)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        attended = context.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(attended.flatten(-2))  # (T, H, D) -> (T, C)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) x up (arXiv 2002.05202); autograd's own would also keep silu(gate) for backward."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward network."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer. With `recompute`, backward repeats its forward instead of storing it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.recompute = False
+        self.offload: Offload | None = None  # where its input waits for backward, if not on the device
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(self._forward, self.offload, layer, x, cos, sin, context, layer)
+        return self._forward(x, cos, sin, context, layer)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, last norm: what Hugging Face checkpoints call `model`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A causal language model. Its weights are useless until `load_weights` or `initialise` fills them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.lora: Lora | None = None
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+        # rounding logits to bfloat16 is the largest difference between sampler and trainer, and buys only memory
+        self.float32_head = True
+        self.set_rope(config.rope)
+
+    def tie(self) -> None:
+        """Make the output weights those of the embedding, where the config says so; to_empty separates the two."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def set_rope(self, rope: Rope) -> None:
+        """Use these rotary frequencies from now on (evaluation switches YaRN on and off on one set of weights)."""
+        with torch.device("cpu"):  # also when the parameters are being made on the meta device
+            self.inverse_frequencies = frequencies(rope)
+        self.attention_factor = attention_factor(rope)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    def hidden(self, tokens: Tensor, context: AttentionContext) -> Tensor:
+        """Tokens (T,) -> last hidden states (T, C), after the final norm."""
+        if self.inverse_frequencies.device != tokens.device:
+            self.inverse_frequencies = self.inverse_frequencies.to(tokens.device)
+        cos, sin = rotation(self.inverse_frequencies, context.positions, self.attention_factor)
+        x = self.model.embed_tokens(tokens)  # (T, C)
+        for i, layer in enumerate(self.model.layers):
+            # FSDP's hooks run in __call__: training needs them, sampling reads weights that are gathered already
+            x = layer(x, cos, sin, context, i) if torch.is_grad_enabled() else layer.forward(x, cos, sin, context, i)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (N, C) -> logits (N, V), in float32 when `float32_head`, else in the compute dtype."""
+        return head_logits(hidden, self.lm_head.weight, self.float32_head)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        context: AttentionContext,
+        predict: Tensor,
+        targets: Tensor,
+        temperature: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Log-probs, float32 (N,), of `targets` (N,) after the packed positions `predict` (N,).
+
+        They are of logits / temperature (a number, or one per target), and no more than LOGIT_CHUNK_BYTES of
+        logits exist at once: backward computes them again.
+        """
+        hidden = self.hidden(tokens, context).index_select(0, predict)
+        temperature = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(len(targets))
+        return TokenLogprobs.apply(hidden, self.lm_head.weight, targets, temperature, self.float32_head)
+
+
+def initialise(model: Transformer, seed: int) -> None:
+    """Fresh weights: normal, 0.02 wide, the two projections into the residual stream narrower by sqrt(2 layers)."""
+    generator = torch.Generator().manual_seed(seed)
+    narrow = 0.02 / (2 * model.config.num_hidden_layers) ** 0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, narrow if into_residual else 0.02, generator=generator)
 
 
 # -------------------------------------------------------------------------------------------------- log-probs
@@ -297,224 +412,7 @@ def _chunks(positions: int, vocabulary: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, positions, rows)]
 
 
-# -------------------------------------------------------------------------------------------------- the model
-
-
-class RMSNorm(nn.Module):
-    """Scale to unit root mean square, in float32, then by a learned weight (arXiv 1910.07467, equation 4)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
-
-
-class Linear(nn.Linear):
-    """A projection that an adapter may extend: x W^T + b + scale (x A^T) B^T (LoRA, arXiv 2106.09685, equation 3)."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool):
-        super().__init__(inputs, outputs, bias)
-        self.register_parameter("lora_A", None)  # (rank, inputs)
-        self.register_parameter("lora_B", None)  # (outputs, rank)
-        self.lora_scale: float | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)  # (T, outputs)
-        if self.lora_A is None:
-            return y
-        # into y, which no backward needs: a temporary of its size would be the largest of a long sequence
-        return y.addmm_(F.linear(x, self.lora_A), self.lora_B.t(), alpha=self.lora_scale)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.head_dim = config.head_dim
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = Linear(queries, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        attended = context.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(attended.flatten(-2))  # (T, H, D) -> (T, C)
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) x up (arXiv 2002.05202); autograd's own would also keep silu(gate) for backward."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
-
-
-class MLP(nn.Module):
-    """Gated feed-forward network."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
-
-
-class Layer(nn.Module):
-    """One pre-norm decoder layer. With `recompute`, backward repeats its forward instead of storing it."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-        self.recompute = False
-        self.offload: Offload | None = None  # where what recomputation starts from waits, if not on the device
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            # cos, sin and context are every layer's, and stay where they are
-            kept = x if self.offload is None else self.offload.keep(x, layer)
-            # nothing in a layer is random, so that no random state need be kept
-            again = {"use_reentrant": False, "preserve_rng_state": False}
-            return checkpoint(self._forward, kept, cos, sin, context, layer, **again)
-        return self._forward(x, cos, sin, context, layer)
-
-    def _forward(
-        self, x: Tensor | KeptInput, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int
-    ) -> Tensor:
-        x = x.take() if isinstance(x, KeptInput) else x
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Decoder(nn.Module):
-    """Embedding, layers, last norm: what Hugging Face checkpoints call `model`."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class Transformer(nn.Module):
-    """A causal language model. Built without useful weights: `load_weights` or `initialise` gives it some."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.lora: Lora | None = None
-        self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.tie()
-        # rounding logits to bfloat16 is the largest difference between sampler and trainer, and buys only memory
-        self.float32_head = True
-        self.set_rope(config.rope)
-
-    def tie(self) -> None:
-        """Make the output weights those of the embedding, where the config says so; to_empty parts them."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    def set_rope(self, rope: Rope) -> None:
-        """Use these rotary frequencies from now on (evaluation switches YaRN on and off on one set of weights)."""
-        with torch.device("cpu"):  # also when the parameters are being made on the meta device
-            self.inverse_frequencies = frequencies(rope)
-        self.attention_factor = attention_factor(rope)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.lm_head.weight.device
-
-    def hidden(self, tokens: Tensor, context: AttentionContext) -> Tensor:
-        """Tokens (T,) -> last hidden states (T, C), after the final norm."""
-        if self.inverse_frequencies.device != tokens.device:
-            self.inverse_frequencies = self.inverse_frequencies.to(tokens.device)
-        cos, sin = rotation(self.inverse_frequencies, context.positions, self.attention_factor)
-        x = self.model.embed_tokens(tokens)  # (T, C)
-        for i, layer in enumerate(self.model.layers):
-            # FSDP's hooks hang on __call__: training wants them, sampling reads weights that are gathered already
-            x = layer(x, cos, sin, context, i) if torch.is_grad_enabled() else layer.forward(x, cos, sin, context, i)
-        return self.model.norm(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (N, C) -> logits (N, V), in float32 when `float32_head`, else in the compute dtype."""
-        return head_logits(hidden, self.lm_head.weight, self.float32_head)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        context: AttentionContext,
-        predict: Tensor,
-        targets: Tensor,
-        temperature: Tensor | float = 1.0,
-    ) -> Tensor:
-        """Log-probs, float32 (N,), of `targets` (N,) after the packed positions `predict` (N,).
-
-        They are of logits / temperature (a number, or one per target), and no more than LOGIT_CHUNK_BYTES of
-        logits exist at once: backward computes them again.
-        """
-        hidden = self.hidden(tokens, context).index_select(0, predict)
-        temperature = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(len(targets))
-        return TokenLogprobs.apply(hidden, self.lm_head.weight, targets, temperature, self.float32_head)
-
-
-def initialise(model: Transformer, seed: int) -> None:
-    """Fresh weights: normal, 0.02 wide, the two projections into the residual stream narrower by sqrt(2 layers)."""
-    generator = torch.Generator().manual_seed(seed)
-    narrow = 0.02 / (2 * model.config.num_hidden_layers) ** 0.5
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(0.0, narrow if into_residual else 0.02, generator=generator)
-
-
 # ------------------------------------------------------------------------------------------------------- LoRA
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# the base's config with the window of the training; under the name config.json transformers would take it for a model
-TRAINED_CONFIG = "trained_config.json"
-PEFT_PREFIX = "base_model.model."
-# keys of PEFT's config that do not change what a finished adapter computes; any other must be off
-HARMLESS_KEYS = {
-    "base_model_name_or_path", "r", "lora_alpha", "target_modules", "peft_type", "peft_version", "task_type",
-    "inference_mode", "auto_mapping", "lora_dropout", "megatron_core", "qalora_group_size",
-}  # fmt: skip
-HARMLESS_VALUES = {
-    "bias": ("none",),
-    "revision": ("main",),
-    "init_lora_weights": (True, "gaussian", "orthogonal"),  # not PiSSA's kind, which begins by changing the base
-}
 
 
 @dataclass(frozen=True)
@@ -528,30 +426,26 @@ class Lora:
 
 
 def add_lora(model: Transformer, lora: Lora) -> None:
-    """Freeze the model and give its projections a float32 adapter, which `initialise_lora` or `load_lora` fills."""
+    """Freeze the model and give its projections a float32 adapter, which `initialise_lora` or `load` fills."""
     model.requires_grad_(False)
     model.lora = lora
-    for linear in adapted(model).values():
+    for linear in adapted(model):
         options = {"dtype": torch.float32, "device": linear.weight.device}
         linear.lora_A = nn.Parameter(torch.empty(lora.rank, linear.in_features, **options))
         linear.lora_B = nn.Parameter(torch.empty(linear.out_features, lora.rank, **options))
         linear.lora_scale = lora.alpha / lora.rank
 
 
-def adapted(model: Transformer) -> dict[str, Linear]:
-    """The projections that the model's adapter extends, by name."""
+def adapted(model: Transformer) -> list[nn.Module]:
+    """The projections that the model's adapter extends."""
     targets = model.lora.targets if model.lora else ()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and name.rpartition(".")[2] in targets
-    }
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]
 
 
 def initialise_lora(model: Transformer, seed: int) -> None:
     """A fresh adapter, sharded or not: A uniform within 1 / sqrt(inputs), as PEFT's; B zero: no change yet."""
     generator = torch.Generator().manual_seed(seed)
-    for linear in adapted(model).values():
+    for linear in adapted(model):
         a = nn.init.kaiming_uniform_(torch.empty(linear.lora_A.shape), a=math.sqrt(5), generator=generator)
         fill(linear.lora_A, a)
         nn.init.zeros_(linear.lora_B)
@@ -560,7 +454,7 @@ def initialise_lora(model: Transformer, seed: int) -> None:
 def merge_lora(model: Transformer) -> None:
     """Add an unsharded model's adapter, if any, to its weights, in float32: for export only, never in training."""
     with torch.no_grad():
-        for linear in adapted(model).values():
+        for linear in adapted(model):
             change = linear.lora_scale * (linear.lora_B.float() @ linear.lora_A.float())  # (outputs, inputs)
             linear.weight.copy_(linear.weight.float() + change)
             linear.lora_A = linear.lora_B = linear.lora_scale = None
@@ -569,157 +463,17 @@ def merge_lora(model: Transformer) -> None:
 
 
 def adapter_parameters(model: Transformer) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by the names that PEFT gives them in a file."""
-    return {
-        f"{PEFT_PREFIX}{name}.{part}.weight": getattr(linear, part)
-        for name, linear in adapted(model).items()
-        for part in ("lora_A", "lora_B")
-    }
-
-
-def adapter_config(lora: Lora) -> dict:
-    """The adapter_config.json that makes PEFT compute this very adapter."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": lora.base,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
-        "target_modules": list(lora.targets),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "inference_mode": True,
-    }
-
-
-def read_adapter_config(folder: Path) -> Lora | None:
-    """The adapter that a folder holds, None when it holds none; one that would compute something else is refused."""
-    path = folder / ADAPTER_CONFIG
-    if not path.exists():
-        return None
-    try:
-        source = json.loads(path.read_text())
-        lora = Lora(int(source["r"]), float(source["lora_alpha"]), str(source["base_model_name_or_path"]))
-        kind, targets = source["peft_type"], source["target_modules"]
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
-    except KeyError as missing:
-        raise ModelError(f"{path}: the key {missing} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path}: not the config of a LoRA adapter ({error})") from None
-    for key, value in source.items():
-        if value and key not in HARMLESS_KEYS and value not in HARMLESS_VALUES.get(key, ()):
-            raise ModelError(f"{path}: {key} = {value!r} is not supported: merge the adapter with peft and use that")
-    if kind != "LORA" or not isinstance(targets, list) or lora.rank < 1:
-        raise ModelError(f"{path}: only LORA adapters with r above 0 and a list of target_modules are supported")
-    if unknown := sorted(set(targets) - set(LORA_TARGETS)):
-        raise ModelError(f"{path}: the target module {unknown[0]} is not supported (known: {', '.join(LORA_TARGETS)})")
-    return replace(lora, targets=tuple(target for target in LORA_TARGETS if target in targets))
-
-
-def load_lora(model: Transformer, folder: Path) -> None:
-    """Fill a model's adapter from a folder as PEFT writes it. Strict: see ModelError."""
-    path, parameters = folder / ADAPTER_WEIGHTS, adapter_parameters(model)
-    try:
-        with safe_open(path, "pt") as tensors:
-            found = {name: tensors.get_tensor(name) for name in tensors.keys()}
-    except (FileNotFoundError, SafetensorError) as error:
-        raise ModelError(f"{path}: the adapter cannot be read ({error}): download it again") from None
-    if missing := sorted(parameters.keys() - found.keys()):
-        raise ModelError(f"{path}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
-    if surplus := sorted(found.keys() - parameters.keys()):
-        raise ModelError(f"{path}: the tensor {surplus[0]} has no place in {model.lora.base}")
-    for name, parameter in parameters.items():
-        copy_into(parameter, found[name], name, path)
+    """The adapter's parameters by name; those of its base are the others."""
+    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
 
 
 # ----------------------------------------------------------------------------------------- loading and saving
 
 
-def resolve_folder(name: str | Path) -> Path:
-    """A local folder as it is; a hub id is downloaded (config, tokenizer, safetensors) and its folder returned."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
-        raise ModelError(f"{name}: no such model folder, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download  # only here, so that local models need no hub
-
-    try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
-        )
-    except (OSError, ValueError, RuntimeError) as error:  # the hub client's errors derive from these
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{name}: not a local folder, and the hub did not give it ({reason})") from None
-
-
-def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
-    """The config of a Hugging Face model folder."""
-    path = folder / name
-    if (folder / ADAPTER_CONFIG).exists() and not path.exists():
-        raise ModelError(f"{folder}: an adapter, not a model: merge it first (python model.py {folder} OUT)")
-    try:
-        return parse_config(json.loads(path.read_text()), path)
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file of a folder holds which tensor."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.exists():
-            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        path = folder / "model.safetensors"
-        with safe_open(path, "pt") as tensors:
-            return dict.fromkeys(tensors.keys(), path)
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no model.safetensors and no index of shards: convert the weights first") from None
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise ModelError(f"{folder}: the weights cannot be read ({error}): download them again") from None
-
-
 def load_weights(model: Transformer, folder: Path) -> None:
-    """Copy a folder's tensors into a model, sharded or not, one tensor at a time. Strict: see ModelError."""
-    files = weight_files(folder)
+    """Copy a folder's tensors into a model, sharded or not, but for its adapter. Strict: ModelError."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
-    surplus = {name for name in files.keys() - parameters.keys() if not name.endswith("rotary_emb.inv_freq")}
-    if model.config.tie_word_embeddings:
-        surplus.discard("lm_head.weight")  # some tied checkpoints carry a copy; compared below
-    if missing := sorted(parameters.keys() - files.keys()):
-        raise ModelError(f"{folder}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
-    if surplus:
-        raise ModelError(f"{folder}: the tensor {min(surplus)} is not part of this model (and {len(surplus) - 1} more)")
-
-    by_file: dict[Path, list[str]] = {}
-    for name in sorted(files.keys() & (parameters.keys() | {"lm_head.weight"})):
-        by_file.setdefault(files[name], []).append(name)
-    embedding = "model.embed_tokens.weight"
-    for path, names in by_file.items():
-        try:
-            with safe_open(path, "pt") as tensors:
-                for name in names:
-                    tensor = tensors.get_tensor(name)
-                    if name not in parameters:  # the copy that a tied checkpoint carries
-                        with safe_open(files[embedding], "pt") as others:
-                            if not torch.equal(tensor, others.get_tensor(embedding)):
-                                raise ModelError(f"{path}: tie_word_embeddings is true but {name} is another tensor")
-                        continue
-                    copy_into(parameters[name], tensor, name, path)
-        except (FileNotFoundError, SafetensorError) as error:
-            raise ModelError(f"{path}: the weights cannot be read ({error}): download them again") from None
-
-
-def copy_into(parameter: nn.Parameter, tensor: Tensor, name: str, path: Path) -> None:
-    """Fill a parameter, or this rank's shard of it, from a whole tensor."""
-    if tensor.shape != parameter.shape:
-        raise ModelError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config says {tuple(parameter.shape)}")
-    fill(parameter, tensor)
+    huggingface.read_weights(folder, parameters, model.config.tie_word_embeddings)
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
@@ -728,25 +482,20 @@ def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     An adapter folder gives its base with the adapter on it, both in `dtype`, and the window it was trained with.
     """
     folder = resolve_folder(name)
-    lora = read_adapter_config(folder)
-    base = resolve_folder(lora.base) if lora else folder
+    lora = adapter.read_config(folder)
+    base = resolve_folder(lora["base"]) if lora else folder
+    has_own = (folder / adapter.TRAINED_CONFIG).exists()
+    config = read_config(folder, adapter.TRAINED_CONFIG) if has_own else read_config(base)
     with torch.device("meta"):
-        has_own = (folder / TRAINED_CONFIG).exists()
-        model = Transformer(read_config(folder, TRAINED_CONFIG) if has_own else read_config(base))
+        model = Transformer(config)
         if lora:
-            add_lora(model, lora)
+            add_lora(model, Lora(**lora))
     model.to_empty(device=device).to(dtype)
     model.tie()
     load_weights(model, base)
     if lora:
-        load_lora(model, folder)
+        adapter.read_weights(folder, adapter_parameters(model))
     return model
-
-
-def tokenizer_folder(folder: Path) -> Path:
-    """Where a model folder's tokenizer is: an adapter that was saved without one has its base's."""
-    lora = read_adapter_config(folder)
-    return resolve_folder(lora.base) if lora and not (folder / "tokenizer_config.json").exists() else folder
 
 
 def save(
@@ -754,81 +503,27 @@ def save(
 ) -> None:
     """Write a folder that transformers loads with the same logits. Every rank calls it; rank 0 writes.
 
-    Of a model with an adapter it holds the adapter alone, in float32, and PEFT loads it with the same logits.
-    The folder appears whole or not at all, and an existing one is never overwritten. Tensors are gathered one at
-    a time into files of at most SHARD_BYTES, so that no rank holds a whole large model twice.
+    Of a model with an adapter it holds the adapter alone, in float32, and PEFT loads it with the same logits. The
+    folder appears whole or not at all, and an existing one is never overwritten. No rank holds a large model twice.
     """
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    if writes:
-        if folder.exists():
-            raise ModelError(f"{folder}: exists already; give another name")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    shards: list[dict[str, int]] = []
-    waiting: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        if writes and waiting:
-            shards.append({name: tensor.nbytes for name, tensor in waiting.items()})
-            save_file(waiting, unfinished / f"shard-{len(shards)}", metadata={"format": "pt"})
-        waiting.clear()
-
-    lora = model.lora
-    for name, parameter in (adapter_parameters(model) if lora else dict(model.named_parameters())).items():
-        whole = parameter.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()  # a collective: every rank takes part, rank 0 keeps the result
-        if not writes:
-            continue
-        waiting[name] = whole.to("cpu", torch.float32 if lora else dtype).contiguous()
-        if not lora and sum(tensor.nbytes for tensor in waiting.values()) > SHARD_BYTES:
-            flush()
-    flush()
-    if not writes:
+    parameters = adapter_parameters(model) if model.lora else dict(model.named_parameters())
+    if dist.is_initialized() and dist.get_rank() != 0:
+        for parameter in parameters.values():
+            whole(parameter)  # a collective, in the order in which rank 0 writes
         return
-    if lora:
-        (unfinished / "shard-1").rename(unfinished / ADAPTER_WEIGHTS)
-        (unfinished / ADAPTER_CONFIG).write_text(json.dumps(adapter_config(lora), indent=2) + "\n")
-    else:
-        name_shards(unfinished, shards)
-    source = config_to_json(model.config) | {"dtype": str(dtype).removeprefix("torch.")}
-    source.pop("torch_dtype", None)
-    (unfinished / (TRAINED_CONFIG if lora else "config.json")).write_text(json.dumps(source, indent=2) + "\n")
-    for file in TOKENIZER_FILES if tokenizer_from else ():
-        if (tokenizer_from / file).exists():
-            shutil.copy(tokenizer_from / file, unfinished / file)
-    unfinished.rename(folder)
-
-
-def name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    """Give the written shards their Hugging Face names, and more than one of them an index."""
-    if len(shards) == 1:
-        (folder / "shard-1").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, tensors in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(tensors, file)
-    total = sum(size for tensors in shards for size in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config = huggingface.config_to_json(vars(model.config), dtype)
+    with huggingface.new_folder(folder, tokenizer_from) as unfinished:
+        if model.lora:
+            adapter.write_adapter(unfinished, parameters, vars(model.lora), config)
+        else:
+            huggingface.write_model(unfinished, parameters, dtype, config)
 
 
 # ----------------------------------------------------------------------------------------------- command line
 
 
-def main() -> None:
-    """Export a checkpoint, an adapter merged into its base, with YaRN when asked."""
-    parser = argparse.ArgumentParser(description="Export a model folder, with a longer window through YaRN.")
-    parser.add_argument("model", help="a model folder or hub id, or an adapter's, which is merged into its base")
-    parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
-    parser.add_argument("--yarn", type=float, metavar="FACTOR", help="lengthen the window by this factor")
-    parser.add_argument("--original-window", type=int, metavar="TOKENS", help="the window to lengthen (the config's)")
-    parser.add_argument("--attention-factor", type=float, default=1.0, help="YaRN's scale of cos and sin (1.0 = off)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace) -> None:
+    """Export a checkpoint, with an adapter merged into its base, and with YaRN where requested."""
     try:
         model = load(arguments.model)
         merge_lora(model)
@@ -843,4 +538,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)

@@ -52,10 +52,6 @@ class Rope:
     scaling: Yarn | Llama3Scaling | None = None
 
 
-class RopeError(ValueError):
-    """A rotary configuration that this project does not compute."""
-
-
 def plain_frequencies(theta: float, head_dim: int) -> Tensor:
     """Radians per position of each pair of dimensions: theta^(-2i/d), float32 (head_dim / 2,)."""
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)

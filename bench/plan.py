@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as model_file  # noqa: E402
 import rollout  # noqa: E402
 from bench.machine import LiveBytes  # noqa: E402
+from engine.attention import PackedLayout  # noqa: E402
 from engine.batches import TrainingSequence  # noqa: E402
 from engine.sharding import gathered, shard  # noqa: E402
 from grpo import PolicyLoss, optimizer_step  # noqa: E402
@@ -87,7 +88,7 @@ class NormShapes(torch.autograd.Function):
 def fake_cuda() -> Iterator[None]:
     """Tensors without data, and the CUDA kernels' memory in place of the CPU's."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, packed: model_file.Packed) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
         return FlashShapes.apply(q, k, v)
 
     def norm(x: Tensor, shape: object, weight: object = None, eps: object = None) -> Tensor:

@@ -1,7 +1,9 @@
 """The back ends behind packed attention: flash-attn, torch's variable-length kernel, SDPA on padded runs."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ except ImportError:
 
 @dataclass(frozen=True)
 class PaddedRun:
-    """Neighbouring sequences of like size, as rows of one padded rectangle for SDPA."""
+    """Neighbouring sequences of similar length, as rows of one padded rectangle for SDPA."""
 
     rows: int
     gather: Tensor  # (rows x longest,) the token in each cell; padding repeats a sequence's last token
@@ -31,7 +33,7 @@ class PaddedRun:
     plain: bool  # sequences of one length: the rectangle is a view
 
 
-def padded_runs(lengths: list[int], device: torch.device | str, most_padding: float = 0.25) -> list[PaddedRun]:
+def padded_runs(lengths: Sequence[int], device: torch.device | str, most_padding: float = 0.25) -> list[PaddedRun]:
     """Cut packed sequences into runs in which at most this share of the cells is padding."""
     runs, first, offset = [], 0, 0
     while first < len(lengths):
@@ -52,20 +54,33 @@ def padded_runs(lengths: list[int], device: torch.device | str, most_padding: fl
     return runs
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed) -> Tensor:
+class PackedLayout:
+    """Where S sequences laid end to end begin and end, in the terms of each back end."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str):
+        self.lengths, self.device, self.longest = lengths, device, max(lengths)
+        self.ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)  # (S + 1,), from 0
+
+    @cached_property
+    def runs(self) -> list[PaddedRun]:
+        """The sequences as padded rectangles, made once and used by every layer."""
+        return padded_runs(self.lengths, self.device)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     """Causal attention of packed sequences: q (T, H, D), k and v (T, K, D) -> (T, H, D).
 
     CUDA in half precision: flash-attn when installed, else torch's variable-length flash attention.
     Everything else: SDPA on padded runs; right padding needs no mask, since no token sees what follows it.
     """
     if q.is_cuda and q.dtype != torch.float32:
-        ends, longest = packed.cumulative, packed.longest
+        ends, longest = layout.ends, layout.longest
         if flash_attn_varlen_func is not None:
             return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
         if varlen_attn is not None:
             return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
     outputs = []
-    for run in packed.runs:
+    for run in layout.runs:
         of_run = slice(run.start, run.start + len(run.keep))
         q_run, k_run, v_run = (
             (x[of_run] if run.plain else x.index_select(0, run.gather)).unflatten(0, (run.rows, -1)).transpose(1, 2)

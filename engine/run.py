@@ -17,7 +17,7 @@ from engine.attempts import Respondent
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
 from engine.device import Device, Interrupted, StopRequest
-from engine.optimizer import HostAdamW
+from engine.offload import HostAdamW
 from grpo import TokenLoss, UpdateError, UpdateStats, optimizer_step
 from lab.alarms import new_alarms
 from lab.console import console_line

@@ -1,4 +1,4 @@
-"""Parameters split over processes (FSDP2), gathered for sampling, filled from whole tensors."""
+"""Parameters split over ranks (FSDP2), gathered for sampling, filled from whole tensors and read as such."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,12 @@ def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
             mesh, placements = parameter.device_mesh, parameter.placements
             tensor = distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
         parameter.copy_(tensor)
+
+
+def whole(parameter: nn.Parameter) -> Tensor:
+    """A parameter's whole value, without its graph; of a sharded one by a collective, which every rank must call."""
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:

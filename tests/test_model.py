@@ -1,7 +1,6 @@
-"""The hand-written decoder equals transformers; loading is strict; saving, packing, FSDP2 change no number."""
+"""The hand-written decoder equals transformers; packing, chunks of logits and recomputation change no number."""
 
 import json
-import random
 import subprocess
 import sys
 import weakref
@@ -10,18 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import SCALINGS, VOCABULARY, WINDOW, in_processes, tiny_reference
-from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
+from conftest import SCALINGS, VOCABULARY, WINDOW, tiny_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from engine.attention import packed_attention, padded_runs
-from engine.sharding import gathered, shard
+from lab.export import export_arguments
 from model import (
-    ModelError,
     Packed,
     TokenLogprobs,
     Transformer,
@@ -30,7 +24,6 @@ from model import (
     load,
     parse_config,
     read_config,
-    save,
 )
 from yarn import Yarn
 
@@ -60,14 +53,8 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def rewrite(folder: Path, target: Path, change) -> Path:
-    """A copy of a checkpoint with `change` applied to its dict of tensors."""
-    target.mkdir()
-    (target / "config.json").write_text((folder / "config.json").read_text())
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
+def tiny_config(family: str = "qwen3", **changes) -> dict:
+    return tiny_reference(family).config.to_dict() | changes
 
 
 # ------------------------------------------------------------------------------- the same logits as transformers
@@ -94,200 +81,7 @@ def test_scaling_changes_the_logits(checkpoint, scaling):
     assert difference(our_logits(plain, tokens), before) > 0.01
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_saved_folder_loads_in_transformers_with_the_same_logits(checkpoint, tmp_path, family, tied, scaling):
-    model = load(checkpoint(family, tied, scaling))
-    save(model, tmp_path / "out")
-    tokens = random_tokens(100)
-    assert difference(our_logits(model, tokens), their_logits(tmp_path / "out", tokens)) < 2e-5
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_saved_in_shards_loads_in_transformers_and_here(checkpoint, tmp_path, monkeypatch, tied):
-    monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
-    model = load(checkpoint("qwen2", tied))
-    save(model, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
-    tokens = random_tokens(50)
-    assert difference(our_logits(model, tokens), their_logits(tmp_path / "out", tokens)) < 2e-5
-    assert torch.equal(our_logits(load(tmp_path / "out"), tokens), our_logits(model, tokens))
-
-
-def test_sharded_checkpoint_of_transformers_loads(tmp_path, checkpoint):
-    tiny_reference("llama").save_pretrained(tmp_path, max_shard_size="20KB")
-    assert (tmp_path / "model.safetensors.index.json").exists()
-    tokens = random_tokens(50)
-    assert torch.equal(our_logits(load(tmp_path), tokens), our_logits(load(checkpoint("llama")), tokens))
-
-
-def test_rotary_buffers_in_old_checkpoints_are_ignored(checkpoint, tmp_path):
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    load(rewrite(checkpoint(), tmp_path / "old", lambda tensors: tensors.update({name: torch.ones(8)})))
-
-
-def test_bfloat16_saves_and_loads_as_bfloat16(checkpoint, tmp_path):
-    save(load(checkpoint()), tmp_path / "out", torch.bfloat16)
-    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
-    assert {x.dtype for x in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
-    assert load(tmp_path / "out", dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
-
-
-# ------------------------------------------------------------------------------------------ strict loading, saving
-
-
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
-def test_missing_tensor_is_named(checkpoint, tmp_path, name):
-    with pytest.raises(ModelError, match=f"{name} is missing"):
-        load(rewrite(checkpoint(), tmp_path / "bad", lambda tensors: tensors.pop(name)))
-
-
-def test_missing_lm_head_of_an_untied_model_is_named(checkpoint, tmp_path):
-    with pytest.raises(ModelError, match="lm_head.weight is missing"):
-        load(rewrite(checkpoint("qwen3", False), tmp_path / "bad", lambda tensors: tensors.pop("lm_head.weight")))
-
-
-def test_surplus_tensor_is_named(checkpoint, tmp_path):
-    name = "model.layers.2.mlp.up_proj.weight"
-    with pytest.raises(ModelError, match=f"{name} is not part of this model"):
-        load(rewrite(checkpoint(), tmp_path / "bad", lambda tensors: tensors.update({name: torch.ones(2)})))
-
-
-def test_misshaped_tensor_is_named_with_both_shapes(checkpoint, tmp_path):
-    def change(tensors):
-        tensors["model.norm.weight"] = torch.ones(1)  # of a shape that would broadcast
-
-    with pytest.raises(ModelError, match=r"model.norm.weight has shape \(1,\), the config says \(48,\)"):
-        load(rewrite(checkpoint(), tmp_path / "bad", change))
-
-
-def test_equal_lm_head_copy_in_a_tied_checkpoint_is_fine(checkpoint, tmp_path):
-    def change(tensors):
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-
-    tokens = random_tokens(20)
-    copied = load(rewrite(checkpoint(), tmp_path / "copy", change))
-    assert torch.equal(our_logits(copied, tokens), our_logits(load(checkpoint()), tokens))
-
-
-def test_different_lm_head_in_a_tied_checkpoint_is_an_error(checkpoint, tmp_path):
-    def change(tensors):
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
-
-    with pytest.raises(ModelError, match="tie_word_embeddings is true but lm_head.weight is another tensor"):
-        load(rewrite(checkpoint(), tmp_path / "bad", change))
-
-
-def test_missing_shard_is_an_error(tmp_path):
-    tiny_reference("llama").save_pretrained(tmp_path, max_shard_size="20KB")
-    next(tmp_path.glob("model-00002-of-*")).unlink()
-    with pytest.raises(ModelError, match="model-00002-of-.*cannot be read"):
-        load(tmp_path)
-
-
-def test_truncated_weights_are_an_error(checkpoint, tmp_path):
-    folder = rewrite(checkpoint(), tmp_path / "bad", lambda tensors: None)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="cannot be read"):
-        load(folder)
-
-
-def test_folder_without_config_or_weights_is_an_error(checkpoint, tmp_path):
-    with pytest.raises(ModelError, match="no config.json"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text((checkpoint() / "config.json").read_text())
-    with pytest.raises(ModelError, match="no model.safetensors"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="not valid JSON"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "no-such-folder", "a/b/c"])
-def test_no_such_folder_is_an_error(name):
-    with pytest.raises(ModelError, match="no such model folder"):
-        load(name)
-
-
-def test_unreachable_hub_id_is_one_sentence():
-    with pytest.raises(ModelError, match="^nobody/nothing: not a local folder, and the hub did not give it [^\n]+$"):
-        load("nobody/nothing")
-
-
-def test_save_refuses_an_existing_folder_and_leaves_it_alone(checkpoint, tmp_path):
-    (tmp_path / "precious").write_text("mine")
-    with pytest.raises(ModelError, match="exists already"):
-        save(load(checkpoint()), tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["precious"]
-
-
-def test_save_copies_the_tokenizer_files(checkpoint, tmp_path):
-    (tmp_path / "from").mkdir()
-    (tmp_path / "from/tokenizer.json").write_text("{}")
-    (tmp_path / "from/chat_template.jinja").write_text("hello")
-    (tmp_path / "from/notes.txt").write_text("not a tokenizer file")
-    save(load(checkpoint()), tmp_path / "out", tokenizer_from=tmp_path / "from")
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
-
-
-# ------------------------------------------------------------------------------------------------- bad configs
-
-
-def tiny_config(family: str = "qwen3", **changes) -> dict:
-    return tiny_reference(family).config.to_dict() | changes
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ({"model_type": None}, "model_type None is not supported"),
-        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"use_sliding_window": True}, "sliding-window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear' is not supported"),
-    ],
-)
-def test_config_of_another_model_is_refused(changes, said):
-    with pytest.raises(ModelError, match="^x/config.json: [^\n]+$") as error:
-        parse_config(tiny_config(**changes), "x/config.json")
-    assert said in str(error.value)
-
-
-def test_mlp_bias_of_llama_is_refused():
-    with pytest.raises(ModelError, match="mlp_bias"):
-        parse_config(tiny_config("llama", mlp_bias=True))
-
-
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"])
-def test_config_without_a_size_is_refused_by_name(key):
-    source = tiny_config()
-    del source[key]
-    with pytest.raises(ModelError, match=f"the key '{key}' is missing"):
-        parse_config(source)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
-def test_a_sliding_window_that_is_off_is_fine(family):
-    source = tiny_config(family, use_sliding_window=False, sliding_window=32, layer_types=["full_attention"] * 2)
-    assert parse_config(source).model_type == family
-
-
-def test_notes_about_yarn_are_shown(capsys):
-    scaling = {"rope_type": "yarn", "factor": 1.5, "attn_factor": 1.0}
-    parse_config(tiny_config(rope_parameters=None, rope_scaling=scaling), "x/config.json")
-    assert "x/config.json: YaRN: \"attn_factor\": 1.0 is read as attention_factor" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------- packed sequences, attention
+# --------------------------------------------------------------------------------------------- packed sequences
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -297,56 +91,6 @@ def test_packed_batch_gives_each_sequence_the_logits_it_has_alone(checkpoint, fa
     packed = our_logits(model, *sequences).split([len(x) for x in sequences])
     for sequence, logits in zip(sequences, packed, strict=True):
         assert difference(logits, our_logits(model, sequence)) < 1e-5
-
-
-def naive_attention(q, k, v, lengths):
-    """Masked softmax, one sequence and one head at a time."""
-    outputs, group = [], q.shape[1] // k.shape[1]
-    for q_s, k_s, v_s in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        heads = []
-        for h in range(q.shape[1]):
-            scores = q_s[:, h] @ k_s[:, h // group].T / q.shape[2] ** 0.5
-            mask = torch.ones_like(scores).tril() == 0
-            heads.append(scores.masked_fill(mask, float("-inf")).softmax(1) @ v_s[:, h // group])
-        outputs.append(torch.stack(heads, 1))
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize("heads, key_heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("lengths", [[1], [5, 9, 1, 30, 2, 31], [40, 40, 39], [1] * 7])
-def test_packed_attention_equals_a_naive_masked_softmax(lengths, heads, key_heads):
-    generator = torch.Generator().manual_seed(sum(lengths))
-    shapes = [(sum(lengths), n, 8) for n in (heads, key_heads, key_heads)]
-    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-    assert difference(packed_attention(q, k, v, Packed(lengths)), naive_attention(q, k, v, lengths)) < 1e-5
-
-
-@pytest.mark.parametrize("most_padding", [0.0, 0.25, 0.6])
-def test_padded_runs_keep_every_token_once_and_bound_the_padding(most_padding):
-    shuffle = random.Random(7)
-    for _ in range(100):
-        lengths = [shuffle.choice([1, 2, 3, shuffle.randint(1, 50)]) for _ in range(shuffle.randint(1, 20))]
-        kept = []
-        for run in padded_runs(lengths, "cpu", most_padding):
-            longest = len(run.gather) // run.rows
-            assert len(run.keep) >= (1 - most_padding) * len(run.gather)
-            row_of_cell = run.keep // longest
-            for row in range(run.rows):  # a row is one whole sequence from its start, then padding
-                tokens = run.gather[run.keep[row_of_cell == row]].tolist()
-                start = sum(lengths[: lengths_done(kept, lengths)])
-                assert tokens == list(range(start, start + len(tokens)))
-                kept.extend(tokens)
-                assert run.keep[row_of_cell == row].tolist() == [row * longest + i for i in range(len(tokens))]
-        assert kept == list(range(sum(lengths)))
-
-
-def lengths_done(kept: list[int], lengths: list[int]) -> int:
-    """How many whole sequences the kept tokens make."""
-    done, tokens = 0, len(kept)
-    while tokens:
-        tokens -= lengths[done]
-        done += 1
-    return done
 
 
 # --------------------------------------------------------------------------------------- log-probs and gradients
@@ -592,118 +336,24 @@ def test_command_line_errors_are_one_sentence_and_nothing_is_written(checkpoint,
         ((folder, out, "--yarn", 0), "must be above 1"),
         ((scaled, out, "--yarn", 1.5), "already carries Yarn"),
     ]:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            patch.setattr(sys, "argv", ["model.py", *map(str, arguments)])
-            model_file.main()
+        with pytest.raises(SystemExit) as stopped:
+            model_file.main(export_arguments([*map(str, arguments)]))
         message = stopped.value.code
         assert message.startswith("model.py: ") and said in message and "\n" not in message
         assert [file.name for file in tmp_path.iterdir()] == ["taken"] and not list((tmp_path / "taken").iterdir())
+
+
+@pytest.mark.parametrize("mistake, status", [(["--help"], 0), (["MODEL", "OUT", "--yarn=much"], 2), (["MODEL"], 2)])
+def test_help_and_mistakes_are_answered_without_torch(mistake, status):
+    """Regression: they took as long as torch takes to import, seconds."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "model.py"), *mistake]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status and "usage: model.py" in done.stdout + done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported and "torch" not in imported
 
 
 def test_extend_window_states_every_parameter(checkpoint):
     extended = extend_window(read_config(checkpoint()), 1.5, original_window=128, attention_factor=1.1)
     assert extended.rope.scaling == Yarn(1.5, 128, 1.1, 32.0, 1.0)
     assert extended.max_position_embeddings == 192
-
-
-# ------------------------------------------------------------------------------------------- FSDP2, on one and two
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """One gloo process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def check_sharded(folder: Path, out: Path, mesh) -> None:
-    """What must hold on any number of processes; each of them calls it with the same batch."""
-    batch = scored()
-    whole = load(folder)
-    with torch.no_grad():
-        logits = our_logits(whole, batch[0][:30])
-    expected = gradients(whole, whole(batch[0], Packed(batch[1]), *batch[2:]))
-
-    model = load(folder)
-    shard(model, mesh, torch.float32)
-    names = dict(whole.named_parameters()).keys()
-    assert dict(model.named_parameters()).keys() == names
-    for _ in range(2):  # train, sample, train again
-        ours = gradients(model, model(batch[0], Packed(batch[1]), *batch[2:]))
-        for name in names:
-            assert difference(ours[name].full_tensor(), expected[name]) < 1e-4 * max(1, expected[name].abs().max())
-        with gathered(model):
-            for _ in range(1 + 3 * mesh.get_rank()):  # no collective: the ranks may decode different numbers of steps
-                assert difference(our_logits(model, batch[0][:30]), logits) < 1e-5
-            assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        assert torch.is_grad_enabled()
-
-    model(batch[0], Packed(batch[1]), *batch[2:]).sum().backward()
-    torch.optim.SGD(model.parameters(), lr=1e-3).step()
-    with gathered(model):
-        after = our_logits(model, batch[0][:30])
-    assert difference(after, logits) > 1e-3  # sampling sees the weights that were just trained
-    save(model, out)
-    dist.barrier()
-    assert difference(our_logits(load(out), batch[0][:30]), after) < 1e-5
-
-    with torch.device("meta"):
-        empty = Transformer(read_config(out))
-    shard(empty, mesh, torch.float32)
-    empty.to_empty(device="cpu")
-    model_file.load_weights(empty, out)
-    with gathered(empty):
-        assert difference(our_logits(empty, batch[0][:30]), after) < 1e-5
-
-
-@pytest.mark.parametrize("family, tied", [("qwen3", True), ("qwen2", False)])
-def test_sharded_model_in_one_process_is_the_same_model(checkpoint, tmp_path, mesh, family, tied):
-    check_sharded(checkpoint(family, tied), tmp_path / "out", mesh)
-
-
-def in_two_processes(rank: int, folder: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
-    check_sharded(folder, tmp_path / "out", init_device_mesh("cpu", (2,)))
-    dist.destroy_process_group()
-
-
-def test_sharded_model_in_two_processes_is_the_same_model(checkpoint, tmp_path):
-    in_processes(in_two_processes, checkpoint(), tmp_path)
-
-
-def test_recompute_and_sharding_together_give_the_same_gradients(checkpoint, mesh):
-    batch = scored()
-    whole = load(checkpoint())
-    expected = gradients(whole, whole(batch[0], Packed(batch[1]), *batch[2:]))
-    model = load(checkpoint())
-    for layer in model.model.layers:
-        layer.recompute = True
-    shard(model, mesh, torch.float32)
-    ours = gradients(model, model(batch[0], Packed(batch[1]), *batch[2:]))
-    for name, gradient in expected.items():
-        assert difference(ours[name].full_tensor(), gradient) < 1e-4 * max(1, gradient.abs().max())
-
-
-def test_weights_are_sharded_again_when_sampling_fails(checkpoint, mesh):
-    model = load(checkpoint())
-    shard(model, mesh, torch.float32)
-    with pytest.raises(KeyError), gathered(model):
-        raise KeyError
-    assert all(isinstance(parameter, torch.distributed.tensor.DTensor) for parameter in model.parameters())
-
-
-def test_sharding_in_bfloat16_does_not_round_the_temperature(checkpoint, mesh):
-    # guards a silent mismatch: FSDP would cast float32 inputs, and 1.45 would be scored as 1.453
-    tokens, lengths, predict, targets, _ = scored()
-    plain = load(checkpoint(), dtype=torch.bfloat16)
-    sharded = load(checkpoint())
-    shard(sharded, mesh, torch.bfloat16)
-    with torch.no_grad():
-        wanted = plain(tokens, Packed(lengths), predict, targets, 1.45)
-        rounded = plain(tokens, Packed(lengths), predict, targets, 1.453125)
-    temperature = torch.full((len(targets),), 1.45)  # as training passes it; only tensors would be cast
-    found = sharded(tokens, Packed(lengths), predict, targets, temperature).detach()
-    assert (wanted - rounded).abs().max() > 1e-4
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)

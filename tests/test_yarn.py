@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from engine.huggingface import rope_from_config, rope_to_config
-from yarn import Llama3Scaling, Rope, RopeError, Yarn, attention_factor, frequencies, rotate, rotation, yarn_ramp
+from engine.huggingface import ModelError, rope_from_config, rope_to_config
+from yarn import Llama3Scaling, Rope, Yarn, attention_factor, frequencies, rotate, rotation, yarn_ramp
 
 WINDOW = 131_072
 ROPES = {
@@ -243,7 +243,7 @@ def test_round_trip_through_old_and_new_keys(name, dropped):
     ],
 )  # fmt: skip
 def test_what_is_not_computed_is_refused_with_a_sentence(config, said):
-    with pytest.raises(RopeError, match="^[^\n]+$") as error:
+    with pytest.raises(ModelError, match="^[^\n]+$") as error:
         rope_from_config(config, 64)
     assert said in str(error.value)
 
@@ -251,5 +251,5 @@ def test_what_is_not_computed_is_refused_with_a_sentence(config, said):
 def test_scaling_added_beside_new_style_parameters_is_not_silently_ignored():
     """Regression: rope_parameters hid a rope_scaling that a user had added by hand; transformers prefers the latter."""
     config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN}
-    with pytest.raises(RopeError, match="disagree about rope_type"):
+    with pytest.raises(ModelError, match="disagree about rope_type"):
         rope_from_config(config, 128)

@@ -1,0 +1,270 @@
+"""Moments and layer inputs in host memory change nothing."""
+
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import in_processes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as models
+from engine import device as devices
+from engine import offload as offloading
+from engine import sharding
+from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
+from engine.offload import HostAdamW
+
+SOURCE = {
+    "model_type": "qwen3", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 64,
+}  # fmt: skip
+SETTINGS = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+@pytest.fixture(scope="module")
+def here():
+    yield devices.start()
+    devices.stop()
+
+
+def tiny(mesh=None, seed=0):
+    """Three layers with weights wide enough that every gradient is far from zero."""
+    model = models.Transformer(models.parse_config(SOURCE))
+    models.initialise(model, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.2)
+    if mesh is not None:
+        sharding.shard(model, mesh, torch.float32)
+    return model
+
+
+def learn(model, optimizer, steps, first=0):
+    tokens = torch.arange(19) % 23
+    for step in range(first, first + steps):
+        for group in optimizer.param_groups:  # as train.py sets it
+            group["lr"] = 0.02 / (step + 1)
+        logprobs = model(tokens, models.Packed([12, 7]), torch.arange(11), tokens[1:12])
+        (-logprobs).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def everything(model, optimizer):
+    """Weights and moments, in the order of parameters."""
+    moments = [value for parameter in model.parameters() for value in optimizer.state[parameter].values()]
+    return [whole(tensor) for tensor in [*model.parameters(), *moments]]
+
+
+# ------------------------------------------------------------------------------------- moments in host memory
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("bucket", [2**26, 7])
+def test_moments_at_home_step_as_torchs_adamw(here, monkeypatch, sharded, bucket):
+    monkeypatch.setattr(offloading, "BUCKET_VALUES", bucket)
+    found = []
+    for kind in (torch.optim.AdamW, HostAdamW):
+        model = tiny(here.mesh if sharded else None)
+        optimizer = kind(model.parameters(), **SETTINGS)
+        learn(model, optimizer, 5)
+        found.append(everything(model, optimizer))
+    assert len(found[0]) == len(found[1]) > 100
+    for expected, mine in zip(*found, strict=True):
+        if bucket == 2**26:
+            assert torch.equal(expected, mine)
+        else:  # the last few values of a bucket are not vectorised, and round otherwise
+            torch.testing.assert_close(expected, mine, rtol=1e-6, atol=1e-7)
+
+
+KINDS = {"torch": torch.optim.AdamW, "home": HostAdamW}
+
+
+@pytest.mark.parametrize("before", KINDS)
+@pytest.mark.parametrize("after", KINDS)
+def test_a_run_resumes_bit_for_bit_with_the_switch_either_way(here, tmp_path, before, after):
+    model = tiny(here.mesh)
+    optimizer = KINDS[before](model.parameters(), **SETTINGS)
+    learn(model, optimizer, 3)
+    folder = save_checkpoint(tmp_path, model, optimizer, RunState(step=3), here, 1)
+    learn(model, optimizer, 2, first=3)
+    resumed = tiny(here.mesh, seed=1)
+    other = KINDS[after](resumed.parameters(), **SETTINGS)
+    load_weights_and_optimizer(folder, resumed, other, here)
+    learn(resumed, other, 2, first=3)
+    found, expected = everything(resumed, other), everything(model, optimizer)
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def test_without_a_device_state_dicts_go_both_ways():
+    model = tiny()
+    optimizer = HostAdamW(model.parameters(), **SETTINGS)
+    learn(model, optimizer, 2)
+    copy = tiny()
+    other = HostAdamW(copy.parameters(), **SETTINGS)
+    other.load_state_dict(optimizer.state_dict())
+    learn(model, optimizer, 1)  # what was loaded is a copy, not the same memory
+    copy.load_state_dict(tiny().state_dict())
+    moments = [s["exp_avg"] for s in other.state.values()]
+    assert len(moments) == len(list(copy.parameters()))
+    assert not any(torch.equal(a, b["exp_avg"]) for a, b in zip(moments, optimizer.state.values(), strict=True))
+
+
+def in_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    here = devices.Device(torch.device("cpu"), torch.float32, rank, 2, init_device_mesh("cpu", (2,)), dist.group.WORLD)
+    results = []
+    for kind in KINDS.values():
+        model = tiny(here.mesh)
+        optimizer = kind(model.parameters(), **SETTINGS)
+        learn(model, optimizer, 3)
+        results.append(everything(model, optimizer))
+    assert all(map(torch.equal, *results))
+    save_checkpoint(folder, model, optimizer, RunState(step=3), here, 1)
+    if rank == 0:
+        torch.save(results[0], folder / "expected.pt")
+    dist.destroy_process_group()
+
+
+def test_moments_of_two_processes_are_one_checkpoint(here, tmp_path):
+    # the head size 6 and the vocabulary 23 do not divide by two: shards of unequal size
+    in_processes(in_two_processes, tmp_path)
+    model = tiny(here.mesh, seed=1)
+    optimizer = HostAdamW(model.parameters(), **SETTINGS)
+    load_weights_and_optimizer(tmp_path / "checkpoints/step-3", model, optimizer, here)
+    expected = torch.load(tmp_path / "expected.pt")
+    assert all(map(torch.equal, everything(model, optimizer), expected))
+
+
+class Journeys(TorchDispatchMode):
+    """Watches what travels between the CPU and a device that computes nothing (meta); a copy back is only counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.visitors, self.most, self.returned = [], 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            self.returned += args[1].numel()
+            return args[0]
+        result = function(*args, **kwargs or {})
+        if function is torch.ops.aten._to_copy.default:
+            assert args[0].device.type == "cpu" and result.is_meta
+            self.visitors.append(weakref.ref(result))
+            here = [visitor() for visitor in self.visitors]
+            self.most = max(self.most, sum(tensor.numel() for tensor in here if tensor is not None))
+        return result
+
+
+def test_moments_live_on_the_cpu_and_few_visit_the_device_at_once(monkeypatch):
+    monkeypatch.setattr(offloading, "BUCKET_VALUES", 50)
+    weights = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in [(20, 13), (7,), (101,)]]
+    optimizer = HostAdamW(weights, **SETTINGS)
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+    with Journeys() as journeys:
+        optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in offloading.MOMENTS]
+    assert len(moments) == 6 and all(moment.device.type == "cpu" for moment in moments)
+    assert journeys.returned == sum(moment.numel() for moment in moments) == 2 * 368
+    assert journeys.most <= 2 * 2 * 50
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_moments_are_pinned_and_take_no_device_memory():
+    weights = [torch.nn.Parameter(torch.randn(4096, 4096, device="cuda")) for _ in range(4)]
+    plain, home = torch.optim.AdamW(weights, foreach=False), HostAdamW(weights)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    start, held = [weight.detach().clone() for weight in weights], torch.cuda.memory_allocated()
+    home.step()
+    assert torch.cuda.memory_allocated() == held
+    assert all(state["exp_avg"].is_pinned() for state in home.state.values())
+    found = [weight.detach().clone() for weight in weights]
+    for weight, first in zip(weights, start, strict=True):
+        weight.data.copy_(first)
+    plain.step()
+    for weight, mine in zip(weights, found, strict=True):
+        torch.testing.assert_close(mine, weight.detach(), rtol=1e-6, atol=1e-7)
+
+
+# -------------------------------------------------------------------------------- layer inputs in host memory
+
+
+def device_types():
+    return ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+def prepared(model, recompute, offload):
+    shared = offloading.Offload(torch.cuda.Stream() if model.device.type == "cuda" else None)
+    for layer in model.model.layers:
+        layer.recompute, layer.offload = recompute, shared if offload else None
+    return model
+
+
+def gradients(model, lengths=(9, 1, 5), backwards=1):
+    total = sum(lengths)
+    tokens = (torch.arange(total) * 7 % 23).to(model.device)
+    predict = torch.arange(total - 1, device=model.device)
+    logprobs = model(tokens, models.Packed(lengths, model.device), predict, tokens[1:])
+    for left in reversed(range(backwards)):
+        logprobs.sum().backward(retain_graph=bool(left))
+    return [whole(parameter.grad) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("device", device_types())
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_offloaded_inputs_give_the_same_gradients(device, frozen, backwards):
+    found = []
+    for recompute, offload in [(False, False), (True, False), (True, True)]:
+        model = prepared(tiny().to(device), recompute, offload)
+        if frozen:  # as with LoRA: the first layer's input needs no gradient
+            model.model.embed_tokens.weight.requires_grad_(False)
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            found.append(gradients_of_trainable(model, backwards))
+        else:
+            found.append(gradients(model, backwards=backwards))
+    assert len(found[0]) >= 35
+    for plain, kept, offloaded in zip(*found, strict=True):
+        assert torch.equal(kept, offloaded)
+        torch.testing.assert_close(plain, offloaded, rtol=1e-6, atol=1e-6)
+
+
+def gradients_of_trainable(model, backwards):
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return gradients(model, backwards=backwards)
+
+
+def test_offloaded_inputs_of_a_sharded_model(here):
+    expected, found = (gradients(prepared(tiny(here.mesh), True, offload)) for offload in (False, True))
+    assert all(map(torch.equal, expected, found))
+
+
+def test_no_layer_input_stays_on_the_device(monkeypatch):
+    moved, keep = [], offloading.Offload.keep
+    kept = lambda self, x, layer: moved.append(x.shape) or keep(self, x, layer)  # noqa: E731
+    monkeypatch.setattr(offloading.Offload, "keep", kept)
+    alive = {}
+    for offload in (False, True):
+        model, seen = prepared(tiny(), True, offload), []
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(
+                lambda module, inputs, seen=seen: seen.append(StorageWeakRef(inputs[0].untyped_storage()))
+            )
+        tokens = torch.arange(15)
+        logprobs = model(tokens, models.Packed([15]), tokens, tokens)
+        alive[offload] = [not reference.expired() for reference in seen]
+        logprobs.sum().backward()
+        assert all(reference.expired() for reference in seen)
+    assert alive == {False: [True] * 3, True: [False] * 3}
+    assert moved == [(15, 16)] * 3  # nothing else travels
