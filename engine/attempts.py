@@ -175,7 +175,7 @@ class Respondent:
             verdicts[attempt.grade.verdict] += 1
         everyone = self.device.gather((work, verdicts, self.asked_to_stop()), "the end of sampling")
         check_grader(sum((own for _, own, _ in everyone), Counter()), self.most_failed_share)
-        return kept, whole_work([own for own, _, _ in everyone]), any(stopped for _, _, stopped in everyone)
+        return kept, total_work([own for own, _, _ in everyone]), any(stopped for _, _, stopped in everyone)
 
     def attempt(
         self,
@@ -236,7 +236,7 @@ def deal(
     return shares
 
 
-def whole_work(works: Sequence[AttemptStats]) -> AttemptStats:
+def total_work(works: Sequence[AttemptStats]) -> AttemptStats:
     """The work of all processes: sums of what they made, the longest of what they took, and who waited how long."""
     longest = max(work.sample_seconds for work in works)
     return AttemptStats(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import attempts
-from engine.attempts import AttemptStats, GraderError, Respondent, check_grader, deal, whole_work
+from engine.attempts import AttemptStats, GraderError, Respondent, check_grader, deal, total_work
 from engine.device import Interrupted
 from engine.grader import Grader
 from engine.tokenizer import load_tokenizer, stop_tokens
@@ -35,9 +35,9 @@ def test_the_grader_may_fail_on_a_set_share_and_a_few_failures_stop_nothing(fail
 
 def test_the_work_of_processes_adds_up_and_the_slowest_counts():
     works = [AttemptStats(10, 2.0, 0.5, 1), AttemptStats(30, 1.0, 0.75, 2)]
-    whole = whole_work(works)
+    whole = total_work(works)
     assert whole == AttemptStats(40, 2.0, 0.75, 3, idle_shares=(0.0, 0.5)) and whole.idle_share == 0.25
-    assert whole_work([AttemptStats()]).idle_shares == (0.0,)  # nothing was sampled
+    assert total_work([AttemptStats()]).idle_shares == (0.0,)  # nothing was sampled
 
 
 def test_work_is_dealt_whole_and_once_and_ranks_finish_together():
