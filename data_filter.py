@@ -12,24 +12,22 @@ Each command writes a table (.txt) and a picture (.png) beside its output. An es
 the same command; its file says in its first line which model, problems and sampling it is of, and takes no others.
 """
 
-import hashlib
 import json
 import math
-import os
-import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from engine.attempts import AttemptStats, Respondent, check_grader
+from engine.attempts import Attempt, Respondent
 from engine.device import Interrupted
-from lab import charts
-from lab.console import format_eta
+from engine.files import read_jsonl, write_atomically
+from engine.fingerprint import data_identity, require_same
 from lab.problems import DataError, Problem
 from rollout import Sampling
 
@@ -57,10 +55,8 @@ class History:
     one, so that steps replayed after a resume are not counted twice."""
 
     def __init__(self):
-        self.by_problem: dict[str, dict[tuple[int, int], Visit]] = {}
+        self.by_problem: dict[str, dict[tuple[float, int], Visit]] = {}
         self.log: list[Visit] = []
-        self.written: dict[Path, int] = {}  # how much of the log each file holds
-        self.lines_dropped = 0
         self.settings: dict | None = None  # the first line of its file: which model, problems and sampling it is of
 
     def append(self, visit: Visit) -> None:
@@ -72,9 +68,9 @@ class History:
     def visits(self, problem_id: str) -> list[Visit]:
         return [visit for _, visit in sorted(self.by_problem.get(problem_id, {}).items())]
 
-    def pass_rate(self, problem_id: str, since_stage: int | None = None) -> float | None:
-        """Mean reward over all rollouts since the stage (default: ever), or None if it was not visited."""
-        return mean_reward(v for v in self.visits(problem_id) if since_stage is None or v.stage >= since_stage)
+    def pass_rate(self, problem_id: str) -> float | None:
+        """Mean reward over all rollouts ever, or None if it was not visited."""
+        return mean_reward(self.visits(problem_id))
 
     def estimate(self, problem_id: str, stage: int | None = None) -> float | None:
         """Mean reward within the last stage, up to the given one, that visited the problem, or None."""
@@ -92,65 +88,43 @@ class History:
         return {"visits": [[v.problem_id, v.stage, v.step, list(v.rewards), v.tokens] for v in rows]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.by_problem, self.log, self.written = {}, [], {}
+        self.by_problem, self.log = {}, []
         for problem_id, stage, step, rewards, tokens in state["visits"]:
             self.append(Visit(problem_id, stage, step, tuple(rewards), tokens))
 
     def save(self, path: str | Path) -> None:
-        """Appends to a JSONL file the visits that it does not hold yet, one per line below the settings, if any."""
-        path = Path(path).resolve()
-        new = self.log[self.written.get(path, 0) :]
-        if path not in self.written and path.exists():
-            held = set(History.load(path).log)
-            new = [visit for visit in new if visit not in held]
-            with open(path, "rb+") as file:  # what was cut off must not run into what follows
-                file.truncate(file.read().rfind(b"\n") + 1)
-        with open(path, "a", encoding="utf-8") as file:
-            if self.settings is not None and file.tell() == 0:
-                file.write(json.dumps({"settings": self.settings}) + "\n")
-            file.writelines(json.dumps(asdict(visit)) + "\n" for visit in new)
-        self.written[path] = len(self.log)
+        """Write a JSONL file, whole or not at all: one visit per line, below the settings, if any."""
+        rows = [{"settings": self.settings}] if self.settings is not None else []
+        rows += [asdict(visit) for visit in self.log]
+        write_atomically(Path(path), (f"{json.dumps(row)}\n".encode() for row in rows))
 
     @classmethod
     def load(cls, path: str | Path) -> "History":
-        """What save wrote. A last line that was cut off is left out and counted in lines_dropped. Raises DataError."""
-        history = cls()
-        if not Path(path).is_file():
+        """Read what save wrote. Raises DataError where there is no such file, or where a line is no visit."""
+        path, history = Path(path), cls()
+        if not path.is_file():
             raise DataError(f"{path} does not exist, so there are no pass rates to read; estimate them first.")
-        *lines, rest = Path(path).read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                if number == 1 and isinstance(row, dict) and "settings" in row:
-                    history.settings = dict(row["settings"])
-                    continue
-                history.append(visit_of(row))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                reason = f"{type(error).__name__}: {str(error)[:200]}"
-                raise DataError(f"{path}, row {number} is no visit ({reason}); mend or remove that line.") from error
-        if rest:
-            history.lines_dropped = 1
-            print(f"{path}: left out a half-written last line (row {len(lines) + 1})", file=sys.stderr)
+        try:
+            for number, _, row in read_jsonl(path):
+                if number == 1 and isinstance(row, dict) and isinstance(row.get("settings"), dict):
+                    history.settings = row["settings"]
+                elif (visit := visit_of(row)) is None:
+                    raise ValueError(f"{path}, row {number} is no visit: problem_id, stage, step, rewards, tokens")
+                else:
+                    history.append(visit)
+        except ValueError as error:
+            raise DataError(f"{error}; fix or remove that line") from None
         return history
 
 
-def visit_of(row: dict) -> Visit:
-    """A line of a history's file as a Visit; ValueError, KeyError or TypeError where it is none."""
-    problem_id, stage, step, rewards, tokens = (row[f.name] for f in fields(Visit))
-    numbers = [stage, step, tokens, *rewards]
-    if not isinstance(problem_id, str) or isinstance(rewards, str) or {*map(type, numbers)} - {int, float}:
-        raise TypeError("a value of the wrong type")
-    problem_id.encode()  # half of a surrogate pair is a ValueError
-    if (
-        not rewards
-        or type(step) is not int
-        or type(tokens) is not int
-        or tokens < 0
-        or not abs(stage) < math.inf
-        or not all(0 <= reward <= 1 for reward in rewards)
-    ):
-        raise ValueError("no rewards, or a number out of range")
-    return Visit(problem_id, stage, step, tuple(rewards), tokens)
+def visit_of(row: object) -> Visit | None:
+    """A line of a history's file as a Visit, or None where it is none."""
+    match row:
+        case {"problem_id": str(), "stage": stage, "step": int(), "rewards": [_, *_] as rewards, "tokens": int(tokens)}:
+            numbers = {*map(type, [stage, row["step"], tokens, *rewards])} <= {int, float}  # bool is an int to `match`
+            if numbers and abs(stage) < math.inf and tokens >= 0 and all(0 <= reward <= 1 for reward in rewards):
+                return Visit(row["problem_id"], stage, row["step"], tuple(rewards), tokens)
+    return None
 
 
 def mean_reward(visits: Iterable[Visit]) -> float | None:
@@ -207,66 +181,52 @@ def estimate(
         known.save(path)  # a file that cannot be written is no surprise for later
     if left and len(left) < len(problems):
         device.say(f"pass rates: {len(problems) - len(left):,} problems are in {path} already")
+
+    def keep(attempt: Attempt) -> tuple[str, int, float, int]:
+        rollout = attempt.rollout
+        return rollout.problem_id, rollout.index, attempt.grade.correct, len(rollout.tokens)
+
     for start in range(0, len(left), ESTIMATE_SLICE):
         part = left[start : start + ESTIMATE_SLICE]
-        share = part[device.rank :: device.ranks]
-        prompts = [respondent.prompt(problem, n) for problem in share]
+        prompts = [respondent.prompt(problem, n) for problem in part]
         label = f"pass rates, slice {start // ESTIMATE_SLICE + 1} of {math.ceil(len(left) / ESTIMATE_SLICE)}"
-        mine: dict[str, dict[int, tuple[float, int]]] = defaultdict(dict)  # reward and tokens of each rollout
-        verdicts = Counter()
-        for attempt in respondent.stream(share, prompts, sampling, AttemptStats(), label):
-            mine[attempt.rollout.problem_id][attempt.rollout.index] = attempt.grade.correct, len(attempt.rollout.tokens)
-            verdicts[attempt.grade.verdict] += 1
-        everyone = device.gather((mine, verdicts, respondent.asked_to_stop()))
-        check_grader(sum((own for _, own, _ in everyone), Counter()), respondent.most_failed_share)
-        groups = {problem_id: group for own, _, _ in everyone for problem_id, group in own.items()}
+        mine, _, stopped = respondent.sample(part, prompts, sampling, keep, label)
+        groups = defaultdict(list)  # by problem: reward and tokens of each rollout, in order
+        for problem_id, _, *rollout in sorted(kept for own in device.gather(mine) for kept in own):
+            groups[problem_id].append(rollout)
         for problem in part:
-            group = groups.get(problem.id, {})
-            if len(group) == n:  # an interruption leaves some unfinished
-                rewards, tokens = zip(*(group[i] for i in range(n)), strict=True)
+            if len(groups[problem.id]) == n:  # an interruption leaves some unfinished
+                rewards, tokens = zip(*groups[problem.id], strict=True)
                 known.append(Visit(problem.id, stage, step, rewards, sum(tokens)))
         if device.is_main:
             known.save(path)
-        if any(stopped for _, _, stopped in everyone):
+        if stopped:
             raise Interrupted
-        done = start + len(part)
-        speed = done / (time.perf_counter() - begun)
-        device.say(
-            f"pass rates: {len(problems) - len(left) + done:,}/{len(problems):,} problems  "
-            f"{charts.format_number(60 * speed)} a minute  ETA {format_eta((len(left) - done) / speed)}"
-        )
-    if device.is_main and [visit.problem_id for visit in known.log] != [problem.id for problem in problems]:
-        whole, temporary = History(), path.with_name(f".{path.name}.{os.getpid()}")  # as if nothing had interrupted it
-        whole.settings = settings
-        for problem in problems:
-            for visit in known.visits(problem.id):
-                whole.append(visit)
-        whole.save(temporary)
-        temporary.replace(path)
+        done, seconds = start + len(part), time.perf_counter() - begun
+        eta = timedelta(seconds=round(seconds * (len(left) - done) / done))
+        device.say(f"pass rates: {len(problems) - len(left) + done:,}/{len(problems):,} problems  ETA {eta}")
+    in_order = [visit for problem in problems for visit in known.visits(problem.id)]
+    if known.log != in_order:  # as if nothing had interrupted it
+        known.log = in_order
+        if device.is_main:
+            known.save(path)
     return known
 
 
 def problems_fingerprint(problems: Iterable[Problem]) -> str:
     """A hash of what decides the pass rates of problems, whatever their order: ids, texts and answers."""
-    rows = sorted((problem.id, problem.text, *problem.answers) for problem in problems)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    bare = [replace(problem, type="", difficulty=None, solution="") for problem in problems]
+    return data_identity(sorted(bare, key=lambda problem: problem.id))
 
 
 def require_settings(history: History, path: Path, wanted: dict) -> None:
-    """Raises DataError unless the file that a history comes from was made with these settings."""
+    """Raise DataError unless the file that a history comes from was made with these settings."""
     if history.settings is None:
         raise DataError(
             f"{path} does not say in its first line which model and problems its pass rates are of; move it away and "
             f"estimate them again."
         )
-    for name, value in wanted.items():
-        held = history.settings.get(name)
-        if held != value:
-            what = {"weights": "of another model", "problems": "of other problems"}.get(name)
-            raise DataError(
-                f"{path} holds pass rates {what or f'with {name} = {held}, not {value}'}; give the file that belongs "
-                f"to them, or a new name to estimate again."
-            )
+    require_same(path, history.settings, wanted)
 
 
 # ---- the shape of the data -----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 r"""What a response earns: is its answer right, is it well formed, and do its written steps hold?
 
 The answer is the content of the last complete \boxed{...} (or \fbox{...}) after `</think>`; no closing tag, no answer.
-Of several accepted answers any may match. Whether two answers match is the business of answers.py, whose first lines
+Of several accepted answers any may match. Whether two answers match is decided in lab/answers.py, whose first lines
 state the policy: most are settled by their text, in the calling process; the rest goes to a worker process that lives
 under a memory limit, and is killed and replaced when it is late. A hard answer costs its own verdict, never the run;
 no answer is ever evaluated as code. A failure of the grader is a verdict of its own, so that it can be counted, not a

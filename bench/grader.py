@@ -4,7 +4,7 @@ r"""How right and how fast the grader is: on the gold answers of the benchmarks,
     python bench/grader.py DATA --fuzz 20000 # the same, then that many answers that are built to be wrong
 
 Needs two cores and no GPU; minutes without --fuzz. Everything random is seeded. The generators and the reformattings
-below are also what tests/test_reward_golden.py draws its samples from.
+below are also what tests/test_answers.py draws its samples from.
 """
 
 import argparse

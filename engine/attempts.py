@@ -1,13 +1,14 @@
 """Problems in, graded attempts out: the one way in which training, filtering and evaluation sample.
 
-Each process answers its share of the problems, grades every response while the next are being decoded, and the
-attempts are exchanged, so that every process sees all of them in the same order.
+Each process answers its share of the prompts and grades every response while the next are being decoded.
 """
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,6 @@ from engine.device import Device, Interrupted, StopRequest, enter
 from engine.grader import Grader
 from engine.sharding import gathered
 from engine.tokenizer import encode_chat
-from lab.console import format_eta
 from lab.problems import DataError, Problem, prompt_text
 from model import Transformer
 from reward import Grade
@@ -134,7 +134,8 @@ class Respondent:
                     # the first to finish are the shortest
                     typical = finished_tokens / done if 10 * done > total else sampling.max_new_tokens
                     left = max(0.0, total * typical - sampler.decoded_tokens) / speed
-                    self.device.say(f"{label}: {done}/{total} responses  {speed:,.0f} tok/s  ETA {format_eta(left)}")
+                    eta = timedelta(seconds=round(left))
+                    self.device.say(f"{label}: {done}/{total} responses  {speed:,.0f} tok/s  ETA {eta}")
         sampled = time.perf_counter()
         if self.device.device.type == "cuda":
             torch.cuda.empty_cache()  # the cache's memory is the update's now
@@ -151,6 +152,31 @@ class Respondent:
                 f"lower the recipe's sampler.rows or cache_tokens"
             )
 
+    def sample(
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        keep: Callable[[Attempt], Any] = lambda attempt: attempt,
+        label: str | None = None,
+        expected_tokens: Sequence[float | None] | None = None,
+    ) -> tuple[list, AttemptStats, bool]:
+        """Answer the prompts on all processes together, each its share (see `deal` for the expected tokens).
+
+        Returns what `keep` made of each of this process's attempts, called as soon as it was graded; the work of all
+        processes; and whether any of them was asked to stop, so that some prompts are unanswered. Raises GraderError,
+        on every process, when the grader fails often.
+        """
+        expected = [None] * len(prompts) if expected_tokens is None else expected_tokens
+        share = deal(prompts, expected, sampling.max_new_tokens, self.device.ranks)[self.device.rank]
+        kept, work, verdicts = [], AttemptStats(), Counter()
+        for attempt in self.stream(problems, share, sampling, work, label):
+            kept.append(keep(attempt))
+            verdicts[attempt.grade.verdict] += 1
+        everyone = self.device.gather((work, verdicts, self.asked_to_stop()), "the end of sampling")
+        check_grader(sum((own for _, own, _ in everyone), Counter()), self.most_failed_share)
+        return kept, total_work([own for own, _, _ in everyone]), any(stopped for _, _, stopped in everyone)
+
     def attempt(
         self,
         problems: Sequence[Problem],
@@ -161,26 +187,20 @@ class Respondent:
     ) -> tuple[list[list[Attempt]], AttemptStats]:
         """n attempts at each problem, in the order given, the same on every process. A label shows progress.
 
-        Expected tokens of one response to each problem (None: unknown) decide which process answers it (see `deal`).
-        Raises, on every process, Interrupted when the run was asked to stop, GraderError when the grader fails often.
+        Expected tokens are of one response to each problem (None: unknown). Raises, on every process, Interrupted when
+        the run was asked to stop, GraderError when the grader fails often.
         """
         prompts = [self.prompt(problem, n) for problem in problems]
-        expected = [None] * len(problems) if expected_tokens is None else expected_tokens
-        share = deal(prompts, expected, sampling.max_new_tokens, self.device.ranks)[self.device.rank]
-        work = AttemptStats()
-        mine = list(self.stream(problems, share, sampling, work, label))
-        if any(self.device.gather(self.asked_to_stop(), "the end of sampling")):
+        mine, work, stopped = self.sample(problems, prompts, sampling, label=label, expected_tokens=expected_tokens)
+        if stopped:
             raise Interrupted
         groups: dict[str, list[Attempt]] = {problem.id: [] for problem in problems}
-        everyone = self.device.gather((mine, work), "the exchange of attempts")
-        for attempts, _ in everyone:
+        for attempts in self.device.gather(mine, "the exchange of attempts"):
             for attempt in attempts:
                 groups[attempt.rollout.problem_id].append(attempt)
         for group in groups.values():
             group.sort(key=lambda attempt: attempt.rollout.index)
-        verdicts = Counter(attempt.grade.verdict for group in groups.values() for attempt in group)
-        check_grader(verdicts, self.most_failed_share)
-        return list(groups.values()), whole_work([work for _, work in everyone])
+        return list(groups.values()), work
 
 
 def deal(
@@ -216,7 +236,7 @@ def deal(
     return shares
 
 
-def whole_work(works: Sequence[AttemptStats]) -> AttemptStats:
+def total_work(works: Sequence[AttemptStats]) -> AttemptStats:
     """The work of all processes: sums of what they made, the longest of what they took, and who waited how long."""
     longest = max(work.sample_seconds for work in works)
     return AttemptStats(

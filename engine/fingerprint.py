@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lab.problems import Problem
+from lab.problems import DataError, Problem
 
 IDENTITY_BYTES = 2**20  # of a weights file's beginning (its header, and the first tensors) and end, to know it by
 
@@ -79,3 +79,13 @@ def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
             yield from _flat(value, f"{where}{key}.")
         else:
             yield f"{where}{key}", value
+
+
+def require_same(path: Path, held: dict, wanted: dict) -> None:
+    """Raise DataError unless a file or folder that was made with the settings `held` has all that are wanted."""
+    for name, value in wanted.items():
+        if held.get(name) != value:
+            raise DataError(
+                f"{path} was made with {name} = {held.get(name)}, not {value}: use the settings that it was made with, "
+                f"or give another name"
+            )

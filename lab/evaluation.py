@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from engine import device as devices
-from engine.attempts import AttemptStats, GraderError, Respondent, check_grader, whole_work
+from engine.attempts import AttemptStats, GraderError, Respondent, check_grader
 from engine.device import Interrupted, StopRequest
 from engine.files import write_atomically
 from engine.fingerprint import model_identity
@@ -331,8 +331,7 @@ def summarise_session(
 ) -> Evaluation:
     """The figures of a set, with the speed at which this session sampled it."""
     now, device = session.recorder.work, session.device
-    mine = AttemptStats(now.tokens - before.tokens, now.sample_seconds - before.sample_seconds)
-    work = whole_work(device.gather(mine))
+    work = AttemptStats(now.tokens - before.tokens, now.sample_seconds - before.sample_seconds)
     return summarise(
         name,
         problems,

@@ -7,14 +7,16 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
+from typing import NamedTuple
+
+from engine.files import write_atomically
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 DATA_FILES = (".parquet", ".jsonl", ".json")
@@ -71,16 +73,10 @@ def read_chats(source: str | Path) -> list[list[dict]]:
     path, chats = existing_file(Path(source)), []
     for number, row in parquet_rows(path) if path.suffix == ".parquet" else json_rows(path):
         messages = row.get("messages") if isinstance(row, dict) else None
-        whole = (
-            isinstance(messages, list)
-            and messages
-            and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in messages
-            )
-        )
-        if not whole or messages[-1]["role"] != "assistant":
-            raise DataError(f"{path}, row {number} is no chat that ends with the assistant's message; mend the row.")
+        turns = [m if isinstance(m, dict) else {} for m in messages] if isinstance(messages, list) else []
+        whole = all(isinstance(m.get(key), str) for m in turns for key in ("role", "content"))
+        if not turns or not whole or turns[-1]["role"] != "assistant":
+            raise DataError(f"{path}, row {number} is no chat that ends with the assistant's message; fix the row.")
         chats.append(messages)
     return chats
 
@@ -129,7 +125,7 @@ def download(repo: str, split: str | None) -> list[Path]:
     except (HTTPError, OSError, ValueError) as error:
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise DataError(
-            f"{repo} is no local file and not to be had from the hub ({why}); check name and network."
+            f"{repo} is no local file and not available from the hub ({why}); check name and network."
         ) from error
 
 
@@ -141,20 +137,20 @@ def read_file(path: Path, stem: str, on_bad_row: str) -> list[Problem]:
     schema = schema_of([row for _, row in rows if isinstance(row, dict)], path)
     problems, bad = [], []
     for number, row in rows:
-        problem = schema(row) if isinstance(row, dict) else None
+        problem = problem_of(row, schema) if isinstance(row, dict) else None
         reason = fault(problem) if problem else row
         kept = on_bad_row == "keep" and problem is not None and problem.text.strip()
         if reason and not kept and on_bad_row != "skip":
-            raise DataError(f'{path}, row {number} {reason}; mend the row, or read with on_bad_row="skip".')
+            raise DataError(f'{path}, row {number} {reason}; fix the row, or read with on_bad_row="skip".')
         if reason:
             bad.append(f"row {number} {reason}")
         if reason and not kept:
             continue
         # an id that names its source already was written by write_problems, and stays
-        settled = not problem.id or (schema is from_own and "/" in problem.id)
+        settled = not problem.id or (schema.name == "own" and "/" in problem.id)
         problems.append(problem if settled else replace(problem, id=f"{stem}/{problem.id}"))
     if not problems:
-        raise DataError(f"{path} holds no usable row: {bad[0]}, and so on for all {len(bad)}; mend the file.")
+        raise DataError(f"{path} holds no usable row: {bad[0]}, and so on for all {len(bad)}; fix the file.")
     if bad:
         what = "kept, as problems that nothing can solve," if on_bad_row == "keep" else "left out"
         some = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
@@ -180,13 +176,13 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
         text = path.read_text(encoding="utf-8-sig")
         array = json.loads(text) if text.lstrip().startswith("[") else None
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno} is malformed JSON ({error.msg}); mend the file there.") from error
+        raise DataError(f"{path}, line {error.lineno} is malformed JSON ({error.msg}); fix the file there.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (at byte {error.start}); convert it to UTF-8.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
     except (ValueError, RecursionError):  # numbers and nestings that Python refuses
-        raise DataError(f"{path} {TOO_MUCH}; mend the file.") from None
+        raise DataError(f"{path} {TOO_MUCH}; fix the file.") from None
     if array is not None:
         yield from enumerate((usable(row, "\\u" in text) for row in array), start=1)
         return
@@ -217,84 +213,59 @@ def usable(row: object, escaped: bool) -> dict | str:
 # ---- schemas: row -> Problem, whose id is the row's own, or "" -----------------------------------
 
 
-def from_own(row: dict) -> Problem:
-    """What write_problems wrote: id, problem, answers."""
-    return problem_of(row, row.get("id"), row.get("problem"), row.get("answers"))
+class Schema(NamedTuple):
+    """Where a row has what a Problem needs; it is known by the columns of its text and its answers."""
+
+    name: str
+    text: str
+    answers: str
+    ids: tuple[str, ...]  # the first of them that is there
 
 
-def from_verl(row: dict) -> Problem:
-    """POLARIS and verl: chat messages, reward_model.ground_truth, extra_info.index or .id."""
-    extra, messages = nested(row, "extra_info"), row.get("prompt")
-    # a system message is the chat template's business; an earlier turn would change the problem
-    messages = messages if isinstance(messages, list) else []
-    turns = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") != "system"]
-    own_id = extra.get("index") if extra.get("index") is not None else extra.get("id")
-    return problem_of(
-        row, own_id, turns[0] if len(turns) == 1 else None, nested(row, "reward_model").get("ground_truth")
-    )
+SCHEMAS = (
+    Schema("own", "problem", "answers", ("id",)),  # what write_problems wrote
+    Schema("verl", "prompt", "reward_model", ("index", "id")),  # and POLARIS: messages; ids are in extra_info
+    Schema("math", "problem", "answer", ("id", "unique_id")),  # and DeepScaleR
+    Schema("olympiad", "question", "final_answer", ("id",)),  # a list of accepted answers
+    Schema("minerva", "question", "answer", ("id",)),  # or "gsm8k": steps with marks (<<48/2=24>>), then "#### 1,080"
+)
 
 
-def from_math(row: dict) -> Problem:
-    """DeepScaleR and MATH: problem, answer, and what else there is."""
-    own_id = row.get("id") if row.get("id") is not None else row.get("unique_id")
-    return problem_of(row, own_id, row.get("problem"), row.get("answer"))
-
-
-def from_gsm8k(row: dict) -> Problem:
-    """GSM8K: a worked solution with calculator marks (<<48/2=24>>), then "#### 1,080"."""
-    steps, _, answer = word(row.get("answer")).partition("####")
-    answer = answer.strip().replace(",", "")
-    solution = re.sub(r"<<[^<>]*>>", "", steps).strip() + f"\nThe final answer is \\boxed{{{answer}}}."
-    return problem_of({**row, "solution": solution}, row.get("id"), row.get("question"), answer)
-
-
-def from_questions(row: dict) -> Problem:
-    """question and plain answer, as Minerva on the hub."""
-    return problem_of(row, row.get("id"), row.get("question"), row.get("answer"))
-
-
-def from_olympiad(row: dict) -> Problem:
-    """OlympiadBench: question, and the list of accepted answers."""
-    return problem_of(row, row.get("id"), row.get("question"), row.get("final_answer"))
-
-
-SCHEMAS = {
-    ("problem", "answers"): from_own,
-    ("prompt", "reward_model"): from_verl,
-    ("problem", "answer"): from_math,
-    ("question", "final_answer"): from_olympiad,
-    ("question", "answer"): from_questions,
-}
-
-
-def schema_of(rows: Sequence[dict], path: Path) -> Callable[[dict], Problem]:
-    """The reader of rows with these columns; DataError shows the columns where none is known."""
+def schema_of(rows: Sequence[dict], path: Path) -> Schema:
+    """The schema of rows with these columns; DataError shows the columns where none is known."""
     first = rows[0] if rows else {}
-    for columns, schema in SCHEMAS.items():
-        if first.keys() >= set(columns) or not first:
+    for schema in SCHEMAS:
+        if first.keys() >= {schema.text, schema.answers} or not first:
             # one marked solution makes a GSM8K file, in which a row without the mark has no answer
-            marked = schema is from_questions and any("####" in word(row.get("answer")) for row in rows)
-            return from_gsm8k if marked else schema
-    known = ", or ".join(" + ".join(columns) for columns in SCHEMAS)
+            marked = schema.name == "minerva" and any("####" in word(row.get("answer")) for row in rows)
+            return schema._replace(name="gsm8k") if marked else schema
+    known = ", or ".join(f"{schema.text} + {schema.answers}" for schema in SCHEMAS)
     columns = ", ".join(name if name.isprintable() else repr(name) for name in first)[:MOST_SHOWN] or "none"
     raise DataError(f"{path} has the columns {columns}, which is no known schema; rename them to {known}.")
 
 
-def problem_of(row: dict, own_id, text, answers) -> Problem:
-    """A Problem from what every schema has; fields that a row lacks stay empty."""
+def problem_of(row: dict, schema: Schema) -> Problem:
+    """A Problem from a row; what the row lacks stays empty."""
+    text, answers, solution, ids = row.get(schema.text), row.get(schema.answers), row.get("solution"), row
+    if schema.name == "verl":
+        # a system message is the chat template's business; an earlier turn would change the problem
+        messages = [m for m in text if isinstance(m, dict)] if isinstance(text, list) else []
+        turns = [m.get("content") for m in messages if m.get("role") != "system"]
+        text = turns[0] if len(turns) == 1 else None
+        answers = answers.get("ground_truth") if isinstance(answers, dict) else None
+        ids = row["extra_info"] if isinstance(row.get("extra_info"), dict) else {}
+    elif schema.name == "gsm8k":
+        steps, _, answers = word(answers).partition("####")
+        answers = answers.strip().replace(",", "")
+        solution = re.sub(r"<<[^<>]*>>", "", steps).strip() + f"\nThe final answer is \\boxed{{{answers}}}."
     return Problem(
-        id=word(own_id),
+        id=word(next((ids[column] for column in schema.ids if ids.get(column) is not None), None)),
         text=text if isinstance(text, str) else "",
         answers=accepted(answers),
         type=word(row.get("type")) or word(row.get("subject")),
         difficulty=figure(row["difficulty"] if row.get("difficulty") is not None else row.get("level")),
-        solution=solution.strip() if isinstance(solution := row.get("solution"), str) else "",
+        solution=solution.strip() if isinstance(solution, str) else "",
     )
-
-
-def nested(row: dict, column: str) -> dict:
-    """A column that should hold a mapping; empty where it does not."""
-    return row[column] if isinstance(row.get(column), dict) else {}
 
 
 def word(value) -> str:
@@ -358,13 +329,11 @@ def write_problems(problems: Iterable[Problem], path: str | Path) -> None:
     if path.exists():
         raise DataError(f"{path} exists already; choose another name, or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for p in problems:
-            row = {"id": p.id, "problem": p.text, "answers": p.answers, "type": p.type,
-                   "difficulty": p.difficulty, "solution": p.solution}  # fmt: skip
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    rows = (
+        {"id": p.id, "problem": p.text, "answers": p.answers, "type": p.type,
+         "difficulty": p.difficulty, "solution": p.solution} for p in problems
+    )  # fmt: skip
+    write_atomically(path, (f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows))
 
 
 def prompt_text(problem: Problem, instruction: str = INSTRUCTION) -> str:
@@ -396,8 +365,3 @@ def benchmark_copies(train: Iterable[Problem], benchmark: Iterable[Problem]) -> 
         held_out.setdefault(normalised(problem.text), problem)
     pairs = [(problem, held_out.get(normalised(problem.text))) for problem in train]
     return [(problem, twin) for problem, twin in pairs if twin is not None]
-
-
-def contaminated(train: Iterable[Problem], benchmark: Iterable[Problem]) -> list[Problem]:
-    """The training problems whose text, normalised, is a benchmark's."""
-    return [problem for problem, _ in benchmark_copies(train, benchmark)]

@@ -1,20 +1,20 @@
 """Responses on disk: each is written with its verdict as it finishes, and none is sampled twice.
 
-A set's responses lie in FOLDER/responses/NAME.jsonl. While they are being made every process appends to a part of its
-own, NAME.RANK.part; when all are there the main process orders them. What was interrupted goes on from the parts,
-with however many processes, and ends with the same file: a sample depends on its own number alone.
+A set's responses are in FOLDER/responses/NAME.jsonl. While they are sampled every process appends to its own part,
+NAME.RANK.part; when all are there the main process writes them in order. An interrupted command goes on from the parts,
+with any number of processes, and ends with the same file: a sample depends only on its own number.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from engine.attempts import Attempt, AttemptStats, Respondent, check_grader, deal
+from engine.attempts import Attempt, AttemptStats, Respondent, check_grader
 from engine.device import Interrupted
-from engine.files import write_atomically
+from engine.files import read_jsonl, write_atomically
 from lab.benchmarks import file_name
 from lab.problems import DataError, Problem, read_problems
 from lab.scores import Response
@@ -46,35 +46,27 @@ def respond(
 
 
 def read_responses(path: Path) -> list[Response]:
-    """The responses of a file; a last line that was half-written when its process was killed is left out.
-
-    Raises DataError, with the line, where the file holds anything else.
-    """
+    """The responses of a file, without a half-written last line. Raises DataError that names any other broken line."""
     responses = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                response = Response(**json.loads(line))
-                if wrong := [f.name for f in fields(Response) if not _fits(getattr(response, f.name), f.name)]:
-                    raise ValueError(f"{wrong[0]} is of the wrong type")
-                responses.append(response)
-            except (ValueError, TypeError, RecursionError) as error:
-                reason = str(error).strip()[:200]
-                raise DataError(
-                    f"{path}, line {number} is no response of an evaluation ({reason!r}); remove the line or the file"
-                ) from None
+    try:
+        for _, _, row in read_jsonl(path):
+            responses.append(_response(row))
+    except TypeError as error:
+        what = f"{path}, line {len(responses) + 1} is no response of an evaluation ({str(error)[:200]!r})"
+        raise DataError(f"{what}; remove the line or the file") from None
+    except ValueError as error:
+        raise DataError(f"{error}; remove the line or the file") from None
     return responses
 
 
-def _fits(value: object, name: str) -> bool:
-    """Whether this is what a Response holds under that name."""
-    if name in ("sample", "tokens"):
-        return type(value) is int
-    if name == "cuts":
-        return value is None or (isinstance(value, dict) and all(type(count) is int for count in value.values()))
-    return isinstance(value, str) or (name == "answer" and value is None)
+def _response(row: dict) -> Response:
+    """A line of a file of responses; TypeError where it is none."""
+    r = Response(**row)
+    texts = [r.data, r.problem_id, r.finish_reason, r.verdict, r.text, "" if r.answer is None else r.answer]
+    counts = [r.sample, r.tokens, *(r.cuts.values() if isinstance(r.cuts, dict) else [])]
+    if {*map(type, texts)} != {str} or {*map(type, counts)} != {int} or not isinstance(r.cuts, dict | None):
+        raise TypeError("a value is of the wrong type")
+    return r
 
 
 def response_file(folder: Path, key: str) -> Path:
@@ -95,14 +87,19 @@ def read_groups(folder: Path, name: str, n: int) -> tuple[list[Problem], list[li
     """
     path = response_file(folder, name)
     problems = read_problems(folder / "problems" / f"{file_name(name)}.jsonl", "keep")
-    groups: list[list[Response]] = [[] for _ in problems]
-    place = {problem.id: i for i, problem in enumerate(problems)}
-    for response in read_responses(path) if path.exists() else []:
-        if response.problem_id in place and response.sample < n:
-            groups[place[response.problem_id]].append(response)
+    groups = grouped(problems, read_responses(path) if path.exists() else [], n)
     if parts_of(path) or any(len(group) != n for group in groups):
         raise DataError(f"{folder} does not hold all {n} responses to {name} yet: run its command again to its end")
     return problems, groups
+
+
+def grouped(problems: Sequence[Problem], responses: Iterable[Response], n: int) -> list[list[Response]]:
+    """The first n responses to each problem, in the order given; those to other problems are left out."""
+    groups: dict[str, list[Response]] = {problem.id: [] for problem in problems}
+    for response in responses:
+        if response.problem_id in groups and response.sample < n:
+            groups[response.problem_id].append(response)
+    return list(groups.values())
 
 
 def read_settings(folder: Path) -> dict:
@@ -132,12 +129,11 @@ def write_responses(path: Path, responses: Iterable[Response]) -> None:
 
 @dataclass
 class Recorder:
-    """Asks a model and keeps every response on disk as it comes; what is there already is not sampled again."""
+    """Samples responses and keeps each on disk as it finishes; what is there already is not sampled again."""
 
     respondent: Respondent
     folder: Path  # the same for all processes
-    work: AttemptStats  # of this process, over all calls
-    asked: set[str] = field(default_factory=set)  # keys that this session has worked on
+    work: AttemptStats  # tokens and seconds of all processes, over all calls
 
     def respond(
         self,
@@ -154,51 +150,51 @@ class Recorder:
         """
         key = key or name
         device, whole = self.respondent.device, response_file(self.folder, key)
+        part = whole.with_suffix(f".{device.rank}.part")
+
+        def keep(attempt: Attempt) -> None:
+            row = asdict(response_of(name, attempt, self._cuts(attempt, budgets) if budgets else None))
+            with part.open("a", encoding="utf-8") as file:  # closed at once: other machines are to see it
+                file.write(json.dumps(row) + "\n")
+
+        have = None
         if device.is_main:
             whole.parent.mkdir(parents=True, exist_ok=True)
-        # read by one, for all must deal out the same; the others write into a folder that is there, and only after that
-        have = device.share({(r.problem_id, r.sample) for r in self._read(whole)} if device.is_main else None)
-        missing = [(p, [i for i in range(n) if (p.id, i) not in have]) for p in problems]
-        left = sum(len(samples) for _, samples in missing)
-        if have and left and key not in self.asked:  # a curve asks for more and more of its own
-            device.say(f"{key}: {len(have):,} responses are there already")
-        self.asked.add(key)
-        if left:
-            prompts = [prompt for problem, samples in missing for prompt in self._prompts(problem, samples)]
-            mine = deal(prompts, [None] * len(prompts), sampling.max_new_tokens, device.ranks)[device.rank]
-            with self._part(whole).open("a", encoding="utf-8") as file:
-                for attempt in self.respondent.stream(problems, mine, sampling, self.work, label=key):
-                    cuts = self._cuts(attempt, budgets) if budgets else None
-                    file.write(json.dumps(asdict(response_of(name, attempt, cuts))) + "\n")
-                    file.flush()
-        if any(device.gather(self.respondent.asked_to_stop())):
-            raise Interrupted
+            for old in parts_of(whole):  # of killed processes, which may have left half a line
+                with old.open("rb+") as file:
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            have = {(r.problem_id, r.sample) for r in self._read(whole)}
+        have = device.share(have)  # read by one: all must deal out the same, and nobody may write before
+        prompts = [prompt for problem in problems for prompt in self._missing(problem, n, have)]
+        if prompts:
+            if have:
+                device.say(f"{key}: {len(have):,} responses are there already")
+            _, work, stopped = self.respondent.sample(problems, prompts, sampling, keep, label=key)
+            self.work.tokens += work.tokens
+            self.work.sample_seconds += work.sample_seconds
+            if stopped:
+                raise Interrupted
         place = {problem.id: i for i, problem in enumerate(problems)}
-        groups: list[list[Response]] = [[] for _ in problems]
-        everything = {(r.problem_id, r.sample): r for r in self._read(whole)}
-        for response in sorted(everything.values(), key=lambda r: r.sample):
-            if response.problem_id in place and response.sample < n:
-                groups[place[response.problem_id]].append(response)
+        by_sample = {(place.get(r.problem_id, len(place)), r.problem_id, r.sample): r for r in self._read(whole)}
+        responses = [response for _, response in sorted(by_sample.items(), key=lambda item: item[0])]
         device.share(None)  # everybody has read
         if device.is_main and parts_of(whole):
-            order = sorted(
-                everything.values(), key=lambda r: (place.get(r.problem_id, len(place)), r.problem_id, r.sample)
-            )
-            write_responses(whole, order)
-            for part in parts_of(whole):
-                part.unlink()
+            write_responses(whole, responses)
+            for old in parts_of(whole):
+                old.unlink()
         device.share(None)  # nobody writes a part before the old ones are gone
+        groups = grouped(problems, responses, n)
         check_grader(Counter(r.verdict for group in groups for r in group), self.respondent.most_failed_share)
         return groups
 
-    def _prompts(self, problem: Problem, samples: Sequence[int]) -> list[Prompt]:
-        """The problem's prompt once for each run of consecutive samples."""
-        whole, prompts = self.respondent.prompt(problem, 0), []
-        for sample in samples:
+    def _missing(self, problem: Problem, n: int, have: set[tuple[str, int]]) -> list[Prompt]:
+        """The problem's prompt once for each run of consecutive samples that are not there yet."""
+        prompts: list[Prompt] = []
+        for sample in (i for i in range(n) if (problem.id, i) not in have):
             if prompts and sample == prompts[-1].first + prompts[-1].n:
                 prompts[-1] = replace(prompts[-1], n=prompts[-1].n + 1)
             else:
-                prompts.append(replace(whole, n=1, first=sample))
+                prompts.append(replace(self.respondent.prompt(problem, 1), first=sample))
         return prompts
 
     def _cuts(self, attempt: Attempt, budgets: Sequence[int]) -> dict[str, int]:
@@ -207,15 +203,6 @@ class Recorder:
         heads = {b: self.respondent.tokenizer.decode(tokens[:b], skip_special_tokens=True) for b in budgets}
         # a character that is cut in two decodes to a replacement character
         return {str(b): len(head.rstrip("\ufffd")) for b, head in heads.items() if b < len(tokens)}
-
-    def _part(self, whole: Path) -> Path:
-        """This process's own file, which ends in a whole line: what a killed process wrote last may not."""
-        part = whole.with_suffix(f".{self.respondent.device.rank}.part")
-        if part.exists():
-            text = part.read_bytes()
-            if not text.endswith(b"\n"):
-                part.write_bytes(text[: text.rfind(b"\n") + 1])
-        return part
 
     def _read(self, whole: Path) -> list[Response]:
         """What all processes have written so far."""

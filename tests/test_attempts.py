@@ -1,5 +1,7 @@
 """attempts.py: responses are graded while others are still being sampled, and a grader that fails stops the work."""
 
+import re
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 import torch
 
 from engine import attempts
-from engine.attempts import AttemptStats, GraderError, Respondent, check_grader, deal, whole_work
+from engine.attempts import AttemptStats, GraderError, Respondent, check_grader, deal, total_work
+from engine.device import Interrupted
 from engine.grader import Grader
 from engine.tokenizer import load_tokenizer, stop_tokens
 from lab.problems import read_problems
@@ -32,9 +35,9 @@ def test_the_grader_may_fail_on_a_set_share_and_a_few_failures_stop_nothing(fail
 
 def test_the_work_of_processes_adds_up_and_the_slowest_counts():
     works = [AttemptStats(10, 2.0, 0.5, 1), AttemptStats(30, 1.0, 0.75, 2)]
-    whole = whole_work(works)
+    whole = total_work(works)
     assert whole == AttemptStats(40, 2.0, 0.75, 3, idle_shares=(0.0, 0.5)) and whole.idle_share == 0.25
-    assert whole_work([AttemptStats()]).idle_shares == (0.0,)  # nothing was sampled
+    assert total_work([AttemptStats()]).idle_shares == (0.0,)  # nothing was sampled
 
 
 def test_work_is_dealt_whole_and_once_and_ranks_finish_together():
@@ -129,16 +132,35 @@ def test_a_failing_grader_stops_the_work_with_a_sentence(small_world):
     assert [len(group) for group in groups] == [2] * 6
 
 
+def test_each_process_keeps_what_it_wants_of_an_attempt_as_soon_as_it_is_graded(small_world):
+    grader = SlowGrader()
+    asked, problems = respondent(small_world, grader), read_problems(small_world / "held-out.jsonl")
+    prompts, graded = [asked.prompt(problem, 2) for problem in problems], []
+
+    def keep(attempt):
+        graded.append(grader.collected)
+        return attempt.rollout.problem_id, attempt.rollout.index
+
+    kept, work, stopped = asked.sample(problems, prompts, Sampling(1.0, 8, asked.stop_tokens, 0), keep)
+    assert sorted(kept) == sorted((problem.id, i) for problem in problems for i in range(2))
+    assert graded == list(range(1, 13)) and work.tokens > 0 and not stopped
+    asked.stop = SimpleNamespace(asked=True)
+    kept, _, stopped = asked.sample(problems, prompts, Sampling(1.0, 8, asked.stop_tokens, 0), keep)
+    assert kept == [] and stopped
+    with pytest.raises(Interrupted):
+        asked.attempt(problems, 2, Sampling(1.0, 8, asked.stop_tokens, 0))
+
+
 def test_the_time_left_is_not_guessed_from_the_shortest(small_world, monkeypatch, capsys):
     """Guards: after one short response of many the ETA was hours."""
     monkeypatch.setattr(attempts, "SECONDS_BETWEEN_LINES", 0.0)
     seen = []
-    monkeypatch.setattr(attempts, "format_eta", lambda seconds: seen.append(seconds) or "soon")
+    monkeypatch.setattr(attempts, "timedelta", lambda seconds: seen.append(seconds) or timedelta(seconds=seconds))
     with Grader() as grader:
         asked = respondent(small_world, grader)
         asked.limits = CacheLimits(3000, 96, 18)
         problems = read_problems(small_world / "held-out.jsonl")
         asked.attempt(problems, 3, Sampling(1.0, 30, asked.stop_tokens, 0), label="all")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 18 and lines[0].startswith("all: 1/18 responses") and "tok/s  ETA soon" in lines[0]
-    assert seen[-1] == 0.0 and all(seconds >= 0 for seconds in seen)
+    assert len(lines) == 18 and re.fullmatch(r"all: 1/18 responses  [\d,]+ tok/s  ETA \d:\d\d:\d\d", lines[0])
+    assert seen[-1] == 0 and all(seconds >= 0 for seconds in seen)

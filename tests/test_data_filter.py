@@ -40,11 +40,9 @@ def solved(k, of=8):
 # ---- history -------------------------------------------------------------------------------------
 
 
-def test_pass_rate_weighs_rollouts_and_can_start_at_a_stage():
+def test_pass_rate_weighs_rollouts():
     history = history_of(("a", -1, 0, solved(8)), ("a", 0, 3, solved(0)), ("a", 1, 9, solved(1, of=4)))
-    assert history.pass_rate("a") == 9 / 20
-    assert history.pass_rate("a", since_stage=0) == 1 / 12
-    assert history.pass_rate("a", since_stage=2) is None and history.pass_rate("b") is None
+    assert history.pass_rate("a") == 9 / 20 and history.pass_rate("b") is None
     assert [v.step for v in history.visits("a")] == [0, 3, 9]
     with pytest.raises(DataError, match="the visit to a at step 4 has no rewards"):
         history.append(Visit("a", 0, 4, ()))
@@ -66,44 +64,51 @@ def test_history_survives_a_checkpoint_and_a_file(tmp_path):
         History.load(tmp_path / "none.jsonl")
 
 
-def test_a_second_save_does_not_read_the_file_again(tmp_path, monkeypatch):
-    history_of(("a", 0, 0, solved(3))).save(tmp_path / "h.jsonl")
-    history = history_of(("b", 0, 1, solved(4)))
-    history.save(tmp_path / "h.jsonl")
-    monkeypatch.setattr(History, "load", None)
-    history.append(Visit("c", 0, 2, solved(5)))
-    history.save(tmp_path / "h.jsonl")
-    assert len((tmp_path / "h.jsonl").read_text().splitlines()) == 3
-
-
-def test_history_file_is_only_appended_to(tmp_path):
-    path = tmp_path / "h.jsonl"
-    history = history_of(("a", 0, 0, solved(3)))
+def test_a_file_holds_what_was_saved_last_and_is_whole_at_any_time(tmp_path, monkeypatch):
+    path, history = tmp_path / "h.jsonl", history_of(("a", 0, 0, solved(3)))
     for _ in range(2):
         history.save(path)
-    assert len(path.read_text().splitlines()) == 1
+    before = path.read_text()
     history.append(Visit("b", 0, 1, solved(4)))
+    history.settings = {"n": 8}
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: 1 / 0)  # the machine goes down
+        with pytest.raises(ZeroDivisionError):
+            history.save(path)
+    assert path.read_text() == before and len(before.splitlines()) == 1
     history.save(path)
-    # a history that comes from a checkpoint adds only what the file lacks
-    resumed = History()
-    resumed.load_state_dict(history.state_dict())
-    resumed.append(Visit("c", 0, 2, solved(5)))
-    resumed.save(path)
-    assert [json.loads(line)["problem_id"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+    first, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert first == {"settings": {"n": 8}} and [row["problem_id"] for row in rows] == ["a", "b"]
 
 
-def test_a_half_written_last_line_is_dropped_counted_and_overwritten(tmp_path, capsys):
+def test_a_half_written_last_line_is_dropped_and_said(tmp_path, capsys):
     path = tmp_path / "h.jsonl"
     history_of(("a", 0, 0, solved(3)), ("b", 0, 0, solved(4))).save(path)
     path.write_text(path.read_text()[:-9])
     loaded = History.load(path)
-    assert loaded.lines_dropped == 1 and "half-written" in capsys.readouterr().err
+    assert f"{path}: dropped 1 half-written last line (line 2)" in capsys.readouterr().err
     assert loaded.pass_rate("a") == 3 / 8 and loaded.pass_rate("b") is None
-    loaded.append(Visit("c", 0, 1, solved(5)))
-    loaded.save(path)
-    assert History.load(path).lines_dropped == 0 and History.load(path).pass_rate("c") == 5 / 8
-    path.write_text('{"problem_id": "a"}\n' + path.read_text())
-    with pytest.raises(DataError, match="row 1 is no visit"):
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"problem_id": 3}, {"stage": "0"}, {"stage": math.inf}, {"step": 1.5}, {"step": True}, {"rewards": []},
+     {"rewards": "1"}, {"rewards": [2]}, {"rewards": [False]}, {"rewards": [math.nan]}, {"tokens": -1},
+     {"tokens": 2.5}, {"tokens": None}],
+)  # fmt: skip
+def test_a_line_that_is_no_visit_is_named(tmp_path, change):
+    path, row = tmp_path / "h.jsonl", {"problem_id": "a", "stage": -0.5, "step": 0, "rewards": [1], "tokens": 9}
+    path.write_text(json.dumps(row) + "\n")
+    assert History.load(path).log == [Visit("a", -0.5, 0, (1,), 9)]
+    path.write_text(f"{json.dumps(row)}\n{json.dumps(row | change)}\n")
+    with pytest.raises(DataError, match="h.jsonl, row 2 is no visit"):
+        History.load(path)
+    for broken in ('{"problem_id": "a"}', "3", "[]", '{"settings": 3}'):
+        path.write_text(f"{broken}\n{json.dumps(row)}\n")
+        with pytest.raises(DataError, match="h.jsonl, row 1 is no visit"):
+            History.load(path)
+    path.write_text(f"oops\n{json.dumps(row)}\n")
+    with pytest.raises(DataError, match="h.jsonl, line 1: .* fix or remove that line"):
         History.load(path)
 
 

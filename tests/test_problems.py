@@ -14,7 +14,6 @@ from lab.problems import (
     DataError,
     Problem,
     benchmark_copies,
-    contaminated,
     duplicated,
     prompt_text,
     read_problems,
@@ -356,11 +355,12 @@ def test_instruction_is_appended_once():
 
 def test_contamination_sees_through_instruction_case_and_spacing():
     train = [problem("a", "Find $x+1$."), problem("b", "Find $x-1$.")]
-    assert contaminated(train, [problem("c", f"find $ x + 1 $. {INSTRUCTION}")]) == train[:1]
-    assert contaminated(train, [problem("c", "Find $x+12$.")]) == []
+    twin = problem("c", f"find $ x + 1 $. {INSTRUCTION}")
+    assert benchmark_copies(train, [twin]) == [(train[0], twin)]
+    assert benchmark_copies(train, [problem("c", "Find $x+12$.")]) == []
     twin = problem("c", "find x+1.")
     assert benchmark_copies(train, [problem("d"), twin, problem("e", "find x+1.")]) == [(train[0], twin)]
-    assert contaminated(train, train) == train  # also a file that is its own benchmark
+    assert benchmark_copies(train, train) == list(zip(train, train, strict=True))  # also its own benchmark
 
 
 # ---- real files, real sizes ----------------------------------------------------------------------
@@ -419,10 +419,10 @@ def test_53_000_problems_are_compared_in_seconds():
     train = [problem(f"train/{n}", text % ((n % 50_000,) * 6)) for n in range(53_000)]
     benchmark = [problem(f"test/{n}", (text % ((49_000 + n,) * 6)).upper()) for n in range(2_000)]
     start = time.process_time()
-    repeated, leaked = duplicated(train), contaminated(train, benchmark)
+    repeated, leaked = duplicated(train), benchmark_copies(train, benchmark)
     assert time.process_time() - start < 5
     assert [p.id for p, _ in repeated] == [f"train/{n}" for n in range(50_000, 53_000)]
-    assert [p.id for p in leaked] == [f"train/{n}" for n in range(49_000, 50_000)]
+    assert [p.id for p, _ in leaked] == [f"train/{n}" for n in range(49_000, 50_000)]
 
 
 def test_heavy_libraries_are_imported_only_where_they_are_used():
