@@ -78,7 +78,7 @@ from lab.problems import DataError, Problem
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe
 from lab.report import MetricsError
 from lab.responses import respond
-from lab.scores import Evaluation, Response
+from lab.scores import Evaluation, Response, summarise
 from lab.variants import choose_loss, mini_batches, over_steps, punish_overlong
 from model import ModelError, save
 from rollout import RolloutError, distinct_ngrams
@@ -244,7 +244,8 @@ def final_evaluation(run: Run) -> None:
             run.model.config = config
             run.model.set_rope(config.rope)
             sampling = evaluation_sampling(run, final)
-            found, _ = evaluate(run.respondent, name, problems, final.samples, sampling, label=name)
+            groups = evaluate(run.respondent, name, problems, final.samples, sampling, label=name)
+            found = summarise(name, problems, groups, sampling.temperature, sampling.max_new_tokens)
             report_evaluation(run, len(recipe.stage) - 1, found, final=True)
         run.model.config = trained
         run.model.set_rope(trained.rope)
@@ -445,7 +446,8 @@ def held_out_evaluation(run: Run, index: int, label: str, within_stage: bool = F
     most = (settings.problems_within_stage if within_stage else 0) or settings.problems or None
     problems = problems_of(data_path(run, settings.data))[:most]
     sampling = evaluation_sampling(run, settings)
-    found, _ = evaluate(run.respondent, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
+    groups = evaluate(run.respondent, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
+    found = summarise("held-out", problems, groups, sampling.temperature, sampling.max_new_tokens)
     report_evaluation(run, index, found, final)
 
 

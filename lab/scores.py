@@ -17,34 +17,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eval import NORMAL_95, Response, distinct_ngrams, half_width, interval, pass_at
 from lab.answers import normal_form
 from lab.problems import Problem
-from rollout import distinct_ngrams
 
-NORMAL_95 = 1.959964  # half the width of a 95% interval in standard errors
 RESAMPLES = 400
 LENGTH_BANDS = (0.25, 0.5, 1.0)  # of the trained length; with 32K these are the 8K, 16K and 32K of RECIPE section 3
 MOST_DIFFICULTIES = 12  # more distinct figures than this are grouped by quarters
-
-
-@dataclass(frozen=True)
-class Response:
-    """One graded response, as it is kept on disk."""
-
-    data: str  # name of the data set
-    problem_id: str
-    sample: int  # which of the problem's n
-    tokens: int  # with the end-of-sequence token
-    finish_reason: str  # "stop" or "length"
-    verdict: str  # one of reward.VERDICTS
-    answer: str | None  # content of the last box
-    text: str
-    cuts: dict[str, int] | None = None  # characters that the first so many tokens make; for accuracy against length
-
-    @property
-    def correct(self) -> bool:
-        """Whether the verdict is "right"."""
-        return self.verdict == "right"
 
 
 @dataclass(frozen=True)
@@ -110,35 +89,6 @@ class Evaluation:
 # ----------------------------------------------------------------------------------------------------- intervals
 
 
-def interval(problem_means: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean of problems' means, problems being the sampling unit, within [0, 1].
-
-    Where all problems scored the same there is no spread to measure: Wilson's interval, a problem counting once.
-    """
-    means = np.asarray(problem_means, dtype=float)
-    problems, mean = len(means), means.mean()
-    if problems < 2:
-        return 0.0, 1.0  # one problem says nothing about the next
-    if np.ptp(means) < 1e-9:
-        z2 = NORMAL_95**2
-        centre = (mean + z2 / (2 * problems)) / (1 + z2 / problems)
-        half = NORMAL_95 / (1 + z2 / problems) * math.sqrt(mean * (1 - mean) / problems + z2 / (4 * problems**2))
-    else:
-        centre, half = mean, NORMAL_95 * means.std(ddof=1) / math.sqrt(problems)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95% interval of a mean over problems, at most 1; 1 for fewer than two.
-
-    Without any spread 3 / problems: the largest share of other values that none seen among so many leaves possible.
-    """
-    if len(values) < 2:
-        return 1.0
-    spread = float(np.std(values, ddof=1))
-    return min(1.0, NORMAL_95 * spread / math.sqrt(len(values)) if spread > 1e-9 else 3 / len(values))
-
-
 def pass_half_width(right: np.ndarray, n: int, k: int) -> float:
     """Half width of pass@k when every problem is answered again, from the number of right responses (P,).
 
@@ -175,15 +125,6 @@ def majority_half_width(votes: np.ndarray, vote_is_right: np.ndarray, k: int, se
 def powers_of_two(n: int) -> list[int]:
     """1, 2, 4, ... up to n, and n itself."""
     return sorted({2**i for i in range(n.bit_length())} | {n})
-
-
-def pass_at(right: np.ndarray, n: int, k: int) -> np.ndarray:
-    """Unbiased chance that k of n responses hold a right one, by the number of right ones (P,) -> (P,).
-
-    1 - C(n - right, k) / C(n, k): equation 1 of arXiv 2107.03374.
-    """
-    table = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
-    return table[right]
 
 
 def majority(votes: np.ndarray, vote_is_right: np.ndarray, k: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from engine import fingerprint, run_folder
 from engine import run as start
 from engine.checkpoint import CheckpointError, RunState
 from lab import difficulty
+from lab.options import difficulty_arguments
 from lab.problems import DataError
 from lab.recipe import load_recipe
 from lab.report import DETERMINISTIC, Metrics
@@ -444,7 +445,7 @@ def test_the_tools_filter_and_drop_as_the_run_did(finished, tmp_path, monkeypatc
     ):
         out = tmp_path / f"{label.replace(' ', '-')}.jsonl"
         monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, [*words, data, out]), *option])
-        difficulty.main()
+        difficulty.main(difficulty_arguments(None))
         # the run dropped from what the filter before it had left, the tool from all
         assert len(out.read_text().splitlines()) == filters[label]["kept"], label
     first = json.loads((folder / "pass-rates-1.jsonl").read_text().splitlines()[0])["settings"]
