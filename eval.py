@@ -62,25 +62,13 @@ def response_of(name: str, attempt: "Attempt", cuts: dict[str, int] | None = Non
     """What is kept of an attempt: everything but its tokens and log-probs."""
     rollout, grade = attempt.rollout, attempt.grade
     return Response(
-        data=name,
-        problem_id=rollout.problem_id,
-        sample=rollout.index,
-        tokens=len(rollout.tokens),
-        finish_reason=rollout.finish_reason,
-        verdict=grade.verdict,
-        answer=grade.answer,
-        text=attempt.text,
-        cuts=cuts,
-    )
+        name, rollout.problem_id, rollout.index, len(rollout.tokens), rollout.finish_reason,
+        grade.verdict, grade.answer, attempt.text, cuts,
+    )  # fmt: skip
 
 
 def evaluate(
-    respondent: "Respondent",
-    name: str,
-    problems: Sequence[Problem],
-    n: int,
-    sampling: "Sampling",
-    label: str | None = None,
+    respondent: "Respondent", name: str, problems: Sequence[Problem], n: int, sampling: "Sampling", label: str = ""
 ) -> list[list[Response]]:
     """n graded responses to every problem, in order; nothing is written. A label shows progress.
 
@@ -308,25 +296,24 @@ def find_zones(curve: Sequence[TemperaturePoint], sag: float = SAG, collapse: fl
     highest temperature measured; its interval comes from drawing the problems again, the same at all temperatures.
     Raises ValueError for a curve of no accuracy at all.
     """
-    zones = _zones(curve, sag, collapse)
-    known = min(len(point.accuracies) for point in curve)  # problems measured at every temperature
+    points = sorted(curve, key=lambda point: point.temperature)
+    temperatures = [point.temperature for point in points]
+    zones = _zones(temperatures, [point.accuracy for point in points], sag, collapse)
+    known = min(len(point.accuracies) for point in points)  # problems measured at every temperature
     if known < 2:
         return zones
-    table = np.array([point.accuracies[:known] for point in curve])  # (temperatures, problems)
+    table = np.array([point.accuracies[:known] for point in points])  # (temperatures, problems)
     random, starts = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
         means = table[:, random.integers(0, known, known)].mean(1)
-        again = [replace(point, accuracy=float(mean)) for point, mean in zip(curve, means, strict=True)]
         with suppress(ValueError):  # these problems are never solved
-            starts.append(_zones(again, sag, collapse).start)
+            starts.append(_zones(temperatures, means.tolist(), sag, collapse).start)
     low, high = np.quantile(starts, [0.025, 0.975], method="nearest")
     return replace(zones, start_low=float(low), start_high=float(high))
 
 
-def _zones(curve: Sequence[TemperaturePoint], sag: float, collapse: float) -> Zones:
-    points = sorted(curve, key=lambda point: point.temperature)
-    temperatures = [point.temperature for point in points]
-    smooth = never_rising([point.accuracy for point in points])
+def _zones(temperatures: list[float], accuracies: list[float], sag: float, collapse: float) -> Zones:
+    smooth = never_rising(accuracies)
     plateau = smooth[0]
     if plateau <= 0:
         raise ValueError("accuracy is 0 at every temperature: there are no zones to find; take easier problems")

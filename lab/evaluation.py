@@ -18,7 +18,6 @@ from engine.grader import Grader
 from eval import (
     Diversity,
     Response,
-    TemperaturePoint,
     distinct_share,
     find_zones,
     interval,
@@ -254,8 +253,9 @@ def evaluate_sets(session: Session) -> Results:
 
     With --curve length also accuracy against the token budget, without and with YaRN, from one sampling each.
     """
-    arguments, recorder, results = session.arguments, session.recorder, Results()
-    model, settings, budgets = recorder.respondent.model, {"": recorder.respondent.model.config}, []
+    arguments, recorder, device, results = session.arguments, session.recorder, session.device, Results()
+    model = recorder.respondent.model
+    settings, budgets = {"": model.config}, []
     if arguments.curve:
         most = arguments.max_tokens
         budgets = sorted({max(1, round(most * i / LENGTH_BUDGETS)) for i in range(1, LENGTH_BUDGETS + 1)})
@@ -268,32 +268,20 @@ def evaluate_sets(session: Session) -> Results:
         model.config = config
         model.set_rope(config.rope)
         for name, problems in session.sets.items():
-            before, key = replace(recorder.work), f"{name}-{setting}" if setting else name
+            recorder.work, key = AttemptStats(), f"{name}-{setting}" if setting else name
             groups = recorder.respond(name, problems, arguments.n, session.sampling, budgets, key=key)
+            work = whole_work(device.gather(recorder.work))
+            found = summarise(
+                name, problems, groups, session.sampling.temperature, session.trained_length,
+                tokens_per_s=work.tokens / work.sample_seconds if work.tokens else None,
+                peak_memory_gib=max(device.gather(device.peak_memory_gib())),
+            )  # fmt: skip
+            results.figures[setting].append(found)
             results.groups[setting][name] = groups
             if budgets:
                 points = length_curve(problems, groups, budgets, recorder.respondent.grader)
                 results.curves["length"].setdefault(name, {})[setting] = [asdict(point) for point in points]
-            results.figures[setting].append(summarise_session(session, name, problems, groups, before))
     return results
-
-
-def summarise_session(
-    session: Session, name: str, problems: Sequence[Problem], groups: list[list[Response]], before: AttemptStats
-) -> Evaluation:
-    """The figures of a set, with the speed at which this session sampled it."""
-    now, device = session.recorder.work, session.device
-    mine = AttemptStats(now.tokens - before.tokens, now.sample_seconds - before.sample_seconds)
-    work = whole_work(device.gather(mine))
-    return summarise(
-        name,
-        problems,
-        groups,
-        session.sampling.temperature,
-        session.trained_length,
-        tokens_per_s=work.tokens / work.sample_seconds if work.tokens else None,
-        peak_memory_gib=max(device.gather(device.peak_memory_gib())),
-    )
 
 
 def temperature_curves(session: Session) -> Results:
@@ -320,8 +308,14 @@ def temperature_curves(session: Session) -> Results:
         else:
             margin, curve = CURVE_MARGIN if arguments.margin is None else arguments.margin, []
             for temperature in arguments.temperatures:
-                curve.append(measure_temperature(answer, problems, temperature, margin))
-                session.device.say(f"{name}: {describe_point(curve[-1])} of {len(problems)} problems")
+                point = measure_temperature(answer, problems, temperature, margin)
+                curve.append(point)
+                diversity = "-" if point.distinct4 is None else f"{point.distinct4:.3f} +-{point.distinct4_half:.3f}"
+                session.device.say(
+                    f"{name}: temperature {temperature:g}: accuracy {100 * point.accuracy:.1f} "
+                    f"+-{100 * point.accuracy_half:.1f}, distinct-4 {diversity}, "
+                    f"from {point.problems} of {len(problems)} problems"
+                )
             try:
                 found = {"zones": asdict(find_zones(curve))}
             except ValueError as error:
@@ -329,15 +323,6 @@ def temperature_curves(session: Session) -> Results:
         kind = "match" if arguments.match else "temperature"
         results.curves[kind][name] = {"points": [point.row() for point in curve], **found}
     return results
-
-
-def describe_point(point: TemperaturePoint) -> str:
-    """One temperature in a line."""
-    diversity = "-" if point.distinct4 is None else f"{point.distinct4:.3f} +-{point.distinct4_half:.3f}"
-    return (
-        f"temperature {point.temperature:g}: accuracy {100 * point.accuracy:.1f} +-{100 * point.accuracy_half:.1f}, "
-        f"distinct-4 {diversity}, from {point.problems}"
-    )
 
 
 # ------------------------------------------------------------------------------- evaluations that are there already
@@ -389,8 +374,6 @@ def compare_runs(a: Path, b: Path) -> None:
             {group[0].problem_id: float(np.mean([response.correct for response in group])) for group in groups}
             for groups in (read_groups(run, name, own["n"])[1] for run, own in ((a, then), (b, now)))
         ]
-        if not set(means[0]) & set(means[1]):
-            raise DataError(f"{name}: {a} and {b} have no problem in common")
         found = compare(name, *means)
         rows.append([
             name, f"{100 * found.avg_a:.1f}", f"{100 * found.avg_b:.1f}", f"{100 * found.difference:+.1f}",

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from lab.problems import Problem
+from lab.problems import DataError, Problem
 from lab.scores import (
     Response,
     accuracy_by,
@@ -323,5 +323,5 @@ def test_no_problem_moved_is_not_certainty_and_none_in_common_is_an_error():
     same = {str(i): 0.5 for i in range(30)}
     found = compare("set", same, same)
     assert (found.difference, found.low, found.high, found.same) == (0.0, -0.1, 0.1, 30)
-    with pytest.raises(ValueError, match="no problem in common"):
+    with pytest.raises(DataError, match="no problem in common"):
         compare("set", {"a": 1.0}, {"b": 1.0})
