@@ -15,15 +15,7 @@ from engine.device import Device
 from engine.files import write_atomically
 from engine.fingerprint import data_identity, fingerprint
 from engine.grader import Grader
-from eval import (
-    Diversity,
-    Response,
-    distinct_share,
-    find_zones,
-    interval,
-    match_diversity,
-    measure_temperature,
-)
+from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
 from lab.benchmarks import file_name, find_data, published_table, text_table
 from lab.command import load_respondent, run_command
 from lab.eval_page import budget_table, describe_zones, k_table, length_table, temperature_table, write_evaluation_page
