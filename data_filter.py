@@ -12,6 +12,11 @@ Each command writes a table (.txt) and a picture (.png) beside its output. An es
 the same command; its file says in its first line which model, problems and sampling it is of, and takes no others.
 """
 
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    from lab.options import difficulty_arguments
+
+    ARGUMENTS = difficulty_arguments(__doc__)
+
 import json
 import math
 import time
@@ -404,4 +409,4 @@ class DataOrder:
 if __name__ == "__main__":
     from lab.difficulty import main
 
-    main()
+    main(ARGUMENTS)

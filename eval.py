@@ -1,4 +1,4 @@
-"""How good is a model? avg@k, pass@k and maj@k with honest intervals; curves against temperature and length.
+r"""How good is a model? avg@k, pass@k and maj@k with honest intervals; curves against temperature and length.
 
     python eval.py MODEL --data aime24 --data aime25 -n 32 --temperature 1.4 --top-k 20 --max-tokens 90000 \
         --yarn 1.5 --original-window 65536                          # several sets at once; by name, file or folder
@@ -13,27 +13,131 @@ Every response is written with its verdict as it finishes, to OUT/responses/NAME
 goes on where it stopped, with the result that it would have had. OUT also gets results.json and report.html.
 """
 
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    from lab.options import evaluation_arguments
+
+    ARGUMENTS = evaluation_arguments(__doc__)
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.attempts import Respondent
 from lab.problems import Problem
-from lab.responses import respond
-from lab.scores import Evaluation, Response, half_width, summarise
-from rollout import Sampling, distinct_share
+
+if TYPE_CHECKING:  # those who only read figures need no torch
+    from engine.attempts import Attempt, Respondent
+    from rollout import Sampling
+
+NORMAL_95 = 1.959964  # half the width of a 95% interval in standard errors
+
+
+# --------------------------------------------------------------------------------------------------- responses
+
+
+@dataclass(frozen=True)
+class Response:
+    """One graded response, as it is kept on disk."""
+
+    data: str  # name of the data set
+    problem_id: str
+    sample: int  # which of the problem's n
+    tokens: int  # with the end-of-sequence token
+    finish_reason: str  # "stop" or "length"
+    verdict: str  # one of reward.VERDICTS
+    answer: str | None  # content of the last box
+    text: str
+    cuts: dict[str, int] | None = None  # characters that the first so many tokens make; for accuracy against length
+
+    @property
+    def correct(self) -> bool:
+        """Whether the verdict is "right"."""
+        return self.verdict == "right"
+
+
+def response_of(name: str, attempt: "Attempt", cuts: dict[str, int] | None = None) -> Response:
+    """What is kept of an attempt: everything but its tokens and log-probs."""
+    rollout, grade = attempt.rollout, attempt.grade
+    return Response(
+        name, rollout.problem_id, rollout.index, len(rollout.tokens), rollout.finish_reason,
+        grade.verdict, grade.answer, attempt.text, cuts,
+    )  # fmt: skip
 
 
 def evaluate(
-    respondent: Respondent, name: str, problems: Sequence[Problem], n: int, sampling: Sampling, label: str | None = None
-) -> tuple[Evaluation, list[list[Response]]]:
-    """n responses to every problem, and their figures, nothing written. Every process calls it and gets the same."""
-    groups = respond(respondent, name, problems, n, sampling, label)
-    return summarise(name, problems, groups, sampling.temperature, sampling.max_new_tokens), groups
+    respondent: "Respondent", name: str, problems: Sequence[Problem], n: int, sampling: "Sampling", label: str = ""
+) -> list[list[Response]]:
+    """n graded responses to every problem, in order; nothing is written. A label shows progress.
 
+    Every process calls it and gets the same. lab.scores.summarise turns them into a table of figures.
+    """
+    attempts, _ = respondent.attempt(problems, n, sampling, label)
+    return [[response_of(name, attempt) for attempt in group] for group in attempts]
+
+
+# ------------------------------------------------------------------------------------------- accuracy: avg@k, pass@k
+
+
+def interval(problem_means: Sequence[float]) -> tuple[float, float]:
+    """95% interval of avg@k, the mean of problems' means: problems are the sampling unit. Within [0, 1].
+
+    Where all problems scored the same there is no spread to measure: Wilson's interval, a problem counting once.
+    """
+    means = np.asarray(problem_means, dtype=float)
+    problems, mean = len(means), means.mean()
+    if problems < 2:
+        return 0.0, 1.0  # one problem says nothing about the next
+    if np.ptp(means) < 1e-9:
+        z2 = NORMAL_95**2
+        centre = (mean + z2 / (2 * problems)) / (1 + z2 / problems)
+        half = NORMAL_95 / (1 + z2 / problems) * math.sqrt(mean * (1 - mean) / problems + z2 / (4 * problems**2))
+    else:
+        centre, half = mean, NORMAL_95 * means.std(ddof=1) / math.sqrt(problems)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean over problems, at most 1; 1 for fewer than two.
+
+    Without any spread 3 / problems: the largest share of other values that none seen among so many leaves possible.
+    """
+    if len(values) < 2:
+        return 1.0
+    spread = float(np.std(values, ddof=1))
+    return min(1.0, NORMAL_95 * spread / math.sqrt(len(values)) if spread > 1e-9 else 3 / len(values))
+
+
+def pass_at(right: np.ndarray, n: int, k: int) -> np.ndarray:
+    """Unbiased chance that k of n responses hold a right one, by the number of right ones (P,) -> (P,).
+
+    1 - C(n - right, k) / C(n, k): equation 1 of arXiv 2107.03374.
+    """
+    table = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
+    return table[right]
+
+
+# ------------------------------------------------------------------------------------------- diversity: distinct-4
+
+
+def distinct_share(texts: Sequence[str], n: int = 4) -> float | None:
+    """Distinct n-grams / all n-grams over one problem's responses; None when no response has n whitespace tokens."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def distinct_ngrams(texts_by_problem: Sequence[Sequence[str]], n: int = 4) -> tuple[float | None, int]:
+    """The recipe's diversity (RECIPE section 2): `distinct_share`, averaged over problems.
+
+    Returns the score (None when no problem has an n-gram) and how many problems were left out for having none.
+    """
+    shares = [share for texts in texts_by_problem if (share := distinct_share(texts, n)) is not None]
+    return (sum(shares) / len(shares) if shares else None), len(texts_by_problem) - len(shares)
+
+
+# ------------------------------------------------------------------------------- the temperature to train at
 
 FIRST_PROBLEMS = 32  # taken at first; then twice as many, until the margin is met
 SAG, COLLAPSE = 0.05, 0.25  # relative losses of accuracy that end the robust and the exploration zone
@@ -192,25 +296,24 @@ def find_zones(curve: Sequence[TemperaturePoint], sag: float = SAG, collapse: fl
     highest temperature measured; its interval comes from drawing the problems again, the same at all temperatures.
     Raises ValueError for a curve of no accuracy at all.
     """
-    zones = _zones(curve, sag, collapse)
-    known = min(len(point.accuracies) for point in curve)  # problems measured at every temperature
+    points = sorted(curve, key=lambda point: point.temperature)
+    temperatures = [point.temperature for point in points]
+    zones = _zones(temperatures, [point.accuracy for point in points], sag, collapse)
+    known = min(len(point.accuracies) for point in points)  # problems measured at every temperature
     if known < 2:
         return zones
-    table = np.array([point.accuracies[:known] for point in curve])  # (temperatures, problems)
+    table = np.array([point.accuracies[:known] for point in points])  # (temperatures, problems)
     random, starts = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
         means = table[:, random.integers(0, known, known)].mean(1)
-        again = [replace(point, accuracy=float(mean)) for point, mean in zip(curve, means, strict=True)]
         with suppress(ValueError):  # these problems are never solved
-            starts.append(_zones(again, sag, collapse).start)
+            starts.append(_zones(temperatures, means.tolist(), sag, collapse).start)
     low, high = np.quantile(starts, [0.025, 0.975], method="nearest")
     return replace(zones, start_low=float(low), start_high=float(high))
 
 
-def _zones(curve: Sequence[TemperaturePoint], sag: float, collapse: float) -> Zones:
-    points = sorted(curve, key=lambda point: point.temperature)
-    temperatures = [point.temperature for point in points]
-    smooth = never_rising([point.accuracy for point in points])
+def _zones(temperatures: list[float], accuracies: list[float], sag: float, collapse: float) -> Zones:
+    smooth = never_rising(accuracies)
     plateau = smooth[0]
     if plateau <= 0:
         raise ValueError("accuracy is 0 at every temperature: there are no zones to find; take easier problems")
@@ -230,4 +333,4 @@ def _zones(curve: Sequence[TemperaturePoint], sag: float, collapse: float) -> Zo
 if __name__ == "__main__":
     from lab.evaluation import main
 
-    main()
+    main(ARGUMENTS)

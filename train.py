@@ -50,15 +50,14 @@ from engine.fingerprint import model_identity
 from engine.run import Run
 from engine.run_folder import FINISHED, WANTS_RESUMING
 from engine.start import EXPECTED_ERRORS, final_config, start_run
-from eval import evaluate, match_diversity, measure_temperature
+from eval import Response, evaluate, match_diversity, measure_temperature
 from grpo import Group, PolicyLoss, Substitution, substitute, supervised_loss, training_sequences
 from lab import rows
 from lab.evaluation import print_evaluation
 from lab.problems import Problem
 from lab.recipe import Recipe, RlStage, SftStage, VariantSettings
-from lab.responses import respond
 from lab.run_data import by_ids
-from lab.scores import Evaluation, Response
+from lab.scores import Evaluation, summarise
 from model import save
 
 SEARCH_DRAW = -3  # temperature searches draw from a place that no training step counts from
@@ -190,7 +189,8 @@ def final_evaluation(run: Run) -> None:
         for name, config in {"beyond the window, no YaRN": unscaled, "beyond the window, YaRN": extended}.items():
             model.config = config
             model.set_rope(config.rope)
-            found, _ = evaluate(run.respondent, name, problems, final.samples, sampling, label=name)
+            groups = evaluate(run.respondent, name, problems, final.samples, sampling, label=name)
+            found = summarise(name, problems, groups, sampling.temperature, sampling.max_new_tokens)
             report_evaluation(run, len(recipe.stage) - 1, found, final=True)
         model.config = trained
         model.set_rope(trained.rope)
@@ -242,7 +242,7 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
     def answer(problems: list[Problem], temperature: float) -> list[list[Response]]:
         nonlocal tokens
         sampling = replace(run.sampling(stage, temperature, draw=SEARCH_DRAW), max_new_tokens=state.probe_tokens)
-        groups = respond(run.respondent, "temperature", problems, search.samples, sampling)
+        groups = evaluate(run.respondent, "temperature", problems, search.samples, sampling)
         tokens += sum(response.tokens for group in groups for response in group)
         return groups
 
@@ -336,7 +336,8 @@ def held_out_evaluation(run: Run, index: int, label: str, within_stage: bool = F
         return
     most = (settings.problems_within_stage if within_stage else 0) or settings.problems or None
     problems, sampling = run.data.problems(settings.data)[:most], run.evaluation_sampling(settings)
-    found, _ = evaluate(run.respondent, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
+    groups = evaluate(run.respondent, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
+    found = summarise("held-out", problems, groups, sampling.temperature, sampling.max_new_tokens)
     report_evaluation(run, index, found, final)
 
 

@@ -39,6 +39,7 @@ from lab.problems import (  # noqa: E402
     read_problems,  # noqa: E402
 )
 from lab.recipe import load_recipe  # noqa: E402
+from lab.scores import summarise  # noqa: E402
 from model import (  # noqa: E402
     ModelConfig,  # noqa: E402
     extend_window,  # noqa: E402
@@ -88,7 +89,8 @@ def measure(folder: Path, window: int, ratios: list[float]) -> list[dict]:
             for setting in SETTINGS:
                 model.config = scaled(plain, setting, ratio, window, longest)
                 model.set_rope(model.config.rope)
-                found, _ = evaluate(respondent, setting, later, SAMPLES, sampling, f"{ratio:g}x, {setting}")
+                groups = evaluate(respondent, setting, later, SAMPLES, sampling, f"{ratio:g}x, {setting}")
+                found = summarise(setting, later, groups, sampling.temperature, sampling.max_new_tokens)
                 row = {"ratio": ratio, "setting": setting} | {k: getattr(found, k) for k in ("avg", "low", "high")}
                 rows.append(row | {"length_mean": found.length_mean, "truncated_share": found.truncated_share})
                 print(f"{ratio:g}x, {setting}: {cell(rows[-1])}", flush=True)

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from lab.problems import DATA_FILES, HUB_ID, DataError
@@ -12,7 +13,7 @@ from lab.scores import Evaluation
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark is to be had, and what it is called in a table."""
+    """Where a benchmark comes from, and what it is called in a table."""
 
     title: str
     hub_id: str  # "owner/name:split", as problems.read_problems takes it
@@ -81,36 +82,30 @@ def _local_file(name: str, folder: Path | None) -> Path | None:
         return None
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; give the one that holds the benchmark files")
-    stems = [name, *filter(None, [BENCHMARKS[name].file])]
-    candidates = [path for stem in stems for kind in DATA_FILES for path in sorted(folder.glob(f"**/{stem}{kind}"))]
-    return candidates[0] if candidates else None
+    patterns = [f"**/{stem}{kind}" for stem in (name, BENCHMARKS[name].file) if stem for kind in DATA_FILES]
+    return next((path for pattern in patterns for path in sorted(folder.glob(pattern))), None)
 
 
 def published_table(measured: dict[str, Sequence[Evaluation]]) -> list[list[str]]:
-    """RECIPE.md section 6 with a row for each measured model: a head, then rows. "-" is what was not measured."""
-    published = [name for name, benchmark in BENCHMARKS.items() if benchmark.published_k]
-    others = dict.fromkeys(found.name for own in measured.values() for found in own if found.name not in published)
-    columns, head = [*published, *others], ["model"]
-    for name in columns:
-        benchmark = BENCHMARKS.get(name)
-        k = f" avg@{benchmark.published_k}" if benchmark and benchmark.published_k else ""
-        head.append((benchmark.title if benchmark else name) + k)
-    rows = [[who, *(f"{score:.1f}" for score in scores)] for who, scores in PUBLISHED.items()]
-    rows = [row + ["-"] * (len(head) - len(row)) for row in rows]
+    """RECIPE section 6 with a row for each measured model: a head, then rows. "-" is what was not measured.
+
+    A measured cell is avg@n, its 95% interval, and n, since the published figures may stand on another.
+    """
+    columns = {name: f"{b.title} avg@{b.published_k}" for name, b in BENCHMARKS.items() if b.published_k}
+    for found in chain(*measured.values()):
+        columns.setdefault(found.name, BENCHMARKS[found.name].title if found.name in BENCHMARKS else found.name)
+    rows = [["model", *columns.values()]]
+    for who, scores in PUBLISHED.items():
+        rows.append([who, *(f"{score:.1f}" for score in scores), *["-"] * (len(columns) - len(scores))])
     for who, own in measured.items():
-        by_name = {found.name: measured_cell(found) for found in own}
-        rows.append([f"{who} (measured here)", *(by_name.get(name, "-") for name in columns)])
-    return [head, *rows]
+        cells = {e.name: f"{100 * e.avg:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}] @{e.n}" for e in own}
+        rows.append([f"{who} (measured here)", *(cells.get(name, "-") for name in columns)])
+    return rows
 
 
 def file_name(name: str) -> str:
     """The name of a set as a file may bear it."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")
-
-
-def measured_cell(found: Evaluation) -> str:
-    """avg@n with its 95% interval, and n, since the published figures may stand on another."""
-    return f"{100 * found.avg:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}] @{found.n}"
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

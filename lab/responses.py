@@ -15,34 +15,10 @@ from pathlib import Path
 from engine.attempts import Attempt, AttemptStats, Respondent, check_grader
 from engine.device import Interrupted
 from engine.files import read_jsonl, write_atomically
+from eval import Response, response_of
 from lab.benchmarks import file_name
 from lab.problems import DataError, Problem, read_problems
-from lab.scores import Response
 from rollout import Prompt, Sampling
-
-
-def response_of(name: str, attempt: Attempt, cuts: dict[str, int] | None = None) -> Response:
-    """What is kept of an attempt: without its tokens and log-probs."""
-    rollout, grade = attempt.rollout, attempt.grade
-    return Response(
-        data=name,
-        problem_id=rollout.problem_id,
-        sample=rollout.index,
-        tokens=len(rollout.tokens),
-        finish_reason=rollout.finish_reason,
-        verdict=grade.verdict,
-        answer=grade.answer,
-        text=attempt.text,
-        cuts=cuts,
-    )
-
-
-def respond(
-    respondent: Respondent, name: str, problems: Sequence[Problem], n: int, sampling: Sampling, label: str | None = None
-) -> list[list[Response]]:
-    """n responses to every problem, in order, on every process; nothing is written."""
-    attempts, _ = respondent.attempt(problems, n, sampling, label)
-    return [[response_of(name, attempt) for attempt in group] for group in attempts]
 
 
 def read_responses(path: Path) -> list[Response]:

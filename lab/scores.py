@@ -14,37 +14,17 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
+from eval import NORMAL_95, Response, distinct_ngrams, half_width, interval, pass_at
 from lab.answers import normal_form
-from lab.problems import Problem
-from rollout import distinct_ngrams
+from lab.problems import DataError, Problem
 
-NORMAL_95 = 1.959964  # half the width of a 95% interval in standard errors
 RESAMPLES = 400
 LENGTH_BANDS = (0.25, 0.5, 1.0)  # of the trained length; with 32K these are the 8K, 16K and 32K of RECIPE section 3
 MOST_DIFFICULTIES = 12  # more distinct figures than this are grouped by quarters
-
-
-@dataclass(frozen=True)
-class Response:
-    """One graded response, as it is kept on disk."""
-
-    data: str  # name of the data set
-    problem_id: str
-    sample: int  # which of the problem's n
-    tokens: int  # with the end-of-sequence token
-    finish_reason: str  # "stop" or "length"
-    verdict: str  # one of reward.VERDICTS
-    answer: str | None  # content of the last box
-    text: str
-    cuts: dict[str, int] | None = None  # characters that the first so many tokens make; for accuracy against length
-
-    @property
-    def correct(self) -> bool:
-        """Whether the verdict is "right"."""
-        return self.verdict == "right"
 
 
 @dataclass(frozen=True)
@@ -110,35 +90,6 @@ class Evaluation:
 # ----------------------------------------------------------------------------------------------------- intervals
 
 
-def interval(problem_means: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean of problems' means, problems being the sampling unit, within [0, 1].
-
-    Where all problems scored the same there is no spread to measure: Wilson's interval, a problem counting once.
-    """
-    means = np.asarray(problem_means, dtype=float)
-    problems, mean = len(means), means.mean()
-    if problems < 2:
-        return 0.0, 1.0  # one problem says nothing about the next
-    if np.ptp(means) < 1e-9:
-        z2 = NORMAL_95**2
-        centre = (mean + z2 / (2 * problems)) / (1 + z2 / problems)
-        half = NORMAL_95 / (1 + z2 / problems) * math.sqrt(mean * (1 - mean) / problems + z2 / (4 * problems**2))
-    else:
-        centre, half = mean, NORMAL_95 * means.std(ddof=1) / math.sqrt(problems)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95% interval of a mean over problems, at most 1; 1 for fewer than two.
-
-    Without any spread 3 / problems: the largest share of other values that none seen among so many leaves possible.
-    """
-    if len(values) < 2:
-        return 1.0
-    spread = float(np.std(values, ddof=1))
-    return min(1.0, NORMAL_95 * spread / math.sqrt(len(values)) if spread > 1e-9 else 3 / len(values))
-
-
 def pass_half_width(right: np.ndarray, n: int, k: int) -> float:
     """Half width of pass@k when every problem is answered again, from the number of right responses (P,).
 
@@ -158,7 +109,7 @@ def pass_half_width(right: np.ndarray, n: int, k: int) -> float:
 def majority_half_width(votes: np.ndarray, vote_is_right: np.ndarray, k: int, seed: int = 0) -> float:
     """Half width of maj@k when every problem is answered again: its votes are drawn from themselves RESAMPLES times.
 
-    A bootstrap's variance has n in the denominator, which sqrt(n / (n - 1)) mends. 0 where no votes ever differ.
+    A bootstrap's variance has n in the denominator: sqrt(n / (n - 1)) corrects it. 0 where no votes ever differ.
     """
     problems, n = votes.shape
     rng = np.random.default_rng(seed)
@@ -175,15 +126,6 @@ def majority_half_width(votes: np.ndarray, vote_is_right: np.ndarray, k: int, se
 def powers_of_two(n: int) -> list[int]:
     """1, 2, 4, ... up to n, and n itself."""
     return sorted({2**i for i in range(n.bit_length())} | {n})
-
-
-def pass_at(right: np.ndarray, n: int, k: int) -> np.ndarray:
-    """Unbiased chance that k of n responses hold a right one, by the number of right ones (P,) -> (P,).
-
-    1 - C(n - right, k) / C(n, k): equation 1 of arXiv 2107.03374.
-    """
-    table = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
-    return table[right]
 
 
 def majority(votes: np.ndarray, vote_is_right: np.ndarray, k: int) -> np.ndarray:
@@ -208,39 +150,31 @@ def majority(votes: np.ndarray, vote_is_right: np.ndarray, k: int) -> np.ndarray
 
 def count_votes(groups: Sequence[Sequence[Response]]) -> tuple[np.ndarray, np.ndarray]:
     """The votes (P, n) and vote_is_right (P, A) of `majority`, on the normal form of the answers."""
-    ballots = []
+    votes, right = [], []
     for group in groups:
         forms = [None if r.answer is None else normal_form(r.answer) for r in group]
         numbers = {form: i for i, form in enumerate(dict.fromkeys(form for form in forms if form is not None))}
-        ballots.append((forms, numbers))
-    votes = np.array([[numbers.get(form, -1) for form in forms] for forms, numbers in ballots])
-    vote_is_right = np.zeros((len(groups), max(len(numbers) for _, numbers in ballots)), dtype=bool)
-    for i, (group, own) in enumerate(zip(groups, votes, strict=True)):
-        for response, vote in zip(group, own, strict=True):
-            if response.correct and vote >= 0:
-                vote_is_right[i, vote] = True
-    return votes, vote_is_right
+        votes.append([numbers.get(form, -1) for form in forms])
+        right.append({vote for vote, response in zip(votes[-1], group, strict=True) if response.correct})
+    answers = range(max(map(max, votes)) + 1)
+    return np.array(votes), np.array([[answer in own for answer in answers] for own in right], dtype=bool)
 
 
-def estimate(values: np.ndarray, resampled_half: float | None) -> Estimate:
-    """The mean of a figure over problems, (P,), with its intervals."""
+def estimate(values: np.ndarray, half: float | None) -> Estimate:
+    """The mean of a figure over problems, (P,), with its intervals; `half` is of the resampled one."""
     value = float(values.mean())
-    low, high = interval(values)
-    if resampled_half is None:
-        return Estimate(value, low, high, None, None)
-    return Estimate(value, low, high, max(0.0, value - float(resampled_half)), min(1.0, value + float(resampled_half)))
+    again = (None, None) if half is None else (max(0.0, value - float(half)), min(1.0, value + float(half)))
+    return Estimate(value, *interval(values), *again)
 
 
 def difficulty_groups(problems: Sequence[Problem]) -> list[str]:
     """A label for each problem: the data's own figure, or its quarter where there are many; "" where it has none."""
-    known = sorted({problem.difficulty for problem in problems if problem.difficulty is not None})
-    if len(known) <= MOST_DIFFICULTIES:
-        return ["" if p.difficulty is None else f"{p.difficulty:g}" for p in problems]
     figures = [problem.difficulty for problem in problems if problem.difficulty is not None]
+    if len(set(figures)) <= MOST_DIFFICULTIES:
+        return ["" if p.difficulty is None else f"{p.difficulty:g}" for p in problems]
     edges = np.quantile(figures, [0, 0.25, 0.5, 0.75, 1])
     labels = [f"{low:.3g} to {high:.3g}" for low, high in zip(edges, edges[1:], strict=False)]
-    places = [np.searchsorted(edges[1:4], p.difficulty or 0.0, side="left") for p in problems]
-    return ["" if p.difficulty is None else labels[place] for p, place in zip(problems, places, strict=True)]
+    return ["" if p.difficulty is None else labels[np.searchsorted(edges[1:4], p.difficulty)] for p in problems]
 
 
 def accuracy_by(labels: Sequence[str], means: Sequence[float]) -> dict[str, GroupAccuracy]:
@@ -301,14 +235,17 @@ def summarise(
         raise ValueError(f"{name}: {len(groups)} problems do not all have {n} responses")
     correct = np.array([[r.correct for r in group] for group in groups])  # (P, n)
     votes, vote_is_right = count_votes(groups)
-    ks = powers_of_two(n)
-    right, pass_half, maj_half = correct.sum(1), [None] * len(ks), [None] * len(ks)
-    if n > 1:
-        pass_half = [pass_half_width(right, n, k) for k in ks]
-        maj_half = [majority_half_width(votes, vote_is_right, k) or pass_half[0] for k in ks]
-    means = correct.mean(1)
+    right, means = correct.sum(1), correct.mean(1)
+    pass_figures, majority_figures = {}, {}
+    for k in powers_of_two(n):
+        pass_half = majority_half = None
+        if n > 1:
+            pass_half = pass_half_width(right, n, k)
+            majority_half = majority_half_width(votes, vote_is_right, k) or pass_half_width(right, n, 1)
+        pass_figures[str(k)] = estimate(pass_at(right, n, k), pass_half)
+        majority_figures[str(k)] = estimate(majority(votes, vote_is_right, k), majority_half)
     low, high = interval(means)
-    everything = [response for group in groups for response in group]
+    everything = list(chain(*groups))
     return Evaluation(
         name=name,
         problems=len(problems),
@@ -317,8 +254,8 @@ def summarise(
         avg=float(means.mean()),
         low=low,
         high=high,
-        pass_at={str(k): estimate(pass_at(right, n, k), h) for k, h in zip(ks, pass_half, strict=True)},
-        maj_at={str(k): estimate(majority(votes, vote_is_right, k), h) for k, h in zip(ks, maj_half, strict=True)},
+        pass_at=pass_figures,
+        maj_at=majority_figures,
         by_type=accuracy_by([problem.type for problem in problems], means),
         by_difficulty=accuracy_by(difficulty_groups(problems), means),
         by_length=length_bands(groups, trained_length),
@@ -341,7 +278,6 @@ def summarise(
 class Comparison:
     """B minus A on the problems that both answered."""
 
-    name: str
     problems: int
     avg_a: float
     avg_b: float
@@ -359,12 +295,11 @@ def compare(name: str, means_a: dict[str, float], means_b: dict[str, float]) -> 
     """The paired difference of two models, from their mean correctness by problem id. Its interval is +-half_width."""
     shared = [problem_id for problem_id in means_a if problem_id in means_b]
     if not shared:
-        raise ValueError(f"{name}: the two have no problem in common")
+        raise DataError(f"{name}: the two evaluations have no problem in common")
     a, b = (np.array([means[problem_id] for problem_id in shared]) for means in (means_a, means_b))
     moved = b - a
     difference, half = float(moved.mean()), half_width(moved)
     return Comparison(
-        name=name,
         problems=len(shared),
         avg_a=float(a.mean()),
         avg_b=float(b.mean()),

@@ -1,15 +1,31 @@
-"""temperature.py: the search on the diversity curve, the three zones, and no more samples than the margin needs."""
+"""eval.py: graded responses, avg@k and pass@k with their intervals, distinct-4, temperature zones and search."""
 
 import itertools
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from eval import TemperaturePoint, find_zones, has_collapsed, match_diversity, measure_temperature, never_rising
+from eval import (
+    Response,
+    TemperaturePoint,
+    distinct_ngrams,
+    distinct_share,
+    evaluate,
+    find_zones,
+    half_width,
+    has_collapsed,
+    interval,
+    match_diversity,
+    measure_temperature,
+    never_rising,
+    pass_at,
+)
 from lab.problems import Problem
-from lab.scores import Response
-from rollout import distinct_share
+from reward import Grade
 
+Z = 1.959964
 PROBLEMS = [Problem(str(i), "?", ("1",)) for i in range(400)]
 
 
@@ -38,6 +54,124 @@ class Model:
             Response("s", problem.id, i, 1, "stop", v, "1", t)
             for i, (v, t) in enumerate(zip(verdicts, texts, strict=True))
         ]
+
+
+def test_evaluate_keeps_what_is_read_of_every_attempt():
+    class Sampled:
+        def attempt(self, problems, n, sampling, label):
+            assert (sampling, label) == ("sampling", "set, step 3")
+            return [[self.one(problem.id, i) for i in range(n)] for problem in problems], "work"
+
+        def one(self, problem_id, i):
+            rollout = SimpleNamespace(problem_id=problem_id, index=i, tokens=[7] * (i + 1), finish_reason="length")
+            return SimpleNamespace(rollout=rollout, grade=Grade("right", 1.0, 1.0, 0.0, "5"), text="five")
+
+    groups = evaluate(Sampled(), "set", PROBLEMS[:2], 2, "sampling", "set, step 3")
+    places = [[(response.problem_id, response.sample) for response in group] for group in groups]
+    assert places == [[("0", 0), ("0", 1)], [("1", 0), ("1", 1)]]
+    assert groups[1][1] == Response("set", "1", 1, 2, "length", "right", "5", "five") and groups[1][1].correct
+
+
+# ------------------------------------------------------------------------------------------------ avg@k, pass@k
+
+
+def test_an_interval_by_hand():
+    # mean 0.5, deviations -0.5, 0, 0.5: standard deviation 0.5, of the mean 0.5 / sqrt(3)
+    assert interval([0.0, 0.5, 1.0]) == (0.0, 1.0)  # 0.5 +- 0.566 is cut off
+    half = Z * math.sqrt(0.02 / 3) / 2
+    assert interval([0.4, 0.5, 0.6, 0.5]) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
+
+
+def test_one_problem_says_nothing_about_the_next():
+    assert interval([0.75]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.25])
+def test_problems_that_all_scored_the_same_are_not_certainty(value):
+    """Guards: an interval of no width. Wilson's bound solves (p - value)^2 = z^2 p (1 - p) / problems."""
+    low, high = interval([value] * 30)
+    assert low <= value <= high and high - low > 0.05
+    for bound in (low, high):
+        if 0 < bound < 1:
+            assert (bound - value) ** 2 == pytest.approx(Z**2 * bound * (1 - bound) / 30)
+
+
+def answers_of(random, problems, n):
+    """Right or wrong (P, n): problems differ in difficulty, so that the answers to one are alike."""
+    return random.random((problems, n)) < random.beta(0.6, 0.6, size=(problems, 1))
+
+
+def test_the_interval_is_a_bootstrap_over_problems():
+    random = np.random.default_rng(1)
+    right = answers_of(random, 60, 8)
+    draws = random.integers(0, 60, (8000, 60))  # whole problems, with all their answers
+    means = right[draws].mean(axis=(1, 2))
+    low, high = interval(right.mean(axis=1))
+    width = 2 * Z * means.std() * math.sqrt(60 / 59)
+    assert high - low == pytest.approx(width, rel=0.04)
+    assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.01)
+    independent = 2 * Z * math.sqrt(right.mean() * (1 - right.mean()) / right.size)
+    assert high - low > 1.5 * independent  # which answers counted one by one would claim
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_the_interval_of_pass_at_k_is_a_bootstrap_over_problems_too(k):
+    random = np.random.default_rng(4)
+    values = pass_at(answers_of(random, 80, 8).sum(1), 8, k)
+    means = values[random.integers(0, 80, (8000, 80))].mean(1)
+    low, high = interval(values)
+    assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.012)
+
+
+def test_the_interval_holds_the_truth_19_times_in_20():
+    random = np.random.default_rng(2)
+    held = 0
+    for _ in range(2000):
+        low, high = interval(answers_of(random, 60, 8).mean(axis=1))
+        held += low <= 0.5 <= high
+    assert abs(held / 2000 - 0.95) < 0.02  # 4 standard errors of 2,000 trials, and a little for the normal form
+
+
+def test_a_half_width_by_hand():
+    assert half_width([0.0, 0.5, 1.0, 0.5]) == pytest.approx(Z * math.sqrt(0.5 / 3) / 2)
+    assert half_width([0.5] * 30) == 0.1 and half_width([0.5]) == half_width([]) == 1.0
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    random = np.random.default_rng(5)
+    for n in (1, 2, 5, 8):
+        right = random.random((6, n)) < 0.4
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations(range(n), k))
+            brute = [np.mean([row[list(subset)].any() for subset in subsets]) for row in right]
+            assert pass_at(right.sum(1), n, k) == pytest.approx(brute)
+
+
+# ---------------------------------------------------------------------------------------------------- distinct-4
+
+
+@pytest.mark.parametrize(
+    "texts_by_problem, score, left_out",
+    [
+        ([["a b c d"]], 1.0, 0),
+        ([["a b c d", "a b c d"]], 1 / 2, 0),
+        ([["a b c d e", "a b c d f"]], 3 / 4, 0),  # abcd bcde abcd bcdf
+        ([["a a a a a a a"]], 1 / 4, 0),
+        ([["a b c d", "too short here"]], 1.0, 0),  # a rollout of fewer than four tokens adds nothing
+        ([["a b c d", "a b c d"], ["no", "grams at all", ""]], 1 / 2, 1),  # a problem without any is left out
+        ([["a b c d", "a b c d"], ["a b c d"]], 3 / 4, 0),  # the mean over problems, not over n-grams
+        ([["a  b\tc\nd"], ["a b c d", "a b c d"]], 3 / 4, 0),  # whitespace of any kind; problems share nothing
+        ([["a b c"]], None, 1),
+        ([], None, 0),
+    ],
+)
+def test_distinct_four_grams_by_hand(texts_by_problem, score, left_out):
+    found, out = distinct_ngrams(texts_by_problem)
+    assert found == (None if score is None else pytest.approx(score)) and out == left_out
+
+
+def test_distinct_ngrams_of_another_length():
+    assert distinct_ngrams([["a b a b a"]], n=2) == (pytest.approx(2 / 4), 0)
 
 
 # ------------------------------------------------------------------------------------------------- one temperature

@@ -27,7 +27,7 @@ from engine.checkpoint import CheckpointError, RunState
 from lab import difficulty
 from lab.glossary import DETERMINISTIC
 from lab.metrics import Metrics
-from lab.options import training_arguments
+from lab.options import difficulty_arguments, training_arguments
 from lab.problems import DataError
 from lab.recipe import RecipeError, load_recipe
 from lab.run_data import RunData
@@ -448,7 +448,7 @@ def test_the_tools_filter_and_drop_as_the_run_did(finished, tmp_path, monkeypatc
     ):
         out = tmp_path / f"{label.replace(' ', '-')}.jsonl"
         monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, [*words, data, out]), *option])
-        difficulty.main()
+        difficulty.main(difficulty_arguments(None))
         # the run dropped from what the filter before it had left, the tool from all
         assert len(out.read_text().splitlines()) == filters[label]["kept"], label
     first = json.loads((folder / "pass-rates-1.jsonl").read_text().splitlines()[0])["settings"]

@@ -15,7 +15,9 @@ import torch
 import data_filter
 from data_filter import History, Visit
 from engine import checkpoint
+from engine.attempts import Respondent
 from lab import difficulty
+from lab.options import difficulty_arguments
 from lab.problems import DataError, Problem, read_problems, write_problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +59,7 @@ def command(monkeypatch):
         monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, words)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            difficulty.main()
+            difficulty.main(difficulty_arguments(None))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -75,14 +77,14 @@ def pass_rates(path):
 
 
 def test_estimate_counts_what_the_model_said(command, world, tmp_path, monkeypatch, capsys):
-    said, stream = {}, data_filter.Respondent.stream
+    said, stream = {}, Respondent.stream
 
     def listening(self, *arguments):
         for attempt in stream(self, *arguments):
             said.setdefault(attempt.rollout.problem_id, []).append(attempt.text)
             yield attempt
 
-    monkeypatch.setattr(data_filter.Respondent, "stream", listening)
+    monkeypatch.setattr(Respondent, "stream", listening)
     monkeypatch.setattr(data_filter, "ESTIMATE_SLICE", 4)
     out = tmp_path / "new" / "rates.jsonl"
     command("estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out", out)
@@ -114,7 +116,7 @@ def test_an_interrupted_estimate_goes_on_and_ends_in_the_same_file(command, worl
     assert len(whole.splitlines()) == 10 and "already" not in capsys.readouterr().out
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(data_filter.Respondent, "asked_to_stop", lambda self: len(seen) > 15 or seen.append(1))
+        patch.setattr(Respondent, "asked_to_stop", lambda self: len(seen) > 15 or seen.append(1))
         with pytest.raises(SystemExit) as stopped:
             command(*words, tmp_path / "cut.jsonl")
     assert stopped.value.code == 130 and "stopped; the same command goes on" in capsys.readouterr().out
@@ -127,7 +129,7 @@ def test_an_interrupted_estimate_goes_on_and_ends_in_the_same_file(command, worl
     assert f"pass rates: {len(done) - 2} problems are in {tmp_path / 'cut.jsonl'} already" in capsys.readouterr().out
     assert (tmp_path / "cut.jsonl").read_text() == whole
     finished = (tmp_path / "cut.jsonl").stat().st_mtime_ns
-    monkeypatch.setattr(data_filter.Respondent, "stream", None)
+    monkeypatch.setattr(Respondent, "stream", None)
     command(*words, tmp_path / "cut.jsonl")  # nothing left to do
     assert (tmp_path / "cut.jsonl").stat().st_mtime_ns == finished
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
@@ -363,28 +365,6 @@ def test_drop_refuses_what_is_no_such_run(command, run, tmp_path):
 
 
 # ---- the command line, the file's first line -----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "words, sentence",
-    [
-        ("", "the following arguments are required: command"),
-        ("estimate m d -n 0", "-n must be at least 1"),
-        ("estimate m d --rows 0", "--rows must be at least 1"),
-        ("estimate m d --temperature 0", "--temperature 0.0 cannot be trained at"),
-        ("estimate m d --temperature nan", "--temperature nan cannot be trained at"),
-        ("estimate m d --top-p 0", "--top-p lies above 0"),
-        ("estimate m d --out rates", "rates must end in .jsonl"),
-        ("filter r d o.jsonl --max-unsolved-share 2", "--max-unsolved-share is a share"),
-        ("filter r d o.jsonl --batch 0", "--batch must be at least 1"),
-        ("drop r d o.jsonl --window last", "invalid choice: 'last'"),
-        ("drop r d o.parquet", "o.parquet must end in .jsonl"),
-    ],
-)
-def test_the_command_line_says_what_it_cannot_do(command, capsys, words, sentence):
-    with pytest.raises(SystemExit):
-        command(*words.split())
-    assert sentence in capsys.readouterr().err
 
 
 def test_the_first_line_survives_a_cut_and_is_written_once(tmp_path):

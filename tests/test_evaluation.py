@@ -1,4 +1,4 @@
-"""eval.py and responses.py: the command line, what it writes, going on after a stop, curves, comparing, regrading."""
+"""The commands of eval.py: what they write, going on after a stop, curves, comparing, regrading."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import eval as evaluation
+from engine.attempts import Respondent
 from engine.grader import Grader
-from lab import evaluation as evaluations
+from eval import Response, interval
 from lab import responses
-from lab.evaluation import length_curve
+from lab.evaluation import length_curve, main
+from lab.options import evaluation_arguments
 from lab.problems import Problem, read_problems
-from lab.scores import Response, interval
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ["--temperature", "1", "--top-k", "0", "--instruction", ""]
@@ -37,7 +37,7 @@ def command(small_world, tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["eval.py", str(model), *files, *settings, *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            evaluations.main()
+            main(evaluation_arguments(None))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -136,45 +136,14 @@ def test_a_folder_of_something_else_is_left_alone(command, tmp_path):
     assert os.listdir(tmp_path / "out") == ["precious"]
 
 
-def test_the_command_line_says_what_it_cannot_do(monkeypatch, capsys):
-    for words, sentence in [
-        ("m", "a model and at least one --data are needed"),
-        ("m --data d --curve temperature", '--curve is "temperature FROM:TO:STEP" or "length"'),
-        ("m --data d --curve temperature 1:2", "needs FROM:TO:STEP, such as 0.6:1.7:0.1, not 1:2"),
-        ("m --data d --curve temperature 1:1:0.1", "needs FROM:TO:STEP"),
-        ("m --data d --curve temperature 0.1:inf:0.1", "needs FROM:TO:STEP"),
-        ("m --data d --curve temperature 1:0.5:0.1", "needs FROM:TO:STEP"),
-        ("m --data d --curve temperature 0:1:0.5", "needs FROM:TO:STEP"),
-        ("m --data d --curve temperature 1:2:0.5 --temperature 1", "has its own temperatures"),
-        ("m --data d -n 0", "-n must be at least 1"),
-        ("m --data d --limit -1", "--limit must be at least 1"),
-        ("m --data d --max-tokens 0", "--max-tokens must be at least 1"),
-        ("m --data d --rows 0", "--rows must be at least 1"),
-        ("m --data d --trained-length 0", "--trained-length must be at least 1"),
-        ("m --data d --workers 0", "--workers must be at least 1"),
-        ("m --data d --temperature -1", "--temperature -1.0 is no temperature"),
-        ("m --data d --temperature nan", "--temperature nan is no temperature"),
-        ("m --data d --temperature 0 -n 2", "take -n 1"),
-        ("m --data d --top-p 0", "--top-p lies above 0"),
-        ("m --data d --margin -1", "--margin is a share"),
-        ("m --data d --original-window 64", "--original-window belongs to --yarn"),
-        ("m --data d --compare a b", "give no model and no --data"),
-        ("m --data d --curve length --match 0.5", "two things to do"),
-    ]:
-        monkeypatch.setattr("sys.argv", ["eval.py", *words.split()])
-        with pytest.raises(SystemExit):
-            evaluations.main()
-        assert sentence in capsys.readouterr().err
-
-
 def test_an_unknown_benchmark_and_an_unknown_schema(command, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["eval.py", "no-model", "--data", "aime26"])
     with pytest.raises(SystemExit, match="aime26 is no file, .* known are aime24, aime25, "):
-        evaluations.main()
+        main(evaluation_arguments(None))
     (tmp_path / "odd.jsonl").write_text('{"prob": 1, "ans": 2}\n')
     monkeypatch.setattr("sys.argv", ["eval.py", "no-model", "--data", str(tmp_path / "odd.jsonl")])
     with pytest.raises(SystemExit, match="has the columns prob, ans, which is no known schema"):
-        evaluations.main()
+        main(evaluation_arguments(None))
 
 
 def test_a_problem_without_an_answer_counts_unless_it_is_to_be_left_out(command, small_world, tmp_path, capsys):
@@ -225,12 +194,12 @@ def strip(results):
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(command, tmp_path, monkeypatch, capsys):
     options = ["-n", 4, "--max-tokens", 12, "--rows", 3]
     whole, rows = command(*options, out="whole")
-    seen, asked = [], evaluation.Respondent.asked_to_stop
-    monkeypatch.setattr(evaluation.Respondent, "asked_to_stop", lambda self: len(seen) > 40 or seen.append(1))
+    seen, asked = [], Respondent.asked_to_stop
+    monkeypatch.setattr(Respondent, "asked_to_stop", lambda self: len(seen) > 40 or seen.append(1))
     with pytest.raises(SystemExit) as stopped:
         command(*options, out="cut")
     assert stopped.value.code == 130 and "stopped; the same command goes on" in capsys.readouterr().out
-    monkeypatch.setattr(evaluation.Respondent, "asked_to_stop", asked)
+    monkeypatch.setattr(Respondent, "asked_to_stop", asked)
     (part,) = (tmp_path / "cut" / "responses").glob("*.part")
     done = part.read_text().splitlines()
     assert 0 < len(done) < len(rows)
@@ -253,7 +222,7 @@ def test_more_samples_are_added_to_those_that_are_there(command, tmp_path, monke
     fewer, _ = command("-n", 2, "--max-tokens", 6, "--limit", 3, out="grown")
     assert fewer["evaluations"][0]["n"] == 2
     monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "grown"), "--out", str(tmp_path / "again")])
-    evaluations.main()  # of the two that the settings speak of
+    main(evaluation_arguments(None))  # of the two that the settings speak of
     regraded = json.loads((tmp_path / "again" / "results.json").read_text())
     assert strip(regraded) == strip(fewer)
 
@@ -443,7 +412,7 @@ def test_a_curve_goes_on_where_it_stopped_and_ends_the_same(command, tmp_path, m
     def respond(self, name, problems, n, sampling, budgets=(), key=""):
         if sampling.temperature == 1.05:
             asked = lambda _: len(seen) > 12 or seen.append(1)  # noqa: E731
-            monkeypatch.setattr(evaluation.Respondent, "asked_to_stop", asked)
+            monkeypatch.setattr(Respondent, "asked_to_stop", asked)
         return real(self, name, problems, n, sampling, budgets, key)
 
     with monkeypatch.context() as patch:
@@ -451,7 +420,7 @@ def test_a_curve_goes_on_where_it_stopped_and_ends_the_same(command, tmp_path, m
         with pytest.raises(SystemExit) as stopped:
             command(*options, out="cut", temperature=False)
         assert stopped.value.code == 130
-    monkeypatch.setattr(evaluation.Respondent, "asked_to_stop", lambda self: False)
+    monkeypatch.setattr(Respondent, "asked_to_stop", lambda self: False)
     assert list((tmp_path / "cut" / "responses").glob("held-out-temperature-1.05.0.part"))
     command(*options, out="cut", temperature=False)
     files = sorted(path.name for path in (tmp_path / "whole" / "responses").iterdir())
@@ -461,7 +430,7 @@ def test_a_curve_goes_on_where_it_stopped_and_ends_the_same(command, tmp_path, m
     assert (tmp_path / "cut/results.json").read_text() == (tmp_path / "whole/results.json").read_text()
     with pytest.raises(SystemExit, match="holds a curve, not an evaluation"):
         monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "cut"), "--out", str(tmp_path / "no")])
-        evaluations.main()
+        main(evaluation_arguments(None))
 
 
 def test_the_length_curve_cuts_responses_by_hand():
@@ -520,12 +489,12 @@ def test_compare_pairs_problems(command, tmp_path, monkeypatch, capsys):
         responses.write_responses(path, rows)
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["eval.py", "--compare", str(tmp_path / "a"), str(tmp_path / "b")])
-    evaluations.main()
+    main(evaluation_arguments(None))
     line = capsys.readouterr().out.splitlines()[-1].split()
     assert line[:4] == ["held-out", "0.0", "16.7", "+16.7"] and line[-4:] == ["1", "0", "5", "0"]
     monkeypatch.setattr("sys.argv", ["eval.py", "--compare", str(tmp_path / "a"), str(tmp_path)])
     with pytest.raises(SystemExit, match="is no evaluation: it has no settings.json"):
-        evaluations.main()
+        main(evaluation_arguments(None))
 
 
 def test_regrade_grades_stored_responses_again(command, tmp_path, monkeypatch, capsys):
@@ -538,13 +507,13 @@ def test_regrade_grades_stored_responses_again(command, tmp_path, monkeypatch, c
     boxed = [Response(**asdict(r) | {"text": rf"</think> \boxed{{{golds[r.problem_id]}}}"}) for r in rows[:3]]
     responses.write_responses(path, boxed + rows[3:])
     monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
-    evaluations.main()
+    main(evaluation_arguments(None))
     results, again = read_out(tmp_path / "new")
     assert [row["verdict"] for row in again] == ["right"] * 3 + ["no answer"] * 9
     assert results["evaluations"][0]["avg"] == 0.25
     assert "held-out: 12 responses graded again; 3 no answer -> right" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="new exists already; give another --out"):
-        evaluations.main()
+        main(evaluation_arguments(None))
 
 
 def test_folders_that_are_broken_or_unfinished_are_refused(command, tmp_path, monkeypatch):
@@ -553,7 +522,7 @@ def test_folders_that_are_broken_or_unfinished_are_refused(command, tmp_path, mo
 
     def regrade():
         monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
-        evaluations.main()
+        main(evaluation_arguments(None))
 
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
