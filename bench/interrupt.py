@@ -9,7 +9,7 @@ A small world is trained once without interruption. Then the same command with -
 this process, another one than the run, ends it: by SIGKILL at a moment drawn from the seed, by SIGKILL while a
 checkpoint is being written, by SIGTERM or SIGINT, by killing one of two workers under torchrun --max-restarts; or it
 flips a byte of the newest checkpoint, or cuts a metrics line, after a SIGKILL. A run has survived when it came to its
-end; it is equal when every tensor of its last model and every deterministic key of its metrics (DETERMINISTIC of lab/glossary.py)
+end; it is equal when every tensor of its last model and every deterministic key of its metrics (glossary.DETERMINISTIC)
 and every byte of rollouts.jsonl are those of the uninterrupted run.
 """
 

@@ -87,8 +87,8 @@ class Metrics:
             self.board.close()
 
     def _remember(self, row: dict) -> None:
-        if row["kind"] == "rl":
-            if self.steps and self.steps[-1]["stage"] != row["stage"]:
+        if row.get("kind") == "rl":
+            if self.steps and self.steps[-1].get("stage") != row.get("stage"):
                 self.steps = []
             self.steps.append(row)
 
