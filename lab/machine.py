@@ -24,19 +24,16 @@ class Machine:
     response_tokens: int = 0  # the mean; 0: RESPONSE_SHARE of the limit
 
     @property
-    def flops_per_s(self) -> float:
-        """What is reached of one card's."""
-        return self.tflops * 1e12 * self.utilisation
-
-    @property
-    def bytes_per_s(self) -> float:
-        """What is reached of one card's."""
-        return self.bandwidth_gbs * 1e9 * self.utilisation
-
-    @property
     def timed(self) -> bool:
         """Whether the rates are known, and with them hours."""
-        return min(self.flops_per_s, self.bytes_per_s) > 0
+        return min(self.tflops, self.bandwidth_gbs) > 0
+
+    def seconds(self, flops: float, read: float = 0.0) -> float:
+        """What one card takes for so many FLOPs and bytes, whichever is longer; 0 where its rates are not known."""
+        if not self.timed:
+            return 0.0
+        flops_per_s, bytes_per_s = self.tflops * 1e12 * self.utilisation, self.bandwidth_gbs * 1e9 * self.utilisation
+        return max(read / bytes_per_s, flops / flops_per_s)
 
 
 # Rates: NVIDIA's Ada GPU architecture whitepaper (appendix A, RTX 4090; a 3090 has 71 and 936) and its data sheets of

@@ -127,7 +127,7 @@ def update_work(shape: Shape, recipe: Recipe, stage: SftStage | RlStage, machine
     pairs = sequences * (prompt**2 + 2 * prompt * mean + square) / 2
     tokens = predicted + prompt * sequences / together
     flops = update_flops(shape, tokens, predicted, pairs, recipe.recompute_activations, recipe.lora.rank)
-    return Work(predicted, flops, flops / machine.gpus / machine.flops_per_s if machine.timed else 0.0)
+    return Work(predicted, flops, machine.seconds(flops / machine.gpus))
 
 
 def sampling_work(
@@ -139,7 +139,6 @@ def sampling_work(
     and at least as many as the longest response has tokens, whose end no other card can hasten. Preempted rows are
     taken to cost nothing.
     """
-    b = torch.bfloat16.itemsize
     mean, square = lengths_below(limit, machine)
     context = prompt + square / (2 * mean)  # of a row, on average over its life
     requests = math.ceil(problems / machine.gpus) * group  # of the busiest card
@@ -148,13 +147,11 @@ def sampling_work(
     rows = min(requests, recipe.sampler.rows, max(1, held))
     steps = max(requests * mean / rows, limit)
     body, head = shape.layers * shape.products, shape.head
-    token = 2 * (body + head) + pair_flops(shape) * context
-    token += 2 * recipe.lora.rank * shape.layers * shape.adapter
+    token = 2 * (body + head) + pair_flops(shape) * context + 2 * recipe.lora.rank * shape.layers * shape.adapter
     prefill = prompt * (2 * body + pair_flops(shape) * prompt / 2)
-    read = steps * (body + head) * b + requests * mean * context * cache_bytes_per_token(shape.config, torch.bfloat16)
-    flops, seconds = requests * mean * token + requests / group * prefill, 0.0
-    if machine.timed:
-        seconds = max(read / machine.bytes_per_s, flops / machine.flops_per_s)
+    read = steps * (body + head) * torch.bfloat16.itemsize
+    read += requests * mean * context * cache_bytes_per_token(shape.config, torch.bfloat16)
+    seconds = machine.seconds(requests * mean * token + requests / group * prefill, read)
     return Work(problems * group * mean, problems * group * mean * token + problems * prefill, seconds)
 
 

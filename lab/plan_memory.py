@@ -97,7 +97,6 @@ def update_moments(shape: Shape, update: Update) -> dict[str, Moment]:
     else:
         kept, one = {"activations of all layers": shape.layers * (before + after)}, 0.0
     gathered = {"gathered embedding and head": shape.root * b * trained}
-    head_gradient = {"gradient of the head": head * b * trained}
     # the layer in work and, over several processes, the one fetched ahead; the gradient being reduced is float32
     in_work = trained * shape.layer * (b * (1 if ranks == 1 else 3) + 4 + 4 / ranks)
     # a layer's backward: down_proj's gradient is there; one more tensor of the MLP's width than was saved, then two
@@ -113,16 +112,12 @@ def update_moments(shape: Shape, update: Update) -> dict[str, Moment]:
     copies = 3 if shape.config.tie_word_embeddings else 2
     summed = trained * (shape.root * b + head * b * copies) + 2 * row
     largest = max(head, width * inner) if trained else update.lora_rank * max(width + inner, width + queries)
+    of_layer = {"one layer, forward and backward": one + max(mlp, attention)}
+    of_layer |= {"that layer's weights and gradients": in_work}
+    of_chunk = {"logits": chunk, "last hidden states": last_states}
     return {
-        "a layer's backward": kept
-        | {"one layer, forward and backward": one + max(mlp, attention)}
-        | {"that layer's weights and gradients": in_work}
-        | gathered
-        | head_gradient,
-        "the log-probs": kept
-        | {"logits": chunk, "last hidden states": last_states}
-        | gathered
-        | {"gradient of the head": of_head},
+        "a layer's backward": kept | of_layer | gathered | {"gradient of the head": head * b * trained},
+        "the log-probs": kept | of_chunk | gathered | {"gradient of the head": of_head},
         "the embedding's gradient": {"embedding, head and their gradients": max(reduced, summed)},
         "the optimizer": {"the optimizer at work": 2 * 4 * largest / ranks},
     }
@@ -243,15 +238,8 @@ def plan_stage(shape: Shape, recipe: Recipe, index: int, processes: int) -> Stag
         return StagePlan(f"final evaluation: {asked.longest:,} tokens", sampling, {}, "", host, problem)
 
     tokens, predicted, title = stage_tokens(recipe, recipe.stage[index], processes)
-    update = Update(
-        tokens,
-        predicted,
-        recompute=recipe.recompute_activations,
-        offload_activations=recipe.offload_activations,
-        lora_rank=rank,
-        processes=processes,
-    )
-    found = update_moments(shape, update)
+    kept = {"recompute": recipe.recompute_activations, "offload_activations": recipe.offload_activations}
+    found = update_moments(shape, Update(tokens, predicted, lora_rank=rank, processes=processes, **kept))
     peak = max(found, key=lambda name: sum(found[name].values()))
     host |= moments if recipe.offload_optimizer else {}
     if recipe.offload_activations and recipe.recompute_activations:

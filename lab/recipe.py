@@ -130,7 +130,7 @@ class SearchSettings:
 
     step: float = key(0.05, least=1e-3)
     most: float = key(2.0, "where the search ends")
-    problems: int = key(64, "at most", least=0)
+    problems: int = key(64, "at most", least=1)
     samples: int = key(8, "responses per problem", least=1)
     margin: float = key(0.0, "half width of distinct-4's 95% interval at which to stop; 0: all problems", least=0)
 
@@ -430,9 +430,7 @@ def _check_variant(stage: RlStage, where: str) -> None:
             f"set {where}.substitute = false as well"
         )
     if 0 < cap < 1:
-        raise RecipeError(
-            f"{name}.importance_cap must be 0 (none) or at least 1, a token's weight on policy, not {cap}"
-        )
+        raise RecipeError(f"{name}.importance_cap must be 0 (none) or at least 1, not {cap}")
     if problems % steps:
         raise RecipeError(f"{name}.optimizer_steps = {steps} does not divide the {problems} problems of a batch")
     if last > (limit := stage.max_response_tokens):

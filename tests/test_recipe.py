@@ -245,6 +245,7 @@ def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
         ("name=\ud800", "name holds a character that no file can"),
         ("name=../up", "name must be the name of a folder without a path"),
         ("search.step=0", "search.step must be at least 0.001"),
+        ("search.problems=0", "search.problems must be at least 1, not 0"),
         ("eval.temperature=-1", "eval.temperature must be at least 0, not -1.0"),
         ("stage.1.informative_share=1.5", "stage.1.informative_share must be at most 1, not 1.5"),
         ("stage.1.max_grad_norm=0", "stage.1.max_grad_norm must be above 0, not 0.0"),
