@@ -29,8 +29,8 @@ import numpy as np
 from engine.attempts import AttemptStats, Respondent, check_grader
 from engine.device import Interrupted
 from lab import charts
+from lab.console import format_eta
 from lab.problems import DataError, Problem
-from lab.report import format_eta
 from rollout import Sampling
 
 GROUP_SIZE = 8  # the recipe's rollouts of a problem
@@ -171,6 +171,7 @@ def estimate(
     weights: str,
     stage: float = BEFORE_STAGE,
     step: int = 0,
+    restart: bool = False,
 ) -> History:
     """The pass rate over n rollouts of every problem, one line of `path` each; what is there is not sampled again.
 
@@ -192,6 +193,11 @@ def estimate(
         "seed": sampling.seed,
     }
     known = History.load(path) if path.exists() else History()
+    if restart and known.settings not in (None, settings):
+        device.share(None)  # everybody has read
+        known = History()
+        if device.is_main:
+            path.unlink()
     if known.settings is None and not known.log:
         known.settings = settings
     require_settings(known, path, settings)

@@ -3,7 +3,7 @@
     rollouts of a problem + their rewards = a Group, which moves only as a whole
     Sinks.rescue    an all-wrong group gets one correct response from an earlier visit
     substitute      groups without a signal are overwritten by whole groups that have one
-    advantages      (r - mean) / (std + 1e-6) inside the group
+    advantages      A_i = (r_i - mean(r)) / (std(r) + 1e-6) inside the group
     PolicyLoss      clip 0.2 below, 0.28 above, dual clip 3.0; no KL term, no entropy term, no reference model
     optimizer_step  packed micro-batches, the mean over all response tokens of the global batch
 
@@ -16,36 +16,23 @@ clip-higher and the token mean; dual clip (arXiv 1912.09729) equation 5.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
-from engine.batches import (
-    TokenBatch,
-    TrainingSequence,
-    even_length,
-    idle_share,
-    micro_batches,
-    pack,
-    packed_tokens,
-    work_of,
-)
-from engine.device import enter
-from engine.memory import forget_half_done_pass, out_of_memory
+from engine.batches import TokenBatch, TrainingSequence, even_length, idle_share, micro_batches, pack, work_of
+from engine.device import Interrupted, enter
+from engine.memory import UpdateError as UpdateError
+from engine.memory import step_within_memory, with_smaller_batches
 from lab.problems import Problem
 from model import Transformer
 from rollout import Rollout
 
 ADVANTAGE_EPSILON = 1e-6
-
-
-class UpdateError(RuntimeError):
-    """An update that cannot be made, in one sentence."""
-
 
 # ----------------------------------------------------------------------------------------------------- groups
 
@@ -67,7 +54,7 @@ class Group:
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
-    """Group-relative advantages (G,) -> (G,): the standard deviation has Bessel's correction."""
+    """Rewards (G,) -> advantages (G,): (r - mean) / (std + 1e-6), std with Bessel's correction (RECIPE section 5)."""
     if len(rewards) < 2:
         raise ValueError("a group needs at least 2 rollouts to compare")
     return (rewards - rewards.mean()) / (rewards.std(ddof=1) + ADVANTAGE_EPSILON)
@@ -87,22 +74,22 @@ class Sinks:
                 self.held[group.problem.id] = (group.rollouts[newest], float(group.rewards[newest]))
 
     def rescue(self, groups: Sequence[Group], seed: int, step: int) -> list[Group]:
-        """Groups in which nothing is right get their sink's response in place of a random one of their own.
+        """Rollout Rescue (RECIPE section 4): a random rollout of a group in which nothing is right becomes its sink's.
 
         The response keeps the log-probs and the temperature of the policy that wrote it: it is off-policy, and
         the ratio says so. Returns new groups; which of them were rescued is in Group.rescued.
         """
-        return [self._rescue_one(group, seed, step) for group in groups]
-
-    def _rescue_one(self, group: Group, seed: int, step: int) -> Group:
-        if group.correct.any() or group.problem.id not in self.held:
-            return group
-        response, reward = self.held[group.problem.id]
-        name = [seed, step, *group.problem.id.encode()]  # counted randomness: the batch's order changes nothing
-        place = int(np.random.default_rng(name).integers(len(group.rollouts)))
-        rollouts, rewards, correct = list(group.rollouts), group.rewards.copy(), group.correct.copy()
-        rollouts[place], rewards[place], correct[place] = response, reward, True
-        return Group(group.problem, rollouts, rewards, correct, rescued=place)
+        groups = list(groups)
+        for i, group in enumerate(groups):
+            if group.correct.any() or group.problem.id not in self.held:
+                continue
+            response, reward = self.held[group.problem.id]
+            name = [seed, step, *group.problem.id.encode()]  # counted randomness: the batch's order changes nothing
+            place = int(np.random.default_rng(name).integers(len(group.rollouts)))
+            rollouts, rewards, correct = list(group.rollouts), group.rewards.copy(), group.correct.copy()
+            rollouts[place], rewards[place], correct[place] = response, reward, True
+            groups[i] = Group(group.problem, rollouts, rewards, correct, rescued=place)
+        return groups
 
 
 @dataclass(frozen=True)
@@ -118,7 +105,7 @@ def substitute(groups: Sequence[Group], seed: int, step: int, least_share: float
     """Overwrite every group without a signal by a random informative one of the batch, problem, rewards and all.
 
     Only when informative groups exceed `least_share` of the batch; otherwise the update is to be skipped.
-    Without replacement when there are enough informative groups, else with (RECIPE.md section 4).
+    Without replacement when there are enough informative groups, else with (RECIPE section 4).
     """
     informative = [group for group in groups if group.informative]
     empty = len(groups) - len(informative)
@@ -135,19 +122,25 @@ def training_sequences(
     groups: Sequence[Group], advantages_of: Callable[[np.ndarray], np.ndarray] = advantages
 ) -> list[TrainingSequence]:
     """All rollouts of a batch with their advantages."""
-    sequences = []
-    for group in groups:
-        for i, (rollout, advantage) in enumerate(zip(group.rollouts, advantages_of(group.rewards), strict=True)):
-            tokens = np.concatenate([rollout.prompt, rollout.tokens])
-            sequence = TrainingSequence(
-                tokens, len(rollout.prompt), float(advantage), rollout.logprobs, rollout.temperature
-            )
-            sequences.append(replace(sequence, rescued=i == group.rescued))
-    return sequences
+    return [
+        TrainingSequence(
+            np.concatenate([rollout.prompt, rollout.tokens]),
+            len(rollout.prompt),
+            float(advantage),
+            rollout.logprobs,
+            rollout.temperature,
+            rescued=i == group.rescued,
+        )
+        for group in groups
+        for i, (rollout, advantage) in enumerate(zip(group.rollouts, advantages_of(group.rewards), strict=True))
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- loss
 
 
 TokenLoss = Callable[[Tensor, TokenBatch], Tensor]  # log-probs (N,) and their batch -> losses (N,)
-# a loss of rollouts also has `sums`, of the same arguments: what RatioStats is made of, over the batch's tokens
+# a loss of rollouts also has `sums`, of the same arguments: what `ratio_stats` adds up over micro-batches and ranks
 
 
 def ratio_sums(logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
@@ -167,7 +160,10 @@ def ratio_sums(logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
 class PolicyLoss:
     """The POLARIS objective, token by token, to be averaged over all response tokens of the batch.
 
-    The ratio is clipped to [1 - clip_low, 1 + clip_high], the loss of a bad token to dual_clip x |advantage|.
+    ratio = policy / sampler = exp(logprob - old_logprob)
+    J     = min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)     DAPO equation 8
+    J     = max(J, dual_clip A) where A < 0                              dual clip, equation 5
+    loss  = -J
     """
 
     clip_low: float = 0.2
@@ -199,6 +195,9 @@ def supervised_loss(logprobs: Tensor, batch: TokenBatch) -> Tensor:
     return -logprobs
 
 
+# ----------------------------------------------------------------------------------------------------- update
+
+
 @dataclass
 class RatioStats:
     """New policy / sampler, token by token, over the batch of one step."""
@@ -223,7 +222,8 @@ class UpdateStats:
     micro_batch_tokens: int  # what was asked for, or less where memory ran out
     memory_retries: int  # how often it did
     ratios: RatioStats | None = None  # None in supervised fine-tuning
-    idle_share: float = 0.0  # reckoned: see the function of that name
+    idle_share: float = 0.0  # estimated: see the function of that name
+    optimizer_steps: int = 1  # made: 0 where not stepped, several only in a variant
 
 
 def optimizer_step(
@@ -234,94 +234,71 @@ def optimizer_step(
     most_tokens: int,
     max_grad_norm: float = 1.0,
     divisor: float | None = None,
+    abandon: Callable[[], bool] = lambda: False,
 ) -> UpdateStats:
     """One step on the mean loss over every response token of the global batch, or on the sum of losses / `divisor`.
 
+    The token mean is DAPO's (equation 8): 1 / (|o_1| + ... + |o_n|) x the sum over responses and their tokens.
     All ranks call it with the same sequences and take their share of the micro-batches; how the batch is cut, and
     over how many ranks, does not change the gradient. A non-finite gradient leaves the weights as they are.
+    `abandon` is asked before every micro-batch, equally often on all ranks; after a yes it raises Interrupted.
     Where memory runs out, the step begins again with smaller micro-batches; UpdateError when there are none.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     enter("the update")
     tokens = sum(sequence.response_length for sequence in sequences)
     total = divisor or tokens
-    lengths, retries = [len(sequence.tokens) for sequence in sequences], 0
     even_at = even_length(model) if ranks > 1 else math.inf  # alone, micro-batches alike in memory are best
-    while True:
-        batches = micro_batches(sequences, most_tokens, ranks, even_at)
+
+    def forward_and_backward(batches: list[list[TrainingSequence]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Accumulate the gradient of this rank's micro-batches; the sum of their losses, and of each its `sums`."""
         optimizer.zero_grad(set_to_none=True)
-        try:
-            loss_sum, parts = accumulate_gradient(model, sequences, batches[rank::ranks], loss, total, ranks)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            loads = [packed_tokens([sequences[i] for i in batch]) for batch in batches if len(batch) > 1]
-            if not loads:
-                raise UpdateError(
-                    f"out of memory in the update with one sequence at a time, of at most {max(lengths):,} tokens: "
-                    "train a LoRA adapter, set offload_activations or offload_optimizer, or shorten the stage"
-                ) from None
-            # the other processes wait in a collective of this micro-batch and cannot be told to begin again; a torch
-            # without this method cannot undo the half-done pass of a sharded model
-            if ranks > 1 or (isinstance(model, FSDPModule) and not hasattr(model, "reset_iter_state")):
-                raise UpdateError(
-                    f"out of memory in the update: set micro_batch_tokens to {max(loads) // 2} or less and resume the "
-                    "run; a smaller one is found by itself only in a run of one process, on torch 2.13 or newer"
-                ) from None
-            most_tokens, retries = max(loads) // 2, retries + 1
-        # only here, where the error is forgotten, do the frames of its traceback let go of what they held
-        forget_half_done_pass(model)
+        loss_sum, parts = torch.zeros((), dtype=torch.float64, device=model.device), []
+        for mine in batches[rank::ranks]:
+            if abandon():
+                optimizer.zero_grad(set_to_none=True)
+                raise Interrupted
+            # a rank without work still takes part in the collectives of forward and backward, with weight zero
+            batch = pack(mine or sequences[:1], model.device)
+            logprobs = model(batch.tokens, batch.context, batch.predict, batch.targets, batch.temperature)  # (N,)
+            summed = loss(logprobs, batch).sum() * (1.0 if mine else 0.0)
+            (summed * ranks / total).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
+            loss_sum += summed.detach()
+            if mine and hasattr(loss, "sums"):
+                parts.append(loss.sums(logprobs.detach(), batch))
+        return loss_sum, parts
+
+    cut = partial(micro_batches, sequences, ranks=ranks, even_at=even_at)
+    (loss_sum, parts), batches, most_tokens, retries = with_smaller_batches(
+        forward_and_backward, cut, most_tokens, model, ranks
+    )
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if ranks > 1:
         dist.all_reduce(loss_sum)
     stepped = math.isfinite(norm) and math.isfinite(float(loss_sum))
     if stepped:
-        try:
-            optimizer.step()  # the first one makes the moments
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise UpdateError(
-                "out of memory in the optimizer's step: set offload_optimizer = true or train a LoRA adapter"
-            ) from None
+        step_within_memory(optimizer)
     optimizer.zero_grad(set_to_none=True)
-    ratios = ratio_stats(parts, tokens, model.device, ranks) if hasattr(loss, "sums") else None
-    idle = idle_share([work_of([sequences[i] for i in batch], even_at) for batch in batches], ranks)
-    return UpdateStats(float(loss_sum) / total, norm, tokens, stepped, most_tokens, retries, ratios, idle)
-
-
-def accumulate_gradient(
-    model: Transformer,
-    sequences: Sequence[TrainingSequence],
-    batches: list[list[int]],
-    loss: TokenLoss,
-    total: float,
-    ranks: int,
-) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Forward and backward of this rank's micro-batches; the sum of the losses, and what RatioStats is made of."""
-    loss_sum, parts = torch.zeros((), dtype=torch.float64, device=model.device), []
-    for indices in batches:
-        # a rank without work still takes part in the collectives of forward and backward, with weight zero
-        batch = pack([sequences[i] for i in indices or [0]], model.device)
-        logprobs = model(batch.tokens, batch.context, batch.predict, batch.targets, batch.temperature)
-        summed = loss(logprobs, batch).sum() * (1.0 if indices else 0.0)
-        (summed * ranks / total).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
-        loss_sum += summed.detach()
-        if indices and hasattr(loss, "sums"):
-            parts.append(loss.sums(logprobs.detach(), batch))
-    return loss_sum, parts
+    return UpdateStats(
+        loss=float(loss_sum) / total,
+        grad_norm=norm,
+        tokens=tokens,
+        stepped=stepped,
+        micro_batch_tokens=most_tokens,
+        memory_retries=retries,
+        ratios=ratio_stats(parts, tokens, model.device, ranks) if hasattr(loss, "sums") else None,
+        idle_share=idle_share([work_of(batch, even_at) for batch in batches], ranks),
+        optimizer_steps=int(stepped),
+    )
 
 
 def ratio_stats(parts: list[dict[str, Tensor]], total: int, device: torch.device, ranks: int) -> RatioStats:
-    """Add up what every micro-batch of every rank has seen of `total` tokens."""
-    names = (
-        "clipped_low", "clipped_high", "dual_clipped", "own_ratio", "own_difference", "rescued_ratio", "rescued_tokens",
-    )  # fmt: skip
-    sums = torch.tensor(
-        [sum(float(part[name]) for part in parts) for name in names], dtype=torch.float64, device=device
-    )
+    """Add up the `sums` of every micro-batch of every rank, `total` tokens in all; a loss need not have every clip."""
+    names = ("clipped_low", "clipped_high", "dual_clipped", "own_ratio", "own_difference")
+    names += ("rescued_ratio", "rescued_tokens")
+    values = [sum(float(part.get(name, 0.0)) for part in parts) for name in names]
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
     largest = torch.tensor(max((float(part["largest_difference"]) for part in parts), default=0.0), device=device)
     if ranks > 1:
         dist.all_reduce(sums)

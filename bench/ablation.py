@@ -39,16 +39,14 @@ from extrapolation import WINDOW  # noqa: E402
 
 from engine.files import write_atomically  # noqa: E402
 from lab import charts  # noqa: E402
+from lab.console import format_eta  # noqa: E402
+from lab.metrics import read_metrics  # noqa: E402
 from lab.recipe import (  # noqa: E402
     Recipe,  # noqa: E402
     RecipeError,  # noqa: E402
     RlStage,  # noqa: E402
     load_recipe,  # noqa: E402
     to_toml,  # noqa: E402
-)
-from lab.report import (  # noqa: E402
-    format_eta,  # noqa: E402
-    read_metrics,  # noqa: E402
 )
 
 TINY = ROOT / "recipes" / "tiny.toml"

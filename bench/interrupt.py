@@ -9,7 +9,7 @@ A small world is trained once without interruption. Then the same command with -
 this process, another one than the run, ends it: by SIGKILL at a moment drawn from the seed, by SIGKILL while a
 checkpoint is being written, by SIGTERM or SIGINT, by killing one of two workers under torchrun --max-restarts; or it
 flips a byte of the newest checkpoint, or cuts a metrics line, after a SIGKILL. A run has survived when it came to its
-end; it is equal when every tensor of its last model and every deterministic key of its metrics (report.DETERMINISTIC)
+end; it is equal when every tensor of its last model and every deterministic key of its metrics (DETERMINISTIC of lab/glossary.py)
 and every byte of rollouts.jsonl are those of the uninterrupted run.
 """
 
@@ -32,10 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lab.report import (  # noqa: E402
-    DETERMINISTIC,  # noqa: E402
-    read_metrics,  # noqa: E402
-)
+from lab.glossary import DETERMINISTIC  # noqa: E402
+from lab.metrics import read_metrics  # noqa: E402
 
 # the whole recipe in seconds: 0.1M parameters, 150 steps of fine-tuning, 7 of RL in three stages, a checkpoint every
 # other step

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lab.report import read_metrics  # noqa: E402
+from lab.metrics import read_metrics  # noqa: E402
 
 START = """name = "start"
 model = "world/model"

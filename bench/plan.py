@@ -1,4 +1,4 @@
-"""Is the memory that plan.py reckons what the code holds? One command, no GPU, no weights.
+"""Is the memory that plan_memory.py estimates what the code holds? One command, no GPU, no weights.
 
     python bench/plan.py              # small models in float32 for real, the 4B's layers in bfloat16 on fake tensors
     python bench/plan.py --full       # and all 36 layers of the 4B at 40,960 tokens (about a minute)
@@ -32,21 +32,11 @@ import rollout  # noqa: E402
 from bench.machine import LiveBytes  # noqa: E402
 from engine.attention import PackedLayout  # noqa: E402
 from engine.batches import TrainingSequence  # noqa: E402
-from engine.sharding import (  # noqa: E402
-    gathered,  # noqa: E402
-    shard,  # noqa: E402
-)
-from grpo import (  # noqa: E402
-    PolicyLoss,  # noqa: E402
-    optimizer_step,  # noqa: E402
-)
-from lab import plan  # noqa: E402
-from model import (  # noqa: E402
-    ModelConfig,  # noqa: E402
-    Transformer,  # noqa: E402
-    initialise,  # noqa: E402
-    parse_config,  # noqa: E402
-)
+from engine.sharding import gathered, shard  # noqa: E402
+from grpo import PolicyLoss, optimizer_step  # noqa: E402
+from lab import plan, plan_memory  # noqa: E402
+from lab.plan_memory import Sampling, Shape, Update, sampling_moment, update_moments  # noqa: E402
+from model import ModelConfig, Transformer, initialise, parse_config  # noqa: E402
 
 
 class LiveFakeBytes(LiveBytes):
@@ -141,7 +131,7 @@ def build(
     return model
 
 
-def update_bytes(config: ModelConfig, update: plan.Update, sequences: int = 1) -> int:
+def update_bytes(config: ModelConfig, update: Update, sequences: int = 1) -> int:
     """The most that an update of two micro-batches per rank holds besides weights, gradients and moments.
 
     A micro-batch is so many sequences of equal length. Kernels: on fake tensors; else for real.
@@ -179,7 +169,7 @@ def besides_weights(model: Transformer, *others: Tensor) -> Iterator[LiveBytes]:
         yield counter
 
 
-def sampling_bytes(config: ModelConfig, sampling: plan.Sampling) -> int:
+def sampling_bytes(config: ModelConfig, sampling: Sampling) -> int:
     """The most that sampling holds besides the weights, for real: every response as long as it may be.
 
     As on CUDA: from the weights themselves, without the packed copy of a CPU, and with CUDA's prefills.
@@ -214,9 +204,9 @@ def prefill_bytes(config: ModelConfig, tokens: int) -> int:
     return counter.most
 
 
-def reckoned_update(config: ModelConfig, update: plan.Update) -> tuple[str, float]:
+def estimated_update(config: ModelConfig, update: Update) -> tuple[str, float]:
     """The plan's figure for `update_bytes`, and the moment of the peak."""
-    moments = plan.update_moments(config, update)
+    moments = update_moments(Shape(config), update)
     name = max(moments, key=lambda moment: sum(moments[moment].values()))
     return name, sum(moments[name].values())
 
@@ -228,37 +218,34 @@ SMALL = {
 }  # fmt: skip
 CPU = {"dtype": torch.float32, "kernels": False}
 UPDATES = {  # name: (model, update, sequences of a micro-batch), for real in float32
-    "4 layers, 1,024 tokens, recomputed": ({}, plan.Update(1024, 960, **CPU), 1),
-    "the same, nothing recomputed": ({}, plan.Update(1024, 960, recompute=False, **CPU), 1),
+    "4 layers, 1,024 tokens, recomputed": ({}, Update(1024, 960, **CPU), 1),
+    "the same, nothing recomputed": ({}, Update(1024, 960, recompute=False, **CPU), 1),
     "2 layers, width 256, 1,024 tokens": (
-        {"num_hidden_layers": 2, "hidden_size": 256}, plan.Update(1024, 960, **CPU), 1),
-    "8 layers, 512 tokens in 4 sequences": ({"num_hidden_layers": 8}, plan.Update(512, 256, **CPU), 4),
+        {"num_hidden_layers": 2, "hidden_size": 256}, Update(1024, 960, **CPU), 1),
+    "8 layers, 512 tokens in 4 sequences": ({"num_hidden_layers": 8}, Update(512, 256, **CPU), 4),
     "biases, untied head (Qwen2), 1,024 tokens": (
-        {"model_type": "qwen2", "tie_word_embeddings": False}, plan.Update(1024, 1000, **CPU), 1),
-    "Llama, no recomputation": ({"model_type": "llama"}, plan.Update(1024, 1000, recompute=False, **CPU), 1),
+        {"model_type": "qwen2", "tie_word_embeddings": False}, Update(1024, 1000, **CPU), 1),
+    "Llama, no recomputation": ({"model_type": "llama"}, Update(1024, 1000, recompute=False, **CPU), 1),
     "12,000 words, 512 tokens: the log-probs": (
-        {"vocab_size": 12_000, "hidden_size": 64}, plan.Update(512, 448, **CPU), 1),
-    "8,000 words, 64 tokens": ({"vocab_size": 8_000}, plan.Update(64, 32, **CPU), 1),
+        {"vocab_size": 12_000, "hidden_size": 64}, Update(512, 448, **CPU), 1),
+    "8,000 words, 64 tokens": ({"vocab_size": 8_000}, Update(64, 32, **CPU), 1),
 }  # fmt: skip
 SAMPLERS = {
-    "one page a sequence, 16 rows": ({}, plan.Sampling(64, 32, 32, 8, 16, 256, 100_000, **CPU)),
-    "long prompts": ({}, plan.Sampling(1024, 4, 8, 2, 8, 2048, 100_000, **CPU)),
-    "12,000 words": ({"vocab_size": 12_000}, plan.Sampling(32, 4, 64, 8, 64, 256, 100_000, **CPU)),
+    "one page a sequence, 16 rows": ({}, Sampling(64, 32, 32, 8, 16, 256, 100_000, **CPU)),
+    "long prompts": ({}, Sampling(1024, 4, 8, 2, 8, 2048, 100_000, **CPU)),
+    "12,000 words": ({"vocab_size": 12_000}, Sampling(32, 4, 64, 8, 64, 256, 100_000, **CPU)),
 }
 LARGE = {  # on fake tensors, in bfloat16; a few layers tell what each of them adds
-    "4B, 4 layers, 40,960 tokens": ("Qwen/Qwen3-4B", 4, plan.Update(40_960, 39_936)),
-    "4B, 4 layers, 40,960 tokens, of 8 processes": ("Qwen/Qwen3-4B", 4, plan.Update(40_960, 39_936, processes=8)),
-    "4B, 4 layers, 8,192 tokens, nothing recomputed": ("Qwen/Qwen3-4B", 4, plan.Update(8192, 7168, recompute=False)),
-    "0.6B, 28 layers, 17,408 tokens": ("Qwen/Qwen3-0.6B", 28, plan.Update(17_408, 16_384)),
-    "0.6B, 4 layers, 2,048 tokens": ("Qwen/Qwen3-0.6B", 4, plan.Update(2048, 1024)),
-    "7B, 2 layers, 32,768 tokens": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 2, plan.Update(32_768, 31_744)),
+    "4B, 4 layers, 40,960 tokens": ("Qwen/Qwen3-4B", 4, Update(40_960, 39_936)),
+    "4B, 4 layers, 40,960 tokens, of 8 processes": ("Qwen/Qwen3-4B", 4, Update(40_960, 39_936, processes=8)),
+    "4B, 4 layers, 8,192 tokens, nothing recomputed": ("Qwen/Qwen3-4B", 4, Update(8192, 7168, recompute=False)),
+    "0.6B, 28 layers, 17,408 tokens": ("Qwen/Qwen3-0.6B", 28, Update(17_408, 16_384)),
+    "0.6B, 4 layers, 2,048 tokens": ("Qwen/Qwen3-0.6B", 4, Update(2048, 1024)),
+    "7B, 2 layers, 32,768 tokens": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 2, Update(32_768, 31_744)),
+    "4B, 4 layers, 40,960 tokens, LoRA of rank 32": ("Qwen/Qwen3-4B", 4, Update(40_960, 39_936, lora_rank=32)),
+    "0.6B, 28 layers, 17,408 tokens, LoRA of rank 16": ("Qwen/Qwen3-0.6B", 28, Update(17_408, 16_384, lora_rank=16)),
 }
-if hasattr(model_file, "add_lora"):
-    LARGE["4B, 4 layers, 40,960 tokens, LoRA of rank 32"] = (
-        "Qwen/Qwen3-4B", 4, plan.Update(40_960, 39_936, lora_rank=32))  # fmt: skip
-    LARGE["0.6B, 28 layers, 17,408 tokens, LoRA of rank 16"] = (
-        "Qwen/Qwen3-0.6B", 28, plan.Update(17_408, 16_384, lora_rank=16))  # fmt: skip
-FULL = {"4B, 36 layers, 40,960 tokens": ("Qwen/Qwen3-4B", 36, plan.Update(40_960, 39_936))}
+FULL = {"4B, 36 layers, 40,960 tokens": ("Qwen/Qwen3-4B", 36, Update(40_960, 39_936))}
 
 
 def published(name: str, layers: int) -> ModelConfig:
@@ -268,39 +255,39 @@ def published(name: str, layers: int) -> ModelConfig:
 
 
 def comparisons(full: bool) -> Iterator[tuple[str, str, float, float]]:
-    """What was run, where its peak is by the plan, measured and reckoned bytes."""
+    """What was run, where its peak is by the plan, measured and estimated bytes."""
     for name, (overrides, update, sequences) in UPDATES.items():
         config = parse_config(SMALL | overrides)
-        moment, reckoned = reckoned_update(config, update)
-        yield f"update: {name}", moment, update_bytes(config, update, sequences), reckoned
+        moment, estimated = estimated_update(config, update)
+        yield f"update: {name}", moment, update_bytes(config, update, sequences), estimated
     for name, (overrides, sampling) in SAMPLERS.items():
         config = parse_config(SMALL | overrides)
-        moment = plan.sampling_moment(config, sampling)
+        moment = sampling_moment(Shape(config), sampling)
         yield f"sampling: {name}", list(moment)[1], sampling_bytes(config, sampling), sum(moment.values())
     for name, (model_name, layers, update) in (LARGE | (FULL if full else {})).items():
         config = published(model_name, layers)
-        moment, reckoned = reckoned_update(config, update)
-        yield f"update, bfloat16: {name}", moment, update_bytes(config, update), reckoned
+        moment, estimated = estimated_update(config, update)
+        yield f"update, bfloat16: {name}", moment, update_bytes(config, update), estimated
     for tokens in (16_384, 53_248):
         config = published("Qwen/Qwen3-4B", 2)
         yield (
             f"prefill, bfloat16: 4B, {tokens:,} tokens",
             "",
             prefill_bytes(config, tokens),
-            plan.prefill_bytes(config, tokens, torch.bfloat16, kernels=True),
+            plan_memory.prefill_bytes(Shape(config), tokens, torch.bfloat16, kernels=True),
         )
 
 
 def main() -> None:
-    """Measure, reckon, print both."""
+    """Measure, estimate, print both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="also all layers of the 4B")
     rows = []
     print("| what | at its peak in | measured, MiB | plan, MiB | plan / measured |\n|---|---|---|---|---|")
-    for name, moment, measured, reckoned in comparisons(parser.parse_args().full):
-        rows.append({"what": name, "measured": measured, "plan": round(reckoned), "ratio": reckoned / measured})
-        mib = f"{measured / 2**20:,.1f} | {reckoned / 2**20:,.1f}"
-        print(f"| {name} | {moment} | {mib} | {reckoned / measured:.3f} |", flush=True)
+    for name, moment, measured, estimated in comparisons(parser.parse_args().full):
+        rows.append({"what": name, "measured": measured, "plan": round(estimated), "ratio": estimated / measured})
+        mib = f"{measured / 2**20:,.1f} | {estimated / 2**20:,.1f}"
+        print(f"| {name} | {moment} | {mib} | {estimated / measured:.3f} |", flush=True)
     print(json.dumps(rows))
 
 

@@ -2,6 +2,7 @@
 
     python bench/prove_tiny.py runs/proof-0 runs/proof-1 runs/proof-2      # tables from finished runs
     python bench/prove_tiny.py --make runs/proof --seeds 0 1 2             # make the runs first, one after the other
+    python bench/prove_tiny.py runs/tiny --readme                          # put table and curves into the README
 
 For every run: held-out avg@8 of the fine-tuned model and of the trained one with their 95% intervals, how often each
 mechanism fired, and what the problems were like. With --make, fine-tuning is also continued for 100 steps in a run of
@@ -9,6 +10,7 @@ its own, to show what it would have gained instead.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lab.report import read_metrics  # noqa: E402
+from engine.files import write_atomically  # noqa: E402
+from lab.metrics import read_metrics  # noqa: E402
 
 
 def held_out(rows: list[dict]) -> list[dict]:
@@ -55,6 +58,31 @@ def describe(folder: Path) -> str:
     )
 
 
+BEGIN, END = "<!-- default run: written by python bench/prove_tiny.py RUN ... --readme -->", "<!-- end -->"
+
+
+def update_readme(folders: list[Path]) -> None:
+    """Rewrite the README's block on the default run, and its picture, from these runs."""
+    lines = ["| run | after fine-tuning, avg@8 | after RL, avg@8 | gain | temperatures | rescued | overwritten groups |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for folder in folders:
+        rows = read_metrics(folder)
+        (first, *_, last), rl = held_out(rows), [row for row in rows if row["kind"] == "rl"]
+        chosen = " -> ".join(f"{row['chosen']:g}" for row in rows if row["kind"] == "temperature")
+        rescued, overwritten = (sum(row[key] for row in rl) for key in ("rescued", "substituted"))
+        gain = f"{100 * (last['avg'] - first['avg']):+.1f}"
+        groups = sum(row["groups"] for row in rl)
+        cells = [folder.name, interval(first), interval(last), gain, chosen, rescued, f"{overwritten} of {groups}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    beyond = [row for row in read_metrics(folders[0]) if row["kind"] == "eval" and row["name"].startswith("beyond")]
+    lines += ["", "Longer than trained, without and with YaRN: " + ", ".join(map(interval, beyond)) + "."]
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_atomically(readme, ["\n".join([before + BEGIN, "", *lines, "", END + after]).encode()])
+    shutil.copy(folders[0] / "curves.svg", ROOT / "bench" / "tiny-curves.svg")
+
+
 def make(folder: Path, *overrides: str) -> None:
     """One run of train.py with overrides, into a folder of its own."""
     words = [word for override in overrides for word in ("--set", override)]
@@ -67,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, help="finished runs of recipes/tiny.toml")
     parser.add_argument("--make", type=Path, metavar="PREFIX", help="make PREFIX-SEED and PREFIX-SEED-longer-sft")
+    parser.add_argument("--readme", action="store_true", help="rewrite the README's table and picture from these runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     runs = list(arguments.runs)
@@ -79,6 +108,9 @@ def main() -> None:
         short_rl = [f"stage.{i}.steps=1" for i in (1, 2, 3)]
         make(longer, *seeds, f"stage.0.steps={steps + 100}", "final.data=", *short_rl)
         runs.append(folder)
+    if arguments.readme:
+        update_readme(runs)
+        return
     print("| run | after SFT, avg@8 | after RL, avg@8 | gain | temperatures | never / sometimes / always | dropped "
           "| rescued, substituted | skipped | largest log-prob mismatch |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")

@@ -36,11 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lab.benchmarks import text_table  # noqa: E402
-from lab.problems import (  # noqa: E402
-    Problem,  # noqa: E402
-    prompt_text,  # noqa: E402
-    write_problems,  # noqa: E402
-)
+from lab.problems import Problem, prompt_text, write_problems  # noqa: E402
 
 GROUP, MOST_TOKENS, LEARNING_RATE, MANY_STEPS = 8, 64, 1e-6, 100_000
 PHASES = ("sample", "grade", "update")  # of ours; grading is the time that it adds to sampling's, and the wait after it
@@ -96,8 +92,8 @@ def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
     import train
     from engine import device
     from engine.attempts import Respondent
+    from lab.metrics import Metrics
     from lab.recipe import Recipe, RlStage, SamplerSettings, to_toml
-    from lab.report import Metrics
 
     @dataclass
     class ParityRespondent(Respondent):

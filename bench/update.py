@@ -36,20 +36,9 @@ from bench.machine import measure_machine, peak_of, seconds_of  # noqa: E402
 from engine.batches import TrainingSequence  # noqa: E402
 from engine.offload import Offload  # noqa: E402
 from engine.sharding import shard  # noqa: E402
-from grpo import (  # noqa: E402
-    PolicyLoss,  # noqa: E402
-    optimizer_step,  # noqa: E402
-)
+from grpo import PolicyLoss, optimizer_step  # noqa: E402
 from lab.benchmarks import text_table  # noqa: E402
-from model import (  # noqa: E402
-    Lora,  # noqa: E402
-    ModelConfig,  # noqa: E402
-    Transformer,  # noqa: E402
-    add_lora,  # noqa: E402
-    initialise,  # noqa: E402
-    initialise_lora,  # noqa: E402
-    parse_config,  # noqa: E402
-)
+from model import Lora, ModelConfig, Transformer, add_lora, initialise, initialise_lora, parse_config  # noqa: E402
 
 QWEN3 = {
     "model_type": "qwen3", "vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6,
@@ -126,7 +115,7 @@ def useful_flops(config: ModelConfig, lengths: list[int], predicted: int) -> flo
 def measure_update(case: Case) -> dict:
     """Run one case in this process."""
     from engine import device as devices
-    from engine.run import make_optimizer
+    from engine.run import Run
     from lab.recipe import RlStage
 
     here, clock = devices.start(), time.process_time if case.cpu_time else time.perf_counter
@@ -143,7 +132,9 @@ def measure_update(case: Case) -> dict:
     model.to(here.device)
     shard(model, here.mesh, here.compute_dtype)
     recipe = SimpleNamespace(offload_optimizer=settings.get("offload_optimizer", False))
-    optimizer = make_optimizer(SimpleNamespace(model=model, resume_from=None, recipe=recipe), RlStage())
+    run = SimpleNamespace(model=model, resume_from=None, recipe=recipe)
+    Run.begin_steps(run, RlStage())
+    optimizer = run.optimizer
 
     random, length = np.random.default_rng(0), case.sequence or case.tokens
     lengths = [length] * (case.tokens // length)

@@ -16,8 +16,8 @@ from engine.device import Device, Interrupted, StopRequest, enter
 from engine.grader import Grader
 from engine.sharding import gathered
 from engine.tokenizer import encode_chat
+from lab.console import format_eta
 from lab.problems import DataError, Problem, prompt_text
-from lab.report import format_eta
 from model import Transformer
 from reward import Grade
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate

@@ -1,7 +1,7 @@
 """Sequences packed end to end, and cut into micro-batches that all processes finish together."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from model import Packed, SharedPrompts, Transformer
-
-# ------------------------------------------------------------------------------------------------------- loss
 
 
 @dataclass(frozen=True)
@@ -76,27 +74,79 @@ def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBa
     predict = np.concatenate(
         [start + np.arange(s.prompt_length - 1, len(s.tokens) - 1) for start, s in zip(starts, sequences, strict=False)]
     )
-
     responses = [s.response_length for s in sequences]
+    old = [np.zeros(n) if s.old_logprobs is None else s.old_logprobs for s, n in zip(sequences, responses, strict=True)]
 
-    def per_token(value: Callable[[TrainingSequence], float | np.ndarray], dtype: type) -> Tensor:
-        columns = [np.broadcast_to(np.asarray(value(s), dtype), n) for s, n in zip(sequences, responses, strict=True)]
-        return torch.from_numpy(np.concatenate(columns)).to(device)
+    def per_token(values: Sequence[float], dtype: type) -> Tensor:  # (S,) -> (N,)
+        return torch.from_numpy(np.repeat(values, responses).astype(dtype)).to(device)
 
     return TokenBatch(
         tokens=torch.from_numpy(tokens[own]).to(device),
         context=context,
         predict=torch.from_numpy(place[predict]).to(device),
         targets=torch.from_numpy(tokens[predict + 1]).to(device),
-        advantages=per_token(lambda s: s.advantage, np.float32),
-        old_logprobs=per_token(lambda s: 0.0 if s.old_logprobs is None else s.old_logprobs, np.float32),
-        temperature=per_token(lambda s: s.temperature, np.float32),
-        rescued=per_token(lambda s: s.rescued, np.bool_),
-        sequence=torch.from_numpy(np.repeat(np.arange(len(sequences)), responses)).to(device),
+        advantages=per_token([s.advantage for s in sequences], np.float32),
+        old_logprobs=torch.from_numpy(np.concatenate(old).astype(np.float32)).to(device),
+        temperature=per_token([s.temperature for s in sequences], np.float32),
+        rescued=per_token([s.rescued for s in sequences], np.bool_),
+        sequence=per_token(range(len(sequences)), np.int64),
     )
 
 
-# ----------------------------------------------------------------------------------------------------- update
+def packed_tokens(sequences: Sequence[TrainingSequence]) -> int:
+    """Tokens of a micro-batch of these, every shared prompt counted once."""
+    repeated = sum(sequences[i].prompt_length for _, *others in by_prompt(sequences) for i in others)
+    return sum(len(sequence.tokens) for sequence in sequences) - repeated
+
+
+# ------------------------------------------------------------------------------------ micro-batches and their balance
+
+
+def even_length(model: Transformer) -> float:
+    """The length, in tokens, of a sequence whose attention costs as much as all the rest of a forward.
+
+    A token costs 2 FLOPs a parameter, and in causal attention 2 x layers x heads x head_dim a token of its sequence.
+    """
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters / (config.num_hidden_layers * config.num_attention_heads * config.head_dim)
+
+
+def work_of(sequences: Sequence[TrainingSequence], even_at: float) -> float:
+    """The cost of a micro-batch, in tokens without attention; `even_at` is `even_length`'s, infinite: tokens alone."""
+    return packed_tokens(sequences) + sum(len(sequence.tokens) ** 2 for sequence in sequences) / even_at
+
+
+def micro_batches(
+    sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int, even_at: float = math.inf
+) -> list[list[TrainingSequence]]:
+    """Cut a batch as `cut_into_micro_batches` does, with the responses to one prompt together as far as they fit.
+
+    Over several ranks groups are also cut to half of a rank's fair share where that ends the step sooner, although a
+    prompt is then computed more than once.
+    """
+    ways = [_cut_groups(sequences, most_tokens, ranks, even_at, most_tokens)]
+    if ranks > 1:
+        half_share = math.ceil(packed_tokens(sequences) / ranks / 2)
+        ways.append(_cut_groups(sequences, most_tokens, ranks, even_at, min(half_share, most_tokens)))
+    return min(ways, key=lambda batches: slowest([work_of(batch, even_at) for batch in batches], ranks))
+
+
+def _cut_groups(
+    sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int, even_at: float, most_together: int
+) -> list[list[TrainingSequence]]:
+    units: list[list[TrainingSequence]] = []  # groups, or parts of one, of at most most_together tokens
+    for alike in by_prompt(sequences):
+        size = math.inf
+        for sequence in (sequences[i] for i in alike):
+            if size + sequence.response_length > most_together:
+                units.append([])
+                size = sequence.prompt_length
+            units[-1].append(sequence)
+            size += sequence.response_length
+    sizes, work = [packed_tokens(unit) for unit in units], [work_of(unit, even_at) for unit in units]
+    batches = cut_into_micro_batches(sizes, most_tokens, ranks, work)
+    return [[sequence for unit in batch for sequence in units[unit]] for batch in batches]
 
 
 def cut_into_micro_batches(
@@ -104,9 +154,9 @@ def cut_into_micro_batches(
 ) -> list[list[int]]:
     """Deal sequences into equally many micro-batches per rank, of at most `most_tokens` and alike in work.
 
-    Work is the length where nothing else is given. Returns ranks x k lists of indices, micro-batch i for rank
-    i % ranks; those that ranks do at the same time, in which they wait for each other, are next to each other in work.
-    A sequence longer than most_tokens gets a micro-batch of its own; some may be empty when there are few sequences.
+    Work is the length unless given. Returns ranks x k lists of indices, micro-batch i for rank i % ranks; those that
+    ranks do at the same time, in which they wait for each other, are neighbours in work. A sequence longer than
+    most_tokens gets a micro-batch of its own; some may be empty when there are few sequences.
     """
     work = lengths if work is None else work
     order = sorted(range(len(lengths)), key=lambda i: (-work[i], i))
@@ -126,68 +176,6 @@ def cut_into_micro_batches(
             heaviest_first = sorted(range(len(batches)), key=lambda b: -loads[b]) if ranks > 1 else range(len(batches))
             return [batches[b] for b in heaviest_first]
         per_rank += 1
-
-
-def even_length(model: Transformer) -> float:
-    """The length, in tokens, of a sequence whose attention costs as much as all the rest of a forward.
-
-    A token costs 2 FLOPs a parameter, and in causal attention 2 x layers x heads x head_dim a token of its sequence.
-    """
-    config = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters / (config.num_hidden_layers * config.num_attention_heads * config.head_dim)
-
-
-def work_of(sequences: Sequence[TrainingSequence], even_at: float) -> float:
-    """What a micro-batch of these costs, in tokens without attention."""
-    return packed_tokens(sequences) + sum(len(sequence.tokens) ** 2 for sequence in sequences) / even_at
-
-
-def packed_tokens(sequences: Sequence[TrainingSequence]) -> int:
-    """Tokens of a micro-batch of these, every prompt counted once."""
-    repeated = sum(sequences[i].prompt_length for _, *others in by_prompt(sequences) for i in others)
-    return sum(len(sequence.tokens) for sequence in sequences) - repeated
-
-
-def micro_batches(
-    sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int, even_at: float = math.inf
-) -> list[list[int]]:
-    """`cut_into_micro_batches`, with the responses to one prompt together as far as they fit.
-
-    Over several ranks a group is also split where that ends the step sooner, though its prompt is then learned from
-    once more. `even_at` is `even_length`'s; without it work is tokens alone.
-    """
-    largest = [most_tokens]  # of what stays together
-    if ranks > 1:
-        share = packed_tokens(sequences) / ranks
-        largest += [math.ceil(share / parts) for parts in (1, 2, 4, 8) if share / parts < most_tokens]
-    ways = [_cut_groups(sequences, most_tokens, ranks, even_at, tokens) for tokens in largest]
-
-    def time_taken(batches: list[list[int]]) -> float:
-        return slowest([work_of([sequences[i] for i in batch], even_at) for batch in batches], ranks)
-
-    return min(ways, key=time_taken)
-
-
-def _cut_groups(
-    sequences: Sequence[TrainingSequence], most_tokens: int, ranks: int, even_at: float, most_together: int
-) -> list[list[int]]:
-    units: list[list[int]] = []
-    sizes: list[int] = []
-    for alike in by_prompt(sequences):
-        prompt = sequences[alike[0]].prompt_length
-        fresh = True
-        for i in alike:
-            response = sequences[i].response_length
-            if fresh or sizes[-1] + response > most_together:
-                units.append([])
-                sizes.append(prompt)
-            units[-1].append(i)
-            sizes[-1] += response
-            fresh = False
-    work = [work_of([sequences[i] for i in unit], even_at) for unit in units]
-    batches = cut_into_micro_batches(sizes, most_tokens, ranks, work)
-    return [[i for unit in batch for i in units[unit]] for batch in batches]
 
 
 def slowest(loads: Sequence[float], ranks: int) -> float:

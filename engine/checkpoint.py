@@ -39,7 +39,7 @@ from data_filter import History
 from engine.device import Device
 from engine.files import sync_folder
 from grpo import Sinks
-from lab.report import FILES
+from lab.metrics import FILES
 from model import Transformer
 from rollout import Rollout
 
@@ -70,7 +70,6 @@ class RunState:
     history: History = field(default_factory=History)
     sinks: Sinks = field(default_factory=Sinks)
     metrics_position: list[int] = field(default_factory=lambda: [0, 0])  # lines of metrics.jsonl and rollouts.jsonl
-    fingerprint: dict[str, str] = field(default_factory=dict)  # of recipe, data, model and code: see `differences`
 
 
 # ------------------------------------------------------------------------------------------------------- saving

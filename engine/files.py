@@ -1,7 +1,9 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and JSON lines whose last one may have been cut off."""
 
+import json
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -25,3 +27,20 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, bytes, object]]:
+    """(line number from 1, line, its value) of each line; a last line without its line end is dropped, on stderr.
+
+    Raises ValueError "PATH, line N: REASON" where a whole line is not JSON.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                print(f"{path}: dropped 1 half-written last line (line {number})", file=sys.stderr)
+                return
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {str(error)[:200]}") from None
+            yield number, line, row

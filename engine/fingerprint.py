@@ -11,19 +11,6 @@ import torch
 
 from lab.problems import Problem
 
-
-def fingerprint(model_folder: Path) -> str:
-    """A hash of a model's weights: of each file's size, first and last MiB."""
-    digest = hashlib.sha256()
-    for path in sorted(model_folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode() + file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
-
-
 IDENTITY_BYTES = 2**20  # of a weights file's beginning (its header, and the first tensors) and end, to know it by
 
 

@@ -18,7 +18,7 @@ Everything is written to disk in the ordinary formats, so that nothing downstrea
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,32 +26,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from lab.problems import DataError, Problem, write_problems
+from lab.recipe import World
 from model import Transformer, initialise, parse_config, save
 
 FILLER = " ."
 MOST_MISSES = 10_000  # draws in a row that found no new sum
-
-
-@dataclass(frozen=True)
-class World:
-    """How large the world is. Terms are inclusive ranges of the number of summands."""
-
-    seed: int = 0
-    sft_problems: int = 32_000
-    sft_terms: tuple[int, int] = (2, 6)
-    sft_noise: float = 0.15  # share of wrong steps in the solutions of fine-tuning
-    train_problems: int = 640
-    train_terms: tuple[int, int] = (3, 7)
-    held_out_problems: int = 240
-    filler_share: float = 0.2  # of the problems that stand behind filler, so that late positions are not new
-    filler_tokens: int = 40  # at most
-    beyond_tokens: tuple[int, int] = (104, 128)  # filler of the problems beyond the trained window
-    beyond_problems: int = 128
-    beyond_terms: tuple[int, int] = (3, 6)
-    hidden_size: int = 128
-    layers: int = 4
-    window: int = 512  # max_position_embeddings
-
 
 # --------------------------------------------------------------------------------------------------- problems
 

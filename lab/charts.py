@@ -1,7 +1,7 @@
 """Charts as matplotlib figures: lines and bars, alone or as panels, as inline SVG or PNG.
 
-Never pyplot, whose figures are global. matplotlib is imported inside functions: train.py imports this room at its
-start, and the second that matplotlib takes is a report's to pay, not every training process's.
+Never pyplot, whose figures are global. matplotlib is imported inside functions: it takes a second, which only the
+process that writes a report should pay.
 """
 
 import html
@@ -23,34 +23,24 @@ from engine.files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: for any colour vision
-INK, GREY, GRID = "#1f2328", "#636c76", "#e6e8eb"
-LOOK = {
-    **dict.fromkeys(("axes.edgecolor", "grid.color"), GRID),
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
-    **dict.fromkeys(("axes.titlecolor", "legend.labelcolor"), INK),
-    **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top", "xtick.bottom", "ytick.left"), False),
-    **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.titlesize": 9, "font.size": 7.5},
-    **{"axes.titleweight": "bold", "lines.markersize": 3.5, "legend.frameon": False, "savefig.dpi": 200},
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout on every machine
-    "text.parse_math": False,  # a $ of a problem is a dollar
-    **{"svg.fonttype": "none", "svg.hashsalt": "charts"},  # text stays text, ids stay the same
-}
+GREY = "#636c76"
+STYLE = Path(__file__).with_name("charts.mplstyle")
 LOCK = threading.RLock()
-WIDTH, HEIGHT, LEFT, RIGHT, BELOW = 302, 205, 40, 16, 26  # of a chart and its margins for tick labels, in points
+WIDTH, HEIGHT = 302, 205  # of a chart, in points
 BINS = 300  # a longer series is drawn as the lowest and the highest value of so many bins
 DASHED = ("max_response_tokens", "target")  # limits and targets, not measurements
 
 
 @contextmanager
 def _look() -> Iterator[None]:
-    """This file's settings over matplotlib's own, whatever the machine's are; they are global, hence the lock."""
+    """STYLE over matplotlib's defaults, whatever the machine's settings are; they are global, hence the lock."""
     import matplotlib.style
 
-    with LOCK, matplotlib.style.context(["default", LOOK]), warnings.catch_warnings():
+    with LOCK, matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # one that the measuring font lacks; a browser finds another font
         yield
 
@@ -106,55 +96,38 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[kept], y[kept]
 
 
-def _ticks(low: float, high: float, kind: str, most: int = 5, whole: bool = False) -> np.ndarray:
-    """Round ticks from below `low` to above `high`."""
+def _new_figure(title: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure((WIDTH / 72, HEIGHT / 72), label=title)
+
+
+def _scale_y(ax: "Axes", low: float, high: float, kind: str) -> None:
+    """Scale and round ticks of the y axis, which goes from a tick below `low` to one above `high`."""
     from matplotlib.ticker import MaxNLocator
 
     if kind == "log":
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         stride = max(1, math.ceil((last - first) / 6))
-        return 10.0 ** np.arange(first, max(last, first + 1) + stride, stride)
-    if kind != "level":
-        low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-5 * max(abs(low), abs(high)):  # a constant
-        low, high = low - abs(low) / 10, high + (abs(high) / 10 or 1.0)
-    ticks = MaxNLocator(most, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1).tick_values(low, high)
-    return np.array([float(f"{tick:.12g}") for tick in ticks])  # without rounding errors, which put 1.4 above 1.4
+        ticks = 10.0 ** np.arange(first, max(last, first + 1) + stride, stride)
+    else:
+        if kind != "level":
+            low, high = min(low, 0.0), max(high, 0.0)
+        if high - low <= 1e-5 * max(abs(low), abs(high)):  # a constant
+            low, high = low - abs(low) / 10, high + (abs(high) / 10 or 1.0)
+        ticks = MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=1).tick_values(low, high)
+        ticks = [float(f"{tick:.12g}") for tick in ticks]  # without rounding errors, which put 1.4 above 1.4
+    ax.set(yscale="log" if kind == "log" else "linear", ylim=(ticks[0], ticks[-1]))
+    ax.set_yticks(ticks, [format_number(tick, kind in ("share", "groups"), 6) for tick in ticks])
+    ax.minorticks_off()
 
 
-def _axes(figure: "Figure", left: float = 0, bottom: float = 0) -> "Axes":
-    """Axes for one chart, whose lower left corner is there, in points."""
-    across, up = 72 * figure.get_size_inches()
-    size = ((WIDTH - LEFT - RIGHT) / across, (HEIGHT - BELOW) / up)
-    return figure.add_axes(((left + LEFT) / across, (bottom + BELOW) / up, *size))
-
-
-def _frame(ax: "Axes", title: str, legend: "list[tuple[Artist, str]]", x_label: str, strips: int = 0) -> None:
-    """Title and legend above the axes, which make room for them and for `strips` lines of labels in between."""
-    rows, strips = math.ceil(len(legend) / 2), 9 * strips + 6
-    height, margin = HEIGHT - BELOW - 16 - 11 * rows - strips, (4 - LEFT) / (WIDTH - LEFT - RIGHT)
-    x, y, across, up = ax.get_position().bounds
-    ax.set_position((x, y, across, up * height / (HEIGHT - BELOW)))
-    ax.set_title(_short(title, 48), loc="left", x=margin, pad=strips + 11 * rows + 3)
+def _label(ax: "Axes", title: str, x_label: str, legend: "list[tuple[Artist, str]]") -> None:
+    """The axes' x label; above them, the title in bold and the legend."""
     handles, labels = zip(*legend, strict=True)
-    place = {"loc": "lower left", "bbox_to_anchor": (margin, 1 + strips / height), "borderpad": 0, "borderaxespad": 0}
-    gaps = {"handlelength": 1.3, "handletextpad": 0.5, "columnspacing": 1.2, "labelspacing": 0.45}
-    ax.legend(handles, labels, ncols=2, **place, **gaps)
+    style = {"title_fontproperties": {"weight": "bold", "size": 9}, "alignment": "left", "ncols": 2}
     ax.set_xlabel(_short(x_label, 40), loc="right", labelpad=1)
-
-
-def _above(ax: "Axes", x: float, label: str, strip: int, free: float, centre: bool = False) -> float:
-    """A label at `x` in a strip above the axes, unless something there reaches as far as `free`; centred ones make way.
-
-    Returns where the strip is free from then on; in parts of the axes' width, by an average letter."""
-    width, at = 4.3 * len(label) / (WIDTH - LEFT - RIGHT), ax.transLimits.transform((x, 0))[0]
-    start = max(0.0, min(at - width / 2 * centre, 1.0 - width))
-    start = max(start, free) if centre else start
-    if start < free or start + width > 1.05:
-        return free
-    from_axes = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    ax.annotate(label, (start, 1), (0, 9 * strip + 4), annotation_clip=False, **from_axes)
-    return start + width + 0.02
+    ax.figure.legend(handles, labels, loc="outside upper left", title=_short(title, 48), **style)
 
 
 def _line(ax: "Axes", x: np.ndarray, y: np.ndarray, dots: bool, **style: object) -> "Artist":
@@ -175,15 +148,15 @@ def line_chart(
     smooth: bool = True,
     band: dict[str, list[tuple[float, float | None, float | None]]] | None = None,
     zones: Sequence[tuple[float, float, str]] = (),
-    ax: "Axes | None" = None,
-) -> "Figure | None":
+    figure: "FigureBase | None" = None,
+) -> "FigureBase | None":
     """A line for each series; None where none has a value to draw. None and NaN are gaps.
 
     `kind` is the y axis: "amount" (from 0), "share" or "groups" (%), "level" (0 need not show) or "log".
     `rules`: (x, label) of vertical lines, where stages begin. `smooth`: series of 30 values and more are drawn faint,
     with a moving average on top. `band`: (x, low, high) of an interval, by series. `zones`: (from, to, label) of
-    shaded spans of x. `ax`: draws there, instead of on a figure of its own."""
-    from matplotlib.figure import Figure
+    shaded spans of x. `figure`: draws there, instead of on a figure of its own."""
+    from matplotlib.ticker import MaxNLocator
 
     def y_of(value: float | None) -> float:
         value = number(value)
@@ -196,29 +169,16 @@ def line_chart(
         return None
     bands = {label: [(x, y_of(low), y_of(high)) for x, low, high in (band or {}).get(label, ())] for label in lines}
     bands = {label: [row for row in rows if np.isfinite(row[1:]).all()] for label, rows in bands.items()}
-    values = [y for _, y in lines.values()] + [row[1:] for rows in bands.values() for row in rows]
-    values = np.concatenate(values)
-    ticks, percent = _ticks(np.nanmin(values), np.nanmax(values), kind), kind in ("share", "groups")
+    values = np.concatenate([y for _, y in lines.values()] + [row[1:] for rows in bands.values() for row in rows])
     x0, x1 = (min(xs), max(xs)) if min(xs) < max(xs) else (xs[0] - 0.5, xs[0] + 0.5)
     with _look():
-        ax = ax or _axes(Figure((WIDTH / 72, HEIGHT / 72), label=title))
-        ax.set(xlim=(x0, x1), yscale="log" if kind == "log" else "linear", ylim=(ticks[0], ticks[-1]))
-        ax.minorticks_off()
-        ax.set_yticks(ticks, [format_number(tick, percent, 6) for tick in ticks])
-        whole, edge = all(x == round(x) for x in xs), 1e-9 * (x1 - x0)  # there is no half step; of rounding
-        x_ticks = [tick for tick in _ticks(x0, x1, "level", 7, whole) if x0 - edge <= tick <= x1 + edge]
-        ax.set_xticks(x_ticks, [format_number(tick, digits=6) for tick in x_ticks])
-        free = [0.0, 0.0, 0.0]  # of the three strips: two for zones, in turn, and one for rules
-        for i, (start, end, label) in enumerate(zones):
-            start, end = max(start, x0), min(end, x1)
-            if start < end:
-                ax.axvspan(start, end, color=COLOURS[i % 6], alpha=0.07, linewidth=0)
-                free[i % 2] = _above(ax, (start + end) / 2, _short(label, 30), i % 2, free[i % 2], centre=True)
-        for x, label in rules:
-            if x0 <= x <= x1:
-                ax.axvline(x, color="#8c959f", linewidth=0.7, linestyle=(0, (3, 3)), zorder=1)
-                free[2] = _above(ax, x, _short(label, 30), 2 * bool(zones), free[2])
-        legend = []
+        figure = figure or _new_figure(title)
+        ax = figure.add_subplot(xlim=(x0, x1))
+        _scale_y(ax, np.nanmin(values), np.nanmax(values), kind)
+        whole = all(x == round(x) for x in xs)  # there is no half step
+        ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1))
+        ax.xaxis.set_major_formatter(lambda x, _: format_number(x, digits=6))
+        legend, taken = [], 0.0  # how far labels above the axes reach, as a share of their width
         for i, (label, (x, y)) in enumerate(lines.items()):
             known, limit = np.isfinite(y), label in DASHED
             style = {"color": GREY if limit else COLOURS[i % 6], "linestyle": "--" if limit else "-:"[i // 6 % 2]}
@@ -229,47 +189,56 @@ def line_chart(
                 _line(ax, x, y, **style, linewidth=0.7, alpha=0.3, zorder=1.9)
                 y = _smooth(x, y, [start for start, _ in rules])
             line = _line(ax, x, y, **style, linewidth=1.25)
-            legend.append((line, f"{_short(label, 24)} {format_number(y[known][-1], percent)}"))
-        _frame(ax, title, legend, x_label, 2 * bool(zones) + bool(rules))
-    return ax.figure
+            last = format_number(y[known][-1], kind in ("share", "groups"))
+            legend.append((line, f"{_short(label, 24)} {last}"))
+        for i, (start, end, label) in enumerate(zones):
+            if max(start, x0) < min(end, x1):  # in colours from the other end than the lines'
+                span = ax.axvspan(max(start, x0), min(end, x1), color=COLOURS[-1 - i % 6], alpha=0.15, linewidth=0)
+                legend.append((span, _short(label, 30)))
+        for x, label in rules:
+            if x0 <= x <= x1:
+                ax.axvline(x, color="#8c959f", linewidth=0.7, linestyle=(0, (3, 3)), zorder=1)
+                label = _short(label, 30)
+                width = 0.018 * len(label)  # of an average letter
+                place = max(0.0, min((x - x0) / (x1 - x0), 1 - width))
+                if place >= taken:  # else left out: the stage before is too short
+                    taken = place + width + 0.02
+                    above = {"xycoords": "axes fraction", "textcoords": "offset points", "color": GREY}
+                    ax.annotate(label, (place, 1), (0, 4), **above)
+        _label(ax, title, x_label, legend)
+    return figure
 
 
 def bar_chart(title: str, groups: dict[str, list[float]], x_label: str) -> "Figure | None":
     """Counts of 0, 1, 2, ... as bars side by side, the first group hollow, the others filled; None without a count."""
-    from matplotlib.figure import Figure
-
     groups = {label: [number(count) or 0.0 for count in counts] for label, counts in groups.items()}
     most = max((count for counts in groups.values() for count in counts), default=0)
     if not most:
         return None
-    slots, ticks, width = max(map(len, groups.values())), _ticks(0.0, most, "amount"), 0.8 / len(groups)
+    slots, width, legend = max(map(len, groups.values())), 0.8 / len(groups), []
     with _look():
-        ax = _axes(Figure((WIDTH / 72, HEIGHT / 72), label=title))
-        legend = []
+        figure = _new_figure(title)
+        ax = figure.add_subplot(xlim=(-0.5, slots - 0.5), xticks=range(slots)[:: math.ceil(slots / 16)])
         for g, (label, counts) in enumerate(groups.items()):
             style = {"color": COLOURS[(g - 1) % 6]} if g else {"facecolor": "none", "edgecolor": GREY}
             x = np.arange(len(counts)) - 0.4 + (g + 0.5) * width
             legend.append((ax.bar(x, counts, width * 0.9, **style), f"{_short(label, 24)} {sum(counts):,.0f}"))
-        ax.set(xlim=(-0.5, slots - 0.5), ylim=(0, ticks[-1]), xticks=range(slots)[:: math.ceil(slots / 16)])
-        ax.set_yticks(ticks, [format_number(tick, digits=6) for tick in ticks])
-        _frame(ax, title, legend, x_label)
-    return ax.figure
+        _scale_y(ax, 0.0, most, "amount")
+        _label(ax, title, x_label, legend)
+    return figure
 
 
 def panels(title: str, charts: Sequence[dict], columns: int = 3) -> "Figure":
     """Charts side by side on one figure, each given by the arguments of `line_chart`."""
-    from matplotlib.figure import Figure
-
     rows = math.ceil(len(charts) / columns)
-    width, height = columns * WIDTH + 8, rows * (HEIGHT + 8) + 30
     with _look():
-        figure = Figure((width / 72, height / 72), label=title)
-        figure.text(8 / width, 1 - 10 / height, _short(title, 80), va="top", size=13, weight="bold", color=INK)
-        for i, chart in enumerate(charts):
-            ax = _axes(figure, i % columns * WIDTH + 4, (rows - 1 - i // columns) * (HEIGHT + 8) + 4)
-            if line_chart(**chart, ax=ax) is None:
-                ax.set_axis_off()
-                ax.set_title(f"{_short(chart['title'], 40)}: no data yet", loc="left")
+        figure = _new_figure(title)
+        figure.set_size_inches(columns * WIDTH / 72, (rows * HEIGHT + 30) / 72)
+        figure.suptitle(_short(title, 80), x=4 / WIDTH / columns, ha="left", size=13, weight="bold")
+        parts = figure.subfigures(rows, columns, squeeze=False).flat
+        for chart, part in zip(charts, parts, strict=False):
+            if line_chart(**chart, figure=part) is None:
+                part.text(4 / WIDTH, 1 - 4 / HEIGHT, f"{_short(chart['title'], 40)}: no data yet", va="top", size=9)
     return figure
 
 

@@ -111,7 +111,7 @@ def read_data(arguments: argparse.Namespace) -> list[Problem]:
 
 def estimate_command(arguments: argparse.Namespace) -> None:
     """Ask the model, on all processes, and say what shape its pass rates have."""
-    from engine.fingerprint import fingerprint
+    from engine.fingerprint import model_identity
     from lab.evaluation import cache_limits
 
     problems, here = read_data(arguments), devices.start()
@@ -133,7 +133,7 @@ def estimate_command(arguments: argparse.Namespace) -> None:
         check_requests(model, prompts, sampling, respondent.limits)
         if here.is_main:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        history = estimate(respondent, problems, arguments.n, sampling, arguments.out, fingerprint(folder))
+        history = estimate(respondent, problems, arguments.n, sampling, arguments.out, model_identity(folder))
     if here.is_main:
         rates = [history.estimate(problem.id) for problem in problems]
         shape = verdict(histogram(rates, arguments.n))

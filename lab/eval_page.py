@@ -3,13 +3,16 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from engine.files import write_atomically
 from lab import charts
 from lab.benchmarks import file_name
-from lab.page import folded, html_figures, html_page, html_table, html_text
+from lab.page import Drawn, temperature_figure, write_page
 from lab.problems import Problem
-from lab.scores import Estimate, Evaluation, Response
+from lab.scores import Evaluation, Response
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESPONSES_SHOWN = 6  # of each verdict of each set, drawn at random but always the same
 ZONES = ("robust generation", "controlled exploration", "performance collapse")
@@ -29,39 +32,29 @@ def write_evaluation_page(
     `found` and `groups` are by setting; `table` is RECIPE.md section 6 with this model; `curves` is that part of
     results.json: temperature, match, length.
     """
-    sections = [f"<h1>{html_text(model)}</h1>"]
-    if found:
-        sections += ["<h2>Beside the published results</h2>", html_table(table[0], table[1:])]
-        sections.append('<p class="muted">avg@k in percent; [95% interval over problems], @n of this measurement.</p>')
-    for kind, draw, tabulate in (
-        ("temperature", temperature_figure, temperature_table),
-        ("match", temperature_figure, temperature_table),
-        ("length", length_figure, budget_table),
-    ):
+    drawn = []  # (figure with title and caption, a note, a table) of each curve
+    for kind in ("temperature", "match", "length"):
         for name, curve in curves.get(kind, {}).items():
-            title, figure, caption = draw(name, curve)
-            if figure is not None:
-                charts.png(figure, out / f"{file_name(f'{kind}-{name}')}.png")
-            head, *rows = tabulate(curve)
-            said = f"<p>{html_text(describe_zones(curve['zones']))}</p>" if "zones" in curve else ""
-            said += f"<p>Chosen: temperature {curve['chosen']:g}</p>" if "chosen" in curve else ""
-            sections += [html_figures([(title, figure, caption)]), said, html_table(head, rows)]
+            figure = length_figure(name, curve) if kind == "length" else curve_figure(name, curve)
+            if figure[1] is not None:
+                charts.png(figure[1], out / f"{file_name(f'{kind}-{name}')}.png")
+            note = describe_zones(curve["zones"]) if "zones" in curve else ""
+            note += f"Chosen: temperature {curve['chosen']:g}" if "chosen" in curve else ""
+            drawn.append((figure, note, budget_table(curve) if kind == "length" else temperature_table(curve)))
+    shown = []
     for setting, own in found.items():
         for evaluation in own:
             name = ", ".join(filter(None, (evaluation.name, setting)))
-            head, *rows = k_table(evaluation)
-            lengths_head, *lengths = length_table(evaluation)
-            sections += [
-                f"<h2>{html_text(name)}</h2>",
-                figures_table(evaluation),
-                html_figures([k_figure(evaluation), length_bands_figure(evaluation)]),
-                html_table(head, rows),
-                html_table(lengths_head, lengths),
-                groupings(evaluation),
-                responses_to_read(name, sets[evaluation.name], groups[setting][evaluation.name]),
-            ]
-    write_atomically(out / "report.html", [html_page(f"Evaluation of {model}", "".join(sections)).encode()])
-    return out / "report.html"
+            shown.append({
+                "name": name,
+                "file": file_name(name),
+                "summary": summary_table(evaluation),
+                "figures": [k_figure(evaluation), length_bands_figure(evaluation)],
+                "tables": [k_table(evaluation), length_table(evaluation), *group_tables(evaluation)],
+                "responses": responses_to_read(sets[evaluation.name], groups[setting][evaluation.name]),
+            })  # fmt: skip
+    values = {"title": f"Evaluation of {model}", "model": model, "published": table, "curves": drawn, "sets": shown}
+    return write_page(out / "report.html", "evaluation.html", **values)
 
 
 def percent(value: float | None) -> str:
@@ -132,8 +125,8 @@ def describe_zones(zones: dict) -> str:
     )
 
 
-def figures_table(found: Evaluation) -> str:
-    """The figures of a set in one row."""
+def summary_table(found: Evaluation) -> list[list[str]]:
+    """The figures of a set: a head and one row."""
     cells = {
         f"avg@{found.n}": percent(found.avg),
         "95% over problems": spread(found.low, found.high),
@@ -148,110 +141,84 @@ def figures_table(found: Evaluation) -> str:
         "peak GiB": "-" if found.peak_memory_gib is None else f"{found.peak_memory_gib:.2f}",
         **{verdict: f"{count:,}" for verdict, count in found.verdicts.items()},
     }
-    return html_table(list(cells), [list(cells.values())])
+    return [list(cells), list(cells.values())]
 
 
-def k_figure(found: Evaluation) -> tuple:
+def group_tables(found: Evaluation) -> list[list[list[str]]]:
+    """Accuracy by type and by difficulty, where the data has them: for each a head, then rows."""
+    tables = []
+    for title, groups in (("type", found.by_type), ("difficulty", found.by_difficulty)):
+        rows = [[label, percent(g.avg), spread(g.low, g.high), f"{g.problems:,}"] for label, g in groups.items()]
+        tables += [[[title, "accuracy", "95%", "problems"], *rows]] if rows else []
+    return tables
+
+
+def draw(title: str, lines: dict[str, list[tuple]], kind: str, x_label: str, **options: object) -> "Figure | None":
+    """A chart of points (x, value, low, high): each line with the band of its 95% intervals."""
+    series = {label: [(x, value) for x, value, _, _ in points] for label, points in lines.items()}
+    band = {label: [(x, low, high) for x, _, low, high in points] for label, points in lines.items()}
+    return charts.line_chart(title, series, kind, x_label=x_label, smooth=False, band=band, **options)
+
+
+def k_figure(found: Evaluation) -> Drawn:
     """pass@k and maj@k against k."""
-
-    def points(figures: dict[str, Estimate]) -> list[tuple[float, float]]:
-        return [(float(k), figure.value) for k, figure in figures.items()]
-
-    series = {"pass@k": points(found.pass_at), "maj@k": points(found.maj_at)}
-    band = {
-        title: [(float(k), figure.low, figure.high) for k, figure in figures.items()]
+    lines = {
+        title: [(float(k), e.value, e.low, e.high) for k, e in figures.items()]
         for title, figures in (("pass@k", found.pass_at), ("maj@k", found.maj_at))
     }
     title = "pass@k and maj@k"
-    figure = charts.line_chart(title, series, "share", x_label="k", smooth=False, band=band)
-    return title, figure, "Bands: 95% intervals, problems being the sampling unit. A tie of votes is worth its share."
+    caption = "Bands: 95% intervals, problems being the sampling unit. A tie of votes is worth its share."
+    return title, draw(title, lines, "share", "k"), caption
 
 
-def length_bands_figure(found: Evaluation) -> tuple:
-    """Accuracy by response length."""
-    known = [band for band in found.by_length if band.accuracy is not None]
-    middle = [(band.above + (band.up_to or found.by_length[-1].above * 1.5)) / 2 for band in known]
-    series = {"accuracy": list(zip(middle, (band.accuracy for band in known), strict=True))}
-    band = {"accuracy": [(x, b.low, b.high) for x, b in zip(middle, known, strict=True)]}
-    title = "Accuracy by response length"
-    figure = charts.line_chart(title, series, "share", x_label="tokens", smooth=False, band=band)
-    return (
-        title,
-        figure,
-        "Of responses whose length lies in a band of the trained length: "
-        + "; ".join(
-            f"{band.above:,.0f} to {f'{band.up_to:,.0f}' if band.up_to else 'the end'}: {band.responses:,} responses"
-            for band in found.by_length
-        ),
-    )
+def length_bands_figure(found: Evaluation) -> Drawn:
+    """Accuracy by response length, each band of lengths at its middle."""
+    points = []
+    for band in found.by_length:
+        middle = (band.above + (band.up_to or found.by_length[-1].above * 1.5)) / 2
+        points.append((middle, band.accuracy, band.low, band.high))
+    title, caption = "Accuracy by response length", "Of the responses in each band of lengths, drawn at its middle."
+    return title, draw(title, {"accuracy": points}, "share", "tokens"), caption
 
 
-def groupings(found: Evaluation) -> str:
-    """Accuracy by type and by difficulty, where the data has them."""
-    parts = []
-    for title, grouped in (("type", found.by_type), ("difficulty", found.by_difficulty)):
-        if grouped:
-            rows = [[label, percent(g.avg), spread(g.low, g.high), f"{g.problems:,}"] for label, g in grouped.items()]
-            parts.append(html_table([title, "accuracy", "95%", "problems"], rows))
-    return "".join(parts)
-
-
-def temperature_figure(name: str, curve: dict) -> tuple:
-    """Accuracy and distinct-4 against temperature, with the zones or the target where there are such."""
-    points = sorted(curve["points"], key=lambda point: point["temperature"])
-    xs = [point["temperature"] for point in points]
-    series = {key: [(p["temperature"], p[key]) for p in points] for key in ("accuracy", "distinct4")}
-    band = {
-        key: [
-            (p["temperature"], max(0.0, p[key] - p[f"{key}_half"]), min(1.0, p[key] + p[f"{key}_half"]))
-            for p in points
-            if p[key] is not None
-        ]
-        for key in series
-    }
+def curve_figure(name: str, curve: dict) -> Drawn:
+    """Accuracy and distinct-4 against temperature, with the zones or the target where the curve has them."""
     zones, rules, found = [], [], curve.get("zones")
     if "chosen" in curve:
-        series["target"] = [(p["temperature"], p["target"]) for p in points]
         rules = [(curve["chosen"], f"chosen {curve['chosen']:g}")]
     if found and "none" not in found:
-        ends = [xs[-1] if end is None else end for end in (found["robust_end"], found["exploration_end"])]
-        edges = [xs[0], *ends, xs[-1]]
-        zones = [(a, b, zone) for a, b, zone in zip(edges, edges[1:], ZONES, strict=False) if b > a]
+        measured = [point["temperature"] for point in curve["points"]]
+        ends = [max(measured) if end is None else end for end in (found["robust_end"], found["exploration_end"])]
+        zones = list(zip([min(measured), *ends], [*ends, max(measured)], ZONES, strict=True))
         rules = [(found["start"], f"start {found['start']:g}")]
     title = f"Temperature {name}"
-    figure = charts.line_chart(
-        title, series, "amount", rules, x_label="temperature", smooth=False, band=band, zones=zones
-    )
+    figure = temperature_figure(title, curve["points"], rules, zones)
     return title, figure, "Bands: 95% intervals, problems being the sampling unit."
 
 
-def length_figure(name: str, settings: dict) -> tuple:
+def length_figure(name: str, settings: dict) -> Drawn:
     """Accuracy when responses are cut, against the budget, a line for each setting."""
-    series = {setting: [(p["budget"], p["accuracy"]) for p in points] for setting, points in settings.items()}
-    band = {setting: [(p["budget"], p["low"], p["high"]) for p in points] for setting, points in settings.items()}
+    lines = {
+        setting: [(p["budget"], p["accuracy"], p["low"], p["high"]) for p in points]
+        for setting, points in settings.items()
+    }
     title = f"Length {name}"
-    figure = charts.line_chart(title, series, "share", x_label="tokens", smooth=False, band=band)
-    return title, figure, "Responses are cut at the budget, not sampled again. Bands: 95% intervals over problems."
+    caption = "Responses are cut at the budget, not sampled again. Bands: 95% intervals over problems."
+    return title, draw(title, lines, "share", "tokens"), caption
 
 
-def responses_to_read(name: str, problems: Sequence[Problem], groups: Sequence[Sequence[Response]]) -> str:
-    """A few whole responses of every verdict."""
-    by_verdict: dict[str, list[tuple[Problem, Response]]] = {}
+def responses_to_read(problems: Sequence[Problem], groups: Sequence[Sequence[Response]]) -> list[tuple]:
+    """(verdict, how many responses got it, a few of them): of each a line about it, and its whole texts."""
+    by_verdict: dict[str, list[tuple[str, dict[str, str]]]] = {}
     for problem, group in zip(problems, groups, strict=True):
-        for response in group:
-            by_verdict.setdefault(response.verdict, []).append((problem, response))
-    parts = []
-    for verdict, found in sorted(by_verdict.items()):
-        chosen = random.Random(0).sample(found, min(RESPONSES_SHOWN, len(found)))
-        parts.append(
-            f"<h3>{html_text(verdict)}: {len(chosen)} of {len(found):,} responses, "
-            f"all in responses/{html_text(file_name(name))}.jsonl</h3>"
-        )
-        for problem, response in chosen:
+        accepted = " | ".join(problem.answers) or "none"
+        for r in group:
             summary = (
-                f"{verdict} · {response.problem_id} sample {response.sample} · answer {response.answer} · "
-                f"accepted {' | '.join(problem.answers) or 'none'} · {response.tokens:,} tokens · "
-                f"{response.finish_reason}"
+                f"{r.verdict} · {r.problem_id} sample {r.sample} · answer {r.answer} · accepted {accepted} · "
+                f"{r.tokens:,} tokens · {r.finish_reason}"
             )
-            parts.append(folded(summary, {"problem": problem.text, "response": response.text}))
-    return "".join(parts)
+            by_verdict.setdefault(r.verdict, []).append((summary, {"problem": problem.text, "response": r.text}))
+    return [
+        (verdict, len(found), random.Random(0).sample(found, min(RESPONSES_SHOWN, len(found))))
+        for verdict, found in sorted(by_verdict.items())
+    ]

@@ -15,14 +15,14 @@ from engine import device as devices
 from engine.attempts import AttemptStats, GraderError, Respondent, check_grader, whole_work
 from engine.device import Interrupted, StopRequest
 from engine.files import write_atomically
-from engine.fingerprint import fingerprint
+from engine.fingerprint import model_identity
 from engine.grader import Grader
 from engine.tokenizer import load_tokenizer, stop_tokens
 from eval import Answer, Diversity, TemperaturePoint, find_zones, match_diversity, measure_temperature
 from lab.benchmarks import file_name, find_data, published_table, text_table
 from lab.eval_page import budget_table, describe_zones, k_table, length_table, temperature_table, write_evaluation_page
+from lab.metrics import MetricsError, read_metrics
 from lab.problems import INSTRUCTION, DataError, Problem, read_problems, write_problems
-from lab.report import MetricsError, read_metrics
 from lab.responses import Recorder, read_groups, read_settings, response_file, write_responses, write_settings
 from lab.scores import Evaluation, Response, compare, interval, summarise
 from model import ModelConfig, ModelError, extend_window, load, resolve_folder, tokenizer_folder
@@ -257,7 +257,7 @@ def settings_of(
     text = json.dumps([asdict(problem) for problems in sets.values() for problem in problems])
     return {
         **{name: getattr(arguments, name) for name in SAMPLING_SETTINGS},
-        "weights": fingerprint(model_folder),
+        "weights": model_identity(model_folder),
         "problems": hashlib.sha256(text.encode()).hexdigest()[:16],
         "thinking": not arguments.no_thinking,
         "trained_length": trained_length,

@@ -1,38 +1,75 @@
 """Every number of a run: typed dataclasses, read from TOML.
 
     load_recipe("recipes/tiny.toml", ["stage.1.temperature=1.2"])
+    python -m lab.recipe                   # every key, its default, what it may be and what it is
 
-An unknown key is an error that names the nearest known one; a value of the wrong type is an error too. What a
-recipe leaves out has the default below, and what was resolved is written into the run's folder.
+An unknown key is an error that names the nearest known one; a value of the wrong type or out of bounds is an error
+too. What a recipe leaves out has the default below, and what was resolved is written into the run's folder.
 """
 
 import difflib
 import json
 import math
+import operator
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
-from lab.arithmetic import World
 from lab.problems import INSTRUCTION
 
 MOST_SHOWN = 200  # characters of what a recipe holds, in an error
+BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+    "one_of": ("one of", lambda value, known: value in known),
+}
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run, in one sentence: what, where, what to do."""
 
 
+def key(default: typing.Any, help: str = "", **bounds: typing.Any) -> typing.Any:
+    """A field with its help and its bounds: `least`, `above`, `most`, `below` (numbers), `one_of` (a tuple)."""
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+# --------------------------------------------------------------------------------------------------------- keys
+
+
+@dataclass(frozen=True)
+class World:
+    """The laptop world of arithmetic.py: sums to solve. Terms are inclusive ranges of the number of summands."""
+
+    seed: int = key(0, least=0)
+    sft_problems: int = key(32_000, least=1)
+    sft_terms: tuple[int, int] = (2, 6)
+    sft_noise: float = key(0.15, "share of wrong steps in the solutions of fine-tuning", least=0, most=1)
+    train_problems: int = key(640, least=1)
+    train_terms: tuple[int, int] = (3, 7)
+    held_out_problems: int = key(240, least=1)
+    filler_share: float = key(0.2, "of problems behind filler, so that late positions are not new", least=0, most=1)
+    filler_tokens: int = key(40, "at most", least=1)
+    beyond_tokens: tuple[int, int] = key((104, 128), "filler of the problems beyond the trained window")
+    beyond_problems: int = key(128, least=1)
+    beyond_terms: tuple[int, int] = (3, 6)
+    hidden_size: int = key(128, "a multiple of 32", least=32)
+    layers: int = key(4, least=1)
+    window: int = key(512, "max_position_embeddings", least=1)
+
+
 @dataclass(frozen=True)
 class SamplerSettings:
-    """The KV cache of one process. A page as long as a whole sequence suits a CPU; a GPU wants 256."""
+    """The KV cache of one process."""
 
-    rows: int = 64  # sequences decoded at once
-    page_tokens: int = 256
-    cache_tokens: int = 1_000_000  # of all sequences together
+    rows: int = key(64, "sequences decoded at once", least=1)
+    page_tokens: int = key(256, "of one page; a CPU wants pages as long as a whole sequence", least=1)
+    cache_tokens: int = key(1_000_000, "of all sequences together", least=1)
 
 
 @dataclass(frozen=True)
@@ -42,37 +79,37 @@ class RewardSettings:
     correct: float = 1.0
     format: float = 0.0
     steps: float = 0.0
-    workers: int = 2  # processes for symbolic answers
-    time_limit_seconds: float = 5.0
-    most_failed_share: float = 0.02  # of answers on which the grader itself may fail before that stops the run
+    workers: int = key(2, "processes for symbolic answers", least=1)
+    time_limit_seconds: float = key(5.0, "for one symbolic answer", least=1e-3)
+    most_failed_share: float = key(0.02, "of answers on which the grader may fail; more stop the run", least=0, most=1)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """The held-out problems, looked at through the run."""
+    """The evaluation on held-out problems during the run."""
 
-    data: str = ""  # empty: no held-out evaluation
-    samples: int = 8  # responses per problem
-    temperature: float = 1.0
-    top_k: int = 0
-    max_response_tokens: int = 1024
-    problems: int = 0  # the first so many; 0: all
-    every_steps: int = 0  # within rl stages; 0: only between stages
-    problems_within_stage: int = 0  # the first so many of these evaluations; 0: as many as between stages
+    data: str = key("", "empty: no held-out evaluation")
+    samples: int = key(8, "responses per problem", least=1)
+    temperature: float = key(1.0, "0: greedy", least=0)
+    top_k: int = key(0, "0: all tokens", least=0)
+    max_response_tokens: int = key(1024, least=1)
+    problems: int = key(0, "the first so many; 0: all", least=0)
+    every_steps: int = key(0, "within rl stages; 0: only between stages", least=0)
+    problems_within_stage: int = key(0, "the first so many; 0: as many as between stages", least=0)
 
 
 @dataclass(frozen=True)
 class FinalSettings:
     """The evaluation at the end: longer than trained, with and without YaRN."""
 
-    data: str = ""  # empty: none
-    samples: int = 8
-    temperature: float = 1.4
-    top_k: int = 20
-    max_response_tokens: int = 90_000
-    yarn_factor: float = 1.5
-    yarn_original_window: int = 65_536  # a choice: POLARIS does not state it
-    yarn_attention_factor: float = 1.0  # off, as the recipe has it
+    data: str = key("", "empty: none")
+    samples: int = key(8, "responses per problem", least=1)
+    temperature: float = key(1.4, "0: greedy", least=0)
+    top_k: int = key(20, "0: all tokens", least=0)
+    max_response_tokens: int = key(90_000, least=1)
+    yarn_factor: float = key(1.5, least=1)
+    yarn_original_window: int = key(65_536, "a choice: POLARIS does not state it", least=1)
+    yarn_attention_factor: float = key(1.0, "off, as the recipe has it", least=0)
 
 
 @dataclass(frozen=True)
@@ -82,20 +119,20 @@ class GuardSettings:
     Two texts are the same without letter case, white space, dollar signs and the instruction.
     """
 
-    duplicates: str = "report"  # one text under several ids; "exclude" keeps the recipe's first
-    contamination: str = "report"  # problems of eval.data, final.data and `benchmarks`; "exclude" trains on none
-    benchmarks: tuple[str, ...] = ()  # more to compare with: aime24 and the like, files, folders of files, hub ids
+    duplicates: str = key("report", "one text under several ids; exclude keeps the first", one_of=("report", "exclude"))
+    contamination: str = key("report", "problems of eval.data, final.data, benchmarks", one_of=("report", "exclude"))
+    benchmarks: tuple[str, ...] = key((), "more to compare with: aime24 and the like, files, folders of files, hub ids")
 
 
 @dataclass(frozen=True)
 class SearchSettings:
     """The search upward for the temperature that restores the diversity score of the stage before."""
 
-    step: float = 0.05
-    most: float = 2.0  # where the search ends
-    problems: int = 64  # at most
-    samples: int = 8
-    margin: float = 0.0  # half width of distinct-4's 95% interval that is enough; 0: all problems are asked
+    step: float = key(0.05, least=1e-3)
+    most: float = key(2.0, "where the search ends")
+    problems: int = key(64, "at most", least=0)
+    samples: int = key(8, "responses per problem", least=1)
+    margin: float = key(0.0, "half width of distinct-4's 95% interval at which to stop; 0: all problems", least=0)
 
 
 @dataclass(frozen=True)
@@ -106,18 +143,18 @@ class LoraSettings:
     stage's `learning_rate`.
     """
 
-    rank: int = 0  # of every projection of every layer; 0: no adapter, all weights are trained
-    alpha: float = 32.0  # what the adapter adds is multiplied by alpha / rank
+    rank: int = key(0, "of every projection of every layer; 0: no adapter, all weights are trained", least=0)
+    alpha: float = key(32.0, "what the adapter adds is multiplied by alpha / rank", above=0)
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """What is kept of a run."""
 
-    checkpoint_every_steps: int = 20
-    checkpoints_kept: int = 2
-    most_nonfinite_steps: int = 3  # updates in a row without a finite gradient, at which the run stops
-    rollouts_written: int = 4  # whole rollouts per step, for people to read
+    checkpoint_every_steps: int = key(20, least=1)
+    checkpoints_kept: int = key(2, least=1)
+    most_nonfinite_steps: int = key(3, "updates in a row without a finite gradient that stop the run", least=1)
+    rollouts_written: int = key(4, "whole rollouts per step, for people to read", least=0)
     tensorboard: bool = False
 
 
@@ -127,32 +164,32 @@ class SftStage:
 
     kind: str = "sft"
     data: str = ""
-    steps: int = 0
-    batch_sequences: int = 64
-    max_tokens: int = 1024  # of one sequence; a longer one is an error
-    learning_rate: float = 1e-5
-    warmup_steps: int = 0
-    decay_share: float = 0.0  # of the steps, at the end, over which the rate falls to a tenth
-    adam_beta2: float = 0.95
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    steps: int = key(0, least=1)
+    batch_sequences: int = key(64, least=1)
+    max_tokens: int = key(1024, "of one sequence; a longer one is an error", least=2)
+    learning_rate: float = key(1e-5, least=0)
+    warmup_steps: int = key(0, least=0)
+    decay_share: float = key(0.0, "of the steps, at the end, over which the rate falls to a tenth", least=0, most=1)
+    adam_beta2: float = key(0.95, least=0, below=1)
+    weight_decay: float = key(0.01, least=0)
+    max_grad_norm: float = key(1.0, above=0)
 
 
 @dataclass(frozen=True)
 class VariantSettings:
     """What else the field does, one at a time or together; the defaults are POLARIS. Sources are in variants.py."""
 
-    loss: str = "polaris"  # the ratio clipped by token; "gspo": by response; "cispo": as a weight
-    gspo_clip_low: float = 3e-4
-    gspo_clip_high: float = 4e-4
-    cispo_cap: float = 5.0  # the largest ratio, 1 + epsilon
-    divide_by_std: bool = True  # false: an advantage is reward - mean (Dr. GRPO)
-    average: str = ""  # over "tokens" or "sequences", or by a "constant" (Dr. GRPO); empty: as the loss's paper has it
-    drop_zero_variance: bool = False  # groups of equal rewards are left out; `substitute` must be false
-    drop_truncated: bool = False  # overlong filtering: responses cut at the limit are not learned from
-    punish_last_tokens: int = 0  # soft overlong punishment in the last so many tokens before the limit; 0: none
-    importance_cap: float = 0.0  # truncated importance sampling: the largest weight of a token; 0: none
-    optimizer_steps: int = 1  # per batch, each on its share of the problems
+    loss: str = key("polaris", "gspo: clips by response; cispo: as a weight", one_of=("polaris", "gspo", "cispo"))
+    gspo_clip_low: float = key(3e-4, least=0)
+    gspo_clip_high: float = key(4e-4, least=0)
+    cispo_cap: float = key(5.0, "the largest ratio, 1 + epsilon", least=1)
+    divide_by_std: bool = key(True, "false: an advantage is reward - mean (Dr. GRPO)")
+    average: str = key("", "empty: as the loss's paper has it", one_of=("", "tokens", "sequences", "constant"))
+    drop_zero_variance: bool = key(False, "groups of equal rewards are left out; `substitute` must be false")
+    drop_truncated: bool = key(False, "overlong filtering: responses cut at the limit are not learned from")
+    punish_last_tokens: int = key(0, "before the limit: soft overlong punishment; 0: none", least=0)
+    importance_cap: float = key(0.0, "truncated importance sampling: a token's largest weight; 0: none", least=0)
+    optimizer_steps: int = key(1, "per batch, each on its share of the problems", least=1)
 
 
 @dataclass(frozen=True)
@@ -160,29 +197,29 @@ class RlStage:
     """One stage of reinforcement learning. The defaults are the POLARIS recipe's."""
 
     kind: str = "rl"
-    data: str = ""  # empty: what the stage before has left
-    steps: int = 0
-    generated_tokens: int = 0  # training rollouts' tokens after which the stage ends, before `steps`; 0: by steps alone
-    batch_problems: int = 128
-    group_size: int = 8
-    temperature: float | str = 1.4  # a number, or "match": restore the diversity of the stage before
-    max_prompt_tokens: int = 1024
-    max_response_tokens: int = 39_936
-    filter_before: bool = False  # sample every problem and drop the always solved (RECIPE section 1)
-    drop_at: float = 1.0  # by that filter
-    drop_above: float = 0.9  # after the stage
-    drop_window: str = "stage"  # by the visits of the stage just ended, or of "all" stages
+    data: str = key("", "empty: what the stage before has left")
+    steps: int = key(0, least=1)
+    generated_tokens: int = key(0, "of training rollouts that end the stage before `steps`; 0: no limit", least=0)
+    batch_problems: int = key(128, least=1)
+    group_size: int = key(8, "rollouts per problem", least=2)
+    temperature: float | str = key(1.4, 'a number, or "match": restore the diversity of the stage before')
+    max_prompt_tokens: int = key(1024, least=1)
+    max_response_tokens: int = key(39_936, least=1)
+    filter_before: bool = key(False, "sample every problem and drop the always solved (RECIPE section 1)")
+    drop_at: float = key(1.0, "pass rate, in that filter", least=0)
+    drop_above: float = key(0.9, "pass rate, after the stage", least=0)
+    drop_window: str = key("stage", "by the visits of the stage just ended, or of all stages", one_of=("stage", "all"))
     rescue: bool = True
     substitute: bool = True
-    informative_share: float = 1 / 3  # fewer informative groups than this: no update
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 3.0
-    learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    adam_beta2: float = 0.999
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    informative_share: float = key(1 / 3, "fewer informative groups than this: no update", least=0, most=1)
+    clip_low: float = key(0.2, least=0, most=1)
+    clip_high: float = key(0.28, least=0)
+    dual_clip: float = key(3.0, least=1)
+    learning_rate: float = key(1e-6, least=0)
+    warmup_steps: int = key(0, least=0)
+    adam_beta2: float = key(0.999, least=0, below=1)
+    weight_decay: float = key(0.01, least=0)
+    max_grad_norm: float = key(1.0, above=0)
     variant: VariantSettings = field(default_factory=VariantSettings)
 
 
@@ -193,15 +230,15 @@ class Recipe:
     name: str
     model: str  # a folder or a hub id; world/... is what `world` writes into the run's folder
     stage: tuple[SftStage | RlStage, ...]
-    seed: int = 0
-    max_position_embeddings: int = 0  # the model's window; 0: as its config says
-    thinking: bool = True  # whether a response must close its thinking block
-    instruction: str = INSTRUCTION  # appended to a problem that does not carry it
-    micro_batch_tokens: int = 65_536  # of one forward and backward; a longer sequence goes alone
+    seed: int = key(0, least=0)
+    max_position_embeddings: int = key(0, "the model's window; 0: as its config says", least=0)
+    thinking: bool = key(True, "whether a response must close its thinking block")
+    instruction: str = key(INSTRUCTION, "appended to a problem that does not carry it")
+    micro_batch_tokens: int = key(65_536, "of one forward and backward; a longer sequence goes alone", least=1)
     recompute_activations: bool = True
-    offload_activations: bool = False  # what recomputation starts from waits in host memory
-    offload_optimizer: bool = False  # AdamW's moments live in host memory
-    float32_head: bool = True  # logits of a bfloat16 model come out as float32, in sampler and trainer alike
+    offload_activations: bool = key(False, "what recomputation starts from waits in host memory")
+    offload_optimizer: bool = key(False, "AdamW's moments live in host memory")
+    float32_head: bool = key(True, "logits of a bfloat16 model are float32, in sampler and trainer alike")
     world: World | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
@@ -211,6 +248,23 @@ class Recipe:
     guard: GuardSettings = field(default_factory=GuardSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     run: RunSettings = field(default_factory=RunSettings)
+
+
+def describe_keys(kind: type = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every key with its default, what it is and its bounds, a line each."""
+    tables = {"world": (World,), "stage": (SftStage, RlStage)}
+    for f in fields(kind):
+        inner = tables.get(f.name, (f.default_factory,))
+        if is_dataclass(inner[0]):
+            for table in inner:
+                yield from describe_keys(table, f"{prefix}{f.name}.")
+            continue
+        bounds = [f"{words} {f.metadata[name]}" for name, (words, _) in BOUNDS.items() if name in f.metadata]
+        default = "" if f.default is MISSING else f" = {f.default!r}"
+        yield f"{prefix}{f.name}{default}".ljust(48) + ", ".join(filter(None, [f.metadata.get("help"), *bounds]))
+
+
+# ------------------------------------------------------------------------------------------------------ reading
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -276,15 +330,21 @@ def _build(kind: type, table: object, where: str) -> typing.Any:
     known = {f.name: f for f in fields(kind)}
     types_of = typing.get_type_hints(kind)
     prefix = f"{where}." if where else ""
-    for key in table:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    for name in table:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
-            raise RecipeError(f"unknown key {prefix}{_plain(key)}: {hint}")
+            raise RecipeError(f"unknown key {prefix}{_plain(name)}: {hint}")
     for f in fields(kind):
-        if f.name not in table and f.default is f.default_factory:  # neither is given: both are MISSING
+        if f.name not in table and f.default is f.default_factory is MISSING:
             raise RecipeError(f"the key {prefix}{f.name} is missing")
-    return kind(**{key: _convert(value, types_of[key], prefix + key) for key, value in table.items()})
+    settings = kind(**{name: _convert(value, types_of[name], prefix + name) for name, value in table.items()})
+    for f in fields(kind):  # the defaults too: a stage without steps
+        value = getattr(settings, f.name)
+        for name, (words, holds) in BOUNDS.items():
+            if name in f.metadata and not holds(value, f.metadata[name]):
+                raise RecipeError(f"{prefix}{f.name} must be {words} {f.metadata[name]}, not {_shown(value)}")
+    return settings
 
 
 def _convert(value: object, kind: typing.Any, where: str) -> typing.Any:
@@ -296,13 +356,15 @@ def _convert(value: object, kind: typing.Any, where: str) -> typing.Any:
             raise RecipeError("a recipe needs at least one [[stage]]")
         return tuple(_build_stage(stage, f"stage.{i}") for i, stage in enumerate(value))
     if kind == tuple[int, int]:
-        if isinstance(value, list | tuple) and len(value) == 2 and all(type(x) is int for x in value):
-            return tuple(value)
-        raise RecipeError(f"{where} must be two whole numbers, not {_shown(value)}")
+        if not isinstance(value, list) or len(value) != 2 or any(type(x) is not int for x in value):
+            raise RecipeError(f"{where} must be two whole numbers, not {_shown(value)}")
+        if not 1 <= value[0] <= value[1]:
+            raise RecipeError(f"{where} must be a range from 1 upward, such as [2, 6], not {value}")
+        return tuple(value)
     if kind == tuple[str, ...]:
-        if isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
-            return tuple(value)
-        raise RecipeError(f"{where} must be a list of texts, not {_shown(value)}")
+        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+            raise RecipeError(f"{where} must be a list of texts, not {_shown(value)}")
+        return tuple(value)
     for option in options:
         if is_dataclass(option):
             return _build(option, value, where)
@@ -329,72 +391,21 @@ def _build_stage(table: object, where: str) -> SftStage | RlStage:
     return _build(kinds[kind], table, where)
 
 
-LEAST = {  # the smallest value that makes sense, by field name, wherever it stands
-    "seed": 0, "rows": 1, "page_tokens": 1, "cache_tokens": 1, "workers": 1, "samples": 1, "problems": 0,
-    "steps": 1, "every_steps": 0, "problems_within_stage": 0, "max_response_tokens": 1, "max_prompt_tokens": 1,
-    "checkpoint_every_steps": 1, "checkpoints_kept": 1, "rollouts_written": 0, "batch_sequences": 1,
-    "batch_problems": 1, "group_size": 2, "max_tokens": 2, "micro_batch_tokens": 1, "learning_rate": 0.0,
-    "rank": 0, "generated_tokens": 0, "most_nonfinite_steps": 1, "gspo_clip_low": 0.0, "gspo_clip_high": 0.0,
-    "cispo_cap": 1.0,
-    "punish_last_tokens": 0, "importance_cap": 0.0, "optimizer_steps": 1,
-    "top_k": 0, "warmup_steps": 0, "max_position_embeddings": 0, "yarn_original_window": 1,
-    "yarn_attention_factor": 0.0, "time_limit_seconds": 1e-3, "most_failed_share": 0.0, "yarn_factor": 1.0,
-    "margin": 0.0, "step": 1e-3, "decay_share": 0.0, "adam_beta2": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e-12,
-    "drop_at": 0.0, "drop_above": 0.0, "informative_share": 0.0, "clip_low": 0.0, "clip_high": 0.0, "dual_clip": 1.0,
-    "sft_problems": 1, "train_problems": 1, "held_out_problems": 1, "beyond_problems": 1, "layers": 1, "window": 1,
-    "hidden_size": 32, "filler_tokens": 1, "sft_noise": 0.0, "filler_share": 0.0,
-}  # fmt: skip
-MOST = {  # and the largest
-    "most_failed_share": 1.0, "decay_share": 1.0, "adam_beta2": 1 - 1e-9, "informative_share": 1.0,
-    "clip_low": 1.0, "sft_noise": 1.0, "filler_share": 1.0,
-}  # fmt: skip
-
-
-def _check_least(settings: typing.Any, where: str) -> None:
-    """No number below the smallest that makes sense, in this table and those inside it."""
-    for f in fields(settings):
-        value, name = getattr(settings, f.name), f"{where}{f.name}"
-        if is_dataclass(value):
-            _check_least(value, f"{name}.")
-        elif f.name in LEAST and type(value) is type(LEAST[f.name]) and value < LEAST[f.name]:
-            raise RecipeError(f"{name} must be at least {LEAST[f.name]}, not {value}")
-        elif type(value) is float and value > MOST.get(f.name, math.inf):
-            raise RecipeError(f"{name} must be at most {MOST[f.name]:g}, not {value}")
-
-
 def _check(recipe: Recipe) -> None:
-    """What the types cannot say."""
-    _check_least(recipe, "")
+    """What one key cannot say alone."""
     if recipe.offload_activations and not recipe.recompute_activations:
-        raise RecipeError(
-            "offload_activations moves what recompute_activations keeps: set recompute_activations = true as well"
-        )
-    for key in ("duplicates", "contamination"):
-        if (word := getattr(recipe.guard, key)) not in ("report", "exclude"):
-            raise RecipeError(f'guard.{key} must be "report" or "exclude", not {word!r}')
-    if not 0 < recipe.lora.alpha < math.inf:
-        raise RecipeError(f"lora.alpha must be above 0, not {recipe.lora.alpha}")
-    for key, settings in (("eval", recipe.eval), ("final", recipe.final)):
-        if settings.temperature < 0:
-            raise RecipeError(f"{key}.temperature must be at least 0, which is greedy, not {settings.temperature}")
+        raise RecipeError("offload_activations moves what recompute_activations keeps: set recompute_activations too")
     if recipe.name in ("", ".", "..") or "/" in recipe.name:
         raise RecipeError(f"name must be the name of a folder without a path, not {_shown(recipe.name)}")
     if recipe.world and recipe.world.hidden_size % 32:
         raise RecipeError(f"world.hidden_size must be a multiple of 32, not {recipe.world.hidden_size}")
-    for key in ("sft_terms", "train_terms", "beyond_terms", "beyond_tokens") if recipe.world else ():
-        low, high = getattr(recipe.world, key)
-        if not 1 <= low <= high:
-            raise RecipeError(f"world.{key} must be a range from 1 upward, such as [2, 6], not [{low}, {high}]")
     first_rl = True
     for i, stage in enumerate(recipe.stage):
         where = f"stage.{i}"
-        _check_least(stage, f"{where}.")
         if isinstance(stage, SftStage):
             if not stage.data:
                 raise RecipeError(f"{where}.data is missing: a file of worked solutions")
             continue
-        if stage.drop_window not in ("stage", "all"):
-            raise RecipeError(f'{where}.drop_window must be "stage" or "all", not {stage.drop_window!r}')
         _check_variant(stage, where)
         if isinstance(stage.temperature, str) and (stage.temperature != "match" or first_rl):
             what = "the first rl stage needs a number" if first_rl else "write a number or match"
@@ -403,46 +414,32 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"{where}.temperature must be above 0: training samples the policy itself")
         if first_rl and not stage.data:
             raise RecipeError(f"{where}.data is missing: the first rl stage needs problems")
-        if (
-            recipe.max_position_embeddings
-            and stage.max_prompt_tokens + stage.max_response_tokens > recipe.max_position_embeddings
-        ):
-            raise RecipeError(
-                f"{where}: {stage.max_prompt_tokens} + {stage.max_response_tokens} tokens exceed "
-                f"max_position_embeddings = {recipe.max_position_embeddings}"
-            )
+        prompt, response, window = stage.max_prompt_tokens, stage.max_response_tokens, recipe.max_position_embeddings
+        if 0 < window < prompt + response:
+            raise RecipeError(f"{where}: {prompt} + {response} tokens exceed max_position_embeddings = {window}")
         first_rl = False
 
 
 def _check_variant(stage: RlStage, where: str) -> None:
-    """A known loss and average, and nothing that contradicts the stage."""
-    variant = stage.variant
-    for name, known in {"loss": ("polaris", "gspo", "cispo"), "average": ("tokens", "sequences", "constant")}.items():
-        value = getattr(variant, name)
-        if value not in (*known, getattr(VariantSettings, name)):
-            nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
-            raise RecipeError(f"unknown {where}.variant.{name} {value!r}: {hint}")
+    """Nothing in a variant that contradicts its stage."""
+    variant, name, problems = stage.variant, f"{where}.variant", stage.batch_problems
+    steps, cap, last = variant.optimizer_steps, variant.importance_cap, variant.punish_last_tokens
     if variant.drop_zero_variance and stage.substitute:
         raise RecipeError(
-            f"{where}.variant.drop_zero_variance leaves out the groups that {where}.substitute overwrites: "
+            f"{name}.drop_zero_variance leaves out the groups that {where}.substitute overwrites: "
             f"set {where}.substitute = false as well"
         )
-    if 0 < variant.importance_cap < 1:
+    if 0 < cap < 1:
         raise RecipeError(
-            f"{where}.variant.importance_cap must be 0 (none) or at least 1, the weight of a token on policy, "
-            f"not {variant.importance_cap}"
+            f"{name}.importance_cap must be 0 (none) or at least 1, a token's weight on policy, not {cap}"
         )
-    if stage.batch_problems % variant.optimizer_steps:
-        raise RecipeError(
-            f"{where}.variant.optimizer_steps = {variant.optimizer_steps} does not divide the "
-            f"{stage.batch_problems} problems of a batch into equal shares"
-        )
-    if variant.punish_last_tokens > stage.max_response_tokens:
-        raise RecipeError(
-            f"{where}.variant.punish_last_tokens = {variant.punish_last_tokens} exceeds "
-            f"max_response_tokens = {stage.max_response_tokens}"
-        )
+    if problems % steps:
+        raise RecipeError(f"{name}.optimizer_steps = {steps} does not divide the {problems} problems of a batch")
+    if last > (limit := stage.max_response_tokens):
+        raise RecipeError(f"{name}.punish_last_tokens = {last} exceeds max_response_tokens = {limit}")
+
+
+# ------------------------------------------------------------------------------------------------------ writing
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -466,3 +463,7 @@ def _literal(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_literal, value))}]"
     return repr(value)
+
+
+if __name__ == "__main__":
+    print(*describe_keys(), sep="\n")

@@ -14,10 +14,11 @@ Each is a key of a stage's `variant` table in the recipe, alone or with others; 
     optimizer_steps          one per batch                             several, each on its share of the groups
 
 A loss is called like grpo.PolicyLoss: log-probs (N,) and their TokenBatch -> losses (N,), which optimizer_step adds up
-and divides. Old log-probs are the sampler's, in every one of several steps.
+and divides; its `sums` count the tokens that its clips act on. Old log-probs are the sampler's, in every one of several
+steps. A stage without a variant runs through nothing of this file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,16 +32,10 @@ from lab.recipe import RlStage
 # ----------------------------------------------------------------------------------------------------- losses
 
 
-def clip_sums(logprobs: Tensor, batch: TokenBatch, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-    """`PolicyLoss.sums` for a loss that cuts the tokens `low` (N,) and `high` (N,), and has no dual clip."""
-    none = torch.zeros((), device=logprobs.device)
-    return ratio_sums(logprobs, batch) | {"clipped_low": low.sum(), "clipped_high": high.sum(), "dual_clipped": none}
-
-
 def cap_sums(logprobs: Tensor, batch: TokenBatch, cap: float) -> dict[str, Tensor]:
-    """The same where a ratio is a weight: its cap cuts good and bad tokens alike."""
+    """`PolicyLoss.sums` of a loss that weighs by the ratio: its cap cuts good and bad tokens alike."""
     high = (batch.advantages != 0) & ((logprobs - batch.old_logprobs).exp() > cap)
-    return clip_sums(logprobs, batch, torch.zeros_like(high), high)
+    return ratio_sums(logprobs, batch) | {"clipped_high": high.sum()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,6 @@ class GspoLoss:
         return (sums / lengths).exp()[batch.sequence]
 
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """New log-probs (N,) -> losses (N,)."""
         ratio, advantage = self.ratio(logprobs, batch), batch.advantages
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         return -torch.minimum(ratio * advantage, clipped * advantage)
@@ -69,24 +63,24 @@ class GspoLoss:
     def sums(self, logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
         """A clip acts on all tokens of a response, or on none."""
         ratio = self.ratio(logprobs, batch)
-        low = (batch.advantages < 0) & (ratio < 1 - self.clip_low)
-        high = (batch.advantages > 0) & (ratio > 1 + self.clip_high)
-        return clip_sums(logprobs, batch, low, high)
+        return ratio_sums(logprobs, batch) | {
+            "clipped_low": ((batch.advantages < 0) & (ratio < 1 - self.clip_low)).sum(),
+            "clipped_high": ((batch.advantages > 0) & (ratio > 1 + self.clip_high)).sum(),
+        }
 
 
 @dataclass(frozen=True)
 class CispoLoss:
     """Clipped IS-weight Policy Optimization (MiniMax-M1, arXiv 2506.13585, equations 4 and 5).
 
-    REINFORCE with the clipped ratio as a constant weight: a token beyond the clip still has a gradient. There is no
-    lower bound, as in the paper; the upper one is not published there (ScaleRL, arXiv 2510.13786, has 4 to 8). In value
-    the loss is not near 0 on policy, for it holds the log-probs themselves.
+    REINFORCE with the clipped ratio as a constant weight: a token beyond the clip still has a gradient. As in the paper
+    there is no lower bound; it does not publish the upper one (ScaleRL, arXiv 2510.13786: 4 to 8). On policy the loss
+    is not near 0, because it contains the log-probs themselves.
     """
 
     cap: float = 5.0
 
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """New log-probs (N,) -> losses (N,)."""
         weight = (logprobs.detach() - batch.old_logprobs).exp().clamp(max=self.cap)
         return -weight * batch.advantages * logprobs
 
@@ -99,17 +93,15 @@ class TruncatedImportance:
     """Truncated importance sampling (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
     Training"): min(trainer's old policy / sampler, cap) weighs each token, and the loss's ratio is new / trainer's old.
 
-    With one optimizer step per batch the trainer's old log-probs are the new ones, detached: the ratio is 1 and no clip
-    of the inner loss acts. With several steps this stays so: their old log-probs would cost a forward over the whole
-    batch before the first step, which POLARIS does not make. The weight is then trainer / sampler at that very step,
-    the drift of the earlier steps included, and the cap is all that bounds it. So it is for rescued responses.
+    The trainer's old log-probs are the new ones, detached: the ratio is 1 and no clip of the inner loss acts. So it
+    is in each of several steps, as true old log-probs would cost a forward over the whole batch before the first: the
+    weight then includes the drift of earlier steps, and the cap is all that bounds it.
     """
 
     loss: TokenLoss
     cap: float
 
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """New log-probs (N,) -> losses (N,)."""
         trainer = logprobs.detach()
         weight = (trainer - batch.old_logprobs).exp().clamp(max=self.cap)
         return weight * self.loss(logprobs, replace(batch, old_logprobs=trainer))
@@ -120,12 +112,11 @@ class TruncatedImportance:
 
 @dataclass(frozen=True)
 class SequenceMean:
-    """Every response counts alike, however long: the mean over its tokens (GRPO, arXiv 2402.03300, equation 3)."""
+    """The mean over a response's tokens, to be summed over responses (GRPO, arXiv 2402.03300, equation 3)."""
 
     loss: TokenLoss
 
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """New log-probs (N,) -> losses (N,), to be added up and divided by the number of responses."""
         return self.loss(logprobs, batch) / batch.sequence.bincount()[batch.sequence]
 
     def sums(self, logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
@@ -177,10 +168,22 @@ def centred(rewards: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------- the update
 
 
-def mini_batches(groups: Sequence[Group], stage: RlStage) -> list[tuple[list[TrainingSequence], float | None]]:
-    """A batch as its optimizer steps take it: groups dealt out whole, one mini-batch unless the stage asks for more.
+def update(run_update: Callable[..., UpdateStats], groups: Sequence[Group], stage: RlStage) -> UpdateStats | None:
+    """Learn from a batch as the stage's variant does; None if nothing of it is left to learn from.
 
-    Each is its sequences and what the sum of their losses is divided by; None: their response tokens.
+    Every optimizer step is `run_update(sequences, loss, stage, divisor, begun)`: the sum of losses is divided by
+    `divisor` (None: the response tokens), and an earlier step has `begun` to change the weights, or none has.
+    """
+    loss, updates = choose_loss(stage), []
+    for sequences, divisor in mini_batches(groups, stage):
+        begun = any(one.stepped for one in updates)
+        updates.append(run_update(sequences, loss, stage, divisor, begun))
+    return over_steps(updates)
+
+
+def mini_batches(groups: Sequence[Group], stage: RlStage) -> list[tuple[list[TrainingSequence], float | None]]:
+    """A batch as its optimizer steps take it: of each its sequences, which are whole groups, and its divisor.
+
     Zero-variance filtering is DAPO's dynamic sampling (section 3.2) without drawing others instead, as in ScaleRL.
     Overlong filtering (DAPO, section 3.4) leaves cut responses out of the loss; they still count in their group's mean.
     Dr. GRPO's divisor is the budget of tokens (Listing 1): the limit, for every response sampled, whatever is left out.
@@ -202,10 +205,9 @@ def mini_batches(groups: Sequence[Group], stage: RlStage) -> list[tuple[list[Tra
 
 
 def over_steps(updates: Sequence[UpdateStats]) -> UpdateStats | None:
-    """The optimizer steps of a batch as one line of metrics; None if there was none.
+    """The optimizer steps of a batch as one line of metrics, means over the steps; None if there was none.
 
-    Figures are means over the steps, but the log-prob difference is the first step's: the only one on policy, where it
-    is the mismatch of sampler and trainer and nothing else.
+    The log-prob difference is the first step's, the only one on policy, where it is that of sampler and trainer alone.
     """
     if len(updates) <= 1:
         return updates[0] if updates else None
@@ -215,12 +217,14 @@ def over_steps(updates: Sequence[UpdateStats]) -> UpdateStats | None:
         return sum(known) / len(known) if known else None
 
     names = ("clip_low_share", "clip_high_share", "dual_clip_share", "ratio_mean", "rescued_ratio_mean")
-    ratios = [update.ratios for update in updates]
+    ratios = [one.ratios for one in updates]
     return replace(
         updates[-1],  # whose micro_batch_tokens hold from now on
-        **{name: mean(name, updates) for name in ("loss", "grad_norm")},
-        tokens=sum(update.tokens for update in updates),
-        stepped=all(update.stepped for update in updates),
-        memory_retries=sum(update.memory_retries for update in updates),
+        loss=mean("loss", updates),
+        grad_norm=mean("grad_norm", updates),
+        tokens=sum(one.tokens for one in updates),
+        stepped=all(one.stepped for one in updates),
+        memory_retries=sum(one.memory_retries for one in updates),
         ratios=replace(ratios[0], **{name: mean(name, ratios) for name in names}),
+        optimizer_steps=sum(one.optimizer_steps for one in updates),
     )

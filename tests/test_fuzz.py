@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from data_filter import History, Visit
 from lab.arithmetic import World
+from lab.metrics import Metrics, MetricsError, read_metrics
 from lab.problems import DataError, has_chats, read_chats, read_problems, write_problems
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
-from lab.report import Metrics, MetricsError, read_metrics
 from lab.responses import read_responses
 from lab.scores import Response
 

@@ -10,13 +10,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import grpo
 import model as models
-import train
 from engine import device as devices
-from engine import run as runs
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState
 from engine.memory import out_of_memory
+from engine.run import Run
+from engine.start import EXPECTED_ERRORS
 from grpo import PolicyLoss, UpdateError
+from lab.recipe import RlStage
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_no_memory_for_one_sequence_is_one_sentence(monkeypatch):
     run_out(monkeypatch, "forward", "always")
     with pytest.raises(UpdateError, match="one sequence at a time, of at most 13 tokens: train a LoRA") as caught:
         update(tiny(), 1_000)
-    assert "\n" not in str(caught.value) and isinstance(caught.value, train.EXPECTED_ERRORS)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, EXPECTED_ERRORS)
 
 
 def test_no_memory_for_the_moments_is_one_sentence():
@@ -165,14 +166,14 @@ def test_what_running_out_of_memory_looks_like():
 
 
 def test_the_smaller_budget_is_kept_and_said_once(here, monkeypatch, capsys):
-    model, stage = tiny(), train.RlStage()
+    model, stage = tiny(), RlStage()
     run = types.SimpleNamespace(model=model, device=here, micro_batch_tokens=80, state=RunState(step=6))
-    run.stop = types.SimpleNamespace(asked=False)
+    run.asked_to_stop = lambda: False
     with monkeypatch.context() as patch:
         run_out(patch, "forward", (1,))
         for _ in range(2):
-            optimizer = Recorder(model.parameters(), lr=0.0)
-            stats = runs.update_model(run, optimizer, ragged_sequences(), PolicyLoss(), stage)
+            run.optimizer = Recorder(model.parameters(), lr=0.0)
+            stats = Run.update(run, ragged_sequences(), PolicyLoss(), stage, learning_rate=0.0)
     assert stats.memory_retries == 0 and stats.micro_batch_tokens == run.micro_batch_tokens < 80
     said = capsys.readouterr().out
     assert said.count("out of memory") == 1 and said.startswith("step 7: ")

@@ -10,9 +10,11 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jinja2
 import pytest
 
-from lab import charts, page, report
+from lab import charts, page
+from lab.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,7 +79,7 @@ def synthetic_rows(steps: tuple[int, int, int] = (60, 150, 150)) -> list[dict]:
 
 def synthetic_run(folder: Path, steps: tuple[int, int, int] = (60, 150, 150)) -> list[dict]:
     rows = synthetic_rows(steps)
-    metrics = report.Metrics(folder)
+    metrics = Metrics(folder)
     for row in rows:
         metrics.write(row)
         if row["kind"] == "rl":
@@ -242,15 +244,22 @@ def test_a_page_of_missing_data_names_what_it_left_out(tmp_path, rows):
 def test_first_and_last_rollouts_are_shown_without_a_half_written_one(tmp_path):
     lines = [json.dumps(dict(step=step, response=f"answer {step} " + "x" * 40_000)) for step in range(10)]
     (tmp_path / "rollouts.jsonl").write_text("\n".join(lines) + '\n{"step": 10, "resp')
-    shown = page._rollouts(tmp_path / "rollouts.jsonl")
-    assert shown.count("<details><summary>step ") == 5
-    assert re.findall(r"answer (\d+)", shown) == ["0", "1", "2", "8", "9"]
+    (tmp_path / "metrics.jsonl").write_text("")
+    shown = page.write_report(tmp_path).read_text()
+    assert shown.count("<details><summary>step ") == 6
+    assert re.findall(r"answer (\d+)", shown) == ["0", "1", "2", "7", "8", "9"]
     assert "10,009 characters more" in shown
+
+
+def rendered(call: str, **values) -> str:
+    return page.TEMPLATES.from_string(
+        '{% from "parts.html" import figures, folded, table %}{{ ' + call + " }}").render(values)
 
 
 def test_a_folded_text_is_whole_unless_told_and_escaped():
     text = "<i>" + "x" * 50_000
-    whole, cut = page.folded(HOSTILE, {"<u>": text}), page.folded("s", {"a": text, "b": "short"}, 10)
+    whole = rendered("folded(summary, texts)", summary=HOSTILE, texts={"<u>": text})
+    cut = rendered("folded('s', texts, 10)", texts={"a": text, "b": "short"})
     assert [data for data in parse(whole).texts if len(data) > 40_000] == [text] and "more" not in whole
     assert {tag for tag, _ in parse(whole).tags} == {"details", "summary", "h3", "pre"}
     assert parse(cut).texts.count(text[:10]) == 1 and "49,993 characters more" in cut and "short" in cut
@@ -258,12 +267,18 @@ def test_a_folded_text_is_whole_unless_told_and_escaped():
 
 def test_the_parts_of_a_page_escape_what_they_are_given():
     figure = charts.line_chart(HOSTILE, {HOSTILE: [(0, 1.0)]})
-    figures = page.html_figures([(HOSTILE, figure, HOSTILE), (HOSTILE, None, "")])
-    body = page.html_table([HOSTILE], [[HOSTILE], [3]]) + figures
-    tags = parse(page.html_page(HOSTILE, body)).tags
-    assert "img" not in {tag for tag, _ in tags} and sum(tag == "svg" for tag, _ in tags) == 1
+    body = rendered("table([text], [[text], [3]])", text=HOSTILE)
+    body += rendered("figures(all)", all=[(HOSTILE, figure, HOSTILE), (HOSTILE, None, "")])
+    assert "img" not in {tag for tag, _ in parse(body).tags} and body.count("<svg") == 1 and "\ud800" not in body
     assert "No data for: &lt;/script&gt;" in body and body.count("<figcaption>") == 1
-    assert "No data for: this part" in page.html_figures([]) and "No data" not in page.html_figures([("a", figure, "")])
+    assert "No data for: this part" in rendered("figures([])")
+    assert "No data" not in rendered("figures(all)", all=[("a", figure, "")])
+
+
+def test_a_value_that_a_template_misses_is_an_error_and_none_is_marked_safe_by_its_text():
+    with pytest.raises(jinja2.UndefinedError):
+        rendered("table(heads, [])")
+    assert "<b>" not in rendered("table(['<b>'], [[text]])", text="<b>")
 
 
 def test_the_same_run_gives_the_same_page(tmp_path):

@@ -1,6 +1,8 @@
 """recipe.py: what a recipe file may say, what it is told when it may not, and the published numbers."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,9 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from engine.run import evaluation_sampling, make_optimizer, training_sampling
-from lab.arithmetic import World
-from lab.recipe import Recipe, RecipeError, RlStage, SftStage, VariantSettings, load_recipe, to_toml
+from engine.run import Run
+from lab.recipe import (
+    Recipe,
+    RecipeError,
+    RlStage,
+    SftStage,
+    VariantSettings,
+    World,
+    describe_keys,
+    load_recipe,
+    to_toml,
+)
 from train import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,15 +222,16 @@ def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
         ("stage.2.steps=0", "stage.2.steps must be at least 1, not 0"),
         ('stage.0.data=""', "stage.0.data is missing: a file of worked solutions"),
         ('stage.1.data=""', "stage.1.data is missing: the first rl stage needs problems"),
-        ("stage.1.variant.loss=gpso", "unknown stage.1.variant.loss 'gpso': did you mean gspo?"),
-        ("stage.1.variant.loss=''", "unknown stage.1.variant.loss '': known are polaris, gspo, cispo"),
-        ("stage.1.variant.average=sequence", "unknown stage.1.variant.average 'sequence': did you mean sequences?"),
+        ("stage.1.variant.loss=gpso", "stage.1.variant.loss must be one of ('polaris', 'gspo', 'cispo'), not 'gpso'"),
+        ("stage.1.variant.loss=''", "stage.1.variant.loss must be one of ('polaris', 'gspo', 'cispo'), not ''"),
+        ("stage.1.variant.average=sequence", "stage.1.variant.average must be one of ('', 'tokens', 'sequences', 'c"),
+        ("stage.1.drop_window=none", "stage.1.drop_window must be one of ('stage', 'all'), not 'none'"),
         ("stage.1.variant.optimiser_steps=2", "unknown key stage.1.variant.optimiser_steps: did you mean optimizer_s"),
         ("stage.1.variant.drop_zero_variance=true", "stage.1.variant.drop_zero_variance leaves out the groups that"),
         ("stage.1.variant.optimizer_steps=0", "stage.1.variant.optimizer_steps must be at least 1, not 0"),
         ("stage.1.variant.optimizer_steps=3", "stage.1.variant.optimizer_steps = 3 does not divide the 128 problems"),
         ("stage.1.variant.importance_cap=0.5", "stage.1.variant.importance_cap must be 0 (none) or at least 1"),
-        ("stage.1.variant.cispo_cap=0.5", "stage.1.variant.cispo_cap must be at least 1.0, not 0.5"),
+        ("stage.1.variant.cispo_cap=0.5", "stage.1.variant.cispo_cap must be at least 1, not 0.5"),
         ("stage.1.variant.punish_last_tokens=5000", "stage.1.variant.punish_last_tokens = 5000 exceeds"),
         ("stage.0.variant.loss=gspo", "unknown key stage.0.variant"),
         ("stage.1.learning_rate=nan", "stage.1.learning_rate must be a finite number of at most 64 bits, not nan"),
@@ -233,11 +245,13 @@ def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
         ("name=\ud800", "name holds a character that no file can"),
         ("name=../up", "name must be the name of a folder without a path"),
         ("search.step=0", "search.step must be at least 0.001"),
-        ("eval.temperature=-1", "eval.temperature must be at least 0"),
-        ("stage.1.adam_beta2=1.0", "stage.1.adam_beta2 must be at most 1"),
+        ("eval.temperature=-1", "eval.temperature must be at least 0, not -1.0"),
+        ("stage.1.informative_share=1.5", "stage.1.informative_share must be at most 1, not 1.5"),
+        ("stage.1.max_grad_norm=0", "stage.1.max_grad_norm must be above 0, not 0.0"),
+        ("stage.1.adam_beta2=1.0", "stage.1.adam_beta2 must be below 1, not 1.0"),
         ("world.hidden_size=33", "world.hidden_size must be a multiple of 32"),
         ("world.train_terms=[5, 2]", "world.train_terms must be a range from 1 upward"),
-        ("guard.duplicates=drop", 'guard.duplicates must be "report" or "exclude", not \'drop\''),
+        ("guard.duplicates=drop", "guard.duplicates must be one of ('report', 'exclude'), not 'drop'"),
         ("guard.contamination=true", "guard.contamination must be of type str, not True"),
         ("guard.benchmarks=aime24", "guard.benchmarks must be a list of texts, not 'aime24'"),
         ("guard.benchmarks=[24]", "guard.benchmarks must be a list of texts, not [24]"),
@@ -258,6 +272,19 @@ def test_a_variant_is_a_table_of_its_stage_and_survives_being_written_and_read(t
 
 def test_a_window_of_zero_is_the_models_own(tmp_path):
     load(tmp_path, overrides=["max_position_embeddings=0", "stage.1.max_response_tokens=1000000"])
+
+
+def test_every_key_is_described_with_its_default_and_its_bounds():
+    lines = list(describe_keys())
+    assert len(lines) == len({*lines}) + 4  # what both kinds of stages have
+    assert any(line.split() == "stage.group_size = 8 rollouts per problem, at least 2".split() for line in lines)
+    for key in ("name", "seed = 0", "world.layers = 4", "stage.variant.loss = 'polaris'", "run.tensorboard = False"):
+        assert any(line.startswith(key) for line in lines), key
+
+
+def test_reading_a_recipe_needs_no_heavy_library():
+    code = "import sys, lab.recipe; print({'torch', 'transformers', 'numpy'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 
 # ----------------------------------------------------------------------------------------------- writing
@@ -396,10 +423,10 @@ def test_every_published_number_is_written_and_everything_else_is_marked_as_a_ch
 def test_training_samples_the_policy_itself_as_published():
     """top_p 1 and no top_k are not in the recipes: there is no key that could make it otherwise."""
     run = SimpleNamespace(respondent=SimpleNamespace(stop_tokens=(2,)), recipe=SimpleNamespace(seed=5))
-    sampling = training_sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").stage[1], 1.45, draw=7)
+    sampling = Run.sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").stage[1], 1.45, draw=7)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens) == (1.45, 1.0, 0, 48_128)
     assert not {"top_p", "top_k"} & {f.name for f in fields(RlStage)}
-    evaluation = evaluation_sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").final)
+    evaluation = Run.evaluation_sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").final)
     assert (evaluation.temperature, evaluation.top_p, evaluation.top_k, evaluation.max_new_tokens) == (
         1.4,
         1,
@@ -410,9 +437,10 @@ def test_training_samples_the_policy_itself_as_published():
 
 def test_the_optimizer_is_adamw_as_published():
     recipe = load_recipe(ROOT / "recipes/polaris-4b.toml")
-    optimizer = make_optimizer(SimpleNamespace(model=nn.Linear(2, 2), resume_from=None, recipe=recipe), recipe.stage[0])
-    group = optimizer.param_groups[0]
-    assert type(optimizer) is torch.optim.AdamW
+    run = SimpleNamespace(model=nn.Linear(2, 2), resume_from=None, recipe=recipe)
+    Run.begin_steps(run, recipe.stage[0])
+    group = run.optimizer.param_groups[0]
+    assert type(run.optimizer) is torch.optim.AdamW
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-6, (0.9, 0.999), 0.01)
     assert learning_rate(recipe.stage[0], 0) == learning_rate(recipe.stage[0], 299) == 1e-6
 

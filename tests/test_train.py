@@ -21,13 +21,16 @@ from safetensors.torch import load_file
 import grpo
 import train
 from bench import interrupt
-from engine import fingerprint, run_folder
-from engine import run as start
+from engine import fingerprint, run_folder, start
+from engine import run as runs
 from engine.checkpoint import CheckpointError, RunState
 from lab import difficulty
+from lab.glossary import DETERMINISTIC
+from lab.metrics import Metrics
+from lab.options import training_arguments
 from lab.problems import DataError
-from lab.recipe import load_recipe
-from lab.report import DETERMINISTIC, Metrics
+from lab.recipe import RecipeError, load_recipe
+from lab.run_data import RunData
 
 ROOT = Path(__file__).resolve().parent.parent
 # a model of 0.1M parameters that learns in seconds to write the format, and now and then a right answer
@@ -214,7 +217,7 @@ def main(monkeypatch, *arguments):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     try:
-        train.main()
+        train.main(training_arguments(train.__doc__))
     except SystemExit as stopped:
         return str(stopped.code)
     finally:
@@ -225,12 +228,12 @@ def main(monkeypatch, *arguments):
 def test_asked_to_stop_in_the_update_saves_the_step_before_it(finished, last_stage, monkeypatch, capsys):
     step = grpo.optimizer_step
 
-    def asked(*arguments):
+    def asked(*arguments, **more):
         signal.raise_signal(signal.SIGTERM)
-        return step(*arguments)
+        return step(*arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(start, "optimizer_step", asked)
+        patch.setattr(runs, "optimizer_step", asked)
         assert main(patch, "--resume", last_stage) is None
     assert "stopped after step 156" in capsys.readouterr().out and (last_stage / "resume-me").exists()
     assert main(monkeypatch, "--resume", last_stage) is None
@@ -259,20 +262,21 @@ def test_a_resume_that_does_not_match_says_what_differs_and_wants_a_flag(last_st
     assert refusal.startswith(f"train.py: {last_stage} was made otherwise: ") and says in refusal
     assert refusal.endswith("--resume-anyway") and "\n" not in refusal
     assert sorted(path.name for path in last_stage.iterdir()) == before  # nothing was touched
-    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(train.RecipeError("it goes on")))
+    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("it goes on")))
     assert main(monkeypatch, "--resume", last_stage, "--resume-anyway") == "train.py: it goes on"
 
 
 def test_another_program_wants_a_flag_and_a_value_set_on_purpose_does_not(last_stage, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(train.RecipeError("it goes on")))
+    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("it goes on")))
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "code_version", lambda folder: "another, torch 9, commit 0")
         assert "otherwise: code was " in main(patch, "--resume", last_stage)
     rate = ("--set", "stage.3.learning_rate=1e-5")
     assert main(monkeypatch, "--resume", last_stage, *rate) == "train.py: it goes on"
     assert load_recipe(last_stage / "recipe.toml").stage[3].learning_rate == 1e-5
-    assert (last_stage / "recipe-before.toml").exists()
-    # from now on that is the recipe, although no checkpoint knows it yet
+    before, since = json.loads((last_stage / "fingerprints.json").read_text())
+    assert before["after_step"] == 0 and since["after_step"] == 156 and "learning_rate = 1e-05" in since["recipe"]
+    # from now on that is the recipe, although no checkpoint has been written with it yet
     assert main(monkeypatch, "--resume", last_stage) == "train.py: it goes on"
 
 
@@ -448,7 +452,7 @@ def test_the_tools_filter_and_drop_as_the_run_did(finished, tmp_path, monkeypatc
         # the run dropped from what the filter before it had left, the tool from all
         assert len(out.read_text().splitlines()) == filters[label]["kept"], label
     first = json.loads((folder / "pass-rates-1.jsonl").read_text().splitlines()[0])["settings"]
-    assert first["weights"] == fingerprint.fingerprint(folder / "stage-0") and first["n"] == 8
+    assert first["weights"] == fingerprint.model_identity(folder / "stage-0") and first["n"] == 8
 
 
 # --------------------------------------------------------------------------- twice in the data, or in a benchmark
@@ -502,19 +506,12 @@ batch_problems = 1
     def look(*overrides, is_main=True):
         folder, device = tmp_path / "run", OneProcess(is_main)
         made = Metrics(folder, enabled=is_main)
-        run = start.Run(
-            load_recipe(tmp_path / "r.toml", overrides),
-            folder,
-            device,
-            None,
-            None,
-            None,
-            made,
-            RunState(),
-            None,
-            None,
-            1,
-        )
+        recipe = load_recipe(tmp_path / "r.toml", overrides)
+        unused = dict.fromkeys(["model", "model_folder", "respondent", "stop", "resume_from", "lock", "saved"])
+        run = runs.Run(
+            recipe=recipe, folder=folder, device=device, data=RunData(recipe, folder), metrics=made, state=RunState(),
+            micro_batch_tokens=1, **unused,
+        )  # fmt: skip
         start.guard_data(run)
         made.close()
         return run
@@ -523,7 +520,7 @@ batch_problems = 1
 
 
 def ids(run, index):
-    return [problem.id for problem in start.stage_problems(run, index, run.recipe.stage[index])]
+    return [problem.id for problem in run.stage_problems(index)]
 
 
 def test_copies_are_reported_and_trained_on_unless_the_recipe_excludes_them(guarded, tmp_path):
@@ -532,9 +529,9 @@ def test_copies_are_reported_and_trained_on_unless_the_recipe_excludes_them(guar
     said = "\n".join(run.device.said).replace(f"{tmp_path}/", "")
     assert "held.jsonl: 1 problems repeat an earlier one's text (held/1 is held/0)" in said
     assert (
-        "chat.jsonl: 1 of 4 repeat an earlier one's text (row 3 is row 2): trained on all the same (guard.dup" in said
+        "chat.jsonl: 1 of 4 repeat an earlier one's text (row 3 is row 2): kept in training (guard.dup" in said
     )
-    assert "chat.jsonl: 1 of 4 are a benchmark's (row 1 is held/0): trained on" in said
+    assert "chat.jsonl: 1 of 4 are a benchmark's (row 1 is held/0): kept in training" in said
     assert "one.jsonl: 1 of 5 repeat an earlier one's text (one/2 is one/0)" in said
     assert "one.jsonl: 2 of 5 are a benchmark's (one/3 is held/0, one/4 is more/0)" in said
     assert "two.jsonl: 1 of 2 repeat an earlier one's text (two/1 is one/1)" in said and len(run.device.said) == 6
@@ -547,14 +544,14 @@ def test_what_is_excluded_is_counted_and_on_record_once_and_the_same_for_all(gua
     asked = "guard.duplicates=exclude", "guard.contamination=exclude"
     run = guarded(*asked)
     assert ids(run, 1) == ["one/0", "one/1"] and ids(run, 2) == ["two/0"]
-    assert run.excluded["sft", run.recipe.stage[0].data] == {"row 1", "row 3"}
+    assert run.data.excluded["sft", run.recipe.stage[0].data] == {"row 1", "row 3"}
     assert sum(line.endswith(": excluded") for line in run.device.said) == 5
     record = metrics(run.folder)
     assert [row["excluded_ids"] for row in record] == [["row 1", "row 3"], ["one/2", "one/3", "one/4"], ["two/1"]]
     assert all(row["excluded"] == len(row["excluded_ids"]) and row["kind"] == "guard" for row in record)
     other = guarded(*asked, is_main=False)
-    assert other.excluded == run.excluded and ids(other, 1) == ids(run, 1)
-    assert guarded(*asked).excluded == run.excluded and metrics(run.folder) == record  # resumed
+    assert other.data.excluded == run.data.excluded and ids(other, 1) == ids(run, 1)
+    assert guarded(*asked).data.excluded == run.data.excluded and metrics(run.folder) == record  # resumed
     assert len(metrics(guarded(asked[0]).folder)) == 6  # resumed with another guard: that is on record too
     assert ids(guarded(asked[1]), 1) == ["one/0", "one/1", "one/2"]
 

@@ -19,12 +19,13 @@ import model as models
 import train
 from engine import batches as batching
 from engine import device as devices
-from engine import run as runs
 from engine import sharding
 from engine.attempts import Attempt, AttemptStats
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState, read_state, save_checkpoint
+from engine.device import Interrupted
 from engine.grader import Grader
+from engine.run import Run
 from grpo import Group, PolicyLoss, Sinks
 from lab.problems import Problem
 from lab.recipe import Recipe, RlStage
@@ -210,7 +211,17 @@ def in_two_processes(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = tiny_model()
     sharding.shard(model, init_device_mesh("cpu", (2,)), torch.float32)
-    results = []
+    results, asked = [], []
+
+    def abandon():  # one process is asked to stop in its second micro-batch, and all leave
+        asked.append(torch.tensor(float(rank == 1 and len(asked) == 1)))
+        dist.all_reduce(asked[-1])
+        return bool(asked[-1])
+
+    with pytest.raises(Interrupted):
+        optimizer = Recorder(model.parameters(), lr=0.0)
+        grpo.optimizer_step(model, optimizer, ragged_sequences(count=5), PolicyLoss(), 1, 1e9, None, abandon)
+    assert len(asked) == 2
     for most_tokens in (1, 12, 10_000):
         optimizer = Recorder(model.parameters(), lr=0.0)
         stats = grpo.optimizer_step(model, optimizer, ragged_sequences(count=5), PolicyLoss(), most_tokens, 1e9)
@@ -221,7 +232,8 @@ def in_two_processes(rank, folder):
 
 
 def test_token_mean_is_over_the_global_batch_across_processes_and_micro_batches(tmp_path):
-    # five ragged sequences: unequal shares, and with one per micro-batch a process that has none at the end
+    # five ragged sequences: unequal shares, and with one per micro-batch a process that has none at the end; a step
+    # that was abandoned before leaves nothing behind
     torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2)
     sequences = ragged_sequences(count=5)
     loss, gradient = slow_gradient(tiny_model(), sequences)
@@ -356,7 +368,7 @@ def test_rescue_never_touches_a_group_with_a_correct_rollout():
 # ------------------------------------------------------------------------------------- the order of train.rl_stage
 
 
-def run_stage(monkeypatch, script, **settings):
+def run_stage(script, **settings):
     """train.rl_stage on problems that are answered by script: for each step, what each problem's rollouts earn.
 
     Sampling, files and the choice of temperature are stood in for; grouping, rescue, substitution and the update are
@@ -385,31 +397,38 @@ def run_stage(monkeypatch, script, **settings):
             attempts.append(tried)
         return attempts, AttemptStats(tokens=1, sample_seconds=1.0)
 
-    def end_step(run, index, stage, row, optimizer):
-        rows.append(row)
-        state.step, state.stage_step = state.step + 1, state.stage_step + 1
+    class ScriptedRun(Run):
+        """A run whose data, optimizer and record are stood in for."""
 
-    def update_model(run, optimizer, sequences, *rest):
-        updates.append((state.step, sequences))
-        return real_update(run, optimizer, sequences, *rest)
+        def stage_problems(self, index):
+            return problems
 
-    real_update = runs.update_model
-    for name, stand_in in {
-        "stage_problems": lambda *_: problems,
-        "make_optimizer": lambda run, stage: torch.optim.AdamW(model.parameters(), lr=1e-2),
-        "end_step": end_step,
-        "update_model": update_model,
-        "write_rollouts": lambda *_: None,
-    }.items():
-        monkeypatch.setattr(train, name, stand_in)
-    run = SimpleNamespace(
-        state=state,
+        def begin_steps(self, stage):
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+        def update(self, sequences, *rest, **more):
+            updates.append((state.step, sequences))
+            return super().update(sequences, *rest, **more)
+
+        def end_step(self, index, stage, row):
+            rows.append(row)
+            state.step, state.stage_step = state.step + 1, state.stage_step + 1
+
+    run = ScriptedRun(
         recipe=Recipe("test", "none", (stage,)),
-        model=model,
+        folder=None,
         device=SimpleNamespace(say=lambda *_: None, peak_memory_gib=lambda: 0.0, gather=lambda value: [value]),
-        stop=SimpleNamespace(asked=False),
+        model=model,
+        model_folder=None,
+        data=None,
         respondent=SimpleNamespace(attempt=attempt, stop_tokens=(EOS,)),
+        metrics=SimpleNamespace(write_rollouts=lambda rows: None),
+        state=state,
+        stop=SimpleNamespace(asked=False),
+        resume_from=None,
+        lock=None,
         micro_batch_tokens=60,
+        saved=None,
     )
     train.rl_stage(run, 0, stage)
     return rows, updates, run
@@ -422,8 +441,8 @@ SCRIPT = [
 ]
 
 
-def test_zero_variance_is_counted_before_rescue_and_substitution(monkeypatch):
-    rows, updates, run = run_stage(monkeypatch, SCRIPT)
+def test_zero_variance_is_counted_before_rescue_and_substitution():
+    rows, updates, run = run_stage(SCRIPT)
     counted = [[row[key] for row in rows] for key in ("zero_variance", "solve_none", "solve_all")]
     assert counted == [[2, 2, 3], [1, 2, 1], [1, 0, 2]]
     assert [row["rescued"] for row in rows] == [0, 1, 0]
@@ -434,8 +453,8 @@ def test_zero_variance_is_counted_before_rescue_and_substitution(monkeypatch):
     assert [row["optimizer_steps"] for row in rows] == [1, 1, 0]
 
 
-def test_what_is_learned_from_is_rescued_and_substituted(monkeypatch):
-    _, updates, _ = run_stage(monkeypatch, SCRIPT)
+def test_what_is_learned_from_is_rescued_and_substituted():
+    _, updates, _ = run_stage(SCRIPT)
     (_, first), (_, second) = updates
     assert len(first) == len(second) == 16 and all(s.advantage != 0 for s in first + second)
     [written] = [s for s in first if s.advantage > 0 and s.tokens[1] == 1][:1]  # the right answer to a

@@ -11,7 +11,7 @@ from test_traps import Table, fast_update, group, ragged_groups, run_stage, slow
 import grpo
 from grpo import PolicyLoss, RatioStats, UpdateStats
 from lab.recipe import RlStage, VariantSettings
-from lab.variants import GspoLoss, centred, choose_loss, mini_batches, over_steps, punish_overlong
+from lab.variants import GspoLoss, centred, choose_loss, mini_batches, over_steps, punish_overlong, update
 
 LIMIT = 12  # max_response_tokens
 SIZE = 6  # of a group
@@ -277,11 +277,27 @@ def test_every_group_is_in_one_step_whole():
 
 
 def test_metrics_of_several_steps_by_hand():
-    first = UpdateStats(0.1, 2.0, 30, True, 64, 1, RatioStats(0.0, 0.0, 0.0, 1.0, 1e-7, 1e-6, None))
-    second = UpdateStats(0.3, 4.0, 10, False, 32, 0, RatioStats(0.2, 0.4, 0.1, 1.5, 0.5, 0.9, 3.0))
+    first = UpdateStats(0.1, 2.0, 30, True, 64, 1, RatioStats(0.0, 0.0, 0.0, 1.0, 1e-7, 1e-6, None), 0.0, 1)
+    second = UpdateStats(0.3, 4.0, 10, False, 32, 0, RatioStats(0.2, 0.4, 0.1, 1.5, 0.5, 0.9, 3.0), 0.0, 0)
     ratios = RatioStats(0.1, 0.2, 0.05, 1.25, 1e-7, 1e-6, 3.0)  # the mismatch is the first step's
-    assert over_steps([first, second]) == UpdateStats(0.2, 3.0, 40, False, 32, 1, ratios)
+    assert over_steps([first, second]) == UpdateStats(0.2, 3.0, 40, False, 32, 1, ratios, 0.0, 1)
     assert over_steps([second]) is second
+
+
+def test_update_makes_every_step_and_says_whether_an_earlier_one_has_begun():
+    made, stage = [], stage_of(problems=8, optimizer_steps=4, loss="cispo")
+
+    def run_update(sequences, loss, of_stage, divisor, begun):
+        assert loss == choose_loss(stage) and of_stage is stage and divisor is None
+        made.append((len(sequences), begun))
+        stepped = len(made) > 1  # the first gradient is not finite
+        ratios = RatioStats(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, None)
+        return UpdateStats(0.0, 1.0, 6, stepped, 64, 0, ratios, 0.0, int(stepped))
+
+    whole = update(run_update, [group(f"p{i}", [1, 0, 0]) for i in range(8)], stage)
+    assert made == [(6, False), (6, False), (6, True), (6, True)]
+    assert (whole.tokens, whole.optimizer_steps, whole.stepped) == (24, 3, False)
+    assert update(run_update, [group("p", [0, 0])], stage_of(drop_zero_variance=True)) is None
 
 
 # --------------------------------------------------------------------------------------------------- in a stage

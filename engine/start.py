@@ -1,0 +1,209 @@
+"""The beginning of a run: whatever can be found wrong is found here, before the first step."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_filter import DataOrder
+from engine.attempts import GraderError, Respondent
+from engine.batches import TrainingSequence
+from engine.checkpoint import CheckpointError
+from engine.device import Device, RankError, StopRequest
+from engine.grader import Grader
+from engine.offload import Offload
+from engine.run import Run
+from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe
+from engine.sharding import shard
+from engine.tokenizer import encode, encode_chat, load_tokenizer, stop_tokens
+from grpo import UpdateError
+from lab.benchmarks import find_data
+from lab.metrics import Metrics, MetricsError, read_metrics
+from lab.problems import DATA_FILES, DataError, Problem, existing_file
+from lab.recipe import Recipe, RecipeError, RlStage, SftStage
+from lab.run_data import RunData
+from model import (
+    Lora,
+    ModelConfig,
+    ModelError,
+    Transformer,
+    add_lora,
+    extend_window,
+    initialise_lora,
+    load_weights,
+    read_config,
+    resolve_folder,
+)
+from rollout import CacheLimits, RolloutError, cache_bytes_per_token, check_requests
+
+EXPECTED_ERRORS = (  # what a person can put right: one sentence, no traceback
+    RecipeError, ModelError, DataError, RolloutError, GraderError, CheckpointError, UpdateError, MetricsError, RankError,
+    ImportError, OSError,
+)  # fmt: skip
+
+
+def start_run(arguments: argparse.Namespace, device: Device) -> Run:
+    """Everything that a run needs, in the order in which it can go wrong."""
+    recipe = read_recipe(arguments)
+    check_recipe(recipe)
+    opened = open_run(arguments, recipe, device)
+    folder, state = opened.folder, opened.state
+    model_folder = model_source(recipe, folder)
+    model = build_model(model_folder, recipe, device)
+    tokenizer = load_tokenizer(model_folder, model)
+    sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        device=device,
+        model=model,
+        model_folder=model_folder,
+        data=RunData(recipe, folder),
+        respondent=Respondent(
+            model,
+            tokenizer,
+            stop_tokens(tokenizer, model, model_folder),
+            CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows),
+            Grader(reward.workers, reward.time_limit_seconds, thinking=recipe.thinking),
+            device,
+            recipe.instruction,
+            stop,
+            reward.most_failed_share,
+        ),
+        metrics=Metrics(folder, recipe.run.tensorboard, device.is_main, state.metrics_position),
+        state=state,
+        stop=stop,
+        resume_from=opened.checkpoint,
+        lock=opened.lock,
+        micro_batch_tokens=recipe.micro_batch_tokens,
+        saved=(state.step, state.stage, state.prepared) if opened.checkpoint else None,
+    )
+    guard_data(run)
+    check_inputs(run)
+    if device.is_main:
+        for name in (WANTS_RESUMING, FINISHED):  # it goes on
+            (folder / name).unlink(missing_ok=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    of_these = f" ({trained:,} of them trained)" * (trained < parameters)
+    cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, device.compute_dtype) / 2**30
+    device.say(
+        f"{recipe.name}: {parameters:,} parameters{of_these}, {device.ranks} processes, "
+        f"at most {cache_gib:.2f} GiB of cache each, {folder}"
+    )
+    return run
+
+
+def guard_data(run: Run) -> None:
+    """Exclude what [guard] says to, and put what was found on record."""
+    found = run.data.guard(run.device.say)
+    held = [row | {"step": 0} for row in read_metrics(run.folder)] if run.device.is_main else []
+    for row in found:
+        if run.device.is_main and row not in held:  # a resumed run has its rows
+            run.metrics.write(row | {"step": run.state.step})
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """What can be found wrong before anything is written or loaded."""
+    for source in [stage.data for stage in recipe.stage] + [recipe.eval.data, recipe.final.data]:
+        if source.startswith("world/") and not recipe.world:
+            raise RecipeError(f"{source}: the recipe has no [world] that would write it; write ./{source} for a file")
+        if source.endswith(DATA_FILES) and not source.startswith("world/"):
+            existing_file(Path(source))
+    for source in find_data(recipe.guard.benchmarks).values():
+        if source.endswith(DATA_FILES):
+            existing_file(Path(source))
+    if not recipe.model.startswith("world/"):
+        config = model_config(resolve_folder(recipe.model), recipe)
+        if recipe.final.data:
+            final_config(config, recipe)
+
+
+def check_inputs(run: Run) -> None:
+    """Check what a later stage or evaluation would fail on: rows, prompts, lengths."""
+    respondent, recipe, model = run.respondent, run.recipe, run.model
+    for index, stage in enumerate(recipe.stage):
+        if index < run.state.stage:
+            continue
+        if isinstance(stage, SftStage):
+            run.sft_sequences[index] = sft_sequences(run.data, stage, respondent)
+            continue
+        problems = run.stage_problems(index)
+        DataOrder(problems, stage.batch_problems, recipe.seed, index)
+        prompts = [respondent.prompt(problem, 1, stage.max_prompt_tokens) for problem in problems]
+        check_requests(model, prompts, run.sampling(stage, 1.0, 0), respondent.limits)
+    trained = model.config
+    for settings in (recipe.eval, recipe.final):
+        if settings.data:
+            model.config = trained if settings is recipe.eval else final_config(trained, recipe)
+            prompts = [respondent.prompt(problem, 1) for problem in run.data.problems(settings.data)]
+            check_requests(model, prompts, run.evaluation_sampling(settings), respondent.limits)
+    model.config = trained
+
+
+def sft_sequences(data: RunData, stage: SftStage, respondent: Respondent) -> list[TrainingSequence]:
+    """Worked solutions, or chats, as tokens; the loss is on the assistant's part alone, end-of-sequence included."""
+    tokenizer, sequences = respondent.tokenizer, []
+    ending = encode(tokenizer, tokenizer.eos_token)
+    for name, asked, reply in data.worked_examples(stage):
+        prompt = respondent.prompt(asked, 1).tokens if isinstance(asked, Problem) else encode_chat(tokenizer, asked)
+        response = encode(tokenizer, reply) + ending
+        if len(prompt) + len(response) > stage.max_tokens:
+            raise DataError(
+                f"{name} in {stage.data}: {len(prompt) + len(response)} tokens exceed the stage's "
+                f"max_tokens = {stage.max_tokens}: raise it or remove the row"
+            )
+        sequences.append(TrainingSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
+    if len(sequences) < stage.batch_sequences:
+        raise DataError(f"{stage.data}: {len(sequences)} solutions cannot fill a batch of {stage.batch_sequences}")
+    return sequences
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def model_config(folder: Path, recipe: Recipe) -> ModelConfig:
+    """The model's config with the recipe's window, in which every stage must fit."""
+    config = read_config(folder)
+    if recipe.max_position_embeddings:
+        config = replace(config, max_position_embeddings=recipe.max_position_embeddings)
+    for index, stage in enumerate(recipe.stage):
+        if not isinstance(stage, RlStage):
+            continue
+        if stage.max_prompt_tokens + stage.max_response_tokens > config.max_position_embeddings:
+            raise RecipeError(
+                f"stage.{index}: {stage.max_prompt_tokens} + {stage.max_response_tokens} tokens exceed the model's "
+                f"window of {config.max_position_embeddings}: set max_position_embeddings in the recipe"
+            )
+    return config
+
+
+def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """The config of the last evaluation: YaRN, and a window as long as it makes it."""
+    final = recipe.final
+    return extend_window(config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor)
+
+
+def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
+    """The model, split over all processes before any weight is read, so that no process holds all of it.
+
+    With an adapter, every process holds the frozen base (see `shard`), and the adapter is split.
+    """
+    with torch.device("meta"):
+        model = Transformer(model_config(folder, recipe))
+    if recipe.lora.rank:
+        is_hub_id = not recipe.model.startswith("world/") and not Path(recipe.model).is_dir()
+        add_lora(model, Lora(recipe.lora.rank, recipe.lora.alpha, recipe.model if is_hub_id else str(folder.resolve())))
+    stream = torch.cuda.Stream() if recipe.offload_activations and device.device.type == "cuda" else None
+    offload = Offload(stream) if recipe.offload_activations else None
+    for layer in model.model.layers:
+        layer.recompute, layer.offload = recipe.recompute_activations, offload
+    model.float32_head = recipe.float32_head
+    shard(model, device.mesh, device.compute_dtype)
+    model.to_empty(device=device.device)
+    model.tie()
+    load_weights(model, folder)
+    initialise_lora(model, recipe.seed)
+    return model

@@ -1,0 +1,135 @@
+"""Rows of metrics.jsonl: what a step, a filter, a temperature search and an evaluation leave on record."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from data_filter import Filtered
+from engine.attempts import Attempt, AttemptStats
+from engine.batches import TrainingSequence
+from eval import TemperaturePoint
+from grpo import Group, UpdateStats
+from lab.scores import Evaluation
+from rollout import distinct_ngrams
+
+
+def sft_row(batch: Sequence[TrainingSequence], update: UpdateStats, learning_rate: float, seconds: float) -> dict:
+    """A step of supervised fine-tuning."""
+    tokens = sum(len(sequence.tokens) for sequence in batch)
+    return {
+        "kind": "sft",
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "nonfinite": int(not update.stepped),
+        "lr": learning_rate,
+        "tokens": tokens,
+        "micro_batch_tokens": update.micro_batch_tokens,
+        "memory_retries": update.memory_retries,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+    }
+
+
+def describe_groups(groups: list[Group], attempts: list[list[Attempt]], work: AttemptStats) -> dict:
+    """A batch as it was sampled, before rescue and substitution."""
+    flat = [attempt for group in attempts for attempt in group]
+    lengths = np.array([len(attempt.rollout.tokens) for attempt in flat])
+    solved = np.array([group.correct.mean() for group in groups])
+    diversity, left_out = distinct_ngrams([[attempt.text for attempt in group] for group in attempts])
+    return {
+        "kind": "rl",
+        "reward_mean": float(np.mean([group.rewards.mean() for group in groups])),
+        "accuracy": float(solved.mean()),
+        "reward_correct": float(np.mean([attempt.grade.correct for attempt in flat])),
+        "reward_format": float(np.mean([attempt.grade.format for attempt in flat])),
+        "reward_steps": float(np.mean([attempt.grade.steps for attempt in flat])),
+        "verdicts": dict(Counter(attempt.grade.verdict for attempt in flat)),
+        "response_length_mean": float(lengths.mean()),
+        "response_length_max": int(lengths.max()),
+        "truncated_share": float(np.mean([attempt.rollout.finish_reason == "length" for attempt in flat])),
+        "distinct4": diversity,
+        "distinct4_left_out": left_out,
+        "entropy": float(-np.concatenate([attempt.rollout.logprobs for attempt in flat]).mean()),
+        "groups": len(groups),
+        "solve_none": int((solved == 0).sum()),
+        "solve_all": int((solved == 1).sum()),
+        "zero_variance": sum(not group.informative for group in groups),
+        "tokens": int(lengths.sum()),
+        "problems_hash": _short_hash(group.problem.id.encode() for group in groups),
+        "tokens_hash": _short_hash(attempt.rollout.tokens.tobytes() for attempt in flat),
+        "idle_share": work.idle_share,
+        "idle_shares": list(work.idle_shares),
+        "seconds_sample": work.sample_seconds,
+        "seconds_grade": work.grade_seconds,
+        "sample_tokens_per_s": work.tokens / work.sample_seconds,
+        "preemptions": work.preemptions,
+        "sample_memory_retries": work.memory_retries,
+    }
+
+
+def _short_hash(parts: Iterable[bytes]) -> str:
+    """Equal in two runs that drew the same, however many processes sampled."""
+    return hashlib.blake2b(b"/".join(parts), digest_size=8).hexdigest()
+
+
+def describe_update(update: UpdateStats | None, seconds: float) -> dict:
+    """A batch's update; None is a batch with too few informative groups, which is skipped."""
+    if update is None:
+        return {"skipped": 1, "nonfinite": 0, "seconds_update": seconds, "memory_retries": 0, "optimizer_steps": 0}
+    return {
+        "skipped": 0,
+        "nonfinite": int(not update.stepped),
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "update_tokens_per_s": update.tokens / seconds,
+        "update_idle_share": update.idle_share,
+        "seconds_update": seconds,
+        "memory_retries": update.memory_retries,
+        "optimizer_steps": update.optimizer_steps,
+        **(asdict(update.ratios) if update.ratios else {}),
+    }
+
+
+def rollouts_to_read(step: int, groups: list[Group], attempts: list[list[Attempt]]) -> list[dict]:
+    """The first rollout of each of these groups, whole: lines of rollouts.jsonl."""
+    return [
+        {
+            "step": step,
+            "problem_id": group.problem.id,
+            "problem_text": group.problem.text,
+            "answers": list(group.problem.answers),
+            "response": first.text,
+            "verdict": first.grade.verdict,
+            "reward": float(group.rewards[0]),
+            "group_accuracy": float(group.correct.mean()),
+            "tokens": len(first.rollout.tokens),
+            "finish_reason": first.rollout.finish_reason,
+            "temperature": first.rollout.temperature,
+        }
+        for group, (first, *_) in zip(groups, attempts, strict=True)
+    ]
+
+
+def filter_row(label: str, rule: str, filtered: Filtered, tokens: int = 0) -> dict:
+    """A filter or a drop, with histograms of pass rates; `tokens` were generated to measure them."""
+    row = {"kind": "filter", "label": label, "rule": rule, "before": filtered.before, "after": filtered.after}
+    return row | {"tokens": tokens, "kept": len(filtered.kept), "dropped": len(filtered.dropped)}
+
+
+def temperature_row(
+    label: str, target: float | None, chosen: float, curve: Sequence[TemperaturePoint], tokens: int
+) -> dict:
+    """A stage's temperature: every one that was measured, and the one that was taken."""
+    row = {"kind": "temperature", "label": label, "target_distinct4": target, "chosen": chosen}
+    return row | {"curve": [point.row() for point in curve], "tokens": tokens}
+
+
+def evaluation_row(found: Evaluation, final: bool) -> dict:
+    """An evaluation without the intervals of its groups."""
+    row = {"kind": "eval", "final": final} | asdict(found)
+    for grouping in ("by_type", "by_difficulty"):
+        row[grouping] = {label: group["avg"] for label, group in row[grouping].items()}
+    return row

@@ -1,0 +1,131 @@
+"""The data that a recipe names: where it lies, what the guard leaves out of it, and the worked solutions of sft stages.
+
+Nothing here depends on where a run stands: it is the same on every process and after a resume.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+from lab.benchmarks import find_data
+from lab.problems import DataError, Problem, benchmark_copies, duplicated, has_chats, read_chats, read_problems
+from lab.recipe import Recipe, RlStage, SftStage
+
+PAIRS_NAMED = 3  # of the copies that the guard finds
+
+
+@cache
+def problems_of(path: str) -> list[Problem]:
+    """The problems of a file or hub data set, read once per process."""
+    return read_problems(path)
+
+
+@dataclass
+class RunData:
+    """The data of one run of a recipe; `folder` is the run's."""
+
+    recipe: Recipe
+    folder: Path
+    excluded: dict[tuple[str, str], set[str]] = field(default_factory=dict)  # ids by (kind of stage, data): see `guard`
+
+    def path(self, source: str) -> str:
+        """world/... is what this run has written; anything else is a file or a hub data set."""
+        return str(self.folder / source) if source.startswith("world/") else source
+
+    def problems(self, source: str) -> list[Problem]:
+        """All problems of a source."""
+        return problems_of(self.path(source))
+
+    def training_problems(self, kind: str, source: str) -> list[Problem]:
+        """A stage's data without what the guard excludes."""
+        excluded = self.excluded.get((kind, source), ())
+        return [problem for problem in self.problems(source) if problem.id not in excluded]
+
+    def rl_source(self, index: int) -> str:
+        """The data of an rl stage: its own, or that of the newest rl stage before it that names any."""
+        return next(s.data for s in self.recipe.stage[index::-1] if isinstance(s, RlStage) and s.data)
+
+    def all_rl_problems(self) -> list[Problem]:
+        """The problems of all rl stages."""
+        sources = [stage.data for stage in self.recipe.stage if isinstance(stage, RlStage) and stage.data]
+        return [problem for source in sources for problem in self.training_problems("rl", source)]
+
+    def worked_examples(self, stage: SftStage) -> Iterator[tuple[str, list[dict] | Problem, str]]:
+        """What an sft stage learns: a name for errors, the prompt as a chat or a problem, the reply.
+
+        Every reply of a chat is an example of its own, after everything that came before it.
+        """
+        if has_chats(path := self.path(stage.data)):
+            excluded = self.excluded.get(("sft", stage.data), ())
+            for number, messages in enumerate(read_chats(path), 1):
+                for turn, message in enumerate(messages):
+                    if message["role"] == "assistant" and f"row {number}" not in excluded:
+                        yield f"row {number}", messages[:turn], message["content"]
+            return
+        for problem in self.training_problems("sft", stage.data):
+            if not problem.solution:
+                raise DataError(f"problem {problem.id} in {stage.data} has no worked solution to learn from")
+            yield f"problem {problem.id}", problem, problem.solution
+
+    # ------------------------------------------------------------------------------------------------- the guard
+
+    def guard(self, say: Callable[[str], None]) -> list[dict]:
+        """Find training problems that repeat another or a benchmark's; exclude what [guard] says. Returns metrics rows."""
+        guard, benchmark, rows = self.recipe.guard, [], []
+        for source in dict.fromkeys(filter(None, [self.recipe.eval.data, self.recipe.final.data])):
+            benchmark += self.problems(source)
+            if pairs := duplicated(self.problems(source)):
+                say(f"{source}: {len(pairs):,} problems repeat an earlier one's text ({_name_pairs(pairs)})")
+        for source in find_data(guard.benchmarks).values():
+            benchmark += read_problems(source, "keep")  # to compare with, a problem needs no answer
+        seen: dict[str, dict[str, Problem]] = {"sft": {}, "rl": {}}
+        for index, stage in enumerate(self.recipe.stage):
+            place = stage.kind, stage.data
+            if not stage.data or place in self.excluded:
+                continue
+            asked, learned = self._texts(stage)
+            found = {
+                "duplicates": (guard.duplicates, "repeat an earlier one's text", duplicated(learned, seen[stage.kind])),
+                "contamination": (guard.contamination, "are a benchmark's", benchmark_copies(asked, benchmark)),
+            }
+            excluded = {p.id for rule, _, pairs in found.values() if rule == "exclude" for p, _ in pairs}
+            self.excluded[place] = excluded
+            row = {"kind": "guard", "step": 0, "stage": index, "data": stage.data, "rows": len(learned)}
+            for name, (rule, what, pairs) in found.items():
+                count, first = len({problem.id for problem, _ in pairs}), [[a.id, b.id] for a, b in pairs[:PAIRS_NAMED]]
+                row |= {name: count, f"{name}_first": first, f"{name}_rule": rule}
+                if pairs:
+                    done = (
+                        "excluded" if rule == "exclude" else f'kept in training (guard.{name} = "exclude" drops them)'
+                    )
+                    say(f"{stage.data}: {count:,} of {len(learned):,} {what} ({_name_pairs(pairs)}): {done}")
+            rows.append(row | {"excluded": len(excluded), "excluded_ids": sorted(excluded)})
+        return rows
+
+    def _texts(self, stage: SftStage | RlStage) -> tuple[list[Problem], list[Problem]]:
+        """What a stage's data asks, to compare with benchmarks, and what it teaches, where once is enough.
+
+        Fine-tuning may learn a problem from several solutions, so that there a copy has the same solution.
+        """
+        if isinstance(stage, SftStage) and has_chats(path := self.path(stage.data)):
+            chats = [(f"row {number}", messages) for number, messages in enumerate(read_chats(path), 1)]
+            asked = [Problem(name, m["content"], ()) for name, chat in chats for m in chat if m["role"] == "user"]
+            return asked, [Problem(name, "\n".join(m["content"] for m in chat), ()) for name, chat in chats]
+        asked = self.problems(stage.data)
+        return asked, asked if isinstance(stage, RlStage) else [replace(p, text=p.text + p.solution) for p in asked]
+
+
+def by_ids(problems: list[Problem], ids: list[str], source: str) -> list[Problem]:
+    """The problems that a run noted, in that order; DataError where some are no longer there."""
+    by_id = {problem.id: problem for problem in problems}
+    if gone := [problem_id for problem_id in ids if problem_id not in by_id]:
+        raise DataError(
+            f"{source}: {len(gone):,} of the {len(ids):,} problems that this run goes on with are not there "
+            f"(first: {gone[0]}): resume with the data and the [guard] that it began with"
+        )
+    return [by_id[problem_id] for problem_id in ids]
+
+
+def _name_pairs(pairs: list[tuple[Problem, Problem]]) -> str:
+    return ", ".join(f"{a.id} is {b.id}" for a, b in pairs[:PAIRS_NAMED]) + ", ..." * (len(pairs) > PAIRS_NAMED)

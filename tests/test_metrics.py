@@ -1,0 +1,138 @@
+"""metrics.py: what was written comes back, broken lines are reported, resuming forgets."""
+
+import errno
+import json
+import math
+import sys
+
+import pytest
+
+from lab import metrics as record
+
+
+def test_read_metrics_drops_a_cut_last_line_and_says_so(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "sft", "step": 1, "stage": 0}\n{"kind": "r\xc3')
+    assert [row["step"] for row in record.read_metrics(tmp_path)] == [1]
+    assert "dropped 1 half-written last line (line 2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ['{"kind": "r', "3", "", '{"kind": "rl"}'])
+def test_read_metrics_names_the_broken_line(tmp_path, broken):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
+        record.read_metrics(tmp_path)
+
+
+def test_resuming_drops_what_came_after_the_checkpoint_and_goes_on(tmp_path):
+    metrics = record.Metrics(tmp_path)
+    for step in range(6):
+        metrics.write(dict(kind="sft", step=step, stage=0, loss=math.nan))
+        metrics.write_rollouts([dict(step=step, response="é"), dict(step=step, response="b")])
+        if step == 3:
+            noted = list(metrics.position)
+            metrics.write(dict(kind="filter", step=3, stage=0))  # same step, after the checkpoint: to be made again
+    metrics.close()
+    assert noted == [4, 8]
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"step": 2, "a')
+    metrics = record.Metrics(tmp_path, position=noted)
+    metrics.write(dict(kind="sft", step=4, stage=0))
+    assert metrics.position == [5, 8]
+    metrics.close()
+    assert [(row["kind"], row["step"]) for row in record.read_metrics(tmp_path)] == [("sft", step) for step in range(5)]
+    rollouts = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rollouts] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl"]
+
+
+@pytest.mark.parametrize("broken", ['{"step": 4, "x', '{"step": 4, "x": \n', "3\n", "\0\0\0\0\n"])
+def test_what_follows_the_checkpoint_may_be_broken(tmp_path, broken):
+    """A line cut by a lost machine is no matter when the checkpoint comes before it."""
+    whole = [dict(kind="sft", step=step, stage=0) for step in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole) + broken + '{"step": 9}\n')
+    assert record.whole_lines(tmp_path) == [4, 0]
+    metrics = record.Metrics(tmp_path, position=[3, 0])
+    metrics.write(whole[3])
+    metrics.sync()
+    metrics.close()
+    assert record.read_metrics(tmp_path) == whole
+    assert record.whole_lines(tmp_path) == [4, 0]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    metrics = record.Metrics(tmp_path)
+    metrics.write(dict(kind="sft", step=1, stage=0))
+
+    class Full:
+        name = metrics.rows.name
+
+        def writelines(self, lines):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics, "rows", Full())
+    with pytest.raises(record.MetricsError, match=r"metrics.jsonl: a line cannot be written \(No space"):
+        metrics.write(dict(kind="sft", step=2, stage=0))
+    assert metrics.position == [1, 0]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    metrics = record.Metrics(tmp_path / "run", tensorboard=True, enabled=False)
+    metrics.write(dict(kind="sft", step=1, stage=0))
+    metrics.write_rollouts([dict(step=1)])
+    metrics.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_missing_is_one_clear_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="TensorBoard was asked for but is not installed: `pip install tensorboard`"):
+        record.Metrics(tmp_path, tensorboard=True)
+
+
+def test_tensorboard_gets_scalars_and_forgets_truncated_steps(tmp_path, monkeypatch):
+    calls = []
+
+    class Board:
+        def __init__(self, folder, purge_step=None):
+            calls.append(("open", purge_step))
+
+        def add_text(self, tag, text, step):
+            assert "| `reward_mean` | rl |" in text
+            calls.append(tag)
+
+        def add_scalar(self, tag, value, step):
+            calls.append((tag, value, step))
+
+        def close(self):
+            calls.append("close")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("module", (), {"SummaryWriter": Board}))
+    metrics = record.Metrics(tmp_path, tensorboard=True)
+    metrics.write(dict(kind="rl", step=3, stage=1, loss=0.5, entropy=None, verdicts={"wrong": 2}))
+    metrics.write(dict(kind="eval", step=3, stage=1, name="held-out", avg=0.4, final=False))
+    metrics.close()
+    record.Metrics(tmp_path, tensorboard=True, position=(0, 0)).close()
+    assert calls == [
+        ("open", None),
+        "glossary",
+        ("rl/loss", 0.5, 3),
+        ("rl/verdicts/wrong", 2, 3),
+        ("eval/held-out/avg", 0.4, 3),
+        "close",
+        ("open", 0),
+        "glossary",
+        "close",
+    ]
+
+
+def test_alarms_see_the_rows_of_one_stage_also_after_a_resume(tmp_path):
+    metrics = record.Metrics(tmp_path)
+    for stage in (1, 2):
+        for step in range(3):
+            metrics.write(dict(kind="rl", step=3 * stage + step, stage=stage))
+        metrics.write(dict(kind="eval", step=3 * stage + 2, stage=stage, name="held-out"))
+    assert [row["step"] for row in metrics.steps] == [6, 7, 8]
+    metrics.close()
+    assert [row["step"] for row in record.Metrics(tmp_path, position=[7, 0]).steps] == [6, 7, 8]
+    assert [row["step"] for row in record.Metrics(tmp_path, position=[3, 0]).steps] == [3, 4, 5]
