@@ -29,10 +29,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.attempts import Attempt, Respondent
-from engine.device import Interrupted
+from engine.distributed import Interrupted
 from engine.files import read_jsonl, write_atomically
 from engine.fingerprint import data_identity, require_same
+from engine.rollout_worker import Attempt, RolloutWorker
 from lab.problems import DataError, Problem
 from rollout import Sampling
 
@@ -142,7 +142,7 @@ def mean_reward(visits: Iterable[Visit]) -> float | None:
 
 
 def estimate(
-    respondent: Respondent,
+    worker: RolloutWorker,
     problems: Sequence[Problem],
     n: int,
     sampling: Sampling,
@@ -158,7 +158,7 @@ def estimate(
     it and gets the same. Raises Interrupted when asked to stop, with every problem that was finished saved; DataError
     for a file of another model, other problems or other sampling; GraderError when the grader fails often.
     """
-    device = respondent.device
+    processes = worker.processes
     settings = {
         "weights": weights,
         "problems": problems_fingerprint(problems),
@@ -167,25 +167,25 @@ def estimate(
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_new_tokens,
-        "instruction": respondent.instruction,
-        "thinking": respondent.grader.thinking,
+        "instruction": worker.instruction,
+        "thinking": worker.grader.thinking,
         "seed": sampling.seed,
     }
     known = History.load(path) if path.exists() else History()
     if restart and known.settings not in (None, settings):
-        device.share(None)  # everybody has read
+        processes.broadcast(None)  # everybody has read
         known = History()
-        if device.is_main:
+        if processes.is_main:
             path.unlink()
     if known.settings is None and not known.log:
         known.settings = settings
     require_settings(known, path, settings)
     left, begun = [problem for problem in problems if not known.visits(problem.id)], time.perf_counter()
-    device.share(None)  # everybody has read
-    if device.is_main and left:
+    processes.broadcast(None)  # everybody has read
+    if processes.is_main and left:
         known.save(path)  # a file that cannot be written is no surprise for later
     if left and len(left) < len(problems):
-        device.say(f"pass rates: {len(problems) - len(left):,} problems are in {path} already")
+        processes.say(f"pass rates: {len(problems) - len(left):,} problems are in {path} already")
 
     def keep(attempt: Attempt) -> tuple[str, int, float, int]:
         rollout = attempt.rollout
@@ -193,27 +193,27 @@ def estimate(
 
     for start in range(0, len(left), ESTIMATE_SLICE):
         part = left[start : start + ESTIMATE_SLICE]
-        prompts = [respondent.prompt(problem, n) for problem in part]
+        prompts = [worker.prompt(problem, n) for problem in part]
         label = f"pass rates, slice {start // ESTIMATE_SLICE + 1} of {math.ceil(len(left) / ESTIMATE_SLICE)}"
-        mine, _, stopped = respondent.sample(part, prompts, sampling, keep, label)
+        mine, _, stopped = worker.sample(part, prompts, sampling, keep, label)
         groups = defaultdict(list)  # by problem: reward and tokens of each rollout, in order
-        for problem_id, _, *rollout in sorted(kept for own in device.gather(mine) for kept in own):
+        for problem_id, _, *rollout in sorted(kept for own in processes.all_gather(mine) for kept in own):
             groups[problem_id].append(rollout)
         for problem in part:
             if len(groups[problem.id]) == n:  # an interruption leaves some unfinished
                 rewards, tokens = zip(*groups[problem.id], strict=True)
                 known.append(Visit(problem.id, stage, step, rewards, sum(tokens)))
-        if device.is_main:
+        if processes.is_main:
             known.save(path)
         if stopped:
             raise Interrupted
         done, seconds = start + len(part), time.perf_counter() - begun
         eta = timedelta(seconds=round(seconds * (len(left) - done) / done))
-        device.say(f"pass rates: {len(problems) - len(left) + done:,}/{len(problems):,} problems  ETA {eta}")
+        processes.say(f"pass rates: {len(problems) - len(left) + done:,}/{len(problems):,} problems  ETA {eta}")
     in_order = [visit for problem in problems for visit in known.visits(problem.id)]
     if known.log != in_order:  # as if nothing had interrupted it
         known.log = in_order
-        if device.is_main:
+        if processes.is_main:
             known.save(path)
     return known
 

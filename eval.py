@@ -29,7 +29,7 @@ import numpy as np
 from lab.problems import Problem
 
 if TYPE_CHECKING:  # those who only read figures need no torch
-    from engine.attempts import Attempt, Respondent
+    from engine.rollout_worker import Attempt, RolloutWorker
     from rollout import Sampling
 
 NORMAL_95 = 1.959964  # half the width of a 95% interval in standard errors
@@ -68,13 +68,13 @@ def response_of(name: str, attempt: "Attempt", cuts: dict[str, int] | None = Non
 
 
 def evaluate(
-    respondent: "Respondent", name: str, problems: Sequence[Problem], n: int, sampling: "Sampling", label: str = ""
+    worker: "RolloutWorker", name: str, problems: Sequence[Problem], n: int, sampling: "Sampling", label: str = ""
 ) -> list[list[Response]]:
     """n graded responses to every problem, in order; nothing is written. A label shows progress.
 
     Every process calls it and gets the same. lab.scores.summarise turns them into a table of figures.
     """
-    attempts, _ = respondent.attempt(problems, n, sampling, label)
+    attempts, _ = worker.attempt(problems, n, sampling, label)
     return [[response_of(name, attempt) for attempt in group] for group in attempts]
 
 

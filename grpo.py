@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.batches import TokenBatch, TrainingSequence, even_length, idle_share, micro_batches, pack, work_of
-from engine.device import Interrupted, enter
+from engine.distributed import Interrupted, note_place
 from engine.memory import UpdateError as UpdateError
 from engine.memory import step_within_memory, with_smaller_batches
 from lab.problems import Problem
@@ -245,7 +245,7 @@ def optimizer_step(
     Where memory runs out, the step begins again with smaller micro-batches; UpdateError when there are none.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    enter("the update")
+    note_place("the update")
     tokens = sum(sequence.response_length for sequence in sequences)
     total = divisor or tokens
     even_at = even_length(model) if ranks > 1 else math.inf  # alone, micro-batches alike in memory are best

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.decode import KERNEL_PAGE_TOKENS, PagedKernel, pages_have_kernels, sampling_forward, step_graphs
+from engine.errors import UserError
 from engine.memory import out_of_memory
 from model import ModelConfig, Packed, Transformer
 
@@ -39,7 +40,7 @@ LARGEST_CPU_PREFILL = 2_048  # what the caches of a CPU hold
 STEPS_BETWEEN_SYNCS = 8  # with graphs: tokens that every row draws before the host looks for the ends of responses
 
 
-class RolloutError(ValueError):
+class RolloutError(UserError):
     """A request that cannot be sampled, in one sentence."""
 
 

@@ -42,14 +42,14 @@ from data_filter import (
     require_batch,
     zero_variance_share,
 )
-from engine import device as devices
-from engine.attempts import Attempt, GraderError
+from engine import distributed
 from engine.batches import TrainingSequence
-from engine.device import Interrupted
+from engine.distributed import Interrupted
 from engine.fingerprint import model_identity
+from engine.rollout_worker import Attempt, GraderError
 from engine.run import Run
 from engine.run_folder import FINISHED, WANTS_RESUMING
-from engine.start import EXPECTED_ERRORS, final_config, start_run
+from engine.start import final_config, start_run
 from eval import Response, evaluate, match_diversity, measure_temperature
 from grpo import Group, PolicyLoss, Substitution, substitute, supervised_loss, training_sequences
 from lab import rows
@@ -92,7 +92,7 @@ def train(run: Run) -> None:
 def sft_stage(run: Run, index: int, stage: SftStage) -> None:
     """Imitate worked solutions: cross-entropy on the assistant's tokens, packed, the mean over all of them."""
     state, sequences = run.state, run.sft_sequences[index]
-    run.device.say(f"stage {index}: sft on {len(sequences):,} solutions, {stage.steps} steps")
+    run.processes.say(f"stage {index}: sft on {len(sequences):,} solutions, {stage.steps} steps")
     run.begin_steps(stage)
     while run.steps_left(stage):
         begun = time.perf_counter()
@@ -120,7 +120,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
     if is_variant:
         from lab import variants
     run.begin_steps(stage)
-    run.device.say(
+    run.processes.say(
         f"stage {index}: rl on {len(problems):,} problems, {stage.steps} steps of {stage.batch_problems} x "
         f"{stage.group_size}, temperature {state.temperature:g}, {stage.max_response_tokens:,} tokens"
     )
@@ -133,7 +133,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         batch = order.batch(state.position)
         sampling = run.sampling(stage, state.temperature, draw=state.step)
         lengths = [state.history.response_tokens(problem.id) for problem in batch]
-        attempts, work = run.respondent.attempt(batch, stage.group_size, sampling, expected_tokens=lengths)
+        attempts, work = run.worker.attempt(batch, stage.group_size, sampling, expected_tokens=lengths)
         groups = make_groups(recipe, batch, attempts)
         row = rows.describe_groups(groups, attempts, work)  # of the original rewards: before rescue and substitution
         record_visits(run, index, groups)
@@ -171,7 +171,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
             "problems": len(problems),
             "epoch": state.position / len(problems),
             "max_response_tokens": stage.max_response_tokens,
-            "peak_memory_gib": run.device.peak_memory_gib(),
+            "peak_memory_gib": run.processes.peak_memory_gib(),
         }
         run.end_step(index, stage, row)
 
@@ -189,7 +189,7 @@ def final_evaluation(run: Run) -> None:
         for name, config in {"beyond the window, no YaRN": unscaled, "beyond the window, YaRN": extended}.items():
             model.config = config
             model.set_rope(config.rope)
-            groups = evaluate(run.respondent, name, problems, final.samples, sampling, label=name)
+            groups = evaluate(run.worker, name, problems, final.samples, sampling, label=name)
             found = summarise(name, problems, groups, sampling.temperature, sampling.max_new_tokens)
             report_evaluation(run, len(recipe.stage) - 1, found, final=True)
         model.config = trained
@@ -207,9 +207,9 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
     path, history = run.folder / f"pass-rates-{index}.jsonl", run.state.history
     sampling = run.sampling(stage, run_temperature(run, stage), draw=ESTIMATE_DRAW)
     model_in_hand = run.folder / f"stage-{index - 1}" if index else run.model_folder
-    weights = run.device.share(model_identity(model_in_hand) if run.device.is_main else None)
+    weights = run.processes.broadcast(model_identity(model_in_hand) if run.processes.is_main else None)
     visits = (index + BEFORE_STAGE, run.state.step)
-    known = estimate(run.respondent, problems, stage.group_size, sampling, path, weights, *visits, restart=True)
+    known = estimate(run.worker, problems, stage.group_size, sampling, path, weights, *visits, restart=True)
     estimated = [visit for problem in problems for visit in known.visits(problem.id)]
     for visit in estimated:
         history.append(visit)
@@ -218,7 +218,7 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
     report_filter(run, index, f"before stage {index}", f"pass rate below {stage.drop_at:g}", filtered, tokens)
     require_batch(filtered, stage.batch_problems)
     share = zero_variance_share(filtered.known_rates(filtered.kept), stage.group_size)
-    run.device.say(f"expected share of groups without a signal: {share:.0%}")
+    run.processes.say(f"expected share of groups without a signal: {share:.0%}")
     return filtered.kept
 
 
@@ -242,7 +242,7 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
     def answer(problems: list[Problem], temperature: float) -> list[list[Response]]:
         nonlocal tokens
         sampling = replace(run.sampling(stage, temperature, draw=SEARCH_DRAW), max_new_tokens=state.probe_tokens)
-        groups = evaluate(run.respondent, "temperature", problems, search.samples, sampling)
+        groups = evaluate(run.worker, "temperature", problems, search.samples, sampling)
         tokens += sum(response.tokens for group in groups for response in group)
         return groups
 
@@ -250,12 +250,12 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
     if stage.temperature == "match" and state.diversity is not None:
         target, restores = state.diversity, f" (to restore {state.diversity:.3f})"
         bounds = search.step, search.most, search.margin
-        state.temperature, curve = match_diversity(answer, probe, target, start, *bounds, run.device.say)
+        state.temperature, curve = match_diversity(answer, probe, target, start, *bounds, run.processes.say)
     else:
         curve = [measure_temperature(answer, probe, start, search.margin)]
         state.temperature, state.diversity = curve[0].temperature, curve[0].distinct4
     chosen = next(point for point in curve if point.temperature == state.temperature)
-    run.device.say(
+    run.processes.say(
         f"stage {index}: temperature {state.temperature:g}, distinct-4 {chosen.distinct4 or 0:.3f}{restores}"
     )
     run.record(index, rows.temperature_row(f"before stage {index}", target, state.temperature, curve, tokens))
@@ -274,8 +274,8 @@ def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
 
 def report_filter(run: Run, index: int, label: str, rule: str, filtered: Filtered, tokens: int = 0) -> None:
     """Show a filter's two histograms, and keep them for the report."""
-    run.device.say(f"{label}: kept {len(filtered.kept):,}, dropped {len(filtered.dropped):,} (rule: {rule})")
-    run.device.say(draw_histogram(filtered.before, filtered.after))
+    run.processes.say(f"{label}: kept {len(filtered.kept):,}, dropped {len(filtered.dropped):,} (rule: {rule})")
+    run.processes.say(draw_histogram(filtered.before, filtered.after))
     run.record(index, rows.filter_row(label, rule, filtered, tokens))
 
 
@@ -322,11 +322,11 @@ def learning_rate(stage: SftStage | RlStage, step: int) -> float:
 def export_model(run: Run, index: int) -> None:
     """The model after a stage, as a Hugging Face folder: stage-INDEX."""
     export, stage_step = run.folder / f"stage-{index}", run.state.stage_step
-    if run.device.is_main and export.exists() and stage_step > run.stage_first_step:
+    if run.processes.is_main and export.exists() and stage_step > run.stage_first_step:
         # of steps that came after the checkpoint that this launch goes on from: `save` removes it
         export.rename(export.with_name(f"{export.name}.unfinished"))
-    if not run.device.share(export.exists()):
-        save(run.model, export, run.device.compute_dtype, tokenizer_from=run.model_folder)
+    if not run.processes.broadcast(export.exists()):
+        save(run.model, export, run.processes.compute_dtype, tokenizer_from=run.model_folder)
 
 
 def held_out_evaluation(run: Run, index: int, label: str, within_stage: bool = False, final: bool = False) -> None:
@@ -336,14 +336,14 @@ def held_out_evaluation(run: Run, index: int, label: str, within_stage: bool = F
         return
     most = (settings.problems_within_stage if within_stage else 0) or settings.problems or None
     problems, sampling = run.data.problems(settings.data)[:most], run.evaluation_sampling(settings)
-    groups = evaluate(run.respondent, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
+    groups = evaluate(run.worker, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
     found = summarise("held-out", problems, groups, sampling.temperature, sampling.max_new_tokens)
     report_evaluation(run, index, found, final)
 
 
 def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> None:
     """Show an evaluation and keep it for the report."""
-    if run.device.is_main:
+    if run.processes.is_main:
         print_evaluation(found)
     run.record(index, rows.evaluation_row(found, final))
 
@@ -352,24 +352,24 @@ def main(arguments: Namespace) -> None:
     """Run a recipe, or go on with one."""
     run, status = None, 0
     try:
-        run = start_run(arguments, devices.start())
+        run = start_run(arguments, distributed.start())
         train(run)
         run.metrics.close()
-        if run.device.is_main:
+        if run.processes.is_main:
             from lab.page import write_report
 
             print(f"report in {write_report(run.folder)}")
         run.leave_marker(FINISHED, f"after step {run.state.step}")
     except Interrupted:
         run.leave_marker(WANTS_RESUMING, run.how_to_go_on())
-        run.device.say(f"stopped after step {run.state.step}; go on with: {run.how_to_go_on()}")
+        run.processes.say(f"stopped after step {run.state.step}; go on with: {run.how_to_go_on()}")
     except Exception as error:
-        status = devices.last_words(error, "train.py", EXPECTED_ERRORS)
+        status = distributed.report_error(error, "train.py")
     finally:
         if run is not None:
             run.close()
-        devices.stop()
-    devices.leave(status)
+        distributed.stop()
+    distributed.exit_process(status)
 
 
 if __name__ == "__main__":

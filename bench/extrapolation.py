@@ -22,10 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine import device as devices  # noqa: E402
-from engine.attempts import Respondent  # noqa: E402
+from engine import distributed  # noqa: E402
 from engine.files import write_atomically  # noqa: E402
 from engine.grader import Grader  # noqa: E402
+from engine.rollout_worker import RolloutWorker  # noqa: E402
 from engine.run import EVALUATION_DRAW  # noqa: E402
 from engine.tokenizer import (  # noqa: E402
     encode,  # noqa: E402
@@ -55,10 +55,10 @@ INSIDE_FACTOR, SAMPLES, ROWS, SPARE_ROWS = 1.5, 8, 256, 64
 SETTINGS = ("no scaling", "YaRN, attention temperature", "YaRN alone")
 
 
-def lengthen(problem: Problem, respondent: Respondent, end: int) -> Problem:
+def lengthen(problem: Problem, worker: RolloutWorker, end: int) -> Problem:
     """The same sum behind as much filler as lets prompt and right response end at token `end`, not before its own."""
     bare = replace(problem, text=problem.text.replace(FILLER, ""))
-    own = len(respondent.prompt(bare, 1).tokens) + len(encode(respondent.tokenizer, problem.solution)) + 1  # the stop
+    own = len(worker.prompt(bare, 1).tokens) + len(encode(worker.tokenizer, problem.solution)) + 1  # the stop
     return replace(bare, text=FILLER * max(0, end - own) + bare.text)
 
 
@@ -72,7 +72,7 @@ def scaled(config: ModelConfig, setting: str, ratio: float, window: int, longest
 
 def measure(folder: Path, window: int, ratios: list[float]) -> list[dict]:
     """One row for each ratio and setting."""
-    recipe, here = load_recipe(folder / "recipe.toml"), devices.start()
+    recipe, here = load_recipe(folder / "recipe.toml"), distributed.start()
     trained = folder / f"stage-{len(recipe.stage) - 1}"
     held_out = folder / recipe.eval.data if recipe.eval.data.startswith("world/") else Path(recipe.eval.data)
     problems = read_problems(held_out.with_name("beyond-window.jsonl"))
@@ -82,19 +82,19 @@ def measure(folder: Path, window: int, ratios: list[float]) -> list[dict]:
     sampling = Sampling(1.0, recipe.eval.max_response_tokens, stops, recipe.seed, EVALUATION_DRAW)
     with Grader(1, thinking=recipe.thinking) as grader:
         for ratio in ratios:
-            respondent = Respondent(model, tokenizer, stops, None, grader, here, recipe.instruction)
-            later = [lengthen(problem, respondent, round(ratio * window)) for problem in problems]
-            longest = max(len(respondent.prompt(problem, 1).tokens) for problem in later) + sampling.max_new_tokens
-            respondent.limits = CacheLimits((ROWS + SPARE_ROWS) * longest, longest, ROWS)
+            worker = RolloutWorker(model, tokenizer, stops, None, grader, here, recipe.instruction)
+            later = [lengthen(problem, worker, round(ratio * window)) for problem in problems]
+            longest = max(len(worker.prompt(problem, 1).tokens) for problem in later) + sampling.max_new_tokens
+            worker.limits = CacheLimits((ROWS + SPARE_ROWS) * longest, longest, ROWS)
             for setting in SETTINGS:
                 model.config = scaled(plain, setting, ratio, window, longest)
                 model.set_rope(model.config.rope)
-                groups = evaluate(respondent, setting, later, SAMPLES, sampling, f"{ratio:g}x, {setting}")
+                groups = evaluate(worker, setting, later, SAMPLES, sampling, f"{ratio:g}x, {setting}")
                 found = summarise(setting, later, groups, sampling.temperature, sampling.max_new_tokens)
                 row = {"ratio": ratio, "setting": setting} | {k: getattr(found, k) for k in ("avg", "low", "high")}
                 rows.append(row | {"length_mean": found.length_mean, "truncated_share": found.truncated_share})
                 print(f"{ratio:g}x, {setting}: {cell(rows[-1])}", flush=True)
-    devices.stop()
+    distributed.stop()
     return rows
 
 

@@ -375,14 +375,14 @@ def saving() -> None:
     """Seconds to save and to check a checkpoint, beside a step of the same model, for two sizes."""
     import torch
 
-    from engine import device
+    from engine import distributed
     from engine.batches import TrainingSequence
     from engine.checkpoint import RunState, damage, load_weights_and_optimizer, save_checkpoint
     from engine.sharding import shard
     from grpo import optimizer_step, supervised_loss
     from model import Transformer, initialise, parse_config
 
-    here, tokens = device.start(), torch.arange(512).numpy().astype("int32")
+    here, tokens = distributed.start(), torch.arange(512).numpy().astype("int32")
     print("| parameters | checkpoint, MB | a step of 4,096 tokens, s | saving, s | checking, s | loading, s |")
     print("|---|---|---|---|---|---|")
     for hidden, layers in ((128, 4), (512, 8)):
@@ -424,7 +424,7 @@ def saving() -> None:
         print(
             f"| {count:,} | {size / 1e6:,.1f} | {step:.2f} | {saved:.2f} | {checked:.3f} | {loaded:.2f} |", flush=True
         )
-    device.stop()
+    distributed.stop()
 
 
 def main() -> None:

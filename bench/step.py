@@ -90,13 +90,14 @@ def take_turns(row: dict) -> None:
 def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
     """train.py on a recipe of one stage, from its start to the end of the steps."""
     import train
-    from engine import device
-    from engine.attempts import Respondent
+    from engine import distributed
+    from engine.rollout_worker import RolloutWorker
+    from engine.start import start_run
     from lab.metrics import Metrics
     from lab.recipe import Recipe, RlStage, SamplerSettings, to_toml
 
     @dataclass
-    class ParityRespondent(Respondent):
+    class ParityWorker(RolloutWorker):
         """Graded as ever, then rewarded by the parity."""
 
         def attempt(self, *arguments, **options):
@@ -127,8 +128,8 @@ def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
     )  # fmt: skip
     (scratch / "recipe.toml").write_text(to_toml(recipe))
     launch = argparse.Namespace(recipe=scratch / "recipe.toml", set=[], out=scratch, resume=None)
-    run = train.start_run(launch, device.start())
-    run.respondent, run.metrics = ParityRespondent(**vars(run.respondent)), PacedMetrics(run.folder)
+    run = start_run(launch, distributed.start())
+    run.worker, run.metrics = ParityWorker(**vars(run.worker)), PacedMetrics(run.folder)
     # what precedes the first step of a stage is no part of it: the filter, the temperature
     run.state.prepared, run.state.temperature, run.state.problem_ids = True, 1.0, [problem.id for problem in problems]
     take_turns({})

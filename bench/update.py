@@ -114,11 +114,11 @@ def useful_flops(config: ModelConfig, lengths: list[int], predicted: int) -> flo
 
 def measure_update(case: Case) -> dict:
     """Run one case in this process."""
-    from engine import device as devices
+    from engine import distributed
     from engine.run import Run
     from lab.recipe import RlStage
 
-    here, clock = devices.start(), time.process_time if case.cpu_time else time.perf_counter
+    here, clock = distributed.start(), time.process_time if case.cpu_time else time.perf_counter
     settings = FEATURES[case.feature]
     model = Transformer(parse_config(SHAPES[case.shape]))
     initialise(model, seed=0)
@@ -155,7 +155,7 @@ def measure_update(case: Case) -> dict:
         for _ in range(case.rounds):
             times.append(seconds_of(step, here.device, clock))
             rates.append(measure()[1])
-    devices.stop()
+    distributed.stop()
     flops = useful_flops(model.config, lengths, predicted)
     return {
         "feature": case.feature, "tokens": sum(lengths), "tokens_per_s": sum(lengths) / min(times),

@@ -36,7 +36,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from data_filter import History
-from engine.device import Device
+from engine.distributed import Processes
+from engine.errors import UserError
 from engine.files import sync_folder
 from grpo import Sinks
 from lab.metrics import FILES
@@ -47,7 +48,7 @@ MANIFEST = "manifest.json"
 CHECKSUM_BLOCK = 2**26  # bytes that one thread reads
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used, or written, in one sentence."""
 
 
@@ -76,7 +77,7 @@ class RunState:
 
 
 def save_checkpoint(
-    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, state: RunState, device: Device, kept: int
+    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, state: RunState, processes: Processes, kept: int
 ) -> Path:
     """Write RUN/checkpoints/step-N and drop the oldest beyond `kept`. Every process calls it.
 
@@ -87,7 +88,7 @@ def save_checkpoint(
     checksums: dict[str, list[int]] = {}
 
     def begin() -> None:
-        if device.is_main:
+        if processes.is_main:
             for path in final.parent.glob("step-*.*"):  # left by a launch that was killed
                 if path.suffix != ".replaced" or path.with_suffix("").exists():
                     shutil.rmtree(path)
@@ -100,13 +101,13 @@ def save_checkpoint(
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            dcp.save(parts, checkpoint_id=unfinished, process_group=device.objects)  # which brings files to the disk
+            dcp.save(parts, checkpoint_id=unfinished, process_group=processes.gloo)  # which brings files to the disk
         finally:
             torch.set_num_threads(threads)
-        return file_checksums(unfinished.glob(f"__{device.rank}_*"))
+        return file_checksums(unfinished.glob(f"__{processes.rank}_*"))
 
     def complete() -> None:
-        if not device.is_main:
+        if not processes.is_main:
             return
         with (unfinished / "run.pt").open("wb") as file:
             torch.save(_pack(state), file)
@@ -120,18 +121,18 @@ def save_checkpoint(
         sync_folder(final.parent)
 
     try:
-        together(device, begin)
-        for part in together(device, write_tensors):
+        together(processes, begin)
+        for part in together(processes, write_tensors):
             checksums |= part
-        together(device, complete)
+        together(processes, complete)
     except CheckpointError as error:
-        if device.is_main:
+        if processes.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full of it
         raise CheckpointError(
             f"{final} cannot be written ({error}); older checkpoints are as they were: make room there, then go on "
             f"with --resume {folder}"
         ) from None
-    if device.is_main:
+    if processes.is_main:
         found = list_checkpoints(folder)
         ahead = [path for path in found if _step(path) > state.step]  # passed over when this run was resumed
         older = found[: len(found) - len(ahead)][:-kept]
@@ -139,18 +140,18 @@ def save_checkpoint(
             removed = path.with_suffix(".removed")  # a name that can be seen is whole, until the end
             path.rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
-    device.share(None)  # nobody goes on before it is complete
+    processes.broadcast(None)  # nobody goes on before it is complete
     return final
 
 
-def together(device: Device, work: Callable[[], Any]) -> list[Any]:
+def together(processes: Processes, work: Callable[[], Any]) -> list[Any]:
     """What `work` returned on every process; when it failed on one, CheckpointError on all: nobody is left waiting."""
     result, fault = None, None
     try:
         result = work()
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
         fault = _reason(error)
-    outcomes = device.gather((result, fault))
+    outcomes = processes.all_gather((result, fault))
     for _, fault in outcomes:
         if fault:
             raise CheckpointError(fault)
@@ -247,20 +248,22 @@ def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
 
 
 def read_state(
-    folder: Path, device: Device | None = None, lines: Sequence[int] | None = None
+    folder: Path, processes: Processes | None = None, lines: Sequence[int] | None = None
 ) -> tuple[Path, RunState] | None:
     """The newest checkpoint that is whole, and where the run stood; None when there is none at all.
 
-    Every process of a device calls it; without one a single process reads.
+    Every process calls it; without `processes` a single one reads.
 
     What is passed over, and why, is said. `lines` are the whole lines that metrics.jsonl and rollouts.jsonl hold now: a
     checkpoint that counts on more of them is passed over too. Raises CheckpointError when none can be used.
     """
     passed_over = []
     checkpoints = list_checkpoints(folder)[::-1]
-    for checkpoint in device.share(checkpoints) if device else checkpoints:
-        if device:
-            fault = next(filter(None, device.gather(damage(checkpoint, device.rank, device.ranks))), None)
+    for checkpoint in processes.broadcast(checkpoints) if processes else checkpoints:
+        if processes:
+            fault = next(
+                filter(None, processes.all_gather(damage(checkpoint, processes.rank, processes.world_size))), None
+            )
         else:
             fault = damage(checkpoint)
         if not fault:
@@ -278,7 +281,7 @@ def read_state(
             torch.set_rng_state(random)
             return checkpoint, state
         passed_over.append(f"{checkpoint.name} ({fault})")
-        (device.say if device else print)(f"passed over {checkpoint}: {fault}")
+        (processes.say if processes else print)(f"passed over {checkpoint}: {fault}")
     if passed_over:
         raise CheckpointError(
             f"no checkpoint of {folder} can be used: {'; '.join(passed_over)}: put one back, or remove "
@@ -307,7 +310,7 @@ def adapter_rank(checkpoint: Path) -> int:
 
 
 def load_weights_and_optimizer(
-    checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer, device: Device
+    checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer, processes: Processes
 ) -> None:
     """Fill model and optimizer, on any number of processes. Every process calls it."""
     parts = trained_parts(model, optimizer)
@@ -315,7 +318,7 @@ def load_weights_and_optimizer(
     try:
         saved = adapter_rank(checkpoint)
         if saved == wanted:
-            dcp.load(parts, checkpoint_id=checkpoint, process_group=device.objects)
+            dcp.load(parts, checkpoint_id=checkpoint, process_group=processes.gloo)
     except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be read ({_reason(error)}): remove it to resume from an older one"

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from engine.errors import UserError
 from engine.sharding import fill, whole
 from yarn import Llama3Scaling, Rope, Yarn
 
@@ -26,7 +27,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be used, in one sentence: what, where, what to do."""
 
 

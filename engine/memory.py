@@ -9,12 +9,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from engine.batches import TrainingSequence, packed_tokens
+from engine.errors import UserError
 
 Batches = list[list[TrainingSequence]]
 Result = TypeVar("Result")
 
 
-class UpdateError(RuntimeError):
+class UpdateError(UserError):
     """An update that cannot be made, in one sentence."""
 
 

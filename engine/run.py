@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.attempts import Respondent
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
-from engine.device import Device, Interrupted, StopRequest
+from engine.distributed import Interrupted, Processes, StopRequest
 from engine.offload import HostAdamW
+from engine.rollout_worker import RolloutWorker
 from grpo import TokenLoss, UpdateError, UpdateStats, optimizer_step
 from lab.alarms import new_alarms
 from lab.console import console_line
@@ -37,11 +37,11 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    device: Device
+    processes: Processes
     model: Transformer
     model_folder: Path  # the model that the run began with
     data: RunData
-    respondent: Respondent
+    worker: RolloutWorker
     metrics: Metrics
     state: RunState
     stop: StopRequest
@@ -67,14 +67,14 @@ class Run:
 
     def sampling(self, stage: RlStage, temperature: float, draw: int) -> Sampling:
         """Training samples the policy itself: no top-k, no top-p, logits / temperature."""
-        return Sampling(temperature, stage.max_response_tokens, self.respondent.stop_tokens, self.recipe.seed, draw)
+        return Sampling(temperature, stage.max_response_tokens, self.worker.stop_tokens, self.recipe.seed, draw)
 
     def evaluation_sampling(self, settings: EvalSettings | FinalSettings) -> Sampling:
         """Evaluations have a top-k of their own, and draws that training never uses."""
         return Sampling(
             temperature=settings.temperature,
             max_new_tokens=settings.max_response_tokens,
-            stop_tokens=self.respondent.stop_tokens,
+            stop_tokens=self.worker.stop_tokens,
             seed=self.recipe.seed,
             step=EVALUATION_DRAW,
             top_k=settings.top_k,
@@ -92,7 +92,7 @@ class Run:
         else:
             self.optimizer = torch.optim.AdamW(trained, **settings, fused=True)
         if self.resume_from is not None:
-            load_weights_and_optimizer(self.resume_from, self.model, self.optimizer, self.device)
+            load_weights_and_optimizer(self.resume_from, self.model, self.optimizer, self.processes)
             self.resume_from = None
             for group in self.optimizer.param_groups:  # the recipe's values count, not the checkpoint's
                 group |= {"betas": betas, "weight_decay": stage.weight_decay}
@@ -130,7 +130,7 @@ class Run:
         if not update.stepped:
             self.nonfinite_batch = sequences
         if update.micro_batch_tokens < self.micro_batch_tokens:
-            self.device.say(
+            self.processes.say(
                 f"step {self.state.step + 1}: out of memory in the update: micro-batches of at most "
                 f"{update.micro_batch_tokens:,} tokens from now on, not {self.micro_batch_tokens:,}"
             )
@@ -150,11 +150,11 @@ class Run:
         state.metrics_position = list(self.metrics.position)
         left = self.steps_left(stage)
         per_step = (time.perf_counter() - self.stage_began) / (state.stage_step - self.stage_first_step)
-        self.device.say(console_line(row, sum(s.steps for s in self.recipe.stage), per_step * left))
+        self.processes.say(console_line(row, sum(s.steps for s in self.recipe.stage), per_step * left))
         for sentence in new_alarms(self.metrics.steps) if row["kind"] == "rl" else ():
-            self.device.say(f"warning: step {state.step}: {sentence}")
+            self.processes.say(f"warning: step {state.step}: {sentence}")
         if row["nonfinite"]:
-            self.device.say(
+            self.processes.say(
                 f"warning: step {state.step}: the gradient is not finite; the weights were left as they are"
             )
         if not row.get("skipped"):
@@ -170,7 +170,7 @@ class Run:
         """Leave the newest batch where a person can look at it; the weights are those before the first of these steps."""
         state, path = self.state, self.folder / f"nonfinite-step-{self.state.step}.pt"
         steps, state.nonfinite_steps = state.nonfinite_steps, 0  # a resumed run, perhaps with another rate, tries again
-        if self.device.is_main:
+        if self.processes.is_main:
             rows = [asdict(sequence) for sequence in self.nonfinite_batch]
             torch.save(
                 [{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in r.items()} for r in rows], path
@@ -186,7 +186,7 @@ class Run:
 
     def asked_to_stop(self) -> bool:
         """Whether any process was asked to stop. Every process calls it, and all leave at the same place."""
-        return any(self.device.gather(self.stop.asked))
+        return any(self.processes.all_gather(self.stop.asked))
 
     def save(self) -> None:
         """A checkpoint of the last whole step, unless there is one already or no stage is under way."""
@@ -195,7 +195,7 @@ class Run:
             return
         self.metrics.sync()
         kept = self.recipe.run.checkpoints_kept
-        save_checkpoint(self.folder, self.model, self.optimizer, self.state, self.device, kept)
+        save_checkpoint(self.folder, self.model, self.optimizer, self.state, self.processes, kept)
         self.saved = place
 
     def how_to_go_on(self) -> str:
@@ -204,11 +204,11 @@ class Run:
 
     def leave_marker(self, name: str, text: str) -> None:
         """Say in the run's folder how it ended: torchrun hides the exit code of its workers."""
-        if self.device.is_main:
+        if self.processes.is_main:
             (self.folder / name).write_text(f"{text}\n")
 
     def close(self) -> None:
         """Let go of grader and folder."""
-        self.respondent.grader.close()
+        self.worker.grader.close()
         if self.lock is not None:
             os.close(self.lock)

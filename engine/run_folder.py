@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from engine.checkpoint import CheckpointError, RunState, read_state, together
-from engine.device import Device
+from engine.distributed import Processes
 from engine.files import write_atomically
 from engine.fingerprint import code_version, data_identity, differences, git_commit, model_identity
 from lab.arithmetic import write_world
@@ -51,7 +51,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     return load_recipe(path, arguments.set)
 
 
-def open_run(arguments: argparse.Namespace, recipe: Recipe, device: Device) -> OpenedRun:
+def open_run(arguments: argparse.Namespace, recipe: Recipe, processes: Processes) -> OpenedRun:
     """A new run's folder, or an old one with the place where it stopped; held by the main process.
 
     Raises CheckpointError when another process writes the folder, when no checkpoint can be used, or when recipe, data,
@@ -61,21 +61,21 @@ def open_run(arguments: argparse.Namespace, recipe: Recipe, device: Device) -> O
     # torchrun --max-restarts starts the same command again: it goes on
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if folder is None and (arguments.resume or restarted):
-        folder = on_main(device, lambda: find_unfinished(arguments.out, recipe, arguments.resume_anyway))
+        folder = on_main(processes, lambda: find_unfinished(arguments.out, recipe, arguments.resume_anyway))
         if folder is None:
-            device.say(f"no unfinished run of {recipe.name} in {arguments.out}: beginning")
+            processes.say(f"no unfinished run of {recipe.name} in {arguments.out}: beginning")
     resumed, found = folder is not None, None
     if not resumed:
-        folder = on_main(device, lambda: new_folder(arguments.out, recipe.name))
-    lock = on_main(device, lambda: hold(folder))
-    lock = lock if device.is_main else None  # a number that means nothing elsewhere
-    if not resumed and device.is_main and recipe.world:
+        folder = on_main(processes, lambda: new_folder(arguments.out, recipe.name))
+    lock = on_main(processes, lambda: hold(folder))
+    lock = lock if processes.is_main else None  # a number that means nothing elsewhere
+    if not resumed and processes.is_main and recipe.world:
         write_world(recipe.world, folder / "world")
-    device.share(None)  # nobody reads the world before it is written
+    processes.broadcast(None)  # nobody reads the world before it is written
     now = run_fingerprint(recipe, folder)
     if resumed:
-        found = read_state(folder, device, device.share(whole_lines(folder) if device.is_main else None))
-        device.say(
+        found = read_state(folder, processes, processes.broadcast(whole_lines(folder) if processes.is_main else None))
+        processes.say(
             f"resuming {folder} after step {found[1].step}" if found else f"{folder} has no checkpoint: beginning again"
         )
     checkpoint, state = found or (None, RunState())
@@ -85,7 +85,7 @@ def open_run(arguments: argparse.Namespace, recipe: Recipe, device: Device) -> O
         chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []
         differing = differences(launches[-1], now, chosen)
         for difference in differing:
-            device.say(f"differs from the run so far: {difference}")
+            processes.say(f"differs from the run so far: {difference}")
         if differing and not arguments.resume_anyway:
             if lock is not None:
                 os.close(lock)
@@ -93,17 +93,17 @@ def open_run(arguments: argparse.Namespace, recipe: Recipe, device: Device) -> O
                 f"{folder} was made otherwise: {'; '.join(differing)}: put it back as it was, or go on all the same "
                 "with --resume-anyway"
             )
-    device.share(None)  # everybody has read what the run was made with
-    if device.is_main and (not launches or launches[-1] | now != launches[-1]):
+    processes.broadcast(None)  # everybody has read what the run was made with
+    if processes.is_main and (not launches or launches[-1] | now != launches[-1]):
         write_atomically(folder / "recipe.toml", [(versions() + now["recipe"]).encode()])
         launches.append({"after_step": state.step} | now)
         write_atomically(folder / LAUNCHES, [json.dumps(launches, indent=1).encode()])
     return OpenedRun(folder, lock, checkpoint, state)
 
 
-def on_main(device: Device, work):
+def on_main(processes: Processes, work):
     """What the main process's `work` returned; when it fails, it fails on every process, and none is left waiting."""
-    return together(device, lambda: work() if device.is_main else None)[0]
+    return together(processes, lambda: work() if processes.is_main else None)[0]
 
 
 def new_folder(parent: Path, name: str) -> Path:

@@ -8,26 +8,23 @@ import numpy as np
 import torch
 
 from data_filter import DataOrder
-from engine.attempts import GraderError, Respondent
 from engine.batches import TrainingSequence
-from engine.checkpoint import CheckpointError
-from engine.device import Device, RankError, StopRequest
+from engine.distributed import Processes, StopRequest
 from engine.grader import Grader
 from engine.offload import Offload
+from engine.rollout_worker import RolloutWorker
 from engine.run import Run
 from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe
 from engine.sharding import shard
 from engine.tokenizer import encode, encode_chat, load_tokenizer, stop_tokens
-from grpo import UpdateError
 from lab.benchmarks import find_data
-from lab.metrics import Metrics, MetricsError, read_metrics
+from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage
 from lab.run_data import RunData
 from model import (
     Lora,
     ModelConfig,
-    ModelError,
     Transformer,
     add_lora,
     extend_window,
@@ -36,43 +33,38 @@ from model import (
     read_config,
     resolve_folder,
 )
-from rollout import CacheLimits, RolloutError, cache_bytes_per_token, check_requests
-
-EXPECTED_ERRORS = (  # what a person can put right: one sentence, no traceback
-    RecipeError, ModelError, DataError, RolloutError, GraderError, CheckpointError, UpdateError, MetricsError, RankError,
-    ImportError, OSError,
-)  # fmt: skip
+from rollout import CacheLimits, cache_bytes_per_token, check_requests
 
 
-def start_run(arguments: argparse.Namespace, device: Device) -> Run:
+def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
     """Everything that a run needs, in the order in which it can go wrong."""
     recipe = read_recipe(arguments)
     check_recipe(recipe)
-    opened = open_run(arguments, recipe, device)
+    opened = open_run(arguments, recipe, processes)
     folder, state = opened.folder, opened.state
     model_folder = model_source(recipe, folder)
-    model = build_model(model_folder, recipe, device)
+    model = build_model(model_folder, recipe, processes)
     tokenizer = load_tokenizer(model_folder, model)
     sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
     run = Run(
         recipe=recipe,
         folder=folder,
-        device=device,
+        processes=processes,
         model=model,
         model_folder=model_folder,
         data=RunData(recipe, folder),
-        respondent=Respondent(
+        worker=RolloutWorker(
             model,
             tokenizer,
             stop_tokens(tokenizer, model, model_folder),
             CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows),
             Grader(reward.workers, reward.time_limit_seconds, thinking=recipe.thinking),
-            device,
+            processes,
             recipe.instruction,
             stop,
             reward.most_failed_share,
         ),
-        metrics=Metrics(folder, recipe.run.tensorboard, device.is_main, state.metrics_position),
+        metrics=Metrics(folder, recipe.run.tensorboard, processes.is_main, state.metrics_position),
         state=state,
         stop=stop,
         resume_from=opened.checkpoint,
@@ -82,15 +74,15 @@ def start_run(arguments: argparse.Namespace, device: Device) -> Run:
     )
     guard_data(run)
     check_inputs(run)
-    if device.is_main:
+    if processes.is_main:
         for name in (WANTS_RESUMING, FINISHED):  # it goes on
             (folder / name).unlink(missing_ok=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     of_these = f" ({trained:,} of them trained)" * (trained < parameters)
-    cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, device.compute_dtype) / 2**30
-    device.say(
-        f"{recipe.name}: {parameters:,} parameters{of_these}, {device.ranks} processes, "
+    cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, processes.compute_dtype) / 2**30
+    processes.say(
+        f"{recipe.name}: {parameters:,} parameters{of_these}, {processes.world_size} processes, "
         f"at most {cache_gib:.2f} GiB of cache each, {folder}"
     )
     return run
@@ -98,10 +90,10 @@ def start_run(arguments: argparse.Namespace, device: Device) -> Run:
 
 def guard_data(run: Run) -> None:
     """Exclude what [guard] says to, and put what was found on record."""
-    found = run.data.guard(run.device.say)
-    held = [row | {"step": 0} for row in read_metrics(run.folder)] if run.device.is_main else []
+    found = run.data.guard(run.processes.say)
+    held = [row | {"step": 0} for row in read_metrics(run.folder)] if run.processes.is_main else []
     for row in found:
-        if run.device.is_main and row not in held:  # a resumed run has its rows
+        if run.processes.is_main and row not in held:  # a resumed run has its rows
             run.metrics.write(row | {"step": run.state.step})
 
 
@@ -123,32 +115,32 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_inputs(run: Run) -> None:
     """Check what a later stage or evaluation would fail on: rows, prompts, lengths."""
-    respondent, recipe, model = run.respondent, run.recipe, run.model
+    worker, recipe, model = run.worker, run.recipe, run.model
     for index, stage in enumerate(recipe.stage):
         if index < run.state.stage:
             continue
         if isinstance(stage, SftStage):
-            run.sft_sequences[index] = sft_sequences(run.data, stage, respondent)
+            run.sft_sequences[index] = sft_sequences(run.data, stage, worker)
             continue
         problems = run.stage_problems(index)
         DataOrder(problems, stage.batch_problems, recipe.seed, index)
-        prompts = [respondent.prompt(problem, 1, stage.max_prompt_tokens) for problem in problems]
-        check_requests(model, prompts, run.sampling(stage, 1.0, 0), respondent.limits)
+        prompts = [worker.prompt(problem, 1, stage.max_prompt_tokens) for problem in problems]
+        check_requests(model, prompts, run.sampling(stage, 1.0, 0), worker.limits)
     trained = model.config
     for settings in (recipe.eval, recipe.final):
         if settings.data:
             model.config = trained if settings is recipe.eval else final_config(trained, recipe)
-            prompts = [respondent.prompt(problem, 1) for problem in run.data.problems(settings.data)]
-            check_requests(model, prompts, run.evaluation_sampling(settings), respondent.limits)
+            prompts = [worker.prompt(problem, 1) for problem in run.data.problems(settings.data)]
+            check_requests(model, prompts, run.evaluation_sampling(settings), worker.limits)
     model.config = trained
 
 
-def sft_sequences(data: RunData, stage: SftStage, respondent: Respondent) -> list[TrainingSequence]:
+def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list[TrainingSequence]:
     """Worked solutions, or chats, as tokens; the loss is on the assistant's part alone, end-of-sequence included."""
-    tokenizer, sequences = respondent.tokenizer, []
+    tokenizer, sequences = worker.tokenizer, []
     ending = encode(tokenizer, tokenizer.eos_token)
     for name, asked, reply in data.worked_examples(stage):
-        prompt = respondent.prompt(asked, 1).tokens if isinstance(asked, Problem) else encode_chat(tokenizer, asked)
+        prompt = worker.prompt(asked, 1).tokens if isinstance(asked, Problem) else encode_chat(tokenizer, asked)
         response = encode(tokenizer, reply) + ending
         if len(prompt) + len(response) > stage.max_tokens:
             raise DataError(
@@ -186,7 +178,7 @@ def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
     return extend_window(config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor)
 
 
-def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
+def build_model(folder: Path, recipe: Recipe, processes: Processes) -> Transformer:
     """The model, split over all processes before any weight is read, so that no process holds all of it.
 
     With an adapter, every process holds the frozen base (see `shard`), and the adapter is split.
@@ -196,13 +188,13 @@ def build_model(folder: Path, recipe: Recipe, device: Device) -> Transformer:
     if recipe.lora.rank:
         is_hub_id = not recipe.model.startswith("world/") and not Path(recipe.model).is_dir()
         add_lora(model, Lora(recipe.lora.rank, recipe.lora.alpha, recipe.model if is_hub_id else str(folder.resolve())))
-    stream = torch.cuda.Stream() if recipe.offload_activations and device.device.type == "cuda" else None
+    stream = torch.cuda.Stream() if recipe.offload_activations and processes.device.type == "cuda" else None
     offload = Offload(stream) if recipe.offload_activations else None
     for layer in model.model.layers:
         layer.recompute, layer.offload = recipe.recompute_activations, offload
     model.float32_head = recipe.float32_head
-    shard(model, device.mesh, device.compute_dtype)
-    model.to_empty(device=device.device)
+    shard(model, processes.mesh, processes.compute_dtype)
+    model.to_empty(device=processes.device)
     model.tie()
     load_weights(model, folder)
     initialise_lora(model, recipe.seed)

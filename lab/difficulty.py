@@ -19,13 +19,13 @@ from data_filter import (
     verdict,
     zero_variance_share,
 )
-from engine import device as devices
+from engine import distributed
 from engine.checkpoint import CheckpointError, read_state
 from engine.files import write_atomically
 from engine.fingerprint import model_identity
 from lab import charts
 from lab.benchmarks import text_table
-from lab.command import load_respondent, run_command
+from lab.command import load_worker, run_command
 from lab.problems import DataError, Problem, read_problems, write_problems
 from lab.recipe import RecipeError, RlStage, load_recipe
 
@@ -47,12 +47,12 @@ def estimate_command(arguments: argparse.Namespace) -> None:
     """Ask the model, on all processes, and say what shape its pass rates have."""
     problems = read_data(arguments)
     stopping = "the problems that are finished are being saved"
-    respondent, sampling, folder = load_respondent(arguments, problems, stopping, ESTIMATE_DRAW)
-    is_main = respondent.device.is_main
+    worker, sampling, folder = load_worker(arguments, problems, stopping, ESTIMATE_DRAW)
+    is_main = worker.processes.is_main
     if is_main:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with respondent.grader:
-        history = estimate(respondent, problems, arguments.n, sampling, arguments.out, model_identity(folder))
+    with worker.grader:
+        history = estimate(worker, problems, arguments.n, sampling, arguments.out, model_identity(folder))
     if is_main:
         rates = [history.estimate(problem.id) for problem in problems]
         shape = verdict(histogram(rates, arguments.n))
@@ -130,7 +130,7 @@ def command(arguments: argparse.Namespace) -> None:
     """Under torchrun all processes estimate; one filters."""
     if arguments.command == "estimate":
         estimate_command(arguments)
-    elif devices.speaks():
+    elif distributed.is_main_process():
         filter_command(arguments) if arguments.command == "filter" else drop_command(arguments)
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.attempts import AttemptStats, check_grader
-from engine.device import Device
+from engine.distributed import Processes
 from engine.files import write_atomically
 from engine.fingerprint import data_identity, model_identity
 from engine.grader import Grader
+from engine.rollout_worker import SamplingStats, check_grader
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
 from lab.benchmarks import file_name, find_data, published_table, text_table
-from lab.command import load_respondent, run_command
+from lab.command import load_worker, run_command
 from lab.eval_page import budget_table, describe_zones, k_table, length_table, temperature_table, write_evaluation_page
 from lab.metrics import read_metrics
 from lab.problems import DataError, Problem, read_problems, write_problems
@@ -82,8 +82,8 @@ class Session:
     targets: dict[str, Diversity]  # by set, for --match
 
     @property
-    def device(self) -> Device:
-        return self.recorder.respondent.device
+    def processes(self) -> Processes:
+        return self.recorder.worker.processes
 
 
 def start_session(arguments: argparse.Namespace) -> Session:
@@ -97,11 +97,11 @@ def start_session(arguments: argparse.Namespace) -> Session:
         for name, place in find_data(arguments.data, arguments.folder).items()
     }
     problems = list(chain(*sets.values()))
-    respondent, sampling, folder = load_respondent(
+    worker, sampling, folder = load_worker(
         arguments, problems, "the responses that are finished are kept",
         yarn=arguments.yarn, original_window=arguments.original_window,
     )  # fmt: skip
-    original = getattr(respondent.model.config.rope.scaling, "original_max_position_embeddings", None)
+    original = getattr(worker.model.config.rope.scaling, "original_max_position_embeddings", None)
     trained = arguments.trained_length or original or arguments.max_tokens
     # what decides the responses and their figures; a folder holds those of one such set alone
     settings = {
@@ -116,10 +116,10 @@ def start_session(arguments: argparse.Namespace) -> Session:
         "n": arguments.n,
     }
     targets = {name: target_diversity(arguments.match, name, settings) for name in sets} if arguments.match else {}
-    if respondent.device.is_main:
+    if worker.processes.is_main:
         open_folder(out, settings, sets)
-    respondent.device.share(None)
-    return Session(arguments, Recorder(respondent, out, AttemptStats()), sampling, sets, trained, targets)
+    worker.processes.broadcast(None)
+    return Session(arguments, Recorder(worker, out, SamplingStats()), sampling, sets, trained, targets)
 
 
 def changed_settings(then: dict, now: dict, names: Iterable[str]) -> list[tuple[str, object, object]]:
@@ -245,8 +245,8 @@ def evaluate_sets(session: Session) -> Results:
 
     With --curve length also accuracy against the token budget, without and with YaRN, from one sampling each.
     """
-    arguments, recorder, device, results = session.arguments, session.recorder, session.device, Results()
-    model = recorder.respondent.model
+    arguments, recorder, processes, results = session.arguments, session.recorder, session.processes, Results()
+    model = recorder.worker.model
     settings, budgets = {"": model.config}, []
     if arguments.curve:
         most = arguments.max_tokens
@@ -260,18 +260,18 @@ def evaluate_sets(session: Session) -> Results:
         model.config = config
         model.set_rope(config.rope)
         for name, problems in session.sets.items():
-            recorder.work, key = AttemptStats(), f"{name}-{setting}" if setting else name
+            recorder.work, key = SamplingStats(), f"{name}-{setting}" if setting else name
             groups = recorder.respond(name, problems, arguments.n, session.sampling, budgets, key=key)
             work = recorder.work
             found = summarise(
                 name, problems, groups, session.sampling.temperature, session.trained_length,
                 tokens_per_s=work.tokens / work.sample_seconds if work.tokens else None,
-                peak_memory_gib=max(device.gather(device.peak_memory_gib())),
+                peak_memory_gib=max(processes.all_gather(processes.peak_memory_gib())),
             )  # fmt: skip
             results.figures[setting].append(found)
             results.groups[setting][name] = groups
             if budgets:
-                points = length_curve(problems, groups, budgets, recorder.respondent.grader)
+                points = length_curve(problems, groups, budgets, recorder.worker.grader)
                 results.curves["length"].setdefault(name, {})[setting] = [asdict(point) for point in points]
     return results
 
@@ -294,7 +294,7 @@ def temperature_curves(session: Session) -> Results:
             margin = MATCH_MARGIN if arguments.margin is None else arguments.margin
             chosen, curve = match_diversity(
                 answer, problems, session.targets[name], session.sampling.temperature,
-                margin=margin, say=session.device.say,
+                margin=margin, say=session.processes.say,
             )  # fmt: skip
             found = {"chosen": chosen}
         else:
@@ -303,7 +303,7 @@ def temperature_curves(session: Session) -> Results:
                 point = measure_temperature(answer, problems, temperature, margin)
                 curve.append(point)
                 diversity = "-" if point.distinct4 is None else f"{point.distinct4:.3f} +-{point.distinct4_half:.3f}"
-                session.device.say(
+                session.processes.say(
                     f"{name}: temperature {temperature:g}: accuracy {100 * point.accuracy:.1f} "
                     f"+-{100 * point.accuracy_half:.1f}, distinct-4 {diversity}, "
                     f"from {point.problems} of {len(problems)} problems"
@@ -384,10 +384,10 @@ def command(arguments: argparse.Namespace) -> None:
         regrade(arguments)
     else:
         session = start_session(arguments)
-        with session.recorder.respondent.grader:
+        with session.recorder.worker.grader:
             by_temperature = arguments.match or arguments.temperatures
             results = temperature_curves(session) if by_temperature else evaluate_sets(session)
-        if session.device.is_main:
+        if session.processes.is_main:
             finish(arguments.out, arguments.model, session.sets, results)
 
 

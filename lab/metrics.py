@@ -11,13 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
+from engine.errors import UserError
 from engine.files import read_jsonl, write_atomically
 from lab.glossary import markdown_table
 
 FILES = ("metrics.jsonl", "rollouts.jsonl")
 
 
-class MetricsError(ValueError):
+class MetricsError(UserError):
     """A record that cannot be read, or written, in one sentence: file and line."""
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from lab.machine import add_plan_options, read_machine
-from lab.problems import INSTRUCTION, DataError
+from lab.problems import INSTRUCTION
 from lab.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent  # of the program
@@ -89,7 +89,7 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
             from lab.plan import show_plan  # which needs torch
 
             sys.exit(not show_plan(recipe, read_machine(arguments)))
-    except (ValueError, DataError) as error:
+    except UserError as error:
         sys.exit(f"train.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)  # said by one process of several
     return arguments
 

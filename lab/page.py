@@ -278,5 +278,5 @@ if __name__ == "__main__":
         sys.exit("usage: python -m lab.page RUN, a folder with a metrics.jsonl")
     try:
         print(write_report(Path(sys.argv[1])))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"page.py: {error}")

@@ -16,6 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.errors import UserError
 from engine.files import write_atomically
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
@@ -25,7 +26,7 @@ TOO_MUCH = "holds a number of too many digits, or too deep a nesting"
 HUB_ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(:(?P<split>[\w./-]+))?")
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Something in the data that a person has to put right; the message says what, where and how."""
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
+from engine.errors import UserError
 from lab.problems import INSTRUCTION
 
 MOST_SHOWN = 200  # characters of what a recipe holds, in an error
@@ -30,7 +31,7 @@ BOUNDS = {
 }
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot be run, in one sentence: what, where, what to do."""
 
 

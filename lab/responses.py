@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from engine.attempts import Attempt, AttemptStats, Respondent, check_grader
-from engine.device import Interrupted
+from engine.distributed import Interrupted
 from engine.files import read_jsonl, write_atomically
+from engine.rollout_worker import Attempt, RolloutWorker, SamplingStats, check_grader
 from eval import Response, response_of
 from lab.benchmarks import file_name
 from lab.problems import DataError, Problem, read_problems
@@ -107,9 +107,9 @@ def write_responses(path: Path, responses: Iterable[Response]) -> None:
 class Recorder:
     """Samples responses and keeps each on disk as it finishes; what is there already is not sampled again."""
 
-    respondent: Respondent
+    worker: RolloutWorker
     folder: Path  # the same for all processes
-    work: AttemptStats  # tokens and seconds of all processes, over all calls
+    work: SamplingStats  # tokens and seconds of all processes, over all calls
 
     def respond(
         self,
@@ -125,8 +125,8 @@ class Recorder:
         With budgets, a response remembers how many characters its first so many tokens make. Raises Interrupted.
         """
         key = key or name
-        device, whole = self.respondent.device, response_file(self.folder, key)
-        part = whole.with_suffix(f".{device.rank}.part")
+        processes, whole = self.worker.processes, response_file(self.folder, key)
+        part = whole.with_suffix(f".{processes.rank}.part")
 
         def keep(attempt: Attempt) -> None:
             row = asdict(response_of(name, attempt, self._cuts(attempt, budgets) if budgets else None))
@@ -134,18 +134,18 @@ class Recorder:
                 file.write(json.dumps(row) + "\n")
 
         have = None
-        if device.is_main:
+        if processes.is_main:
             whole.parent.mkdir(parents=True, exist_ok=True)
             for old in parts_of(whole):  # of killed processes, which may have left half a line
                 with old.open("rb+") as file:
                     file.truncate(file.read().rfind(b"\n") + 1)
             have = {(r.problem_id, r.sample) for r in self._read(whole)}
-        have = device.share(have)  # read by one: all must deal out the same, and nobody may write before
+        have = processes.broadcast(have)  # read by one: all must deal out the same, and nobody may write before
         prompts = [prompt for problem in problems for prompt in self._missing(problem, n, have)]
         if prompts:
             if have:
-                device.say(f"{key}: {len(have):,} responses are there already")
-            _, work, stopped = self.respondent.sample(problems, prompts, sampling, keep, label=key)
+                processes.say(f"{key}: {len(have):,} responses are there already")
+            _, work, stopped = self.worker.sample(problems, prompts, sampling, keep, label=key)
             self.work.tokens += work.tokens
             self.work.sample_seconds += work.sample_seconds
             if stopped:
@@ -153,14 +153,14 @@ class Recorder:
         place = {problem.id: i for i, problem in enumerate(problems)}
         by_sample = {(place.get(r.problem_id, len(place)), r.problem_id, r.sample): r for r in self._read(whole)}
         responses = [response for _, response in sorted(by_sample.items(), key=lambda item: item[0])]
-        device.share(None)  # everybody has read
-        if device.is_main and parts_of(whole):
+        processes.broadcast(None)  # everybody has read
+        if processes.is_main and parts_of(whole):
             write_responses(whole, responses)
             for old in parts_of(whole):
                 old.unlink()
-        device.share(None)  # nobody writes a part before the old ones are gone
+        processes.broadcast(None)  # nobody writes a part before the old ones are gone
         groups = grouped(problems, responses, n)
-        check_grader(Counter(r.verdict for group in groups for r in group), self.respondent.most_failed_share)
+        check_grader(Counter(r.verdict for group in groups for r in group), self.worker.most_failed_share)
         return groups
 
     def _missing(self, problem: Problem, n: int, have: set[tuple[str, int]]) -> list[Prompt]:
@@ -170,13 +170,13 @@ class Recorder:
             if prompts and sample == prompts[-1].first + prompts[-1].n:
                 prompts[-1] = replace(prompts[-1], n=prompts[-1].n + 1)
             else:
-                prompts.append(replace(self.respondent.prompt(problem, 1), first=sample))
+                prompts.append(replace(self.worker.prompt(problem, 1), first=sample))
         return prompts
 
     def _cuts(self, attempt: Attempt, budgets: Sequence[int]) -> dict[str, int]:
         """How many characters of the text the first tokens make, for every budget that the response exceeds."""
         tokens = attempt.rollout.tokens
-        heads = {b: self.respondent.tokenizer.decode(tokens[:b], skip_special_tokens=True) for b in budgets}
+        heads = {b: self.worker.tokenizer.decode(tokens[:b], skip_special_tokens=True) for b in budgets}
         # a character that is cut in two decodes to a replacement character
         return {str(b): len(head.rstrip("\ufffd")) for b, head in heads.items() if b < len(tokens)}
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import numpy as np
 
 from data_filter import Filtered
-from engine.attempts import Attempt, AttemptStats
 from engine.batches import TrainingSequence
+from engine.rollout_worker import Attempt, SamplingStats
 from eval import TemperaturePoint
 from grpo import Group, UpdateStats
 from lab.scores import Evaluation
@@ -33,7 +33,7 @@ def sft_row(batch: Sequence[TrainingSequence], update: UpdateStats, learning_rat
     }
 
 
-def describe_groups(groups: list[Group], attempts: list[list[Attempt]], work: AttemptStats) -> dict:
+def describe_groups(groups: list[Group], attempts: list[list[Attempt]], work: SamplingStats) -> dict:
     """A batch as it was sampled, before rescue and substitution."""
     flat = [attempt for group in attempts for attempt in group]
     lengths = np.array([len(attempt.rollout.tokens) for attempt in flat])

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 import model as models
 from data_filter import Visit
 from engine import checkpoint as checkpoints
-from engine import device as devices
-from engine import fingerprint, sharding
+from engine import distributed, fingerprint, sharding
 from engine.checkpoint import CheckpointError, RunState, list_checkpoints, load_weights_and_optimizer, read_state
 from lab.problems import Problem
 from rollout import Rollout
@@ -33,8 +32,8 @@ SOURCE = {
 
 @pytest.fixture(scope="module")
 def here():
-    yield devices.start()
-    devices.stop()
+    yield distributed.start()
+    distributed.stop()
 
 
 def trained(here, seed):
@@ -223,9 +222,9 @@ import resource, sys
 from pathlib import Path
 import torch
 import model
-from engine import checkpoint, device
+from engine import checkpoint, distributed
 from engine.sharding import shard
-here, folder = device.start(), Path(sys.argv[1])
+here, folder = distributed.start(), Path(sys.argv[1])
 net = model.Transformer(model.parse_config(eval(sys.argv[2])))
 model.initialise(net, 0)
 shard(net, here.mesh, here.compute_dtype)
@@ -240,7 +239,7 @@ except checkpoint.CheckpointError as error:
     print("said:", error)
 assert checkpoint.read_state(folder, here)[1].step == 1
 print(sorted(path.name for path in (folder / "checkpoints").iterdir()))
-device.stop()
+distributed.stop()
 """
     for what in ("run.pt", "tensors"):
         arguments = [sys.executable, "-c", script, str(tmp_path / what), repr(SOURCE), what]

@@ -15,7 +15,7 @@ import torch
 import data_filter
 from data_filter import History, Visit
 from engine import checkpoint
-from engine.attempts import Respondent
+from engine.rollout_worker import RolloutWorker
 from lab import difficulty
 from lab.options import difficulty_arguments
 from lab.problems import DataError, Problem, read_problems, write_problems
@@ -77,14 +77,14 @@ def pass_rates(path):
 
 
 def test_estimate_counts_what_the_model_said(command, world, tmp_path, monkeypatch, capsys):
-    said, stream = {}, Respondent.stream
+    said, stream = {}, RolloutWorker.stream
 
     def listening(self, *arguments):
         for attempt in stream(self, *arguments):
             said.setdefault(attempt.rollout.problem_id, []).append(attempt.text)
             yield attempt
 
-    monkeypatch.setattr(Respondent, "stream", listening)
+    monkeypatch.setattr(RolloutWorker, "stream", listening)
     monkeypatch.setattr(data_filter, "ESTIMATE_SLICE", 4)
     out = tmp_path / "new" / "rates.jsonl"
     command("estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out", out)
@@ -116,7 +116,7 @@ def test_an_interrupted_estimate_goes_on_and_ends_in_the_same_file(command, worl
     assert len(whole.splitlines()) == 10 and "already" not in capsys.readouterr().out
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(Respondent, "asked_to_stop", lambda self: len(seen) > 15 or seen.append(1))
+        patch.setattr(RolloutWorker, "asked_to_stop", lambda self: len(seen) > 15 or seen.append(1))
         with pytest.raises(SystemExit) as stopped:
             command(*words, tmp_path / "cut.jsonl")
     assert stopped.value.code == 130 and "stopped; the same command goes on" in capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_an_interrupted_estimate_goes_on_and_ends_in_the_same_file(command, worl
     assert f"pass rates: {len(done) - 2} problems are in {tmp_path / 'cut.jsonl'} already" in capsys.readouterr().out
     assert (tmp_path / "cut.jsonl").read_text() == whole
     finished = (tmp_path / "cut.jsonl").stat().st_mtime_ns
-    monkeypatch.setattr(Respondent, "stream", None)
+    monkeypatch.setattr(RolloutWorker, "stream", None)
     command(*words, tmp_path / "cut.jsonl")  # nothing left to do
     assert (tmp_path / "cut.jsonl").stat().st_mtime_ns == finished
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(

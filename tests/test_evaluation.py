@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.attempts import Respondent
 from engine.grader import Grader
+from engine.rollout_worker import RolloutWorker
 from eval import Response, interval
 from lab import responses
 from lab.evaluation import length_curve, main
@@ -194,12 +194,12 @@ def strip(results):
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(command, tmp_path, monkeypatch, capsys):
     options = ["-n", 4, "--max-tokens", 12, "--rows", 3]
     whole, rows = command(*options, out="whole")
-    seen, asked = [], Respondent.asked_to_stop
-    monkeypatch.setattr(Respondent, "asked_to_stop", lambda self: len(seen) > 40 or seen.append(1))
+    seen, asked = [], RolloutWorker.asked_to_stop
+    monkeypatch.setattr(RolloutWorker, "asked_to_stop", lambda self: len(seen) > 40 or seen.append(1))
     with pytest.raises(SystemExit) as stopped:
         command(*options, out="cut")
     assert stopped.value.code == 130 and "stopped; the same command goes on" in capsys.readouterr().out
-    monkeypatch.setattr(Respondent, "asked_to_stop", asked)
+    monkeypatch.setattr(RolloutWorker, "asked_to_stop", asked)
     (part,) = (tmp_path / "cut" / "responses").glob("*.part")
     done = part.read_text().splitlines()
     assert 0 < len(done) < len(rows)
@@ -412,7 +412,7 @@ def test_a_curve_goes_on_where_it_stopped_and_ends_the_same(command, tmp_path, m
     def respond(self, name, problems, n, sampling, budgets=(), key=""):
         if sampling.temperature == 1.05:
             asked = lambda _: len(seen) > 12 or seen.append(1)  # noqa: E731
-            monkeypatch.setattr(Respondent, "asked_to_stop", asked)
+            monkeypatch.setattr(RolloutWorker, "asked_to_stop", asked)
         return real(self, name, problems, n, sampling, budgets, key)
 
     with monkeypatch.context() as patch:
@@ -420,7 +420,7 @@ def test_a_curve_goes_on_where_it_stopped_and_ends_the_same(command, tmp_path, m
         with pytest.raises(SystemExit) as stopped:
             command(*options, out="cut", temperature=False)
         assert stopped.value.code == 130
-    monkeypatch.setattr(Respondent, "asked_to_stop", lambda self: False)
+    monkeypatch.setattr(RolloutWorker, "asked_to_stop", lambda self: False)
     assert list((tmp_path / "cut" / "responses").glob("held-out-temperature-1.05.0.part"))
     command(*options, out="cut", temperature=False)
     files = sorted(path.name for path in (tmp_path / "whole" / "responses").iterdir())

@@ -10,7 +10,7 @@ import grpo
 import model as models
 from engine import batches as batching
 from engine.batches import TrainingSequence
-from engine.device import Interrupted
+from engine.distributed import Interrupted
 from grpo import Group, PolicyLoss, Sinks
 from lab.problems import Problem
 from rollout import Rollout

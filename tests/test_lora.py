@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import model as model_file
 from engine import checkpoint as checkpoints
-from engine import device as devices
-from engine import sharding
+from engine import distributed, sharding
 from engine.batches import TrainingSequence
 from engine.sharding import gathered, shard
 from grpo import optimizer_step, supervised_loss
@@ -195,8 +194,8 @@ def test_a_bfloat16_base_is_never_merged_and_its_adapter_computes_in_bfloat16(ch
 
 @pytest.fixture
 def here():
-    yield devices.start()
-    devices.stop()
+    yield distributed.start()
+    distributed.stop()
 
 
 def from_meta(base: Path, mesh, compute_dtype=torch.float32, rank: int = 4) -> Transformer:
@@ -284,7 +283,7 @@ def test_a_frozen_base_is_kept_once_in_the_compute_dtype(checkpoint, here):
     assert {gradient.dtype for gradient in trained_gradients(model).values()} == {torch.float32}
 
 
-def check_sharded(base: Path, out: Path, device: devices.Device) -> None:
+def check_sharded(base: Path, out: Path, device: distributed.Processes) -> None:
     """What must hold on any number of processes: the numbers of a whole model."""
     unsharded = adapted(base)
     with torch.no_grad():
@@ -332,8 +331,8 @@ def in_two_processes(rank: int, base: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": (tmp_path / "port").read_text()}
-    check_sharded(base, tmp_path / "out", devices.start())
-    devices.stop()
+    check_sharded(base, tmp_path / "out", distributed.start())
+    distributed.stop()
 
 
 def test_two_processes_equal_one(checkpoint, tmp_path):

@@ -10,20 +10,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import grpo
 import model as models
-from engine import device as devices
+from engine import distributed
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState
+from engine.errors import UserError
 from engine.memory import out_of_memory
 from engine.run import Run
-from engine.start import EXPECTED_ERRORS
 from grpo import PolicyLoss, UpdateError
 from lab.recipe import RlStage
 
 
 @pytest.fixture(scope="module")
 def here():
-    yield devices.start()
-    devices.stop()
+    yield distributed.start()
+    distributed.stop()
 
 
 def ragged_sequences(count=20):
@@ -127,7 +127,7 @@ def test_no_memory_for_one_sequence_is_one_sentence(monkeypatch):
     run_out(monkeypatch, "forward", "always")
     with pytest.raises(UpdateError, match="one sequence at a time, of at most 13 tokens: train a LoRA") as caught:
         update(tiny(), 1_000)
-    assert "\n" not in str(caught.value) and isinstance(caught.value, EXPECTED_ERRORS)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, UserError)
 
 
 def test_no_memory_for_the_moments_is_one_sentence():
@@ -167,7 +167,7 @@ def test_what_running_out_of_memory_looks_like():
 
 def test_the_smaller_budget_is_kept_and_said_once(here, monkeypatch, capsys):
     model, stage = tiny(), RlStage()
-    run = types.SimpleNamespace(model=model, device=here, micro_batch_tokens=80, state=RunState(step=6))
+    run = types.SimpleNamespace(model=model, processes=here, micro_batch_tokens=80, state=RunState(step=6))
     run.asked_to_stop = lambda: False
     with monkeypatch.context() as patch:
         run_out(patch, "forward", (1,))

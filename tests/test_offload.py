@@ -11,9 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
-from engine import device as devices
+from engine import distributed, sharding
 from engine import offload as offloading
-from engine import sharding
 from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
 from engine.offload import HostAdamW
 
@@ -26,8 +25,8 @@ SETTINGS = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 @pytest.fixture(scope="module")
 def here():
-    yield devices.start()
-    devices.stop()
+    yield distributed.start()
+    distributed.stop()
 
 
 def tiny(mesh=None, seed=0):
@@ -120,7 +119,7 @@ def test_without_a_device_state_dicts_go_both_ways():
 def in_two_processes(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    here = devices.Device(torch.device("cpu"), torch.float32, rank, 2, init_device_mesh("cpu", (2,)), dist.group.WORLD)
+    here = distributed.Processes(torch.device("cpu"), torch.float32, rank, 2, init_device_mesh("cpu", (2,)), dist.group.WORLD)
     results = []
     for kind in KINDS.values():
         model = tiny(here.mesh)

@@ -423,7 +423,7 @@ def test_every_published_number_is_written_and_everything_else_is_marked_as_a_ch
 
 def test_training_samples_the_policy_itself_as_published():
     """top_p 1 and no top_k are not in the recipes: there is no key that could make it otherwise."""
-    run = SimpleNamespace(respondent=SimpleNamespace(stop_tokens=(2,)), recipe=SimpleNamespace(seed=5))
+    run = SimpleNamespace(worker=SimpleNamespace(stop_tokens=(2,)), recipe=SimpleNamespace(seed=5))
     sampling = Run.sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").stage[1], 1.45, draw=7)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens) == (1.45, 1.0, 0, 48_128)
     assert not {"top_p", "top_k"} & {f.name for f in fields(RlStage)}

@@ -504,12 +504,12 @@ batch_problems = 1
     )
 
     def look(*overrides, is_main=True):
-        folder, device = tmp_path / "run", OneProcess(is_main)
+        folder, processes = tmp_path / "run", OneProcess(is_main)
         made = Metrics(folder, enabled=is_main)
         recipe = load_recipe(tmp_path / "r.toml", overrides)
-        unused = dict.fromkeys(["model", "model_folder", "respondent", "stop", "resume_from", "lock", "saved"])
+        unused = dict.fromkeys(["model", "model_folder", "worker", "stop", "resume_from", "lock", "saved"])
         run = runs.Run(
-            recipe=recipe, folder=folder, device=device, data=RunData(recipe, folder), metrics=made, state=RunState(),
+            recipe=recipe, folder=folder, processes=processes, data=RunData(recipe, folder), metrics=made, state=RunState(),
             micro_batch_tokens=1, **unused,
         )  # fmt: skip
         start.guard_data(run)
@@ -526,7 +526,7 @@ def ids(run, index):
 def test_copies_are_reported_and_trained_on_unless_the_recipe_excludes_them(guarded, tmp_path):
     run = guarded()
     assert ids(run, 1) == [f"one/{n}" for n in range(5)] and ids(run, 2) == ["two/0", "two/1"]
-    said = "\n".join(run.device.said).replace(f"{tmp_path}/", "")
+    said = "\n".join(run.processes.said).replace(f"{tmp_path}/", "")
     assert "held.jsonl: 1 problems repeat an earlier one's text (held/1 is held/0)" in said
     assert (
         "chat.jsonl: 1 of 4 repeat an earlier one's text (row 3 is row 2): kept in training (guard.dup" in said
@@ -534,7 +534,7 @@ def test_copies_are_reported_and_trained_on_unless_the_recipe_excludes_them(guar
     assert "chat.jsonl: 1 of 4 are a benchmark's (row 1 is held/0): kept in training" in said
     assert "one.jsonl: 1 of 5 repeat an earlier one's text (one/2 is one/0)" in said
     assert "one.jsonl: 2 of 5 are a benchmark's (one/3 is held/0, one/4 is more/0)" in said
-    assert "two.jsonl: 1 of 2 repeat an earlier one's text (two/1 is one/1)" in said and len(run.device.said) == 6
+    assert "two.jsonl: 1 of 2 repeat an earlier one's text (two/1 is one/1)" in said and len(run.processes.said) == 6
     assert [(row["duplicates"], row["contamination"], row["excluded"]) for row in metrics(run.folder)] == [
         (1, 1, 0), (1, 2, 0), (1, 0, 0),
     ]  # fmt: skip
@@ -545,7 +545,7 @@ def test_what_is_excluded_is_counted_and_on_record_once_and_the_same_for_all(gua
     run = guarded(*asked)
     assert ids(run, 1) == ["one/0", "one/1"] and ids(run, 2) == ["two/0"]
     assert run.data.excluded["sft", run.recipe.stage[0].data] == {"row 1", "row 3"}
-    assert sum(line.endswith(": excluded") for line in run.device.said) == 5
+    assert sum(line.endswith(": excluded") for line in run.processes.said) == 5
     record = metrics(run.folder)
     assert [row["excluded_ids"] for row in record] == [["row 1", "row 3"], ["one/2", "one/3", "one/4"], ["two/1"]]
     assert all(row["excluded"] == len(row["excluded_ids"]) and row["kind"] == "guard" for row in record)

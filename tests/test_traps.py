@@ -18,13 +18,12 @@ import grpo
 import model as models
 import train
 from engine import batches as batching
-from engine import device as devices
-from engine import sharding
-from engine.attempts import Attempt, AttemptStats
+from engine import distributed, sharding
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState, read_state, save_checkpoint
-from engine.device import Interrupted
+from engine.distributed import Interrupted
 from engine.grader import Grader
+from engine.rollout_worker import Attempt, SamplingStats
 from engine.run import Run
 from grpo import Group, PolicyLoss, Sinks
 from lab.problems import Problem
@@ -324,8 +323,8 @@ def test_rescue_evicts_the_older_response():
 
 @pytest.fixture
 def here():
-    yield devices.start()
-    devices.stop()
+    yield distributed.start()
+    distributed.stop()
 
 
 def test_rescue_survives_a_resume(here, tmp_path):
@@ -395,7 +394,7 @@ def run_stage(script, **settings):
                 one = rollout(problem.id, i, tokens, (3, 1 + names.index(problem.id)), logprob=-3 - 0.01 * state.step)
                 tried.append(Attempt(one, "x", Grade("right" if right else "wrong", float(right), 0.0, 0.0, "1")))
             attempts.append(tried)
-        return attempts, AttemptStats(tokens=1, sample_seconds=1.0)
+        return attempts, SamplingStats(tokens=1, sample_seconds=1.0)
 
     class ScriptedRun(Run):
         """A run whose data, optimizer and record are stood in for."""
@@ -417,11 +416,11 @@ def run_stage(script, **settings):
     run = ScriptedRun(
         recipe=Recipe("test", "none", (stage,)),
         folder=None,
-        device=SimpleNamespace(say=lambda *_: None, peak_memory_gib=lambda: 0.0, gather=lambda value: [value]),
+        processes=SimpleNamespace(say=lambda *_: None, peak_memory_gib=lambda: 0.0, all_gather=lambda value: [value]),
         model=model,
         model_folder=None,
         data=None,
-        respondent=SimpleNamespace(attempt=attempt, stop_tokens=(EOS,)),
+        worker=SimpleNamespace(attempt=attempt, stop_tokens=(EOS,)),
         metrics=SimpleNamespace(write_rollouts=lambda rows: None),
         state=state,
         stop=SimpleNamespace(asked=False),

@@ -22,25 +22,27 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from engine.errors import UserError
+
 # ranks sample responses of very different length, and the first to finish waits for the last
 COLLECTIVE_TIME_LIMIT_SECONDS = 6 * 3600.0  # an environment variable of this name sets another
 NCCL_GRACE = timedelta(minutes=1)  # nccl's own watchdog aborts a process without a word of where it was
 
 
-class RankError(RuntimeError):
+class RankError(UserError):
     """Another rank is missing from a collective; one sentence that names it, and the place."""
 
 
 @dataclass(frozen=True)
-class Device:
+class Processes:
     """This process's accelerator and its place among the others."""
 
     device: torch.device
     compute_dtype: torch.dtype  # of weights and activations in forward and backward; master weights are float32
     rank: int
-    ranks: int
+    world_size: int
     mesh: DeviceMesh
-    objects: dist.ProcessGroup  # gloo, for Python objects
+    gloo: dist.ProcessGroup  # gloo, for Python objects
 
     @property
     def is_main(self) -> bool:
@@ -52,26 +54,26 @@ class Device:
         if self.is_main:
             print(*words, flush=True)
 
-    def share(self, value: Any, place: str = "") -> Any:
+    def broadcast(self, value: Any, place: str = "") -> Any:
         """The main process's value, on every process. The place is for errors: without one, the caller's name."""
-        if self.ranks == 1:
+        if self.world_size == 1:
             return value
         box = [value]
-        enter(place or caller())
+        note_place(place or caller())
         try:
-            dist.broadcast_object_list(box, src=0, group=self.objects)
+            dist.broadcast_object_list(box, src=0, group=self.gloo)
         except RuntimeError as error:
             raise_lost(error)
         return box[0]
 
-    def gather(self, value: Any, place: str = "") -> list[Any]:
+    def all_gather(self, value: Any, place: str = "") -> list[Any]:
         """Every process's value, in the order of ranks, on every process. The place is as in `share`."""
-        if self.ranks == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.ranks
-        enter(place or caller())
+        values: list[Any] = [None] * self.world_size
+        note_place(place or caller())
         try:
-            dist.all_gather_object(values, value, group=self.objects)
+            dist.all_gather_object(values, value, group=self.gloo)
         except RuntimeError as error:
             raise_lost(error)
         return values
@@ -80,7 +82,7 @@ class Device:
         """What this process may take: the GPU's free memory, or its share of half of a CPU's memory."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info()[0]
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))  # ranks on this machine
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))  # ranks on this machine
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // here
 
     def peak_memory_gib(self) -> float:
@@ -93,12 +95,12 @@ class Device:
         return kilobytes / 2**20
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that speaks, also before `start` and after `stop`."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def time_limit() -> timedelta:
+def collective_time_limit() -> timedelta:
     """How long a collective may wait for the slowest rank."""
     text = os.environ.get("COLLECTIVE_TIME_LIMIT_SECONDS", str(COLLECTIVE_TIME_LIMIT_SECONDS))
     try:
@@ -110,10 +112,10 @@ def time_limit() -> timedelta:
     return limit
 
 
-def start() -> Device:
+def start() -> Processes:
     """Join the process group that torchrun described, or make one of a single process."""
     global _watch
-    cuda, limit = torch.cuda.is_available(), time_limit()
+    cuda, limit = torch.cuda.is_available(), collective_time_limit()
     # the sampler's cache comes and goes every step: without this, what lives on splits its place for good; the
     # allocator reads it when CUDA begins
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -129,7 +131,7 @@ def start() -> Device:
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit + grace)
         if ranks > 1:
             _watch = Watch(store, rank, ranks, limit, alarms=cuda)
-            enter("starting up", collective=False)
+            note_place("starting up", collective=False)
         if not cuda:  # torchrun gives each process one thread; share the cores instead
             here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
@@ -138,13 +140,13 @@ def start() -> Device:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     if cuda:
         torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; the work is done in bfloat16
-    return Device(
+    return Processes(
         device=device,
         compute_dtype=torch.bfloat16 if cuda else torch.float32,
         rank=dist.get_rank(),
-        ranks=dist.get_world_size(),
+        world_size=dist.get_world_size(),
         mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
-        objects=dist.new_group(backend="gloo", timeout=limit),
+        gloo=dist.new_group(backend="gloo", timeout=limit),
     )
 
 
@@ -152,13 +154,13 @@ def stop() -> None:
     """Leave the process group; where the job fails, others may still wait in it, and only the process can end."""
     global _watch
     failed = others_spoke()
-    enter("leaving", collective=False)
+    note_place("leaving", collective=False)
     _watch = None
     if dist.is_initialized() and not failed:
         dist.destroy_process_group()
 
 
-def leave(status: int | str) -> None:
+def exit_process(status: int | str) -> None:
     """End with a status as sys.exit takes it; one of several processes goes without Python's own teardown.
 
     There, a thread of gloo's that lets go of a Python object would abort a process whose work is done and saved.
@@ -200,7 +202,7 @@ def caller() -> str:
     return f"{code.co_qualname} of {os.path.basename(code.co_filename)}"
 
 
-def enter(place: str, collective: bool = True) -> None:
+def note_place(place: str, collective: bool = True) -> None:
     """Note that this rank is now at a place, for those who may have to say that it never came to the next.
 
     A collective place is one that all ranks come to, and in which they wait for each other.
@@ -223,7 +225,7 @@ def enter(place: str, collective: bool = True) -> None:
 
 def give_up() -> NoReturn:
     """What an alarm does: the main thread waits on the accelerator, where nothing can be raised."""
-    last_words(RankError(who_is_missing("timed out")), "alarm")
+    report_error(RankError(who_is_missing("timed out")), "alarm")
     os._exit(1)
 
 
@@ -257,7 +259,7 @@ def who_is_missing(reason: str) -> str:
     here = _watch.place if _watch is not None else "a collective"
     if not hangs:
         return f"{who} is gone, and was waited for in: {here}; see what it or torchrun said, and resume the run"
-    limit = _watch.limit.total_seconds() if _watch is not None else time_limit().total_seconds()
+    limit = _watch.limit.total_seconds() if _watch is not None else collective_time_limit().total_seconds()
     return (
         f"{who} did not come within {limit:g} seconds to: {here}; it hangs, or needs longer: then set "
         f"COLLECTIVE_TIME_LIMIT_SECONDS in the environment"
@@ -272,20 +274,20 @@ def others_spoke() -> bool:
         return False
 
 
-def last_words(error: BaseException, program: str, expected: tuple[type[BaseException], ...] = ()) -> int | str:
-    """Say why this rank ends, unless another already has; the status for `leave`.
+def report_error(error: BaseException, program: str) -> int | str:
+    """Say why this rank ends, unless another already has; returns the status for `exit_process`.
 
-    An expected error is one sentence, and so is a collective that failed; anything else comes with its traceback.
+    What a person can put right is one sentence, and so is a collective that failed; all else comes with its traceback.
     """
     if _watch is not None and lost_contact(error):
         error = RankError(who_is_missing(str(error)))
     sentence = f"{program}: {error}"
-    if not isinstance(error, (*expected, RankError)):
+    if not isinstance(error, (UserError, ImportError, OSError)):
         if _watch is None:
             raise error
         sentence = f"{program}: {traceback.format_exc()}"
     if _watch is None:
-        return sentence if speaks() else 1
+        return sentence if is_main_process() else 1
     try:
         first = _watch.store.add("spoken", 1) == 1
     except RuntimeError:
@@ -315,6 +317,6 @@ class StopRequest:
             return
         print(f"\nstopping: {self.saved}; once more to stop at once", file=sys.stderr, flush=True)
 
-    def agreed(self, device: Device) -> bool:
+    def agreed(self, processes: Processes) -> bool:
         """Whether any process was asked to stop: all of them leave at the same step."""
-        return any(device.gather(self.asked))
+        return any(processes.all_gather(self.asked))

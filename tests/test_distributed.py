@@ -12,8 +12,9 @@ import pytest
 import torch.distributed as dist
 from conftest import in_processes
 
-from engine import device as devices
-from engine.device import RankError
+from engine import distributed
+from engine.distributed import RankError
+from lab.problems import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,25 +25,25 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def join(rank: int, port: int, ranks: int, seconds: str) -> devices.Device:
+def join(rank: int, port: int, ranks: int, seconds: str) -> distributed.Processes:
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in here.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "COLLECTIVE_TIME_LIMIT_SECONDS": seconds}
-    return devices.start()
+    return distributed.start()
 
 
 def wait_in_vain(rank: int, port: int, fault: str) -> None:
     here = join(rank, port, 3, "3")
-    assert here.gather(rank) == [0, 1, 2] and here.share(rank) == 0
+    assert here.all_gather(rank) == [0, 1, 2] and here.broadcast(rank) == 0
     if rank == 1:
-        devices.enter("sampling", collective=False)
+        distributed.note_place("sampling", collective=False)
         if fault == "dies":
             os._exit(0)  # a failure would make the parent end the others before they have noticed
         time.sleep(9)
         return
     begun = time.monotonic()
     with pytest.raises(RankError) as caught:
-        here.gather(rank, "the exchange of attempts")
+        here.all_gather(rank, "the exchange of attempts")
     told, waited = str(caught.value), time.monotonic() - begun
     assert "\n" not in told
     if fault == "hangs":
@@ -60,7 +61,7 @@ def test_who_waits_in_vain_names_the_missing_rank_and_the_place(fault):
 
 def meet(rank: int, port: int, launch: int) -> None:
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(launch)}
-    assert join(rank, port, 2, "20").gather(rank) == [0, 1]
+    assert join(rank, port, 2, "20").all_gather(rank) == [0, 1]
 
 
 def test_a_restarted_job_does_not_dial_the_processes_that_died():
@@ -70,30 +71,30 @@ def test_a_restarted_job_does_not_dial_the_processes_that_died():
         in_processes(meet, store.port, launch)
 
 
-def speak(rank: int, port: int, folder: Path, expected: tuple) -> None:
+def speak(rank: int, port: int, folder: Path, kind: type[Exception]) -> None:
     here = join(rank, port, 2, "60")
     sys.stderr = (folder / str(rank)).open("w")
     if rank == 1:
         try:
-            raise ValueError("one sentence")
-        except ValueError as error:
-            assert devices.last_words(error, "train.py", expected) == 1
+            raise kind("one sentence")
+        except kind as error:
+            assert distributed.report_error(error, "train.py") == 1
         os._exit(0)
     try:
-        here.gather(rank)
+        here.all_gather(rank)
     except RankError as error:
-        assert "speak of test_device.py" in str(error)  # a place without a name is its caller's
-        assert devices.last_words(error, "train.py") == 1  # to which there is nothing to add
+        assert "speak of test_distributed.py" in str(error)  # a place without a name is its caller's
+        assert distributed.report_error(error, "train.py") == 1  # to which there is nothing to add
         sys.stderr.flush()
         return
     raise AssertionError("the other rank is still there")
 
 
-@pytest.mark.parametrize("expected", [(ValueError,), ()])
-def test_the_rank_that_raises_speaks_first_and_the_others_are_quiet(tmp_path, expected):
-    in_processes(speak, free_port(), tmp_path, expected)
+@pytest.mark.parametrize("kind", [DataError, ValueError])
+def test_the_rank_that_raises_speaks_first_and_the_others_are_quiet(tmp_path, kind):
+    in_processes(speak, free_port(), tmp_path, kind)
     said = (tmp_path / "1").read_text()
-    if expected:
+    if kind is DataError:
         assert said == "rank 1: train.py: one sentence\n"
     else:  # a bug comes with the place where it is
         assert said.startswith("rank 1: train.py: Traceback") and "ValueError: one sentence" in said
@@ -101,18 +102,18 @@ def test_the_rank_that_raises_speaks_first_and_the_others_are_quiet(tmp_path, ex
 
 
 def test_alone_an_expected_error_is_a_sentence_and_any_other_is_raised():
-    assert devices.last_words(ValueError("no"), "train.py", (OSError, ValueError)) == "train.py: no"
+    assert distributed.report_error(DataError("no"), "train.py") == "train.py: no"
     with pytest.raises(KeyError):
-        devices.last_words(KeyError("a bug"), "train.py", (ValueError,))
+        distributed.report_error(KeyError("a bug"), "train.py")
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-3", "nan", "1e300"])
 def test_a_time_limit_that_is_none_is_refused(monkeypatch, given):
     monkeypatch.setenv("COLLECTIVE_TIME_LIMIT_SECONDS", given)
     with pytest.raises(RankError, match="give a number of seconds above 0"):
-        devices.time_limit()
+        distributed.collective_time_limit()
     monkeypatch.setenv("COLLECTIVE_TIME_LIMIT_SECONDS", "90")
-    assert devices.time_limit() == timedelta(seconds=90)
+    assert distributed.collective_time_limit() == timedelta(seconds=90)
 
 
 def test_an_alarm_ends_a_process_that_nothing_can_be_raised_in(tmp_path):
@@ -121,16 +122,16 @@ def test_an_alarm_ends_a_process_that_nothing_can_be_raised_in(tmp_path):
 import sys, time, datetime
 sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
-from engine import device
+from engine import distributed
 store = dist.HashStore()
 store.set("place/1", "0 sampling")
-device._watch = device.Watch(store, 0, 2, datetime.timedelta(seconds=1), alarms=True)
-device.enter("a collective that ends in time")
-device.enter("sampling", collective=False)
+distributed._watch = distributed.Watch(store, 0, 2, datetime.timedelta(seconds=1), alarms=True)
+distributed.note_place("a collective that ends in time")
+distributed.note_place("sampling", collective=False)
 time.sleep(2)
 print("still here", flush=True)
 store.set("place/1", "1 sampling")
-device.enter("the update")
+distributed.note_place("the update")
 time.sleep(60)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
@@ -171,13 +172,13 @@ max_response_tokens = 8
         f"""import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train
-from engine import attempts
-generate = attempts.generate
+from engine import rollout_worker
+generate = rollout_worker.generate
 def faulty(model, prompts, sampling, *rest):
     if os.environ["RANK"] == "1" and sampling.step == 1:
         {FAULTS[fault]}
     return generate(model, prompts, sampling, *rest)
-attempts.generate = faulty
+rollout_worker.generate = faulty
 train.main()
 """
     )

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine import attempts
-from engine.attempts import AttemptStats, GraderError, Respondent, check_grader, deal, total_work
-from engine.device import Interrupted
+from engine import rollout_worker
+from engine.distributed import Interrupted
 from engine.grader import Grader
+from engine.rollout_worker import GraderError, RolloutWorker, SamplingStats, check_grader, deal, total_work
 from engine.tokenizer import load_tokenizer, stop_tokens
 from lab.problems import read_problems
 from model import load
@@ -34,10 +34,10 @@ def test_the_grader_may_fail_on_a_set_share_and_a_few_failures_stop_nothing(fail
 
 
 def test_the_work_of_processes_adds_up_and_the_slowest_counts():
-    works = [AttemptStats(10, 2.0, 0.5, 1), AttemptStats(30, 1.0, 0.75, 2)]
+    works = [SamplingStats(10, 2.0, 0.5, 1), SamplingStats(30, 1.0, 0.75, 2)]
     whole = total_work(works)
-    assert whole == AttemptStats(40, 2.0, 0.75, 3, idle_shares=(0.0, 0.5)) and whole.idle_share == 0.25
-    assert total_work([AttemptStats()]).idle_shares == (0.0,)  # nothing was sampled
+    assert whole == SamplingStats(40, 2.0, 0.75, 3, idle_shares=(0.0, 0.5)) and whole.idle_share == 0.25
+    assert total_work([SamplingStats()]).idle_shares == (0.0,)  # nothing was sampled
 
 
 def test_work_is_dealt_whole_and_once_and_ranks_finish_together():
@@ -81,14 +81,14 @@ def test_the_limits_of_responses_go_where_they_go():
     )
 
 
-def respondent(small_world, grader):
+def worker(small_world, grader):
     model = load(small_world / "model")
     tokenizer = load_tokenizer(small_world / "model", model)
     device = SimpleNamespace(
-        rank=0, ranks=1, device=torch.device("cpu"), gather=lambda value, place: [value], say=print
+        rank=0, world_size=1, device=torch.device("cpu"), all_gather=lambda value, place: [value], say=print
     )
     stops = stop_tokens(tokenizer, model, small_world / "model")
-    return Respondent(model, tokenizer, stops, CacheLimits(600, 96, 3), grader, device, instruction="")
+    return RolloutWorker(model, tokenizer, stops, CacheLimits(600, 96, 3), grader, device, instruction="")
 
 
 class SlowGrader:
@@ -111,8 +111,8 @@ class SlowGrader:
 
 def test_attempts_come_as_soon_as_they_are_graded_and_none_is_lost(small_world):
     grader = SlowGrader()
-    asked, problems = respondent(small_world, grader), read_problems(small_world / "held-out.jsonl")
-    prompts, stats = [asked.prompt(problem, 3) for problem in problems], AttemptStats()
+    asked, problems = worker(small_world, grader), read_problems(small_world / "held-out.jsonl")
+    prompts, stats = [asked.prompt(problem, 3) for problem in problems], SamplingStats()
     waiting, seen = [], []
     for attempt in asked.stream(problems, prompts, Sampling(1.0, 8, asked.stop_tokens, 0), stats):
         seen.append((attempt.rollout.problem_id, attempt.rollout.index))
@@ -124,7 +124,7 @@ def test_attempts_come_as_soon_as_they_are_graded_and_none_is_lost(small_world):
 
 def test_a_failing_grader_stops_the_work_with_a_sentence(small_world):
     problems = read_problems(small_world / "held-out.jsonl")
-    asked = respondent(small_world, SlowGrader("grader failed"))
+    asked = worker(small_world, SlowGrader("grader failed"))
     with pytest.raises(GraderError, match=r"failed on 12 of 12 answers \(100.0%, more than the 2.0% allowed\)"):
         asked.attempt(problems, 2, Sampling(1.0, 4, asked.stop_tokens, 0))
     asked.most_failed_share = 1.0
@@ -134,7 +134,7 @@ def test_a_failing_grader_stops_the_work_with_a_sentence(small_world):
 
 def test_each_process_keeps_what_it_wants_of_an_attempt_as_soon_as_it_is_graded(small_world):
     grader = SlowGrader()
-    asked, problems = respondent(small_world, grader), read_problems(small_world / "held-out.jsonl")
+    asked, problems = worker(small_world, grader), read_problems(small_world / "held-out.jsonl")
     prompts, graded = [asked.prompt(problem, 2) for problem in problems], []
 
     def keep(attempt):
@@ -153,11 +153,11 @@ def test_each_process_keeps_what_it_wants_of_an_attempt_as_soon_as_it_is_graded(
 
 def test_the_time_left_is_not_guessed_from_the_shortest(small_world, monkeypatch, capsys):
     """Guards: after one short response of many the ETA was hours."""
-    monkeypatch.setattr(attempts, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(rollout_worker, "SECONDS_BETWEEN_LINES", 0.0)
     seen = []
-    monkeypatch.setattr(attempts, "timedelta", lambda seconds: seen.append(seconds) or timedelta(seconds=seconds))
+    monkeypatch.setattr(rollout_worker, "timedelta", lambda seconds: seen.append(seconds) or timedelta(seconds=seconds))
     with Grader() as grader:
-        asked = respondent(small_world, grader)
+        asked = worker(small_world, grader)
         asked.limits = CacheLimits(3000, 96, 18)
         problems = read_problems(small_world / "held-out.jsonl")
         asked.attempt(problems, 3, Sampling(1.0, 30, asked.stop_tokens, 0), label="all")

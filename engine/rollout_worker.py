@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from engine.device import Device, Interrupted, StopRequest, enter
+from engine.distributed import Interrupted, Processes, StopRequest, note_place
+from engine.errors import UserError
 from engine.grader import Grader
 from engine.sharding import gathered
 from engine.tokenizer import encode_chat
@@ -36,7 +37,7 @@ class Attempt:
 
 
 @dataclass
-class AttemptStats:
+class SamplingStats:
     """What making them took, over all processes; the seconds are the slowest process's."""
 
     tokens: int = 0
@@ -52,7 +53,7 @@ class AttemptStats:
         return sum(self.idle_shares) / len(self.idle_shares)
 
 
-class GraderError(Exception):
+class GraderError(UserError):
     """The grader fails too often for its verdicts to be believed."""
 
 
@@ -68,7 +69,7 @@ def check_grader(verdicts: Mapping[str, int], most_failed_share: float) -> None:
 
 
 @dataclass
-class Respondent:
+class RolloutWorker:
     """A model that can be asked: its weights, tokenizer, cache and grader, on all processes together."""
 
     model: Transformer
@@ -76,7 +77,7 @@ class Respondent:
     stop_tokens: tuple[int, ...]
     limits: CacheLimits
     grader: Grader
-    device: Device
+    processes: Processes
     instruction: str
     stop: StopRequest | None = None  # where given, sampling is abandoned when it asks for it
     most_failed_share: float = 0.02  # of answers on which the grader itself may fail before that stops the run
@@ -101,7 +102,7 @@ class Respondent:
         problems: Sequence[Problem],
         prompts: Sequence[Prompt],
         sampling: Sampling,
-        stats: AttemptStats,
+        stats: SamplingStats,
         label: str | None = None,
     ) -> Iterator[Attempt]:
         """This process's attempts, each as soon as it is sampled and graded; `stats` is filled in at the end.
@@ -118,9 +119,9 @@ class Respondent:
             rollout, text, ticket = waiting.popleft()
             return Attempt(rollout, text, self.grader.collect([ticket])[0])
 
-        enter("gathering the weights for sampling")
+        note_place("gathering the weights for sampling")
         with gathered(self.model):
-            enter("sampling", collective=False)
+            note_place("sampling", collective=False)
             for rollout in generate(self.model, prompts, sampling, self.limits, sampler, self.asked_to_stop):
                 text = self.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
                 begun = time.perf_counter()
@@ -135,9 +136,9 @@ class Respondent:
                     typical = finished_tokens / done if 10 * done > total else sampling.max_new_tokens
                     left = max(0.0, total * typical - sampler.decoded_tokens) / speed
                     eta = timedelta(seconds=round(left))
-                    self.device.say(f"{label}: {done}/{total} responses  {speed:,.0f} tok/s  ETA {eta}")
+                    self.processes.say(f"{label}: {done}/{total} responses  {speed:,.0f} tok/s  ETA {eta}")
         sampled = time.perf_counter()
-        if self.device.device.type == "cuda":
+        if self.processes.device.type == "cuda":
             torch.cuda.empty_cache()  # the cache's memory is the update's now
         while waiting:
             yield graded()
@@ -147,7 +148,7 @@ class Respondent:
         stats.preemptions += sampler.preemptions
         stats.memory_retries += sampler.memory_retries
         if sampler.memory_retries:
-            self.device.say(
+            self.processes.say(
                 f"sampling ran out of memory {sampler.memory_retries} times and went on with fewer rows: "
                 f"lower the recipe's sampler.rows or cache_tokens"
             )
@@ -160,7 +161,7 @@ class Respondent:
         keep: Callable[[Attempt], Any] = lambda attempt: attempt,
         label: str | None = None,
         expected_tokens: Sequence[float | None] | None = None,
-    ) -> tuple[list, AttemptStats, bool]:
+    ) -> tuple[list, SamplingStats, bool]:
         """Answer the prompts on all processes together, each its share (see `deal` for the expected tokens).
 
         Returns what `keep` made of each of this process's attempts, called as soon as it was graded; the work of all
@@ -168,12 +169,12 @@ class Respondent:
         on every process, when the grader fails often.
         """
         expected = [None] * len(prompts) if expected_tokens is None else expected_tokens
-        share = deal(prompts, expected, sampling.max_new_tokens, self.device.ranks)[self.device.rank]
-        kept, work, verdicts = [], AttemptStats(), Counter()
+        share = deal(prompts, expected, sampling.max_new_tokens, self.processes.world_size)[self.processes.rank]
+        kept, work, verdicts = [], SamplingStats(), Counter()
         for attempt in self.stream(problems, share, sampling, work, label):
             kept.append(keep(attempt))
             verdicts[attempt.grade.verdict] += 1
-        everyone = self.device.gather((work, verdicts, self.asked_to_stop()), "the end of sampling")
+        everyone = self.processes.all_gather((work, verdicts, self.asked_to_stop()), "the end of sampling")
         check_grader(sum((own for _, own, _ in everyone), Counter()), self.most_failed_share)
         return kept, total_work([own for own, _, _ in everyone]), any(stopped for _, _, stopped in everyone)
 
@@ -184,7 +185,7 @@ class Respondent:
         sampling: Sampling,
         label: str | None = None,
         expected_tokens: Sequence[float | None] | None = None,
-    ) -> tuple[list[list[Attempt]], AttemptStats]:
+    ) -> tuple[list[list[Attempt]], SamplingStats]:
         """n attempts at each problem, in the order given, the same on every process. A label shows progress.
 
         Expected tokens are of one response to each problem (None: unknown). Raises, on every process, Interrupted when
@@ -195,7 +196,7 @@ class Respondent:
         if stopped:
             raise Interrupted
         groups: dict[str, list[Attempt]] = {problem.id: [] for problem in problems}
-        for attempts in self.device.gather(mine, "the exchange of attempts"):
+        for attempts in self.processes.all_gather(mine, "the exchange of attempts"):
             for attempt in attempts:
                 groups[attempt.rollout.problem_id].append(attempt)
         for group in groups.values():
@@ -236,10 +237,10 @@ def deal(
     return shares
 
 
-def total_work(works: Sequence[AttemptStats]) -> AttemptStats:
+def total_work(works: Sequence[SamplingStats]) -> SamplingStats:
     """The work of all processes: sums of what they made, the longest of what they took, and who waited how long."""
     longest = max(work.sample_seconds for work in works)
-    return AttemptStats(
+    return SamplingStats(
         tokens=sum(work.tokens for work in works),
         sample_seconds=longest,
         grade_seconds=max(work.grade_seconds for work in works),
