@@ -5,23 +5,11 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no test may reach the network
+os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch: on models this small, threads only cost
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
-
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # on models this small, threads only cost
-
-
-def in_processes(function, *arguments, processes=2):
-    """Call function(rank, *arguments) in several processes at once."""
-    torch.multiprocessing.spawn(_call_and_leave, (function, arguments), nprocs=processes)
-
-
-def _call_and_leave(rank, function, arguments):
-    function(rank, *arguments)
-    os._exit(0)  # as device.leave does, and for its reason
-
 
 WINDOW = 256
 VOCABULARY = 97

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import SCALINGS, VOCABULARY, WINDOW, in_processes, tiny_reference
+from conftest import SCALINGS, VOCABULARY, WINDOW, tiny_reference
+from forked import in_processes
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
