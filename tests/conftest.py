@@ -11,6 +11,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 import torch
 
+# whoever begins one of these last keeps the others waiting, so that they begin first
+LONGEST_FILES = ["train", "device", "reward_golden", "lora", "plan", "reward", "memory", "fuzz"]
+
+
+def pytest_collection_modifyitems(items):
+    """Files in the order in which pytest.ini has them handed out."""
+    first = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
 WINDOW = 256
 VOCABULARY = 97
 SCALINGS = {

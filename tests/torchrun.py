@@ -1,5 +1,7 @@
 """torchrun itself, whose workers begin with the imports done (forked.py) and are waited for less long at the end."""
 
+from multiprocessing.forkserver import _forkserver
+
 import forked
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import PContext
@@ -14,6 +16,8 @@ def start(args, env, **options):
 
 
 if __name__ == "__main__":
+    # torchrun is forked too, and its server serves the workers as well; Python 3.11 would start another
+    _forkserver.ensure_running = lambda: None
     subprocess_handler.Popen = start
     # half a minute is its own patience with a worker that hangs, --shutdown-timeout does not reach this
     PContext.close.__defaults__ = None, 2
