@@ -1,5 +1,6 @@
 """What the tests share: the repository on the path, no network, and tiny models that transformers built."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,11 @@ def pytest_collection_modifyitems(items):
     """Files in the order in which pytest.ini has them handed out."""
     first = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
+def pytest_collection_finish():
+    """Leave what imports made out of every later search for garbage: it is there to stay, and very much."""
+    gc.freeze()
 
 
 WINDOW = 256
