@@ -1,10 +1,11 @@
 """Scripts and functions in processes that begin with the imports done, so that a test need not wait for them.
 
 A server, one for each pytest process, imports the libraries once and forks. The project's own modules are not among
-them: a script imports those as ever. What is about the start of a process itself, or about torchrun, has real ones.
+them: a script imports those as ever. What is about the start of a process itself has real ones.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -50,7 +51,8 @@ class Popen:
         inherited = [f"/proc/{os.getpid()}/fd/{number}" for number in (1, 2)]
         paths = [inherited[i] if to is None else to.name for i, to in enumerate(files)]
         where, environment = os.path.abspath(cwd or "."), dict(os.environ if env is None else env)
-        arguments = self.args, where, environment, paths, start_new_session
+        cores = os.sched_getaffinity(0)  # inherited as well, and not the server's
+        arguments = self.args, where, environment, cores, paths, start_new_session
         self._process = _processes.Process(target=_run_script, args=arguments)
         self._process.start()
         self.pid = self._process.pid
@@ -104,7 +106,7 @@ def run(args: Sequence, timeout: float | None = None, capture_output=False, **op
 
 
 def run_ranks(ranks: int, args: Sequence, timeout: float) -> CompletedProcess:
-    """The ranks of one job together: as torchrun starts them and, when one fails, ends the others."""
+    """The ranks of one job on this machine; as under torchrun, one that fails ends the others."""
     here = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     jobs, limit = [], time.monotonic() + timeout
     for rank in range(ranks):
@@ -115,14 +117,11 @@ def run_ranks(ranks: int, args: Sequence, timeout: float) -> CompletedProcess:
             if time.monotonic() > limit:
                 raise TimeoutExpired(args, timeout)
             time.sleep(0.01)
-        for job in jobs:
-            job.send_signal(signal.SIGTERM)
-        said = [job.communicate(timeout) for job in jobs]
+        status = next((job.returncode for job in jobs if job.returncode), 0)
     finally:
         for job in jobs:
             job.kill()
-    status = next((job.returncode for job in jobs if job.returncode), 0)
-    return CompletedProcess(args, status, *map("".join, zip(*said, strict=True)))
+    return CompletedProcess(args, status, *map("".join, zip(*(job.communicate() for job in jobs), strict=True)))
 
 
 def free_port() -> int:
@@ -146,7 +145,7 @@ def _call_and_leave(rank, function, arguments):
     os._exit(0)  # as device.leave does, and for its reason
 
 
-def _run_script(words, where, environment, paths, own_session):
+def _run_script(words, where, environment, cores, paths, own_session):
     """What a forked process does instead of `python script`, from the streams to the end of the interpreter."""
     if own_session:
         os.setsid()
@@ -155,11 +154,13 @@ def _run_script(words, where, environment, paths, own_session):
         os.dup2(file, number)
         os.close(file)
     os.chdir(where)
+    os.sched_setaffinity(0, cores)
     os.environ.clear()
     os.environ.update(environment)
     if "PYTHONUNBUFFERED" in environment:
         sys.stdout.reconfigure(write_through=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.freeze()  # as in conftest.py: searches for garbage need not go through the libraries
     own = {str(ROOT), str(ROOT / "tests"), ""}  # of pytest: the script has its own folder instead
     sys.path[:] = [os.path.dirname(os.path.abspath(words[0])), *(path for path in sys.path if path not in own)]
     sys.argv = words
