@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from engine.errors import UserError
 from lab.machine import add_plan_options, read_machine
 from lab.problems import INSTRUCTION
 from lab.recipe import load_recipe

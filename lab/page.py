@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from engine.errors import UserError
 from engine.files import write_atomically
 from lab.charts import BINS, bar_chart, clean, format_number, line_chart, number, panels, svg
 from lab.console import format_eta

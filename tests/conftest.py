@@ -1,26 +1,30 @@
 """What the tests share: the repository on the path, no network, and tiny models that transformers built."""
 
+import gc
 import os
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no test may reach the network
+os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch: on models this small, threads only cost
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # on models this small, threads only cost
+# whoever begins one of these last keeps the others waiting, so that they begin first
+LONGEST_FILES = ["train", "distributed", "answers", "lora", "plan", "grader", "memory", "fuzz", "difficulty", "evaluation"]
 
 
-def in_processes(function, *arguments, processes=2):
-    """Call function(rank, *arguments) in several processes at once."""
-    torch.multiprocessing.spawn(_call_and_leave, (function, arguments), nprocs=processes)
+def pytest_collection_modifyitems(items):
+    """Files in the order in which pytest.ini has them handed out."""
+    first = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
 
 
-def _call_and_leave(rank, function, arguments):
-    function(rank, *arguments)
-    os._exit(0)  # as device.leave does, and for its reason
+def pytest_collection_finish():
+    """Leave what imports made out of every later search for garbage: it is there to stay, and very much."""
+    gc.freeze()
 
 
 WINDOW = 256

@@ -4,12 +4,12 @@ import errno
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -241,9 +241,10 @@ assert checkpoint.read_state(folder, here)[1].step == 1
 print(sorted(path.name for path in (folder / "checkpoints").iterdir()))
 distributed.stop()
 """
+    (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{script}")
     for what in ("run.pt", "tensors"):
-        arguments = [sys.executable, "-c", script, str(tmp_path / what), repr(SOURCE), what]
-        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        arguments = [sys.executable, tmp_path / "script.py", tmp_path / what, repr(SOURCE), what]
+        done = forked.run(arguments, capture_output=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         *_, said, left = done.stdout.splitlines()
         assert said.startswith("said: ") and "step-2 cannot be written (" in said and left == "['step-1']"

@@ -1,7 +1,6 @@
 """data_filter.py as a tool: estimate, filter and drop on the command line, resumed, on two processes, and refused."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -139,12 +139,8 @@ def test_an_interrupted_estimate_goes_on_and_ends_in_the_same_file(command, worl
 
 def test_two_processes_write_what_one_writes(command, world, tmp_path):
     command("estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out", tmp_path / "one.jsonl")
-    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = ["estimate", str(world / "model"), str(world / "sums.jsonl"), *OPTIONS]
-    done = subprocess.run(
-        [*starter, str(ROOT / "data_filter.py"), *words, "--out", str(tmp_path / "two.jsonl")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    words = ["estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out", tmp_path / "two.jsonl"]
+    done = forked.run_ranks(2, [sys.executable, ROOT / "data_filter.py", *words], timeout=120)
     assert done.returncode == 0, done.stderr
     for kind in (".jsonl", ".txt", ".png"):
         assert (tmp_path / f"two{kind}").read_bytes() == (tmp_path / f"one{kind}").read_bytes()
@@ -156,9 +152,7 @@ def test_a_signal_keeps_the_problems_that_are_finished(world, tmp_path):
     out = tmp_path / "rates.jsonl"
     words = [sys.executable, str(ROOT / "data_filter.py"), "estimate", str(world / "model")]
     words += [str(tmp_path / "many.jsonl"), *OPTIONS, "-n", "2", "--out", str(out)]
-    process = subprocess.Popen(
-        words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:  # the first of five slices
         time.sleep(0.02)

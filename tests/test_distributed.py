@@ -1,28 +1,21 @@
 """device.py: a rank that raises, hangs or dies ends the job, with its own sentence or one that names it and where."""
 
 import os
-import socket
-import subprocess
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import forked
 import pytest
 import torch.distributed as dist
-from conftest import in_processes
+from forked import free_port, in_processes
 
 from engine import distributed
 from engine.distributed import RankError
 from lab.problems import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def join(rank: int, port: int, ranks: int, seconds: str) -> distributed.Processes:
@@ -39,7 +32,7 @@ def wait_in_vain(rank: int, port: int, fault: str) -> None:
         distributed.note_place("sampling", collective=False)
         if fault == "dies":
             os._exit(0)  # a failure would make the parent end the others before they have noticed
-        time.sleep(9)
+        time.sleep(6)
         return
     begun = time.monotonic()
     with pytest.raises(RankError) as caught:
@@ -47,7 +40,7 @@ def wait_in_vain(rank: int, port: int, fault: str) -> None:
     told, waited = str(caught.value), time.monotonic() - begun
     assert "\n" not in told
     if fault == "hangs":
-        assert "did not come within 3 seconds to: the exchange of attempts" in told and 2 < waited < 8
+        assert "did not come within 3 seconds to: the exchange of attempts" in told and 2 < waited < 5.5
     else:
         assert "is gone, and was waited for in: the exchange of attempts" in told and waited < 3
     if rank == 0:  # its neighbour may have noticed first, and left
@@ -125,19 +118,20 @@ import torch.distributed as dist
 from engine import distributed
 store = dist.HashStore()
 store.set("place/1", "0 sampling")
-distributed._watch = distributed.Watch(store, 0, 2, datetime.timedelta(seconds=1), alarms=True)
+distributed._watch = distributed.Watch(store, 0, 2, datetime.timedelta(seconds=0.5), alarms=True)
 distributed.note_place("a collective that ends in time")
 distributed.note_place("sampling", collective=False)
-time.sleep(2)
+time.sleep(1)
 print("still here", flush=True)
 store.set("place/1", "1 sampling")
 distributed.note_place("the update")
 time.sleep(60)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    (tmp_path / "script.py").write_text(script)
+    done = forked.run([sys.executable, tmp_path / "script.py"], capture_output=True, timeout=60)
     assert done.returncode == 1 and done.stdout == "still here\n"
     assert done.stderr.splitlines()[-1].startswith(
-        "rank 0: alarm: rank 1 (last: sampling) did not come within 1 seconds to: the update; it hangs"
+        "rank 0: alarm: rank 1 (last: sampling) did not come within 0.5 seconds to: the update; it hangs"
     )
 
 
@@ -182,20 +176,17 @@ rollout_worker.generate = faulty
 train.main()
 """
     )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "3"]
-    limit = "25" if fault == "hangs" else "600"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLLECTIVE_TIME_LIMIT_SECONDS": limit}
-    done = subprocess.run(
-        [sys.executable, *launch, str(script), str(recipe), "--out", str(tmp_path / "runs")],
-        capture_output=True, text=True, timeout=240, env=environment,
-    )  # fmt: skip
+    launch = [forked.TORCHRUN, "--standalone", "--nproc-per-node", "2", "--monitor-interval", "0.1"]
+    environment = os.environ | {"COLLECTIVE_TIME_LIMIT_SECONDS": "8" if fault == "hangs" else "600"}
+    arguments = [sys.executable, *launch, script, recipe, "--out", tmp_path / "runs"]
+    done = forked.run(arguments, capture_output=True, timeout=240, env=environment)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("rank ")]
     assert len(said) == 1, done.stderr[-3000:]
     assert said[0].startswith(
         {
             "raises": "rank 1: train.py: the disk of this rank is full",
-            "hangs": "rank 0: train.py: rank 1 (last: sampling) did not come within 25 seconds to: the end of sampling",
+            "hangs": "rank 0: train.py: rank 1 (last: sampling) did not come within 8 seconds to: the end of sampling",
             "dies": "rank 0: train.py: rank 1 (last: sampling) is gone, and was waited for in: the end of sampling",
         }[fault]
     )

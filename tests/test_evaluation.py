@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -270,8 +271,7 @@ def test_a_signal_keeps_what_is_finished(small_world, tmp_path):
         str(small_world / "held-out.jsonl"),
     ]
     arguments += [*OPTIONS, "-n", "300", "--max-tokens", "60", "--rows", "8", "--out", str(tmp_path / "out")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     part, deadline = tmp_path / "out" / "responses" / "held-out.0.part", time.monotonic() + 60
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -282,27 +282,17 @@ def test_a_signal_keeps_what_is_finished(small_world, tmp_path):
     kept = responses.read_responses(part)
     assert 0 < len(kept) < 6 * 300
     arguments[arguments.index("300")] = "3"  # and the same command goes on
-    run = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
+    run = forked.run(arguments, capture_output=True, timeout=60)
     assert run.returncode == 0 and "going on in" in run.stdout, run.stderr
     assert not list(part.parent.glob("*.part")) and len(read_out(tmp_path / "out")[1]) >= 18
 
 
 def test_two_processes_write_what_one_writes(small_world, command, tmp_path):
     single = command("-n", 3, "--max-tokens", 10)
-    arguments = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / "eval.py"),
-    ]
-    arguments += [str(small_world / "model"), "--data", str(small_world / "held-out.jsonl"), *OPTIONS]
-    arguments += ["-n", "3", "--max-tokens", "10", "--out", str(tmp_path / "two")]
-    run = subprocess.run(
-        arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
+    arguments = [sys.executable, ROOT / "eval.py", small_world / "model"]
+    arguments += ["--data", small_world / "held-out.jsonl", *OPTIONS]
+    arguments += ["-n", "3", "--max-tokens", "10", "--out", tmp_path / "two"]
+    run = forked.run_ranks(2, arguments, timeout=120)
     assert run.returncode == 0, run.stderr
     double = read_out(tmp_path / "two")
     assert double[1] == single[1] and strip(double[0]) == strip(single[0])

@@ -3,14 +3,15 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, in_processes
+from conftest import VOCABULARY
+from forked import free_port, in_processes
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -336,11 +337,7 @@ def in_two_processes(rank: int, base: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one(checkpoint, tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    (tmp_path / "port").write_text(str(free_port()))
     in_processes(in_two_processes, checkpoint("qwen2", False), tmp_path)
 
 
@@ -469,10 +466,9 @@ def test_recipe_checks_the_adapter(tmp_path):
             load_recipe(path, [wrong])
 
 
-def start(*arguments) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def start(*arguments) -> forked.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    return forked.run(command, capture_output=True, timeout=200)
 
 
 def figures(folder: Path) -> list[dict]:

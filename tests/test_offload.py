@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import in_processes
+from forked import in_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

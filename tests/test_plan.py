@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -366,7 +367,7 @@ def test_the_command_needs_no_weights_and_leaves_nothing_behind(tmp_path, checkp
     text = (ROOT / "recipes" / "consumer-24gb.toml").read_text().replace("Qwen/Qwen3-0.6B", str(checkpoint("qwen3")))
     (tmp_path / "recipe.toml").write_text(text)
     command = [sys.executable, ROOT / "train.py", "recipe.toml", "--plan", "--device", "1GB"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forked.run(command, cwd=tmp_path, capture_output=True)
     assert done.returncode == 1 and "does not fit" in done.stdout, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.toml"]
 

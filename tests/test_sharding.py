@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import in_processes
+from forked import in_processes
 from test_model import difference, gradients, our_logits, scored
 from torch.distributed.device_mesh import init_device_mesh
 

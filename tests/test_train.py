@@ -6,16 +6,18 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from forked import free_port
 from safetensors.torch import load_file
 
 import grpo
@@ -44,12 +46,10 @@ MINIATURE = [
 ]  # fmt: skip
 
 
-def command(out, *arguments, processes=0):
-    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    starter = starter if processes else [sys.executable]
+def command(out, *arguments):
     overrides = [word for value in MINIATURE for word in ("--set", value)]
     return [
-        *starter,
+        sys.executable,
         str(ROOT / "train.py"),
         *(overrides if out else []),
         *(["--out", str(out)] if out else []),
@@ -57,9 +57,12 @@ def command(out, *arguments, processes=0):
     ]
 
 
-def run(*arguments, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(*arguments, capture_output=True, text=True, timeout=300, env=environment, **options)
+def run(command):
+    return forked.run(command, capture_output=True, timeout=300)
+
+
+def run_unforked(command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def metrics(folder):
@@ -74,7 +77,7 @@ def deterministic(folder):
 def finished(tmp_path_factory):
     """A whole run in one process, started with plain python."""
     out = tmp_path_factory.mktemp("runs")
-    done = run(command(out))
+    done = run_unforked(command(out))
     assert done.returncode == 0, done.stderr[-3000:]
     return out / "tiny", done.stdout
 
@@ -131,8 +134,7 @@ def test_exported_model_is_loaded_by_transformers(finished):
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path):
     folder = tmp_path / "tiny"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command(tmp_path), env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with forked.Popen(command(tmp_path), stdout=forked.PIPE) as process:
         while process.poll() is None:  # the notice of a machine that is taken away, in the second step of RL
             time.sleep(0.01)
             if (folder / "metrics.jsonl").exists() and '"step": 151,' in (folder / "metrics.jsonl").read_text():
@@ -150,8 +152,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
-def test_killed_and_damaged_at_random_moments_equals_uninterrupted_bit_for_bit(finished, tmp_path):
+def test_killed_and_damaged_at_random_moments_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch):
     """The same command with --resume until it ends; bench/interrupt.py does so with more kills and of every kind."""
+    monkeypatch.setattr(interrupt, "subprocess", forked)
     out, draw = tmp_path / "out", random.Random(4)
     for step in (1, 60, 152):  # in fine-tuning before and after the first checkpoint, in RL
         process = interrupt.launch(out, MINIATURE)
@@ -342,13 +345,17 @@ def test_a_read_only_folder_is_one_sentence(tmp_path, monkeypatch):
 
 def two_nodes(arguments):
     """Two agents of torchrun, each as if on a machine of its own, that find each other by its own rendezvous."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    agent = [sys.executable, "-m", "torch.distributed.run", *nodes, "--local-addr", "localhost", *arguments]
+    place = f"localhost:{free_port()}"
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", place]
+    agent = [sys.executable, forked.TORCHRUN, *nodes, "--local-addr", "localhost", *arguments]
+
+    def run_on(core):
+        os.sched_setaffinity(0, {core})  # of this thread: two machines do not share their cores
+        return run(agent)
+
     with ThreadPoolExecutor(2) as pool:
-        return max(pool.map(run, [agent, agent]), key=lambda done: done.returncode != 0)
+        cores = islice(cycle(sorted(os.sched_getaffinity(0))), 2)
+        return max(pool.map(run_on, cores), key=lambda done: done.returncode != 0)
 
 
 def test_the_layout_changes_no_problem_no_token_no_loss_and_no_gradient(finished, tmp_path):
@@ -383,7 +390,8 @@ learning_rate = 1e-3
         if name == "nodes":
             done = two_nodes([str(ROOT / "train.py"), *arguments])
         else:
-            done = run([*command(None, processes=processes), *arguments])
+            arguments = [*command(None), *arguments]
+            done = forked.run_ranks(processes, arguments, timeout=300) if processes else run(arguments)
         assert done.returncode == 0, done.stderr[-3000:]
         rows[name] = [row for row in metrics(out / "rl") if row["kind"] == "rl"]
         shares = [row["idle_shares"] for row in rows[name]]
@@ -599,7 +607,7 @@ def test_a_row_without_an_answer_names_the_row(monkeypatch, tmp_path):
 
 
 def test_errors_reach_the_shell(tmp_path):
-    done = run([sys.executable, str(ROOT / "train.py"), "no-such.toml", "--out", str(tmp_path)])
+    done = run_unforked([sys.executable, str(ROOT / "train.py"), "no-such.toml", "--out", str(tmp_path)])
     assert done.returncode == 1 and done.stderr.startswith("train.py: no-such.toml: no such recipe file")
     assert not list(tmp_path.iterdir())
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from forked import in_processes
 from torch.distributed.device_mesh import init_device_mesh
 
 import grpo
@@ -233,7 +234,7 @@ def in_two_processes(rank, folder):
 def test_token_mean_is_over_the_global_batch_across_processes_and_micro_batches(tmp_path):
     # five ragged sequences: unequal shares, and with one per micro-batch a process that has none at the end; a step
     # that was abandoned before leaves nothing behind
-    torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2)
+    in_processes(in_two_processes, tmp_path)
     sequences = ragged_sequences(count=5)
     loss, gradient = slow_gradient(tiny_model(), sequences)
     for found_loss, tokens, found in torch.load(tmp_path / "found.pt"):
