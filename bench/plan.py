@@ -106,7 +106,6 @@ def fake_cuda() -> Iterator[None]:
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(model_file, "packed_attention", attention),
-        mock.patch.object(rollout, "packed_attention", attention),
         mock.patch.object(F, "rms_norm", norm),
     ):
         yield
