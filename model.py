@@ -18,7 +18,6 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
     arguments = export_arguments()
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,11 +31,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine import adapter, huggingface
-from engine.adapter import LORA_TARGETS, tokenizer_folder
+from engine.adapter import Lora, add_lora, merge_lora, tokenizer_folder
 from engine.attention import PackedLayout, packed_attention
 from engine.huggingface import ModelError, resolve_folder
 from engine.offload import Offload, recomputed
-from engine.sharding import fill, whole
+from engine.sharding import full_tensor
 from yarn import Rope, Yarn, attention_factor, frequencies, rotate, rotation
 
 LOGIT_CHUNK_BYTES = 512 * 2**20  # of float32 logits that exist at once: 883 positions of a vocabulary of 152K
@@ -412,61 +411,6 @@ def _chunks(positions: int, vocabulary: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, positions, rows)]
 
 
-# ------------------------------------------------------------------------------------------------------- LoRA
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A low-rank adapter of the layers' projections (arXiv 2106.09685), trained while its base stays as it is."""
-
-    rank: int
-    alpha: float  # what the adapter adds is multiplied by alpha / rank
-    base: str  # the folder or hub id of the model that is adapted
-    targets: tuple[str, ...] = LORA_TARGETS  # the projections, by the last part of their names
-
-
-def add_lora(model: Transformer, lora: Lora) -> None:
-    """Freeze the model and give its projections a float32 adapter, which `initialise_lora` or `load` fills."""
-    model.requires_grad_(False)
-    model.lora = lora
-    for linear in adapted(model):
-        options = {"dtype": torch.float32, "device": linear.weight.device}
-        linear.lora_A = nn.Parameter(torch.empty(lora.rank, linear.in_features, **options))
-        linear.lora_B = nn.Parameter(torch.empty(linear.out_features, lora.rank, **options))
-        linear.lora_scale = lora.alpha / lora.rank
-
-
-def adapted(model: Transformer) -> list[nn.Module]:
-    """The projections that the model's adapter extends."""
-    targets = model.lora.targets if model.lora else ()
-    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]
-
-
-def initialise_lora(model: Transformer, seed: int) -> None:
-    """A fresh adapter, sharded or not: A uniform within 1 / sqrt(inputs), as PEFT's; B zero: no change yet."""
-    generator = torch.Generator().manual_seed(seed)
-    for linear in adapted(model):
-        a = nn.init.kaiming_uniform_(torch.empty(linear.lora_A.shape), a=math.sqrt(5), generator=generator)
-        fill(linear.lora_A, a)
-        nn.init.zeros_(linear.lora_B)
-
-
-def merge_lora(model: Transformer) -> None:
-    """Add an unsharded model's adapter, if any, to its weights, in float32: for export only, never in training."""
-    with torch.no_grad():
-        for linear in adapted(model):
-            change = linear.lora_scale * (linear.lora_B.float() @ linear.lora_A.float())  # (outputs, inputs)
-            linear.weight.copy_(linear.weight.float() + change)
-            linear.lora_A = linear.lora_B = linear.lora_scale = None
-    model.lora = None
-    model.requires_grad_(True)
-
-
-def adapter_parameters(model: Transformer) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name; those of its base are the others."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
-
-
 # ----------------------------------------------------------------------------------------- loading and saving
 
 
@@ -483,18 +427,18 @@ def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     """
     folder = resolve_folder(name)
     lora = adapter.read_config(folder)
-    base = resolve_folder(lora["base"]) if lora else folder
+    base = resolve_folder(lora.base) if lora else folder
     has_own = (folder / adapter.TRAINED_CONFIG).exists()
     config = read_config(folder, adapter.TRAINED_CONFIG) if has_own else read_config(base)
     with torch.device("meta"):
         model = Transformer(config)
         if lora:
-            add_lora(model, Lora(**lora))
+            add_lora(model, lora)
     model.to_empty(device=device).to(dtype)
     model.tie()
     load_weights(model, base)
     if lora:
-        adapter.read_weights(folder, adapter_parameters(model))
+        adapter.read_weights(folder, adapter.adapter_parameters(model))
     return model
 
 
@@ -506,15 +450,15 @@ def save(
     Of a model with an adapter it holds the adapter alone, in float32, and PEFT loads it with the same logits. The
     folder appears whole or not at all, and an existing one is never overwritten. No rank holds a large model twice.
     """
-    parameters = adapter_parameters(model) if model.lora else dict(model.named_parameters())
+    parameters = adapter.adapter_parameters(model) if model.lora else dict(model.named_parameters())
     if dist.is_initialized() and dist.get_rank() != 0:
         for parameter in parameters.values():
-            whole(parameter)  # a collective, in the order in which rank 0 writes
+            full_tensor(parameter)  # a collective, in the order in which rank 0 writes
         return
     config = huggingface.config_to_json(vars(model.config), dtype)
     with huggingface.new_folder(folder, tokenizer_from) as unfinished:
         if model.lora:
-            adapter.write_adapter(unfinished, parameters, vars(model.lora), config)
+            adapter.write_adapter(unfinished, parameters, model.lora, config)
         else:
             huggingface.write_model(unfinished, parameters, dtype, config)
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.errors import UserError
-from engine.sharding import fill, whole
+from engine.sharding import fill, full_tensor
 from yarn import Llama3Scaling, Rope, Yarn
 
 SHARD_BYTES = 5 * 2**30
@@ -275,7 +275,7 @@ def write_model(folder: Path, parameters: Mapping[str, nn.Parameter], dtype: tor
     weight_map = {}
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: whole(parameters[name]).to("cpu", dtype).contiguous() for name in names}
+        tensors = {name: full_tensor(parameters[name]).to("cpu", dtype).contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:

@@ -19,7 +19,7 @@ def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
         parameter.copy_(tensor)
 
 
-def whole(parameter: nn.Parameter) -> Tensor:
+def full_tensor(parameter: nn.Parameter) -> Tensor:
     """A parameter's whole value, without its graph; of a sharded one by a collective, which every rank must call."""
     tensor = parameter.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_lora import FAMILIES, adapted, our_logits, peft_loads, peft_model, relative, their_logits
 
-from engine.adapter import tokenizer_folder
-from model import LORA_TARGETS, ModelError, load, read_config, save
+from engine.adapter import LORA_TARGETS, tokenizer_folder
+from model import ModelError, load, read_config, save
 
 # ------------------------------------------------------------------------------------------------------ files
 

@@ -18,25 +18,13 @@ from torch.distributed.tensor import DTensor
 import model as model_file
 from engine import checkpoint as checkpoints
 from engine import distributed, sharding
+from engine.adapter import LORA_TARGETS, Lora, add_lora, initialise_lora, merge_lora
 from engine.batches import TrainingSequence
 from engine.sharding import gathered, shard
 from grpo import optimizer_step, supervised_loss
 from lab.export import export_arguments
 from lab.recipe import LoraSettings, Recipe, RecipeError, load_recipe, to_toml
-from model import (
-    LORA_TARGETS,
-    Linear,
-    Lora,
-    Packed,
-    Transformer,
-    add_lora,
-    initialise_lora,
-    load,
-    load_weights,
-    merge_lora,
-    read_config,
-    save,
-)
+from model import Linear, Packed, Transformer, load, load_weights, read_config, save
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = [("qwen3", True), ("qwen2", False), ("llama", True)]
