@@ -334,7 +334,7 @@ def test_command_line_errors_are_one_sentence_and_nothing_is_written(checkpoint,
         ((folder, tmp_path / "taken"), "exists already"),
         ((folder, out, "--yarn", 1.0), "must be above 1"),
         ((folder, out, "--yarn", 0), "must be above 1"),
-        ((scaled, out, "--yarn", 1.5), "already carries Yarn"),
+        ((scaled, out, "--yarn", 1.5), "already has Yarn"),
     ]:
         with pytest.raises(SystemExit) as stopped:
             model_file.main(export_arguments([*map(str, arguments)]))
