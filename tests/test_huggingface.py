@@ -145,7 +145,7 @@ def test_no_such_folder_is_an_error(name):
 
 
 def test_unreachable_hub_id_is_one_sentence():
-    with pytest.raises(ModelError, match="^nobody/nothing: not a local folder, and the hub did not give it [^\n]+$"):
+    with pytest.raises(ModelError, match="^nobody/nothing: not a local folder, and the download from the hub failed [^\n]+$"):
         load("nobody/nothing")
 
 
