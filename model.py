@@ -66,11 +66,6 @@ class ModelConfig:
         """Qwen3 normalises each head's queries and keys."""
         return self.model_type == "qwen3"
 
-    @property
-    def qkv_bias(self) -> bool:
-        """Qwen2 (and DeepSeek-R1-Distill-Qwen) adds a bias to queries, keys and values."""
-        return self.model_type == "qwen2"
-
 
 def parse_config(source: dict, where: str | Path = "config.json") -> ModelConfig:
     """Read a Hugging Face config. ModelError if it describes a model that this file does not compute."""
@@ -170,9 +165,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        qkv_bias = config.model_type == "qwen2"  # which includes DeepSeek-R1-Distill-Qwen
+        self.q_proj = Linear(config.hidden_size, queries, bias=qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=qkv_bias)
         self.o_proj = Linear(queries, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
@@ -183,8 +179,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        attended = context.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(attended.flatten(-2))  # (T, H, D) -> (T, C)
+        attended = context.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, D)
+        return self.o_proj(attended.flatten(-2))  # (T, C)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -355,8 +351,7 @@ class TokenLogprobs(torch.autograd.Function):
             sums = scaled.sub_(largest).exp_().sum(1, keepdim=True)
             normalisers[part] = largest + sums.log()
             logprobs[part] = (picked - normalisers[part]).squeeze(1)
-            if frozen_head:
-                # (one-hot - softmax) / temperature, (n, V)
+            if frozen_head:  # scaled becomes (one-hot - softmax) / temperature
                 scaled.div_(-sums * divisors[part]).scatter_add_(1, targets[part], 1 / divisors[part])
                 torch.mm(scaled.to(weight.dtype), weight, out=slopes[part])
             del scaled  # before the next chunk is made
@@ -394,6 +389,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def _chunks(positions: int, vocabulary: int) -> list[slice]:
+    """Split positions so that a chunk's logits take LOGIT_CHUNK_BYTES."""
     rows = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary))
     return [slice(start, start + rows) for start in range(0, positions, rows)]
 
