@@ -218,7 +218,7 @@ def read_weights(folder: Path, parameters: Mapping[str, nn.Parameter], tied: boo
     if copy:
         with open_tensors(copy) as ours, open_tensors(files[embedding]) as others:
             if not torch.equal(ours.get_tensor(head), others.get_tensor(embedding)):
-                raise ModelError(f"{copy}: tie_word_embeddings is true but {head} is another tensor")
+                raise ModelError(f"{copy}: tie_word_embeddings is true but {head} is not the embedding")
 
 
 def read_tensors(where: Path, files: Mapping[str, Path], parameters: Mapping[str, nn.Parameter]) -> None:

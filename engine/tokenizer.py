@@ -17,15 +17,9 @@ def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
-    if len(tokenizer) > model.config.vocab_size:
-        raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}"
-        )
-    if len(tokenizer) < model.config.vocab_size - MOST_PADDING:
-        raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
-            f"too many more for padding; use the model's own tokenizer"
-        )
+    tokens, rows = len(tokenizer), model.config.vocab_size
+    if not tokens <= rows <= tokens + MOST_PADDING:
+        raise ModelError(f"{folder}: the tokenizer has {tokens} tokens, the model {rows}: use the model's tokenizer")
     if not tokenizer.chat_template:
         raise ModelError(f"{folder}: the tokenizer has no chat template; add a chat_template.jinja to the folder")
     return tokenizer
@@ -33,13 +27,11 @@ def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: Path) -> tuple[int, ...]:
     """Return all tokens that end a response: the tokenizer's, the config's and the generation config's."""
-    found = {tokenizer.eos_token_id}
-    sources = [model.config.source]
     generation = folder / "generation_config.json"
-    if generation.exists():
-        sources.append(json.loads(generation.read_text()))
-    for source in sources:
-        ends = source.get("eos_token_id")
+    generation_config = json.loads(generation.read_text()) if generation.exists() else {}
+    found = {tokenizer.eos_token_id}
+    for config in (model.config.source, generation_config):
+        ends = config.get("eos_token_id")
         found |= set(ends) if isinstance(ends, list) else {ends}
     found.discard(None)
     if not found:

@@ -108,7 +108,7 @@ def test_different_lm_head_in_a_tied_checkpoint_is_an_error(checkpoint, tmp_path
     def change(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
 
-    with pytest.raises(ModelError, match="tie_word_embeddings is true but lm_head.weight is another tensor"):
+    with pytest.raises(ModelError, match="tie_word_embeddings is true but lm_head.weight is not the embedding"):
         load(rewrite(checkpoint(), tmp_path / "bad", change))
 
 
