@@ -1,6 +1,6 @@
 """The transformer: one decoder for the Qwen3, Qwen2 and Llama families.
 
-    python model.py MODEL OUT --yarn 1.5          # export a checkpoint whose config carries the scaling
+    python model.py MODEL OUT --yarn 1.5          # export a checkpoint with the scaling in its config
     python model.py ADAPTER OUT                   # merge a LoRA adapter into its base
 
 The T tokens of a forward pass are one packed row: several sequences end to end, without padding. An attention context
@@ -154,7 +154,7 @@ class Linear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)  # (T, outputs)
         if self.lora_A is None:
             return y
-        # in place, since backward does not need y: another tensor of its size would raise the peak of memory
+        # in place, since backward does not need y: another tensor of its size would raise the memory peak
         return y.addmm_(F.linear(x, self.lora_A), self.lora_B.t(), alpha=self.lora_scale)
 
 
