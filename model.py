@@ -1,24 +1,22 @@
-"""The transformer, written by hand: one decoder for the Qwen3, Qwen2 and Llama families.
+"""The transformer: one decoder for the Qwen3, Qwen2 and Llama families.
 
-    python model.py MODEL OUT --yarn 1.5          # export a checkpoint whose config carries the scaling
+    python model.py MODEL OUT --yarn 1.5          # export a checkpoint with the scaling in its config
     python model.py ADAPTER OUT                   # merge a LoRA adapter into its base
 
-T tokens flow as one packed row, several sequences end to end and no padding. An attention context decides which
-tokens see each other: `Packed` here (training), the paged KV cache of rollout.py (sampling). The rest of the network
-is the same code for both.
+The T tokens of a forward pass are one packed row: several sequences end to end, without padding. An attention context
+decides which tokens see each other: `Packed` in training, the paged KV cache of rollout.py in sampling. Everything
+else is the same code for both. Parameters have their Hugging Face names, so checkpoints need no name mapping.
 
-Parameters carry their Hugging Face names, so a checkpoint is loaded and saved without a table of names.
 Shapes: T tokens, S sequences, C hidden size, H query heads, K key/value heads, D head dimension, V vocabulary,
 N predicted positions.
 """
 
-if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+if __name__ == "__main__":  # --help and usage errors must not wait for the import of torch
     from lab.export import export_arguments
 
     arguments = export_arguments()
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,14 +30,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine import adapter, huggingface
-from engine.adapter import LORA_TARGETS, tokenizer_folder
+from engine.adapter import Lora, add_lora, merge_lora, tokenizer_folder
 from engine.attention import PackedLayout, packed_attention
 from engine.huggingface import ModelError, resolve_folder
 from engine.offload import Offload, recomputed
-from engine.sharding import fill, whole
+from engine.sharding import full_tensor
 from yarn import Rope, Yarn, attention_factor, frequencies, rotate, rotation
 
-LOGIT_CHUNK_BYTES = 512 * 2**20  # of float32 logits that exist at once: 883 positions of a vocabulary of 152K
+LOGIT_CHUNK_BYTES = 512 * 2**20  # of float32 logits in memory at once: 883 positions of a 152K vocabulary
 
 
 # --------------------------------------------------------------------------------------------- configuration
@@ -47,7 +45,7 @@ LOGIT_CHUNK_BYTES = 512 * 2**20  # of float32 logits that exist at once: 883 pos
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What fixes the shape and the arithmetic of a model. `source` is the config.json it was read from."""
+    """The shape and arithmetic of a model. `source` is the config.json it was read from."""
 
     model_type: str  # qwen3 | qwen2 | llama
     vocab_size: int
@@ -59,7 +57,7 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    max_position_embeddings: int  # the window in tokens, prompt + response, with the scaling in `rope`
+    max_position_embeddings: int  # the window in tokens, prompt + response, after the scaling in `rope`
     rope: Rope
     source: dict
 
@@ -68,30 +66,25 @@ class ModelConfig:
         """Qwen3 normalises each head's queries and keys."""
         return self.model_type == "qwen3"
 
-    @property
-    def qkv_bias(self) -> bool:
-        """Qwen2 (and DeepSeek-R1-Distill-Qwen) adds a bias to queries, keys and values."""
-        return self.model_type == "qwen2"
-
 
 def parse_config(source: dict, where: str | Path = "config.json") -> ModelConfig:
-    """Read a Hugging Face config; anything that would compute another model raises ModelError."""
+    """Read a Hugging Face config. ModelError if it describes a model that this file does not compute."""
     return ModelConfig(**huggingface.config_fields(source, where))
 
 
 def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
-    """The config of a Hugging Face model folder."""
+    """Read the config of a Hugging Face model folder."""
     return parse_config(huggingface.read_config(folder, name), folder / name)
 
 
 def extend_window(
     config: ModelConfig, factor: float, original_window: int | None = None, attention_factor: float = 1.0
 ) -> ModelConfig:
-    """The same model with YaRN: a window of factor x original tokens (the config's own window if not given)."""
+    """Add YaRN to a config: a window of factor x original_window tokens (default: the config's window)."""
     if factor <= 1:
         raise ModelError(f"a YaRN factor must be above 1, not {factor}")
     if config.rope.scaling is not None:
-        raise ModelError(f"the model already carries {type(config.rope.scaling).__name__}: extend the unscaled one")
+        raise ModelError(f"the model already has {type(config.rope.scaling).__name__} scaling: extend the unscaled one")
     original = original_window or config.max_position_embeddings
     rope = replace(config.rope, scaling=Yarn(factor, original, attention_factor))
     return replace(config, rope=rope, max_position_embeddings=round(factor * original))
@@ -101,46 +94,41 @@ def extend_window(
 
 
 class AttentionContext(Protocol):
-    """How the T tokens of one forward see each other, and what came before them."""
+    """Which tokens the T tokens of one forward pass attend to."""
 
-    positions: Tensor  # (T,) int64, each token's place in its own sequence
+    positions: Tensor  # (T,) int64, each token's position in its own sequence
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (T, H, D), k and v (T, K, D), already rotated -> (T, H, D)."""
+        """Return causal attention (T, H, D) of rotated q (T, H, D), k (T, K, D) and v (T, K, D)."""
         ...
 
 
 class Packed:
-    """Sequences laid end to end; a token sees itself and what precedes it in its own sequence."""
+    """Sequences packed end to end; a token sees itself and the earlier tokens of its own sequence."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
         self.layout = PackedLayout(list(lengths), device)
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (T,)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention inside each sequence: (T, H, D) -> (T, H, D)."""
         return packed_attention(q, k, v, self.layout)
 
 
 class SharedPrompts(Packed):
-    """Sequences of which some begin with the same prompt: its tokens are in the row once, and each of them sees it.
+    """Packed sequences whose common prompts are in the row once, so that layers compute each prompt once.
 
-    All that a layer does token by token is done once for a prompt. Only attention takes the sequences apart, with
-    queries, keys and values of as many tokens as without sharing.
+    Attention alone runs on the unshared sequences. `unshare` (sum of lengths,) int64 gives the row's token at each
+    place of these; `share` (T,) int64 gives one place of each of the row's tokens.
     """
 
-    def __init__(self, lengths: Sequence[int], apart: Tensor, together: Tensor, device: torch.device | str = "cpu"):
-        """`apart` (sum of lengths,) int64: the token of the row at each place of the sequences laid end to end;
-        `together` (T,) int64: for each token of the row one of its places.
-        """
+    def __init__(self, lengths: Sequence[int], unshare: Tensor, share: Tensor, device: torch.device | str = "cpu"):
         super().__init__(lengths, device)
-        self.apart, self.together = apart.to(device), together.to(device)
-        self.positions = self.positions[self.together]  # (T,)
+        self.unshare, self.share = unshare.to(device), share.to(device)
+        self.positions = self.positions[self.share]  # (T,)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention inside each sequence: (T, H, D) -> (T, H, D)."""
-        q, k, v = (x.index_select(0, self.apart) for x in (q, k, v))  # (sum of lengths, H or K, D)
-        return packed_attention(q, k, v, self.layout).index_select(0, self.together)
+        q, k, v = (x.index_select(0, self.unshare) for x in (q, k, v))  # (sum of lengths, H or K, D)
+        return packed_attention(q, k, v, self.layout).index_select(0, self.share)
 
 
 # -------------------------------------------------------------------------------------------------- the model
@@ -154,7 +142,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Linear(nn.Linear):
-    """A projection that an adapter may extend: x W^T + b + scale (x A^T) B^T (LoRA, arXiv 2106.09685, equation 3)."""
+    """A projection with an optional adapter: x W^T + b + scale (x A^T) B^T (LoRA, arXiv 2106.09685, equation 3)."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
         super().__init__(inputs, outputs, bias)
@@ -166,20 +154,21 @@ class Linear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)  # (T, outputs)
         if self.lora_A is None:
             return y
-        # into y, which no backward needs: a temporary of its size would be the largest of a long sequence
+        # in place, since backward does not need y: another tensor of its size would raise the memory peak
         return y.addmm_(F.linear(x, self.lora_A), self.lora_B.t(), alpha=self.lora_scale)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary position embedding."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        qkv_bias = config.model_type == "qwen2"  # which includes DeepSeek-R1-Distill-Qwen
+        self.q_proj = Linear(config.hidden_size, queries, bias=qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=qkv_bias)
         self.o_proj = Linear(queries, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
@@ -190,12 +179,12 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        attended = context.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(attended.flatten(-2))  # (T, H, D) -> (T, C)
+        attended = context.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, D)
+        return self.o_proj(attended.flatten(-2))  # (T, C)
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) x up (arXiv 2002.05202); autograd's own would also keep silu(gate) for backward."""
+    """silu(gate) x up (arXiv 2002.05202); plain autograd would also keep silu(gate) for backward."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -223,7 +212,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm decoder layer. With `recompute`, backward repeats its forward instead of storing it."""
+    """A pre-norm decoder layer. With `recompute`, backward runs its forward again instead of keeping activations."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -232,7 +221,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.recompute = False
-        self.offload: Offload | None = None  # where its input waits for backward, if not on the device
+        self.offload: Offload | None = None  # with recompute: keeps the layer's input in host memory
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -245,7 +234,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, last norm: what Hugging Face checkpoints call `model`."""
+    """Embedding, layers, final norm: named `model` in Hugging Face checkpoints."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -255,7 +244,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model. Its weights are useless until `load_weights` or `initialise` fills them."""
+    """A causal language model. `load_weights` or `initialise` must fill its weights."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -264,39 +253,39 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
-        # rounding logits to bfloat16 is the largest difference between sampler and trainer, and buys only memory
+        # bfloat16 logits would be the largest difference between sampler and trainer, and save only memory
         self.float32_head = True
         self.set_rope(config.rope)
 
     def tie(self) -> None:
-        """Make the output weights those of the embedding, where the config says so; to_empty separates the two."""
+        """Share the embedding's weights with the head, if the config says so; needed again after to_empty."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def set_rope(self, rope: Rope) -> None:
-        """Use these rotary frequencies from now on (evaluation switches YaRN on and off on one set of weights)."""
-        with torch.device("cpu"):  # also when the parameters are being made on the meta device
+        """Replace the rotary frequencies (evaluation switches YaRN on and off on one set of weights)."""
+        with torch.device("cpu"):  # even inside torch.device("meta")
             self.inverse_frequencies = frequencies(rope)
         self.attention_factor = attention_factor(rope)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.lm_head.weight.device
 
     def hidden(self, tokens: Tensor, context: AttentionContext) -> Tensor:
-        """Tokens (T,) -> last hidden states (T, C), after the final norm."""
+        """Compute the hidden states (T, C) of tokens (T,), after the final norm."""
         if self.inverse_frequencies.device != tokens.device:
             self.inverse_frequencies = self.inverse_frequencies.to(tokens.device)
         cos, sin = rotation(self.inverse_frequencies, context.positions, self.attention_factor)
         x = self.model.embed_tokens(tokens)  # (T, C)
         for i, layer in enumerate(self.model.layers):
-            # FSDP's hooks run in __call__: training needs them, sampling reads weights that are gathered already
+            # __call__ runs FSDP's hooks: training needs them, sampling uses weights that are already gathered
             x = layer(x, cos, sin, context, i) if torch.is_grad_enabled() else layer.forward(x, cos, sin, context, i)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (N, C) -> logits (N, V), in float32 when `float32_head`, else in the compute dtype."""
+        """Compute logits (N, V) from hidden states (N, C), in float32 if `float32_head`, else in the compute dtype."""
         return head_logits(hidden, self.lm_head.weight, self.float32_head)
 
     def forward(
@@ -307,10 +296,9 @@ class Transformer(nn.Module):
         targets: Tensor,
         temperature: Tensor | float = 1.0,
     ) -> Tensor:
-        """Log-probs, float32 (N,), of `targets` (N,) after the packed positions `predict` (N,).
+        """Compute log-probs, float32 (N,), of `targets` (N,) as the tokens after the row's positions `predict` (N,).
 
-        They are of logits / temperature (a number, or one per target), and no more than LOGIT_CHUNK_BYTES of
-        logits exist at once: backward computes them again.
+        The softmax is of logits / temperature (a number, or one per target). See `TokenLogprobs` for memory.
         """
         hidden = self.hidden(tokens, context).index_select(0, predict)
         temperature = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(len(targets))
@@ -318,9 +306,9 @@ class Transformer(nn.Module):
 
 
 def initialise(model: Transformer, seed: int) -> None:
-    """Fresh weights: normal, 0.02 wide, the two projections into the residual stream narrower by sqrt(2 layers)."""
+    """Draw fresh weights: normal, std 0.02; for the projections into the residual stream 0.02 / sqrt(2 x layers)."""
     generator = torch.Generator().manual_seed(seed)
-    narrow = 0.02 / (2 * model.config.num_hidden_layers) ** 0.5
+    residual_std = 0.02 / (2 * model.config.num_hidden_layers) ** 0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -329,51 +317,45 @@ def initialise(model: Transformer, seed: int) -> None:
                 parameter.zero_()
             else:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(0.0, narrow if into_residual else 0.02, generator=generator)
+                parameter.normal_(0.0, residual_std if into_residual else 0.02, generator=generator)
 
 
 # -------------------------------------------------------------------------------------------------- log-probs
 
 
 def head_logits(hidden: Tensor, weight: Tensor, float32: bool) -> Tensor:
-    """hidden (N, C) and a head's weight (V, C) -> logits (N, V), in the inputs' dtype or in float32.
-
-    Half precision is multiplied as it is and only the sums are kept in float32, where the device can do that.
-    """
+    """Compute logits (N, V) from hidden (N, C) and the head's weight (V, C), in the inputs' dtype or in float32."""
     if not float32 or hidden.dtype == torch.float32:
         return F.linear(hidden, weight)
-    if hidden.is_cuda and not torch.is_grad_enabled():  # it has no derivative of its own
+    if hidden.is_cuda and not torch.is_grad_enabled():  # half-precision inputs, float32 sums; not differentiable
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     return F.linear(hidden.float(), weight.float())
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Log-probs, float32 (N,), of targets under the softmax of logits / temperature, with one chunk of logits alive.
+    """Log-probs, float32 (N,), of targets under the softmax of logits / temperature, a chunk of logits at a time.
 
-    hidden (N, C), weight (V, C), targets int64 (N,), temperature float32 (N,). Backward computes the logits again,
-    for the weight's gradient needs that of the log-probs; under a frozen head forward leaves what backward scales.
+    hidden (N, C), weight (V, C), targets int64 (N,), temperature float32 (N,). No more than LOGIT_CHUNK_BYTES of
+    logits are in memory at once: backward computes them again or, with a frozen head, scales slopes kept by forward.
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, float32_head: bool
-    ) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, float32: bool) -> Tensor:
         targets, divisors = targets[:, None], temperature[:, None]  # (N, 1)
         logprobs, normalisers = temperature.new_empty(len(hidden)), torch.empty_like(divisors)
         frozen_head = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        slopes = torch.empty_like(hidden) if frozen_head else None  # of each log-prob with respect to its hidden state
+        slopes = torch.empty_like(hidden) if frozen_head else None  # d log-prob / d hidden (N, C)
         for part in _chunks(len(hidden), len(weight)):
-            scaled = head_logits(hidden[part], weight, float32_head).float().div_(divisors[part])  # (n, V)
+            scaled = head_logits(hidden[part], weight, float32).float().div_(divisors[part])  # (n, V)
             largest, picked = scaled.amax(1, keepdim=True), scaled.gather(1, targets[part])
             sums = scaled.sub_(largest).exp_().sum(1, keepdim=True)
             normalisers[part] = largest + sums.log()
             logprobs[part] = (picked - normalisers[part]).squeeze(1)
-            if slopes is not None:
-                # (one-hot - softmax) / temperature, (n, V)
+            if frozen_head:  # scaled becomes (one-hot - softmax) / temperature
                 scaled.div_(-sums * divisors[part]).scatter_add_(1, targets[part], 1 / divisors[part])
                 torch.mm(scaled.to(weight.dtype), weight, out=slopes[part])
             del scaled  # before the next chunk is made
-        ctx.float32_head = float32_head
+        ctx.float32 = float32
         if frozen_head:
             ctx.save_for_backward(slopes)
         else:
@@ -388,133 +370,78 @@ class TokenLogprobs(torch.autograd.Function):
             (slopes,) = ctx.saved_tensors
             return (slopes * gradient).to(slopes.dtype), None, None, None, None
         hidden, weight, targets, divisors, normalisers = ctx.saved_tensors
-        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # chunk after chunk is added: in bfloat16 the sum would lose the small ones
-        of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        hidden_gradient = torch.empty_like(hidden)
+        # float32, since a bfloat16 sum over chunks would lose small terms
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         gradient = gradient / divisors
         for part in _chunks(len(hidden), len(weight)):
-            scaled = head_logits(hidden[part], weight, ctx.float32_head).float().div_(divisors[part])  # (n, V)
+            scaled = head_logits(hidden[part], weight, ctx.float32).float().div_(divisors[part])  # (n, V)
             softmax = scaled.sub_(normalisers[part]).exp_()
             slope = softmax.mul_(-gradient[part]).scatter_add_(1, targets[part], gradient[part]).to(weight.dtype)
             del scaled, softmax
-            if of_hidden is not None:
-                torch.mm(slope, weight, out=of_hidden[part])
+            torch.mm(slope, weight, out=hidden_gradient[part])
             if weight.dtype == torch.float32:
-                of_weight.addmm_(slope.t(), hidden[part])
+                weight_gradient.addmm_(slope.t(), hidden[part])
             else:
-                of_weight += head_logits(slope.t(), hidden[part].t(), float32=True)
+                weight_gradient += head_logits(slope.t(), hidden[part].t(), float32=True)
             del slope  # before the next chunk is made
-        return of_hidden, of_weight.to(weight.dtype), None, None, None
+        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None
 
 
 def _chunks(positions: int, vocabulary: int) -> list[slice]:
+    """Split positions so that a chunk's logits take LOGIT_CHUNK_BYTES."""
     rows = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary))
     return [slice(start, start + rows) for start in range(0, positions, rows)]
-
-
-# ------------------------------------------------------------------------------------------------------- LoRA
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A low-rank adapter of the layers' projections (arXiv 2106.09685), trained while its base stays as it is."""
-
-    rank: int
-    alpha: float  # what the adapter adds is multiplied by alpha / rank
-    base: str  # the folder or hub id of the model that is adapted
-    targets: tuple[str, ...] = LORA_TARGETS  # the projections, by the last part of their names
-
-
-def add_lora(model: Transformer, lora: Lora) -> None:
-    """Freeze the model and give its projections a float32 adapter, which `initialise_lora` or `load` fills."""
-    model.requires_grad_(False)
-    model.lora = lora
-    for linear in adapted(model):
-        options = {"dtype": torch.float32, "device": linear.weight.device}
-        linear.lora_A = nn.Parameter(torch.empty(lora.rank, linear.in_features, **options))
-        linear.lora_B = nn.Parameter(torch.empty(linear.out_features, lora.rank, **options))
-        linear.lora_scale = lora.alpha / lora.rank
-
-
-def adapted(model: Transformer) -> list[nn.Module]:
-    """The projections that the model's adapter extends."""
-    targets = model.lora.targets if model.lora else ()
-    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]
-
-
-def initialise_lora(model: Transformer, seed: int) -> None:
-    """A fresh adapter, sharded or not: A uniform within 1 / sqrt(inputs), as PEFT's; B zero: no change yet."""
-    generator = torch.Generator().manual_seed(seed)
-    for linear in adapted(model):
-        a = nn.init.kaiming_uniform_(torch.empty(linear.lora_A.shape), a=math.sqrt(5), generator=generator)
-        fill(linear.lora_A, a)
-        nn.init.zeros_(linear.lora_B)
-
-
-def merge_lora(model: Transformer) -> None:
-    """Add an unsharded model's adapter, if any, to its weights, in float32: for export only, never in training."""
-    with torch.no_grad():
-        for linear in adapted(model):
-            change = linear.lora_scale * (linear.lora_B.float() @ linear.lora_A.float())  # (outputs, inputs)
-            linear.weight.copy_(linear.weight.float() + change)
-            linear.lora_A = linear.lora_B = linear.lora_scale = None
-    model.lora = None
-    model.requires_grad_(True)
-
-
-def adapter_parameters(model: Transformer) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name; those of its base are the others."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
 
 
 # ----------------------------------------------------------------------------------------- loading and saving
 
 
 def load_weights(model: Transformer, folder: Path) -> None:
-    """Copy a folder's tensors into a model, sharded or not, but for its adapter. Strict: ModelError."""
+    """Copy a folder's tensors into a model, sharded or not, except its adapter. ModelError if any does not fit."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
     huggingface.read_weights(folder, parameters, model.config.tie_word_embeddings)
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """An unsharded model from a folder or hub id, on one device (evaluation, tests, export).
+    """Load an unsharded model from a folder or hub id (evaluation, tests, export).
 
-    An adapter folder gives its base with the adapter on it, both in `dtype`, and the window it was trained with.
+    An adapter folder gives its base with the adapter, both in `dtype`, and the window used in training.
     """
     folder = resolve_folder(name)
     lora = adapter.read_config(folder)
-    base = resolve_folder(lora["base"]) if lora else folder
-    has_own = (folder / adapter.TRAINED_CONFIG).exists()
-    config = read_config(folder, adapter.TRAINED_CONFIG) if has_own else read_config(base)
+    base = resolve_folder(lora.base) if lora else folder
+    trained = (folder / adapter.TRAINED_CONFIG).exists()
+    config = read_config(folder, adapter.TRAINED_CONFIG) if trained else read_config(base)
     with torch.device("meta"):
         model = Transformer(config)
         if lora:
-            add_lora(model, Lora(**lora))
+            add_lora(model, lora)
     model.to_empty(device=device).to(dtype)
     model.tie()
     load_weights(model, base)
     if lora:
-        adapter.read_weights(folder, adapter_parameters(model))
+        adapter.read_weights(folder, adapter.adapter_parameters(model))
     return model
 
 
 def save(
     model: Transformer, folder: Path, dtype: torch.dtype = torch.float32, tokenizer_from: Path | None = None
 ) -> None:
-    """Write a folder that transformers loads with the same logits. Every rank calls it; rank 0 writes.
+    """Write a model folder that transformers loads with the same logits. Every rank calls it; rank 0 writes.
 
-    Of a model with an adapter it holds the adapter alone, in float32, and PEFT loads it with the same logits. The
-    folder appears whole or not at all, and an existing one is never overwritten. No rank holds a large model twice.
+    For a model with an adapter, write the adapter alone, in float32, for PEFT. The folder appears complete or not at
+    all; an existing one raises ModelError. Tensors are gathered one file at a time.
     """
-    parameters = adapter_parameters(model) if model.lora else dict(model.named_parameters())
+    parameters = adapter.adapter_parameters(model) if model.lora else dict(model.named_parameters())
     if dist.is_initialized() and dist.get_rank() != 0:
         for parameter in parameters.values():
-            whole(parameter)  # a collective, in the order in which rank 0 writes
+            full_tensor(parameter)  # a collective, in rank 0's order
         return
     config = huggingface.config_to_json(vars(model.config), dtype)
     with huggingface.new_folder(folder, tokenizer_from) as unfinished:
         if model.lora:
-            adapter.write_adapter(unfinished, parameters, vars(model.lora), config)
+            adapter.write_adapter(unfinished, parameters, model.lora, config)
         else:
             huggingface.write_model(unfinished, parameters, dtype, config)
 
@@ -523,7 +450,7 @@ def save(
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Export a checkpoint, with an adapter merged into its base, and with YaRN where requested."""
+    """Export a model folder, with its adapter merged and with YaRN if requested."""
     try:
         model = load(arguments.model)
         merge_lora(model)

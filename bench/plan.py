@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as model_file  # noqa: E402
 import rollout  # noqa: E402
 from bench.machine import LiveBytes  # noqa: E402
+from engine.adapter import Lora, add_lora  # noqa: E402
 from engine.attention import PackedLayout  # noqa: E402
 from engine.batches import TrainingSequence  # noqa: E402
 from engine.sharding import gathered, shard  # noqa: E402
@@ -121,7 +122,7 @@ def build(
     """The model as train.py makes it, on fresh weights."""
     model = Transformer(config)
     if lora_rank:
-        model_file.add_lora(model, model_file.Lora(lora_rank, 32.0, ""))
+        add_lora(model, Lora(lora_rank, 32.0, ""))
     if dtype == torch.float32:
         initialise(model, 0)
     for layer in model.model.layers:

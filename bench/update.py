@@ -33,12 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as models  # noqa: E402
 from bench.machine import measure_machine, peak_of, seconds_of  # noqa: E402
+from engine.adapter import Lora, add_lora, initialise_lora  # noqa: E402
 from engine.batches import TrainingSequence  # noqa: E402
 from engine.offload import Offload  # noqa: E402
 from engine.sharding import shard  # noqa: E402
 from grpo import PolicyLoss, optimizer_step  # noqa: E402
 from lab.benchmarks import text_table  # noqa: E402
-from model import Lora, ModelConfig, Transformer, add_lora, initialise, initialise_lora, parse_config  # noqa: E402
+from model import ModelConfig, Transformer, initialise, parse_config  # noqa: E402
 
 QWEN3 = {
     "model_type": "qwen3", "vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6,

@@ -1,9 +1,10 @@
-"""Hugging Face model folders: config keys, weights and tokenizer files, read strictly and written for transformers."""
+"""Hugging Face model folders: read config, weights and tokenizer strictly, and write them for transformers."""
 
 import json
 import math
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
@@ -15,12 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.errors import UserError
-from engine.sharding import fill, whole
+from engine.sharding import fill, full_tensor
 from yarn import Llama3Scaling, Rope, Yarn
 
 SHARD_BYTES = 5 * 2**30
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
-ADAPTER_CONFIG = "adapter_config.json"  # marks a folder that holds an adapter: see engine/adapter.py
+ADAPTER_CONFIG = "adapter_config.json"  # marks an adapter folder, see engine/adapter.py
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "generation_config.json", "tokenizer.model",
@@ -28,14 +29,14 @@ TOKENIZER_FILES = (
 
 
 class ModelError(UserError):
-    """A model that cannot be used, in one sentence: what, where, what to do."""
+    """A model cannot be used."""
 
 
 # --------------------------------------------------------------------------------------------------- config.json
 
 
 def config_fields(source: dict, where: str | Path) -> dict:
-    """A Hugging Face config as the fields of model.ModelConfig; ModelError where it describes another model."""
+    """Read a Hugging Face config as the fields of model.ModelConfig; ModelError if the model is not supported."""
 
     def refuse(what: object) -> ModelError:
         return ModelError(f"{where}: {what}")
@@ -44,9 +45,9 @@ def config_fields(source: dict, where: str | Path) -> dict:
     if kind not in ARCHITECTURES:
         raise refuse(f"model_type {kind!r} is not supported (known: {', '.join(ARCHITECTURES)})")
     if source.get("quantization_config"):
-        raise refuse("the weights are quantised: give the folder of the unquantised model")
+        raise refuse("the weights are quantised: use the unquantised model")
     if source.get("use_sliding_window") or "sliding_attention" in (source.get("layer_types") or ()):
-        raise refuse("sliding-window attention is in use, which is not supported")
+        raise refuse("sliding-window attention is not supported")
     if source.get("hidden_act", "silu") != "silu":
         raise refuse(f"hidden_act {source['hidden_act']!r} is not supported (only silu)")
     if kind != "qwen2" and (source.get("attention_bias") or source.get("mlp_bias")):
@@ -79,21 +80,18 @@ def config_fields(source: dict, where: str | Path) -> dict:
 
 
 def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
-    """The config.json with which transformers computes the model of these fields, its weights saved in `dtype`."""
-    written = (
-        "model_type", "head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
-        "max_position_embeddings",
-    )  # fmt: skip
-    config = fields["source"] | {"architectures": [ARCHITECTURES[fields["model_type"]]]}
-    config |= {key: fields[key] for key in written} | rope_to_config(fields["rope"])
-    config.pop("torch_dtype", None)  # its older name
-    return config | {"dtype": str(dtype).removeprefix("torch.")}
+    """Return the config.json of a model with these fields and with weights in `dtype`, for transformers."""
+    config = fields["source"] | fields | rope_to_config(fields["rope"])
+    for key in ("source", "rope", "torch_dtype"):  # torch_dtype: the older name of dtype
+        config.pop(key, None)
+    architecture = ARCHITECTURES[fields["model_type"]]
+    return config | {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch.")}
 
 
 def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
-    """Read the rotary keys of a Hugging Face config, old style and new. Returns what they mean and notes to show.
+    """Read the rotary keys, old style and new, of a Hugging Face config. Return the rope and notes for the user.
 
-    Raises ModelError on a kind of scaling, or a key, that would change the frequencies in a way not computed here.
+    Raise ModelError on any kind of scaling, or key, that yarn.py does not compute.
     """
     keys: dict = {}
     for block in ("rope_scaling", "rope_parameters"):
@@ -102,13 +100,13 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
             stated.setdefault("rope_type", stated.pop("type"))
         for key, value in stated.items():
             if isinstance(value, dict):
-                raise ModelError(f"{block} of one kind of layer ({key}) is not supported")
+                raise ModelError(f"{block} for one kind of layer ({key}) is not supported")
             if keys.setdefault(key, value) != value:
                 raise ModelError(f"rope_scaling and rope_parameters disagree about {key}: keep one of the two")
     theta = float(keys.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
     kind = keys.pop("rope_type", "default")
     if keys.pop("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError("partial_rotary_factor other than 1 (rotating part of each head) is not supported")
+        raise ModelError("partial_rotary_factor other than 1 is not supported")
 
     notes: list[str] = []
     if kind == "default":
@@ -121,18 +119,19 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
     try:
         if kind == "yarn":
             factor = float(keys.pop("factor"))
-            stated, misspelt = keys.pop("attention_factor", None), keys.pop("attn_factor", None)
-            if stated is None and misspelt is not None:
-                stated = misspelt
+            default = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0  # in the paper and in transformers
+            attention_factor, attn_factor = keys.pop("attention_factor", None), keys.pop("attn_factor", None)
+            if attention_factor is None and attn_factor is not None:
+                attention_factor = attn_factor
                 notes.append(
-                    f'YaRN: "attn_factor": {misspelt} is read as attention_factor, as POLARIS meant it '
-                    f"(transformers ignores the key and applies {0.1 * math.log(factor) + 1:.4f})"
+                    f'YaRN: "attn_factor": {attn_factor} is read as attention_factor, as POLARIS meant it '
+                    f"(transformers ignores the key and applies {default:.4f})"
                 )
-            elif stated is None:  # somebody else's YaRN: the paper's default is what the model was shipped with
-                stated = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-                notes.append(f"YaRN: no attention_factor in the config: the paper's {stated:.4f} is applied")
+            elif attention_factor is None:
+                attention_factor = default
+                notes.append(f"YaRN: no attention_factor in the config: the paper's {default:.4f} is applied")
             betas = float(keys.pop("beta_fast", 32.0)), float(keys.pop("beta_slow", 1.0))
-            scaling = Yarn(factor, int(window), float(stated), *betas)
+            scaling = Yarn(factor, int(window), float(attention_factor), *betas)
             if keys.pop("truncate", True) is not True:
                 raise ModelError("YaRN with truncate=false is not supported")
         else:
@@ -141,12 +140,12 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
     except KeyError as missing:
         raise ModelError(f"rope scaling {kind!r} lacks {missing} in config.json") from None
     if keys:
-        raise ModelError(f"rope scaling {kind!r} has keys that are not understood: {', '.join(sorted(keys))}")
+        raise ModelError(f"rope scaling {kind!r} has unknown keys: {', '.join(sorted(keys))}")
     return Rope(theta, head_dim, scaling), notes
 
 
 def rope_to_config(rope: Rope) -> dict:
-    """The config.json keys that make transformers (4 and 5) compute the very same frequencies and scale."""
+    """Return the config.json keys with which transformers (4 and 5) computes the same frequencies and factor."""
     kinds = {Yarn: "yarn", Llama3Scaling: "llama3"}
     scaling = {"rope_type": kinds[type(rope.scaling)], **vars(rope.scaling)} if rope.scaling else None
     parameters = {"rope_theta": rope.theta, **(scaling or {"rope_type": "default"})}
@@ -157,28 +156,27 @@ def rope_to_config(rope: Rope) -> dict:
 
 
 def resolve_folder(name: str | Path) -> Path:
-    """A local folder as it is; a hub id is downloaded (config, tokenizer, safetensors) and its folder returned."""
+    """Return a local folder, or download a hub id (config, tokenizer, safetensors) and return its folder."""
     folder = Path(name)
     if folder.is_dir():
         return folder
     if folder.is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
         raise ModelError(f"{name}: no such model folder, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download  # only here, so that local models need no hub
+    from huggingface_hub import snapshot_download  # imported late: local models need no hub
 
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
-        )
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
     except (OSError, ValueError, RuntimeError) as error:  # the hub client's errors derive from these
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{name}: not a local folder, and the hub did not give it ({reason})") from None
+        raise ModelError(f"{name}: not a local folder, and the download from the hub failed ({reason})") from None
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict:
-    """The config of a model folder."""
+    """Read a JSON config of a model folder."""
     path = folder / name
     if (folder / ADAPTER_CONFIG).exists() and not path.exists():
-        raise ModelError(f"{folder}: an adapter, not a model: merge it first (python model.py {folder} OUT)")
+        raise ModelError(f"{folder}: this is an adapter, not a model: merge it first (python model.py {folder} OUT)")
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -189,7 +187,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[safe_open]:
-    """A safetensors file; ModelError when it is missing or damaged."""
+    """Open a safetensors file; ModelError if it is missing or damaged."""
     try:
         with safe_open(path, "pt") as tensors:
             yield tensors
@@ -198,7 +196,7 @@ def open_tensors(path: Path) -> Iterator[safe_open]:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file of a folder holds which tensor."""
+    """Return the safetensors file of each tensor in a folder."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -212,7 +210,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def read_weights(folder: Path, parameters: Mapping[str, nn.Parameter], tied: bool) -> None:
-    """Copy a model folder's tensors into the parameters of their names, sharded or not; see `read_tensors`."""
+    """Copy a model folder's tensors into the parameters with the same names; see `read_tensors`."""
     files = {name: path for name, path in weight_files(folder).items() if not name.endswith("rotary_emb.inv_freq")}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     copy = files.pop(head, None) if tied else None  # some tied checkpoints carry a copy of the embedding
@@ -220,14 +218,11 @@ def read_weights(folder: Path, parameters: Mapping[str, nn.Parameter], tied: boo
     if copy:
         with open_tensors(copy) as ours, open_tensors(files[embedding]) as others:
             if not torch.equal(ours.get_tensor(head), others.get_tensor(embedding)):
-                raise ModelError(f"{copy}: tie_word_embeddings is true but {head} is another tensor")
+                raise ModelError(f"{copy}: tie_word_embeddings is true but {head} is not the embedding")
 
 
 def read_tensors(where: Path, files: Mapping[str, Path], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Copy each named tensor into its parameter, or this rank's shard of it, one at a time.
-
-    Raises ModelError when one is missing, left over or of another shape.
-    """
+    """Copy each tensor into its parameter or this rank's shard of it; ModelError if the two do not match."""
     if missing := sorted(parameters.keys() - files.keys()):
         raise ModelError(f"{where}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
     if surplus := sorted(files.keys() - parameters.keys()):
@@ -237,8 +232,7 @@ def read_tensors(where: Path, files: Mapping[str, Path], parameters: Mapping[str
             for name in names:
                 tensor, shape = tensors.get_tensor(name), parameters[name].shape
                 if tensor.shape != shape:
-                    shapes = f"{tuple(tensor.shape)}, the config says {tuple(shape)}"
-                    raise ModelError(f"{path}: {name} has shape {shapes}")
+                    raise ModelError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config says {tuple(shape)}")
                 fill(parameters[name], tensor)
 
 
@@ -247,12 +241,12 @@ def read_tensors(where: Path, files: Mapping[str, Path], parameters: Mapping[str
 
 @contextmanager
 def new_folder(folder: Path, tokenizer_from: Path | None = None) -> Iterator[Path]:
-    """Where to write a folder that appears whole, when the block ends, or not at all; one that exists is refused.
+    """Yield a temporary folder that becomes `folder` when the block ends, with the tokenizer files of another one.
 
-    With the tokenizer's files of another folder, if given.
+    Raise ModelError if `folder` exists.
     """
     if folder.exists():
-        raise ModelError(f"{folder}: exists already; give another name")
+        raise ModelError(f"{folder}: exists already; choose another name")
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -264,27 +258,23 @@ def new_folder(folder: Path, tokenizer_from: Path | None = None) -> Iterator[Pat
 
 
 def write_model(folder: Path, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, config: dict) -> None:
-    """Write config.json, and parameters, sharded or not, in files of about SHARD_BYTES, one in memory at a time."""
-    shards, size = [[]], 0
+    """Write config.json and the parameters, sharded or not, in files of about SHARD_BYTES, one in memory at a time."""
+    shards, total = defaultdict(list), 0
     for name, parameter in parameters.items():
-        if size > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += parameter.numel() * dtype.itemsize
+        shards[total // SHARD_BYTES].append(name)
+        total += parameter.numel() * dtype.itemsize
     weight_map = {}
-    for i, names in enumerate(shards, 1):
+    for i, names in enumerate(shards.values(), 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: whole(parameters[name]).to("cpu", dtype).contiguous() for name in names}
+        tensors = {name: full_tensor(parameters[name]).to("cpu", dtype).contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(parameter.numel() * dtype.itemsize for parameter in parameters.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "config.json", config)
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write JSON as Hugging Face lays it out."""
+    """Write JSON in Hugging Face's layout."""
     path.write_text(json.dumps(value, indent=2) + "\n")

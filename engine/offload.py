@@ -1,8 +1,7 @@
-"""What waits in host memory: the inputs of recomputed layers, and AdamW's moments.
+"""Offload to host memory: the inputs of recomputed layers, and AdamW's moments.
 
 `recomputed` keeps only a layer's input for backward, on the device or, with `Offload`, in host memory. `HostAdamW`
-keeps 8 bytes a parameter off the device; everything else about it, the checkpoint included, is torch.optim.AdamW's, so
-a run may be resumed with either.
+keeps 8 bytes per parameter off the device. Its checkpoints are those of torch.optim.AdamW: a run resumes with either.
 """
 
 import weakref
@@ -16,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-BUCKET_VALUES = 2**26  # of a parameter, updated at once: 256 MiB on the device for each of its two moments
+BUCKET_VALUES = 2**26  # of a parameter, updated at a time: 256 MiB on the device for each of the two moments
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -24,27 +23,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class KeptInput:
-    """A layer's input (T, C), in host memory from its forward until backward repeats the layer.
+    """A layer's input (T, C), in host memory from the layer's forward until its recomputation in backward.
 
-    On CUDA the copies run on `stream`, beside the computation: out while the layer computes, and back while the layer
-    above is repeated, which is why an input knows the one `below`.
+    On CUDA the copies run on `stream`, parallel to computation: to the host during the layer's forward, and back
+    during the recomputation of the layer above, which prefetches the input `below` its own.
     """
 
     def __init__(self, x: Tensor, below: "KeptInput | None", stream: torch.cuda.Stream | None):
-        self.on_device, self.below, self.stream, self.left = x, below, stream, False
+        self.on_device, self.below, self.stream, self.offloaded = x, below, stream, False
         self.requires_grad, self.device = x.requires_grad, x.device
         self.host = torch.empty_like(x, device="cpu", requires_grad=False, pin_memory=stream is not None)
         self._copy(self.host, x.detach())
 
     def take(self) -> Tensor:
-        """The input: in forward as it came, in backward from host memory."""
-        if self.left:
+        """Return the input: the original in forward, a copy from host memory in backward."""
+        if self.offloaded:
             self._fetch()
             if self.stream is not None:
                 torch.cuda.current_stream().wait_stream(self.stream)
             if self.below is not None:
                 self.below._fetch()
-        self.left, x, self.on_device = True, self.on_device, None
+        x, self.on_device, self.offloaded = self.on_device, None, True
         return x
 
     def _fetch(self) -> None:
@@ -60,25 +59,25 @@ class KeptInput:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             to.copy_(source, non_blocking=True)
-        (source if source.is_cuda else to).record_stream(self.stream)  # its memory is not reused before that
+        (source if source.is_cuda else to).record_stream(self.stream)  # no reuse of its memory before the copy ends
 
 
 @dataclass
 class Offload:
-    """What the layers of a model share when their inputs wait in host memory."""
+    """State shared by the layers of a model whose inputs are offloaded."""
 
     stream: torch.cuda.Stream | None
-    last: "weakref.ref[KeptInput] | None" = None  # weak: only the graph that needs them holds the inputs
+    last: "weakref.ref[KeptInput] | None" = None  # weak: only the autograd graph holds the inputs
 
     def keep(self, x: Tensor, layer: int) -> KeptInput:
-        """Begin to move a layer's input (T, C) out."""
+        """Start the copy of a layer's input (T, C) to host memory."""
         kept = KeptInput(x, self.last() if layer and self.last is not None else None, self.stream)
         self.last = weakref.ref(kept)
         return kept
 
 
 def recomputed(function: Callable, offload: Offload | None, layer: int, x: Tensor, *shared) -> Tensor:
-    """function(x, *shared), computed again in backward, for which x alone is kept; what layers share stays in place."""
+    """Compute function(x, *shared), and again in backward; of the activations keep only x, which may be offloaded."""
     options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a layer is random
     if offload is None:
         return checkpoint(function, x, *shared, **options)
@@ -91,21 +90,21 @@ def recomputed(function: Callable, offload: Offload | None, layer: int, x: Tenso
 class HostAdamW(torch.optim.AdamW):
     """torch.optim.AdamW (arXiv 1711.05101, algorithm 2) with float32 moments in host memory, pinned on CUDA.
 
-    In `step` the moments travel to the device a bucket at a time, are updated there beside weights and gradient, and
-    travel back. Parameters may be sharded (FSDP2): every rank keeps the moments of its own shards.
+    `step` copies the moments to the device a bucket at a time, updates them and the weights there, and copies them
+    back. Parameters may be sharded (FSDP2): every rank keeps the moments of its own shards.
     """
 
-    _mesh: DeviceMesh | None = None  # the parameters' ranks, as CPUs
+    _cpu_mesh: DeviceMesh | None = None  # the ranks of the parameters' mesh
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient; on CUDA it returns when all moments are back on the host."""
+        """Update every parameter that has a gradient; return when all moments are back on the host."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, group)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # a checkpoint reads host memory without waiting for the device
+            torch.cuda.synchronize()  # checkpoints read host memory without waiting for the device
 
     def _update(self, parameter: nn.Parameter, group: dict) -> None:
         state = self.state[parameter]
@@ -113,10 +112,10 @@ class HostAdamW(torch.optim.AdamW):
             state |= {"step": torch.tensor(0.0)} | {name: self._zeros_on_host(parameter) for name in MOMENTS}
         state["step"] += 1
         (beta1, beta2), rate, count = group["betas"], group["lr"], state["step"].item()
-        whole = parameter, parameter.grad, *(state[name] for name in MOMENTS)
-        for w, g, *host in zip(*(_local(x).view(-1).split(BUCKET_VALUES) for x in whole), strict=True):
-            # all on one stream, so a copy back ends before its memory serves the next bucket; not hidden behind the
-            # arithmetic, for 64 GB there and back (4B parameters) is little beside a step of minutes
+        tensors = parameter, parameter.grad, *(state[name] for name in MOMENTS)
+        for w, g, *host in zip(*(_local(x).view(-1).split(BUCKET_VALUES) for x in tensors), strict=True):
+            # one stream for all, so a copy back ends before the next bucket reuses its memory; no overlap with the
+            # arithmetic, because copying 64 GB (4B parameters) takes little of a step that takes minutes
             m, v = (moment.to(w.device, non_blocking=True) for moment in host)
             w.mul_(1 - rate * group["weight_decay"])
             m.lerp_(g, 1 - beta1)
@@ -128,7 +127,7 @@ class HostAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but the moments stay on the host: torch's own would move all of them to the device."""
+        """Load torch's state dict, with the moments on the host: torch's method would copy them to the device."""
         before = self.state
         super().load_state_dict(state_dict | {"state": {}})
         names = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -143,17 +142,17 @@ class HostAdamW(torch.optim.AdamW):
                 self.state[parameter] = state | {"step": saved["step"].clone()}
 
     def _zeros_on_host(self, parameter: Tensor) -> Tensor:
-        """Zeros like a parameter; of a sharded one a DTensor, so that a checkpoint knows which shard it is."""
+        """Return host zeros like a parameter; for a sharded one a DTensor, so that checkpoints know the shard."""
         local = _local(parameter)
         zeros = torch.zeros(local.shape, dtype=torch.float32, pin_memory=local.is_cuda)
         if not isinstance(parameter, DTensor):
             return zeros
-        if self._mesh is None:  # on the accelerator's own mesh, from_local would move it there
-            self._mesh = DeviceMesh("cpu", parameter.device_mesh.mesh)
-        whole = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
-        return DTensor.from_local(zeros, self._mesh, parameter.placements, **whole)
+        if self._cpu_mesh is None:  # on the accelerator's mesh, from_local would move the zeros to the accelerator
+            self._cpu_mesh = DeviceMesh("cpu", parameter.device_mesh.mesh)
+        full = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+        return DTensor.from_local(zeros, self._cpu_mesh, parameter.placements, **full)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
+    """Return this rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

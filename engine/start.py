@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data_filter import DataOrder
+from engine.adapter import Lora, add_lora, initialise_lora
 from engine.batches import TrainingSequence
 from engine.distributed import Processes, StopRequest
 from engine.grader import Grader
@@ -22,17 +23,7 @@ from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage
 from lab.run_data import RunData
-from model import (
-    Lora,
-    ModelConfig,
-    Transformer,
-    add_lora,
-    extend_window,
-    initialise_lora,
-    load_weights,
-    read_config,
-    resolve_folder,
-)
+from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
 
 

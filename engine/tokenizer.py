@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: chats to tokens, and the tokens that end a response."""
+"""The tokenizer of a model folder: loading, encoding of chats, and the tokens that end a response."""
 
 import json
 from collections.abc import Sequence
@@ -8,38 +8,30 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model import ModelError, Transformer
 
-MOST_PADDING = 1024  # rows by which an embedding may exceed its tokenizer, to a round number (Qwen2.5: 399)
+MOST_PADDING = 1024  # unused rows that an embedding may have (Qwen2.5: 399)
 
 
 def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, checked against the model."""
+    """Load the tokenizer of a model folder. ModelError if it does not fit the model."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
-    if len(tokenizer) > model.config.vocab_size:
-        raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}"
-        )
-    if len(tokenizer) < model.config.vocab_size - MOST_PADDING:
-        raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: more than "
-            f"padding explains; take the tokenizer that belongs to the model"
-        )
+    tokens, rows = len(tokenizer), model.config.vocab_size
+    if not tokens <= rows <= tokens + MOST_PADDING:
+        raise ModelError(f"{folder}: the tokenizer has {tokens} tokens, the model {rows}: use the model's tokenizer")
     if not tokenizer.chat_template:
         raise ModelError(f"{folder}: the tokenizer has no chat template; add a chat_template.jinja to the folder")
     return tokenizer
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: Path) -> tuple[int, ...]:
-    """Every token that ends a response: the tokenizer's, the config's and the generation config's."""
-    found = {tokenizer.eos_token_id}
-    sources = [model.config.source]
+    """Return all tokens that end a response: the tokenizer's, the config's and the generation config's."""
     generation = folder / "generation_config.json"
-    if generation.exists():
-        sources.append(json.loads(generation.read_text()))
-    for source in sources:
-        ends = source.get("eos_token_id")
+    generation_config = json.loads(generation.read_text()) if generation.exists() else {}
+    found = {tokenizer.eos_token_id}
+    for config in (model.config.source, generation_config):
+        ends = config.get("eos_token_id")
         found |= set(ends) if isinstance(ends, list) else {ends}
     found.discard(None)
     if not found:
@@ -48,10 +40,10 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: 
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Text to tokens, with nothing added: the chat template has written what belongs there."""
+    """Encode text without special tokens: the chat template has already written them."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) -> list[int]:
-    """A chat up to the place where the assistant is to reply."""
+    """Encode a chat up to the start of the assistant's reply."""
     return encode(tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from engine.adapter import Lora, add_lora
 from engine.huggingface import SHARD_BYTES
 from lab.recipe import Recipe, RlStage, SftStage
-from model import LOGIT_CHUNK_BYTES, Lora, ModelConfig, Transformer, add_lora
+from model import LOGIT_CHUNK_BYTES, ModelConfig, Transformer
 from rollout import DRAW_BLOCK, LARGEST_PREFILL, cache_bytes_per_token
 
 GIB = 2**30

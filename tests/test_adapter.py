@@ -1,4 +1,4 @@
-"""Adapter folders go to PEFT and come from it with the same logits; one that computes something else is refused."""
+"""Adapter folders give the same logits in PEFT and from PEFT; unsupported adapters are refused."""
 
 import json
 from dataclasses import replace
@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_lora import FAMILIES, adapted, our_logits, peft_loads, peft_model, relative, their_logits
 
-from engine.adapter import tokenizer_folder
-from model import LORA_TARGETS, ModelError, load, read_config, save
+from engine.adapter import LORA_TARGETS, tokenizer_folder
+from model import ModelError, load, read_config, save
 
 # ------------------------------------------------------------------------------------------------------ files
 
@@ -20,7 +20,7 @@ from model import LORA_TARGETS, ModelError, load, read_config, save
 def test_exported_adapter_has_the_same_logits_in_peft(checkpoint, tmp_path, family, tied, alpha):
     base = checkpoint(family, tied)
     model = adapted(base, alpha=alpha)
-    save(model, tmp_path / "adapter", torch.bfloat16)  # the dtype is that of whole models: an adapter stays float32
+    save(model, tmp_path / "adapter", torch.bfloat16)  # the dtype applies to full models only: adapters are float32
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "trained_config.json",
     ]  # fmt: skip
@@ -54,14 +54,14 @@ def test_adapter_made_by_peft_is_read(checkpoint, tmp_path, targets):
         assert relative(found, their_logits(theirs)) < 1e-5
 
 
-def test_the_window_that_an_adapter_was_trained_with_is_kept(checkpoint, tmp_path):
+def test_an_adapter_keeps_the_window_of_its_training(checkpoint, tmp_path):
     model = adapted(checkpoint())
     model.config = replace(model.config, max_position_embeddings=1000)
     save(model, tmp_path / "adapter")
     assert load(tmp_path / "adapter").config.max_position_embeddings == 1000
 
 
-def test_an_adapter_without_a_tokenizer_has_its_bases(checkpoint, tmp_path):
+def test_an_adapter_without_a_tokenizer_uses_its_bases(checkpoint, tmp_path):
     save(adapted(checkpoint()), tmp_path / "adapter")
     assert tokenizer_folder(tmp_path / "adapter") == checkpoint()
     (tmp_path / "adapter" / "tokenizer_config.json").write_text("{}")
@@ -107,11 +107,11 @@ def adapter(checkpoint, tmp_path) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("change, said", WRONG_CONFIGS)
-def test_an_adapter_that_computes_something_else_is_refused(adapter, change, said):
+@pytest.mark.parametrize("change, sentence", WRONG_CONFIGS)
+def test_an_unsupported_adapter_config_is_refused(adapter, change, sentence):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert said in refusal(adapter)
+    assert sentence in refusal(adapter)
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"])
@@ -142,7 +142,7 @@ def test_broken_adapter_files_are_refused(adapter, tmp_path):
 def test_an_adapter_of_another_base_is_refused(adapter, checkpoint):
     path = adapter / "adapter_config.json"
     path.write_text(path.read_text().replace(str(checkpoint()), str(checkpoint("qwen2", False))))
-    assert "tensor" in refusal(adapter)  # with the config that it was trained with
+    assert "tensor" in refusal(adapter)  # with the config from training
     (adapter / "trained_config.json").unlink()
     assert "has shape" in refusal(adapter)
 

@@ -10,7 +10,7 @@ from engine.attention import PackedLayout, packed_attention, padded_runs
 
 
 def naive_attention(q, k, v, lengths):
-    """Masked softmax, one sequence and one head at a time."""
+    """Compute masked softmax attention, one sequence and one head at a time."""
     outputs, group = [], q.shape[1] // k.shape[1]
     for q_s, k_s, v_s in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         heads = []
@@ -33,25 +33,25 @@ def test_packed_attention_equals_a_naive_masked_softmax(lengths, heads, key_head
 
 @pytest.mark.parametrize("most_padding", [0.0, 0.25, 0.6])
 def test_padded_runs_keep_every_token_once_and_bound_the_padding(most_padding):
-    shuffle = random.Random(7)
+    generator = random.Random(7)
     for _ in range(100):
-        lengths = [shuffle.choice([1, 2, 3, shuffle.randint(1, 50)]) for _ in range(shuffle.randint(1, 20))]
+        lengths = [generator.choice([1, 2, 3, generator.randint(1, 50)]) for _ in range(generator.randint(1, 20))]
         kept = []
         for run in padded_runs(lengths, "cpu", most_padding):
             longest = len(run.gather) // run.rows
             assert len(run.keep) >= (1 - most_padding) * len(run.gather)
             row_of_cell = run.keep // longest
-            for row in range(run.rows):  # a row is one whole sequence from its start, then padding
+            for row in range(run.rows):  # a row is one complete sequence, then padding
                 tokens = run.gather[run.keep[row_of_cell == row]].tolist()
-                start = sum(lengths[: lengths_done(kept, lengths)])
+                start = sum(lengths[: sequences_done(kept, lengths)])
                 assert tokens == list(range(start, start + len(tokens)))
                 kept.extend(tokens)
                 assert run.keep[row_of_cell == row].tolist() == [row * longest + i for i in range(len(tokens))]
         assert kept == list(range(sum(lengths)))
 
 
-def lengths_done(kept: list[int], lengths: list[int]) -> int:
-    """How many whole sequences the kept tokens make."""
+def sequences_done(kept: list[int], lengths: list[int]) -> int:
+    """Count the complete sequences in the kept tokens."""
     done, tokens = 0, len(kept)
     while tokens:
         tokens -= lengths[done]

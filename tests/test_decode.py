@@ -11,9 +11,10 @@ from test_rollout import AMPLE, LENGTHS, assert_same, full_logits, make_prompts,
 import rollout
 from bench.machine import LiveBytes
 from engine import decode
+from engine.adapter import Lora, add_lora, initialise_lora
 from engine.batches import TrainingSequence
 from grpo import PolicyLoss, optimizer_step
-from model import Lora, Packed, add_lora, initialise_lora, load
+from model import Packed, load
 from rollout import CacheLimits, RolloutError, SamplerStats
 
 

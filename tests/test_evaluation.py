@@ -177,7 +177,7 @@ def test_a_tokenizer_of_another_model_is_refused(command, small_world, tmp_path)
     rows = next(v.shape[0] for k, v in wide.items() if "embed" in k)
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
     with pytest.raises(
-        SystemExit, match=f"the tokenizer has {config['vocab_size']} tokens, the model {rows}: more than"
+        SystemExit, match=f"the tokenizer has {config['vocab_size']} tokens, the model {rows}: use"
     ):
         command("--max-tokens", 4, model=other)
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders: loading is strict, configs of other models are refused, what is saved loads in transformers."""
+"""Hugging Face folders: loading is strict, unsupported configs are refused, saved models load in transformers."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from model import ModelError, load, parse_config, save
 
 
 def rewrite(folder: Path, target: Path, change) -> Path:
-    """A copy of a checkpoint with `change` applied to its dict of tensors."""
+    """Copy a checkpoint, with `change` applied to its dict of tensors."""
     target.mkdir()
     (target / "config.json").write_text((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
@@ -38,7 +38,7 @@ def test_saved_folder_loads_in_transformers_with_the_same_logits(checkpoint, tmp
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_saved_in_shards_loads_in_transformers_and_here(checkpoint, tmp_path, monkeypatch, tied):
+def test_saved_shards_load_in_transformers_and_in_load(checkpoint, tmp_path, monkeypatch, tied):
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)
     model = load(checkpoint("qwen2", tied))
     save(model, tmp_path / "out")
@@ -89,13 +89,13 @@ def test_surplus_tensor_is_named(checkpoint, tmp_path):
 
 def test_misshaped_tensor_is_named_with_both_shapes(checkpoint, tmp_path):
     def change(tensors):
-        tensors["model.norm.weight"] = torch.ones(1)  # of a shape that would broadcast
+        tensors["model.norm.weight"] = torch.ones(1)  # a shape that would broadcast
 
     with pytest.raises(ModelError, match=r"model.norm.weight has shape \(1,\), the config says \(48,\)"):
         load(rewrite(checkpoint(), tmp_path / "bad", change))
 
 
-def test_equal_lm_head_copy_in_a_tied_checkpoint_is_fine(checkpoint, tmp_path):
+def test_equal_lm_head_copy_in_a_tied_checkpoint_is_accepted(checkpoint, tmp_path):
     def change(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
@@ -108,7 +108,7 @@ def test_different_lm_head_in_a_tied_checkpoint_is_an_error(checkpoint, tmp_path
     def change(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
 
-    with pytest.raises(ModelError, match="tie_word_embeddings is true but lm_head.weight is another tensor"):
+    with pytest.raises(ModelError, match="tie_word_embeddings is true but lm_head.weight is not the embedding"):
         load(rewrite(checkpoint(), tmp_path / "bad", change))
 
 
@@ -145,7 +145,7 @@ def test_no_such_folder_is_an_error(name):
 
 
 def test_unreachable_hub_id_is_one_sentence():
-    with pytest.raises(ModelError, match="^nobody/nothing: not a local folder, and the hub did not give it [^\n]+$"):
+    with pytest.raises(ModelError, match="^nobody/nothing: not a local folder, and the download .* failed [^\n]+$"):
         load("nobody/nothing")
 
 
@@ -170,7 +170,7 @@ def test_save_copies_the_tokenizer_files(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, sentence",
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
@@ -184,10 +184,10 @@ def test_save_copies_the_tokenizer_files(checkpoint, tmp_path):
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear' is not supported"),
     ],
 )
-def test_config_of_another_model_is_refused(changes, said):
+def test_unsupported_config_is_refused(changes, sentence):
     with pytest.raises(ModelError, match="^x/config.json: [^\n]+$") as error:
         parse_config(tiny_config(**changes), "x/config.json")
-    assert said in str(error.value)
+    assert sentence in str(error.value)
 
 
 def test_mlp_bias_of_llama_is_refused():
@@ -204,7 +204,7 @@ def test_config_without_a_size_is_refused_by_name(key):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
-def test_a_sliding_window_that_is_off_is_fine(family):
+def test_a_sliding_window_that_is_off_is_accepted(family):
     source = tiny_config(family, use_sliding_window=False, sliding_window=32, layer_types=["full_attention"] * 2)
     assert parse_config(source).model_type == family
 
@@ -212,4 +212,4 @@ def test_a_sliding_window_that_is_off_is_fine(family):
 def test_notes_about_yarn_are_shown(capsys):
     scaling = {"rope_type": "yarn", "factor": 1.5, "attn_factor": 1.0}
     parse_config(tiny_config(rope_parameters=None, rope_scaling=scaling), "x/config.json")
-    assert "x/config.json: YaRN: \"attn_factor\": 1.0 is read as attention_factor" in capsys.readouterr().err
+    assert 'x/config.json: YaRN: "attn_factor": 1.0 is read as attention_factor' in capsys.readouterr().err

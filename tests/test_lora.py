@@ -1,4 +1,4 @@
-"""LoRA equals peft: logits and gradients; the base stays as it is; sharded, resumed, merged alike."""
+"""LoRA equals peft in logits and gradients; the base is never changed; sharding, resuming and merging work."""
 
 import json
 import os
@@ -18,25 +18,13 @@ from torch.distributed.tensor import DTensor
 import model as model_file
 from engine import checkpoint as checkpoints
 from engine import distributed, sharding
+from engine.adapter import LORA_TARGETS, Lora, add_lora, initialise_lora, merge_lora
 from engine.batches import TrainingSequence
 from engine.sharding import gathered, shard
 from grpo import optimizer_step, supervised_loss
 from lab.export import export_arguments
 from lab.recipe import LoraSettings, Recipe, RecipeError, load_recipe, to_toml
-from model import (
-    LORA_TARGETS,
-    Linear,
-    Lora,
-    Packed,
-    Transformer,
-    add_lora,
-    initialise_lora,
-    load,
-    load_weights,
-    merge_lora,
-    read_config,
-    save,
-)
+from model import Linear, Packed, Transformer, load, load_weights, read_config, save
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = [("qwen3", True), ("qwen2", False), ("llama", True)]
@@ -48,22 +36,22 @@ def tokens_of(lengths=LENGTHS) -> torch.Tensor:
 
 
 def our_logits(model, lengths=LENGTHS) -> torch.Tensor:
-    """Logits (T, V) of packed sequences."""
+    """Compute logits (T, V) of packed sequences."""
     return model.logits(model.hidden(tokens_of(lengths), Packed(lengths)))
 
 
 def their_logits(model, lengths=LENGTHS) -> torch.Tensor:
-    """The same of a model of transformers or peft, one sequence at a time."""
+    """Compute the same logits with a model of transformers or peft, one sequence at a time."""
     return torch.cat([model(part[None]).logits[0] for part in tokens_of(lengths).split(lengths)])
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest value of b."""
+    """Return the largest difference relative to the largest value of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def peft_model(base: Path, targets=LORA_TARGETS, rank: int = 4, alpha: int = 12, **options):
-    """peft's adapter on transformers' model, with A and B drawn so wide that they matter."""
+    """Build peft's adapter on transformers' model, with A and B large enough to change the logits."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -85,14 +73,14 @@ def peft_loads(base: Path, adapter: Path):
 
 
 def adapted(base: Path, rank: int = 4, alpha: float = 12.0, fresh: bool = False) -> Transformer:
-    """Our model with an adapter; unless fresh, one that matters."""
+    """Load our model with an adapter; unless fresh, one that changes the logits."""
     model = load(base)
     add_lora(model, Lora(rank, alpha, str(base)))
     initialise_lora(model, seed=5)
-    return model if fresh else stir(model)
+    return model if fresh else randomise_b(model)
 
 
-def stir(model: Transformer) -> Transformer:
+def randomise_b(model: Transformer) -> Transformer:
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
@@ -105,7 +93,7 @@ def weighted_logprobs(logits: torch.Tensor) -> torch.Tensor:
 
 
 def trained_gradients(model) -> dict[str, torch.Tensor]:
-    """Gradients of the adapter, through the path that training takes; whole ones also of a sharded model."""
+    """Return the adapter's full gradients, sharded or not, through the forward of training."""
     tokens = tokens_of()
     targets = tokens.roll(-1)
     logprobs = model(tokens, Packed(LENGTHS), torch.arange(len(tokens)), targets)
@@ -128,7 +116,7 @@ def test_logits_and_gradients_equal_peft(checkpoint, tmp_path, family, tied):
     theirs.save_pretrained(tmp_path / "adapter")
     ours = load(tmp_path / "adapter")
     assert relative(our_logits(ours), their_logits(theirs)) < 1e-5
-    assert relative(our_logits(load(checkpoint(family, tied))), their_logits(theirs)) > 0.05  # the adapter matters
+    assert relative(our_logits(load(checkpoint(family, tied))), their_logits(theirs)) > 0.05  # the adapter changes them
 
     weighted_logprobs(our_logits(ours)).backward()
     weighted_logprobs(their_logits(theirs)).backward()
@@ -144,14 +132,14 @@ def test_logits_and_gradients_equal_peft(checkpoint, tmp_path, family, tied):
 
 
 @pytest.mark.parametrize("family, tied", FAMILIES)
-def test_a_fresh_adapter_changes_no_bit(checkpoint, family, tied):
+def test_a_fresh_adapter_does_not_change_the_logits(checkpoint, family, tied):
     plain, fresh = load(checkpoint(family, tied)), adapted(checkpoint(family, tied), fresh=True)
     with torch.no_grad():
         assert torch.equal(our_logits(fresh), our_logits(plain))
-    assert trained_gradients(fresh)["model.layers.0.mlp.up_proj.lora_B"].abs().max() > 0  # and yet it can learn
+    assert trained_gradients(fresh)["model.layers.0.mlp.up_proj.lora_B"].abs().max() > 0  # but it can learn
 
 
-def test_a_fresh_adapter_is_drawn_as_peft_draws_it(checkpoint):
+def test_a_fresh_adapter_has_the_distribution_of_pefts(checkpoint):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -166,10 +154,10 @@ def test_a_fresh_adapter_is_drawn_as_peft_draws_it(checkpoint):
             assert module.lora_A.std().item() == pytest.approx(expected.std().item(), rel=0.05)
             assert not module.lora_B.any()
     layers = [module.lora_A for name, module in model.named_modules() if name.endswith("up_proj")]
-    assert not torch.equal(*layers)  # one stream of draws, not one draw for all
+    assert not torch.equal(*layers)  # drawn one after the other, not all alike
 
 
-def test_a_fresh_adapter_is_fixed_by_its_seed(checkpoint):
+def test_a_fresh_adapter_depends_on_its_seed_alone(checkpoint):
     draws = {}
     for name, seed in {"one": 1, "again": 1, "other": 2}.items():
         model = adapted(checkpoint())
@@ -194,13 +182,13 @@ def test_a_bfloat16_base_is_never_merged_and_its_adapter_computes_in_bfloat16(ch
 
 
 @pytest.fixture
-def here():
+def processes():
     yield distributed.start()
     distributed.stop()
 
 
 def from_meta(base: Path, mesh, compute_dtype=torch.float32, rank: int = 4) -> Transformer:
-    """As start.build_model builds it."""
+    """Build a model as start.build_model does."""
     with torch.device("meta"):
         model = Transformer(read_config(base))
     add_lora(model, Lora(rank, 12.0, str(base)))
@@ -221,7 +209,7 @@ def sequences() -> list[TrainingSequence]:
 
 
 def plain_gradients(model: Transformer, batch: list[TrainingSequence]) -> dict[str, torch.Tensor]:
-    """What a step on these sequences must see: cross-entropy through autograd alone, one sequence at a time."""
+    """Compute the gradients of cross-entropy with plain autograd, one sequence at a time."""
     total = sum(len(sequence.tokens) - 1 for sequence in batch)
     for sequence in batch:
         tokens = torch.from_numpy(sequence.tokens).long()
@@ -230,7 +218,7 @@ def plain_gradients(model: Transformer, batch: list[TrainingSequence]) -> dict[s
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def whole(model: Transformer) -> dict[str, torch.Tensor]:
+def full_values(model: Transformer) -> dict[str, torch.Tensor]:
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
@@ -238,16 +226,16 @@ def whole(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family, tied", FAMILIES)
-def test_a_step_trains_the_adapter_and_leaves_the_base(checkpoint, here, family, tied):
-    model = from_meta(checkpoint(family, tied), here.mesh)
-    before, losses = whole(model), []
+def test_a_step_changes_only_the_adapter(checkpoint, processes, family, tied):
+    model = from_meta(checkpoint(family, tied), processes.mesh)
+    before, losses = full_values(model), []
     optimizer = optimizer_of(model)
     for _ in range(5):
         update = optimizer_step(model, optimizer, sequences(), supervised_loss, most_tokens=25)
         assert update.stepped and update.grad_norm > 0
         losses.append(update.loss)
     assert losses[-1] < losses[0] - 0.01
-    after = whole(model)
+    after = full_values(model)
     for name, value in load_file(checkpoint(family, tied) / "model.safetensors").items():
         assert torch.equal(after[name], value), name
     for name in after:
@@ -259,16 +247,16 @@ def test_the_base_gets_no_gradient(checkpoint):
     assert len(found) == 28 and all(name.endswith(("lora_A", "lora_B")) for name in found)
 
 
-def test_recompute_gives_the_same_gradients(checkpoint, here):
-    plain, recomputed = stir(from_meta(checkpoint(), here.mesh)), stir(from_meta(checkpoint(), here.mesh))
+def test_recompute_gives_the_same_gradients(checkpoint, processes):
+    plain, recomputed = (randomise_b(from_meta(checkpoint(), processes.mesh)) for _ in range(2))
     for layer in recomputed.model.layers:
         layer.recompute = True
     expected, found = trained_gradients(plain), trained_gradients(recomputed)
     assert len(expected) == 28 and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_frozen_base_is_kept_once_in_the_compute_dtype(checkpoint, here):
-    model = stir(from_meta(checkpoint(), here.mesh, torch.bfloat16))
+def test_a_frozen_base_is_kept_once_in_the_compute_dtype(checkpoint, processes):
+    model = randomise_b(from_meta(checkpoint(), processes.mesh, torch.bfloat16))
     for name, parameter in model.named_parameters():
         is_adapter = ".lora_" in name
         assert isinstance(parameter, DTensor) == is_adapter
@@ -284,18 +272,18 @@ def test_a_frozen_base_is_kept_once_in_the_compute_dtype(checkpoint, here):
     assert {gradient.dtype for gradient in trained_gradients(model).values()} == {torch.float32}
 
 
-def check_sharded(base: Path, out: Path, device: distributed.Processes) -> None:
-    """What must hold on any number of processes: the numbers of a whole model."""
+def check_sharded(base: Path, out: Path, processes: distributed.Processes) -> None:
+    """Compare a sharded model with an unsharded one, on any number of processes."""
     unsharded = adapted(base)
     with torch.no_grad():
         logits = our_logits(unsharded)
     expected = trained_gradients(unsharded)
-    model = stir(from_meta(base, device.mesh))
+    model = randomise_b(from_meta(base, processes.mesh))
     found = trained_gradients(model)
     assert found.keys() == expected.keys()
     assert all(relative(found[name], expected[name]) < 1e-5 for name in expected)
     with gathered(model):
-        for _ in range(1 + device.rank):  # no collective
+        for _ in range(1 + processes.rank):  # no collective
             assert relative(our_logits(model), logits) < 1e-6
 
     optimizer, alone = optimizer_of(model), optimizer_of(unsharded)
@@ -306,17 +294,17 @@ def check_sharded(base: Path, out: Path, device: distributed.Processes) -> None:
         alone.step()
         alone.zero_grad()
         assert update.grad_norm == pytest.approx(norm.item(), rel=1e-5)
-    found, wanted = whole(model), whole(unsharded)
+    found, wanted = full_values(model), full_values(unsharded)
     assert all(relative(found[name], wanted[name]) < 1e-4 for name in expected)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted.keys() - expected.keys())
     save(model, out)
     state = checkpoints.RunState(step=1)
-    folder = checkpoints.save_checkpoint(out.parent / "run", model, optimizer, state, device, 1)
-    assert all(torch.equal(value, found[name]) for name, value in whole(load(out)).items())
+    folder = checkpoints.save_checkpoint(out.parent / "run", model, optimizer, state, processes, 1)
+    assert all(torch.equal(value, found[name]) for name, value in full_values(load(out)).items())
 
-    other = stir(from_meta(base, device.mesh))
+    other = randomise_b(from_meta(base, processes.mesh))
     other_optimizer = optimizer_of(other)
-    checkpoints.load_weights_and_optimizer(folder, other, other_optimizer, device)
+    checkpoints.load_weights_and_optimizer(folder, other, other_optimizer, processes)
     for trained, its_optimizer in ((model, optimizer), (other, other_optimizer)):
         optimizer_step(trained, its_optimizer, sequences(), supervised_loss, most_tokens=25)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -324,8 +312,8 @@ def check_sharded(base: Path, out: Path, device: distributed.Processes) -> None:
         assert torch.equal(a, b)
 
 
-def test_sharded_in_one_process(checkpoint, tmp_path, here):
-    check_sharded(checkpoint(), tmp_path / "out", here)
+def test_sharded_in_one_process(checkpoint, tmp_path, processes):
+    check_sharded(checkpoint(), tmp_path / "out", processes)
 
 
 def in_two_processes(rank: int, base: Path, tmp_path: Path) -> None:
@@ -344,31 +332,31 @@ def test_two_processes_equal_one(checkpoint, tmp_path):
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
-def test_a_checkpoint_holds_the_adapter_alone(checkpoint, tmp_path, here):
-    model = from_meta(checkpoint(), here.mesh)
+def test_a_checkpoint_holds_the_adapter_alone(checkpoint, tmp_path, processes):
+    model = from_meta(checkpoint(), processes.mesh)
     optimizer = optimizer_of(model)
     optimizer_step(model, optimizer, sequences(), supervised_loss, most_tokens=25)
-    folder = checkpoints.save_checkpoint(tmp_path, model, optimizer, checkpoints.RunState(step=1), here, 1)
+    folder = checkpoints.save_checkpoint(tmp_path, model, optimizer, checkpoints.RunState(step=1), processes, 1)
     names = set(checkpoints.dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
     weights = {name.removeprefix("model.") for name in names if name.startswith("model.")}
     assert weights == {name for name, p in model.named_parameters() if p.requires_grad}
-    moments = {name for name in names if name.startswith("optimizer.state.")}  # two and a count for each
+    moments = {name for name in names if name.startswith("optimizer.state.")}  # per parameter two and a step count
     assert len(moments) == 3 * 28 and all(".lora_" in name for name in moments)
 
 
-def test_a_checkpoint_of_another_rank_is_one_sentence(checkpoint, tmp_path, here):
+def test_a_checkpoint_with_another_lora_rank_is_refused(checkpoint, tmp_path, processes):
     def parts(rank):
         if rank:
-            model = from_meta(checkpoint(), here.mesh, rank=rank)
+            model = from_meta(checkpoint(), processes.mesh, rank=rank)
         else:
             model = load(checkpoint())
-            shard(model, here.mesh, torch.float32)
+            shard(model, processes.mesh, torch.float32)
         return model, optimizer_of(model)
 
     for saved, wanted in ((4, 8), (4, 0), (0, 4)):
-        folder = checkpoints.save_checkpoint(tmp_path, *parts(saved), checkpoints.RunState(step=1), here, 1)
+        folder = checkpoints.save_checkpoint(tmp_path, *parts(saved), checkpoints.RunState(step=1), processes, 1)
         with pytest.raises(checkpoints.CheckpointError) as caught:
-            checkpoints.load_weights_and_optimizer(folder, *parts(wanted), here)
+            checkpoints.load_weights_and_optimizer(folder, *parts(wanted), processes)
         assert f"was saved with lora.rank = {saved}, not {wanted}" in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -392,8 +380,8 @@ def test_command_line_merges_an_adapter(checkpoint, tmp_path, family, tied):
         assert relative(tensor, weights[name]) < 1e-6, name
 
 
-def test_merging_is_rounded_once(checkpoint, tmp_path):
-    """In float32 even where the base is bfloat16: what is written is the nearest bfloat16 of W + scale B A."""
+def test_merging_rounds_once(checkpoint, tmp_path):
+    """With a bfloat16 base too, the written weight is the nearest bfloat16 of the float32 W + scale B A."""
     base = tmp_path / "base"
     save(load(checkpoint()), base, torch.bfloat16)
     save(adapted(base), tmp_path / "adapter")
@@ -404,7 +392,7 @@ def test_merging_is_rounded_once(checkpoint, tmp_path):
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"], expected.bfloat16())
 
 
-def test_a_merged_model_is_an_ordinary_one(checkpoint):
+def test_a_merged_model_has_no_adapter(checkpoint):
     model = adapted(checkpoint())
     with torch.no_grad():
         before = our_logits(model)
@@ -414,7 +402,7 @@ def test_a_merged_model_is_an_ordinary_one(checkpoint):
     assert dict(model.named_parameters()).keys() == dict(load(checkpoint()).named_parameters()).keys()
 
 
-# ----------------------------------------------------------------------------------------------- the whole recipe
+# ----------------------------------------------------------------------------------------------- through train.py
 
 RECIPE = """
 name = "lora"
@@ -455,14 +443,14 @@ def test_recipe_checks_the_adapter(tmp_path):
     assert Recipe("x", "y", ()).lora.rank == 0
     path.write_text(to_toml(load_recipe(path)))
     assert load_recipe(path).lora == LoraSettings(rank=4, alpha=8.0)
-    for wrong, said in [
+    for wrong, sentence in [
         ("lora.rank=-1", "lora.rank must be at least 0"),
         ("lora.rank=1.5", "lora.rank must be of type int"),
         ("lora.alpha=0", "lora.alpha must be above 0"),
         ("lora.alpha=nan", "lora.alpha must be a finite number"),
         ("lora.rang=4", "did you mean rank?"),
     ]:
-        with pytest.raises(RecipeError, match=said.replace("?", r"\?")):
+        with pytest.raises(RecipeError, match=sentence.replace("?", r"\?")):
             load_recipe(path, [wrong])
 
 
@@ -471,21 +459,21 @@ def start(*arguments) -> forked.CompletedProcess:
     return forked.run(command, capture_output=True, timeout=200)
 
 
-def figures(folder: Path) -> list[dict]:
+def deterministic_metrics(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in DETERMINISTIC if key in row} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def world(small_world, tmp_path_factory) -> Path:
-    """The small world, with a base that can say something and solutions that an adapter of it soon learns to write."""
+    """Copy the small world, with a base and SFT solutions that an adapter can quickly learn."""
     folder = tmp_path_factory.mktemp("lora") / "world"
     shutil.copytree(small_world, folder)
     weights = load_file(folder / "model" / "model.safetensors")
-    # embeddings as fresh as the rest leave every token as likely, and an adapter cannot change them
+    # freshly initialised embeddings make all tokens equally likely, and an adapter cannot change them
     weights["model.embed_tokens.weight"] *= 30
     save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
-    # one way to answer that earns the reward of form and one that does not, so that groups have a signal
+    # one solution earns the format reward and one does not, so that groups have non-zero advantages
     problems = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     rows = [problem | {"solution": reply} for problem in problems for reply in ("</think> \\boxed{1}", " 1")]
     (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -502,7 +490,7 @@ def finished(world) -> Path:
 
 
 def test_a_run_trains_one_adapter_through_its_stages(finished, world):
-    steps = [row for row in figures(finished) if row["kind"] in ("sft", "rl")]
+    steps = [row for row in deterministic_metrics(finished) if row["kind"] in ("sft", "rl")]
     assert [row["step"] for row in steps] == list(range(1, 34))
     assert all(row["grad_norm"] > 0 for row in steps[:30]) and all(row["grad_norm"] > 0 for row in steps[30:])
     first, last = (load_file(finished / f"stage-{k}" / "adapter_model.safetensors") for k in (0, 1))
@@ -529,12 +517,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_pat
     done = start(ROOT / "train.py", "--resume", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "after step 32" in done.stdout
-    assert figures(folder) == figures(finished)
+    assert deterministic_metrics(folder) == deterministic_metrics(finished)
     resumed, straight = (load_file(f / "stage-1" / "adapter_model.safetensors") for f in (folder, finished))
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
-def test_a_run_is_not_resumed_with_another_rank(finished, tmp_path):
+def test_resuming_with_another_lora_rank_is_refused(finished, tmp_path):
     folder = tmp_path / "lora"
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "checkpoints" / "step-33")
@@ -543,7 +531,7 @@ def test_a_run_is_not_resumed_with_another_rank(finished, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_eval_reads_an_adapter(finished, world, tmp_path):
+def test_eval_loads_an_adapter(finished, world, tmp_path):
     arguments = ["--data", world / "held-out.jsonl", "-n", "1", "--max-tokens", "8", "--out", tmp_path / "out"]
     done = start(ROOT / "eval.py", finished / "stage-1", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The hand-written decoder equals transformers; packing, chunks of logits and recomputation change no number."""
+"""The decoder equals transformers; packing, chunks of logits and recomputation change no number."""
 
 import json
 import subprocess
@@ -37,13 +37,13 @@ def random_tokens(n: int, seed: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def our_logits(model: Transformer, *sequences: torch.Tensor) -> torch.Tensor:
-    """Logits (T, V) of sequences packed into one row."""
+    """Compute logits (T, V) of sequences packed into one row."""
     return model.logits(model.hidden(torch.cat(sequences), Packed([len(x) for x in sequences])))
 
 
 @torch.no_grad()
 def their_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' logits (T, V) of one sequence, from a folder."""
+    """Compute transformers' logits (T, V) of one sequence with the model in a folder."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens[None]).logits[0]
@@ -67,13 +67,13 @@ def test_logits_equal_transformers(checkpoint, family, tied, scaling):
     folder = checkpoint(family, tied, scaling)
     tokens = random_tokens(WINDOW)
     ours, theirs = our_logits(load(folder), tokens), their_logits(folder, tokens)
-    assert theirs.std() > 0.5  # logits that could not tell one model from another would prove nothing
+    assert theirs.std() > 0.5  # logits that are almost constant would prove nothing
     assert difference(ours, theirs) < 2e-5
 
 
 @pytest.mark.parametrize("scaling", ["yarn", "warm yarn", "llama3"])
 def test_scaling_changes_the_logits(checkpoint, scaling):
-    """The equality above would also hold if both sides ignored the scaling: they do not."""
+    """The equality above would also hold if both sides ignored the scaling."""
     tokens = random_tokens(WINDOW)
     plain = load(checkpoint())
     before = our_logits(plain, tokens)
@@ -85,7 +85,7 @@ def test_scaling_changes_the_logits(checkpoint, scaling):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_batch_gives_each_sequence_the_logits_it_has_alone(checkpoint, family):
+def test_packing_does_not_change_the_logits_of_a_sequence(checkpoint, family):
     model = load(checkpoint(family))
     sequences = [random_tokens(n, seed=n) for n in (1, 40, 39, 7, 100, 1, 2)]
     packed = our_logits(model, *sequences).split([len(x) for x in sequences])
@@ -96,8 +96,8 @@ def test_packed_batch_gives_each_sequence_the_logits_it_has_alone(checkpoint, fa
 # --------------------------------------------------------------------------------------- log-probs and gradients
 
 
-def scored(lengths=(9, 1, 23, 14), prompt=1):
-    """Tokens of packed sequences, the packed positions that predict, what they predict, and a temperature for each."""
+def scoring_batch(lengths=(9, 1, 23, 14), prompt=1):
+    """Return tokens, lengths, positions that predict, their targets, and a temperature per target."""
     sequences = [random_tokens(n, seed=n) for n in lengths]
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     predict = torch.cat([torch.arange(s + prompt - 1, s + n - 1) for s, n in zip(starts, lengths, strict=False)])
@@ -116,7 +116,7 @@ def gradients(model, logprobs) -> dict[str, torch.Tensor]:
     weights = torch.linspace(-1, 2, len(logprobs))
     (logprobs * weights).sum().backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()  # not before backward: FSDP shows its gathered parameters until then
+    model.zero_grad()  # not before backward: until then FSDP shows gathered parameters
     return found
 
 
@@ -125,7 +125,7 @@ def gradients(model, logprobs) -> dict[str, torch.Tensor]:
 def test_logprobs_and_gradients_equal_the_naive_ones(checkpoint, monkeypatch, family, tied, chunk):
     monkeypatch.setattr(model_file, "LOGIT_CHUNK_BYTES", chunk * 4 * VOCABULARY)
     model = load(checkpoint(family, tied))
-    tokens, lengths, predict, targets, temperature = scored()
+    tokens, lengths, predict, targets, temperature = scoring_batch()
     ours = model(tokens, Packed(lengths), predict, targets, temperature)
     naive = naive_logprobs(model, tokens, lengths, predict, targets, temperature)
     assert ours.dtype == torch.float32 and difference(ours, naive) < 1e-5
@@ -136,9 +136,9 @@ def test_logprobs_and_gradients_equal_the_naive_ones(checkpoint, monkeypatch, fa
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.4])
-def test_one_temperature_for_all_is_the_same_as_one_for_each(checkpoint, temperature):
+def test_one_temperature_equals_the_same_temperature_for_each_target(checkpoint, temperature):
     model = load(checkpoint())
-    tokens, lengths, predict, targets, _ = scored()
+    tokens, lengths, predict, targets, _ = scoring_batch()
     with torch.no_grad():
         for_all = model(tokens, Packed(lengths), predict, targets, temperature)
         for_each = model(tokens, Packed(lengths), predict, targets, torch.full((len(predict),), temperature))
@@ -147,7 +147,7 @@ def test_one_temperature_for_all_is_the_same_as_one_for_each(checkpoint, tempera
 
 
 class LiveLogits(TorchDispatchMode):
-    """The most elements, in tensors as wide as the vocabulary, that were alive at once; views count once."""
+    """Count the peak of elements alive in tensors as wide as the vocabulary; views count once."""
 
     def __init__(self, head: torch.Tensor):
         super().__init__()
@@ -165,30 +165,30 @@ class LiveLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_no_more_than_a_chunk_of_logits_exists_at_once(checkpoint, monkeypatch, frozen):
+def test_at_most_one_chunk_of_logits_is_alive(checkpoint, monkeypatch, frozen):
     monkeypatch.setattr(model_file, "LOGIT_CHUNK_BYTES", 5 * 4 * VOCABULARY)
     model = load(checkpoint("qwen3", False))
     model.lm_head.weight.requires_grad_(not frozen)
-    tokens, lengths, predict, targets, temperature = scored()
+    tokens, lengths, predict, targets, temperature = scoring_batch()
     with LiveLogits(model.lm_head.weight) as logits:
         model(tokens, Packed(lengths), predict, targets, temperature).sum().backward()
     assert logits.most == 5 * VOCABULARY
     with LiveLogits(model.lm_head.weight) as logits:
         naive_logprobs(model, tokens, lengths, predict, targets, temperature).sum().backward()
-    assert logits.most > 2 * len(predict) * VOCABULARY  # what is counted is what there is
+    assert logits.most > 2 * len(predict) * VOCABULARY  # the counter counts
 
 
-def head_case(positions: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """Hidden states and a head whose logits spread widely, with targets and a temperature for each."""
-    random_ = torch.Generator().manual_seed(positions)
-    hidden = torch.randn(positions, 24, generator=random_).to(dtype).requires_grad_()
-    weight = torch.randn(VOCABULARY, 24, generator=random_).to(dtype).requires_grad_()
-    targets = torch.randint(VOCABULARY, (positions,), generator=random_)
-    return hidden, weight, targets, 0.5 + torch.rand(positions, generator=random_)
+def head_inputs(positions: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Return hidden states, a head with widely spread logits, targets, and a temperature per target."""
+    generator = torch.Generator().manual_seed(positions)
+    hidden = torch.randn(positions, 24, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, 24, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (positions,), generator=generator)
+    return hidden, weight, targets, 0.5 + torch.rand(positions, generator=generator)
 
 
 def whole_logprobs(hidden, weight, targets, temperature):
-    """Plain autograd over all logits at once."""
+    """Compute log-probs with plain autograd over all logits at once."""
     return ((hidden @ weight.T) / temperature[:, None]).log_softmax(1)[torch.arange(len(targets)), targets]
 
 
@@ -201,7 +201,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("positions", [1, 7, 64])
 def test_chunked_logprobs_equal_plain_autograd(monkeypatch, positions, rows, frozen):
     monkeypatch.setattr(model_file, "LOGIT_CHUNK_BYTES", rows * 4 * VOCABULARY)
-    hidden, weight, targets, temperature = head_case(positions)
+    hidden, weight, targets, temperature = head_inputs(positions)
     weight.requires_grad_(not frozen)
     inputs = [hidden] if frozen else [hidden, weight]
     upstream = torch.linspace(-2, 3, positions)
@@ -213,16 +213,16 @@ def test_chunked_logprobs_equal_plain_autograd(monkeypatch, positions, rows, fro
         assert plain.norm() > 0 and relative(ours, plain) < 1e-5
 
 
-def test_logprobs_of_nothing_have_a_gradient_of_zero():
-    hidden, weight, targets, temperature = head_case(0)
+def test_logprobs_of_no_targets_have_zero_gradients():
+    hidden, weight, targets, temperature = head_inputs(0)
     found = TokenLogprobs.apply(hidden, weight, targets, temperature, True)
     found.sum().backward()
     assert found.shape == (0,) and hidden.grad.shape == (0, 24) and torch.equal(weight.grad, torch.zeros_like(weight))
 
 
-def test_bfloat16_logprobs_are_those_of_float32_unless_the_logits_are_rounded(monkeypatch):
+def test_bfloat16_logprobs_equal_float32_unless_the_logits_are_rounded(monkeypatch):
     monkeypatch.setattr(model_file, "LOGIT_CHUNK_BYTES", 2 * 4 * VOCABULARY)
-    hidden, weight, targets, temperature = head_case(600, torch.bfloat16)
+    hidden, weight, targets, temperature = head_inputs(600, torch.bfloat16)
     wanted = whole_logprobs(hidden.float(), weight.float(), targets, temperature)
     of_hidden, of_weight = torch.autograd.grad(wanted.sum(), [hidden, weight])
     exact = TokenLogprobs.apply(hidden, weight, targets, temperature, True)
@@ -230,17 +230,17 @@ def test_bfloat16_logprobs_are_those_of_float32_unless_the_logits_are_rounded(mo
     assert exact.dtype == torch.float32 and difference(exact, wanted) < 1e-4 < 1e-2 < difference(rounded, wanted)
     ours = torch.autograd.grad(exact.sum(), [hidden, weight])
     assert relative(ours[0], of_hidden) < 5e-3
-    assert relative(ours[1], of_weight) < 5e-3  # 300 chunks added in bfloat16 would be several times as far off
+    assert relative(ours[1], of_weight) < 5e-3  # a bfloat16 sum of 300 chunks would be several times further off
     weight.requires_grad_(False)
     frozen = TokenLogprobs.apply(hidden, weight, targets, temperature, True)
     assert torch.equal(frozen, exact) and relative(torch.autograd.grad(frozen.sum(), hidden)[0], of_hidden) < 5e-3
 
 
 @pytest.mark.parametrize("float32_head", [True, False])
-def test_sampler_and_trainer_read_the_same_bfloat16_logits(checkpoint, float32_head):
+def test_sampler_and_trainer_use_the_same_bfloat16_logits(checkpoint, float32_head):
     model = load(checkpoint(), dtype=torch.bfloat16)
     model.float32_head = float32_head
-    tokens, lengths, predict, targets, temperature = scored()
+    tokens, lengths, predict, targets, temperature = scoring_batch()
     with torch.no_grad():
         logits = model.logits(model.hidden(tokens, Packed(lengths)).index_select(0, predict))
         assert logits.dtype == (torch.float32 if float32_head else torch.bfloat16)
@@ -250,7 +250,7 @@ def test_sampler_and_trainer_read_the_same_bfloat16_logits(checkpoint, float32_h
 
 def test_recompute_gives_the_same_gradients_and_runs_each_layer_again(checkpoint):
     model = load(checkpoint())
-    batch = scored()
+    batch = scoring_batch()
     calls = Counter()
     model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.update(forwards=1))
     plain = gradients(model, model(batch[0], Packed(batch[1]), *batch[2:]))
@@ -271,14 +271,14 @@ def fresh(seed: int) -> Transformer:
     return model
 
 
-def test_initialise_is_fixed_by_its_seed():
+def test_initialise_depends_on_its_seed_alone():
     one, same, other = fresh(1), fresh(1), fresh(2)
     for (name, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert name.endswith("norm.weight") or not torch.equal(a, c)
 
 
-def test_initialise_neither_reads_nor_moves_the_global_generator():
+def test_initialise_neither_reads_nor_advances_the_global_generator():
     one = fresh(1)
     torch.manual_seed(99)
     before = torch.get_rng_state()
@@ -289,7 +289,7 @@ def test_initialise_neither_reads_nor_moves_the_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_fresh_weights_have_the_stated_widths_and_predict_nearly_uniformly():
+def test_fresh_weights_have_the_documented_std_and_predict_nearly_uniformly():
     model = fresh(1)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     assert parameters["model.layers.0.mlp.up_proj.weight"].std().item() == pytest.approx(0.02, rel=0.1)
@@ -307,7 +307,7 @@ def export(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_command_line_exports_a_checkpoint_whose_config_carries_the_scaling(checkpoint, tmp_path):
+def test_command_line_exports_a_config_with_the_scaling(checkpoint, tmp_path):
     folder = checkpoint("qwen2", False)
     done = export(folder, tmp_path / "out", "--yarn", 1.5, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
@@ -316,44 +316,44 @@ def test_command_line_exports_a_checkpoint_whose_config_carries_the_scaling(chec
     expected = {"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": WINDOW, "attention_factor": 1.0}
     assert expected.items() <= config["rope_scaling"].items() and expected.items() <= config["rope_parameters"].items()
     tokens = random_tokens(380)
-    by_hand = load(folder)
-    by_hand.set_rope(extend_window(by_hand.config, 1.5).rope)
-    assert difference(our_logits(by_hand, tokens), their_logits(tmp_path / "out", tokens)) < 2e-5
-    assert torch.equal(our_logits(by_hand, tokens), our_logits(load(tmp_path / "out"), tokens))
+    expected_model = load(folder)
+    expected_model.set_rope(extend_window(expected_model.config, 1.5).rope)
+    assert difference(our_logits(expected_model, tokens), their_logits(tmp_path / "out", tokens)) < 2e-5
+    assert torch.equal(our_logits(expected_model, tokens), our_logits(load(tmp_path / "out"), tokens))
     plain = our_logits(load(folder), tokens)
-    assert difference(our_logits(by_hand, tokens), plain) > 0.01
+    assert difference(our_logits(expected_model, tokens), plain) > 0.01
 
 
 def test_command_line_errors_are_one_sentence_and_nothing_is_written(checkpoint, tmp_path):
-    """One process for each would cost seconds, so main runs here; the process above proves that main is reached."""
+    """Call main in this process, since a process for each case would take seconds."""
     folder, scaled, out = checkpoint(), checkpoint("qwen3", True, "yarn"), tmp_path / "out"
     (tmp_path / "taken").mkdir()
-    for arguments, said in [
+    for arguments, sentence in [
         ((tmp_path / "nowhere", out), "no such model folder"),
         ((tmp_path / "taken", out), "no config.json"),
         ((folder, tmp_path / "taken"), "exists already"),
         ((folder, out, "--yarn", 1.0), "must be above 1"),
         ((folder, out, "--yarn", 0), "must be above 1"),
-        ((scaled, out, "--yarn", 1.5), "already carries Yarn"),
+        ((scaled, out, "--yarn", 1.5), "already has Yarn"),
     ]:
         with pytest.raises(SystemExit) as stopped:
             model_file.main(export_arguments([*map(str, arguments)]))
         message = stopped.value.code
-        assert message.startswith("model.py: ") and said in message and "\n" not in message
+        assert message.startswith("model.py: ") and sentence in message and "\n" not in message
         assert [file.name for file in tmp_path.iterdir()] == ["taken"] and not list((tmp_path / "taken").iterdir())
 
 
-@pytest.mark.parametrize("mistake, status", [(["--help"], 0), (["MODEL", "OUT", "--yarn=much"], 2), (["MODEL"], 2)])
-def test_help_and_mistakes_are_answered_without_torch(mistake, status):
-    """Regression: they took as long as torch takes to import, seconds."""
-    command = [sys.executable, "-X", "importtime", str(ROOT / "model.py"), *mistake]
+@pytest.mark.parametrize("arguments, status", [(["--help"], 0), (["MODEL", "OUT", "--yarn=much"], 2), (["MODEL"], 2)])
+def test_help_and_usage_errors_do_not_import_torch(arguments, status):
+    """Regression: they took seconds, for the import of torch."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "model.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == status and "usage: model.py" in done.stdout + done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported and "torch" not in imported
 
 
-def test_extend_window_states_every_parameter(checkpoint):
+def test_extend_window_sets_every_parameter(checkpoint):
     extended = extend_window(read_config(checkpoint()), 1.5, original_window=128, attention_factor=1.1)
     assert extended.rope.scaling == Yarn(1.5, 128, 1.1, 32.0, 1.0)
     assert extended.max_position_embeddings == 192

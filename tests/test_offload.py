@@ -24,13 +24,13 @@ SETTINGS = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
 @pytest.fixture(scope="module")
-def here():
+def processes():
     yield distributed.start()
     distributed.stop()
 
 
 def tiny(mesh=None, seed=0):
-    """Three layers with weights wide enough that every gradient is far from zero."""
+    """Build a model of three layers with weights so large that no gradient is near zero."""
     model = models.Transformer(models.parse_config(SOURCE))
     models.initialise(model, seed)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def tiny(mesh=None, seed=0):
 def learn(model, optimizer, steps, first=0):
     tokens = torch.arange(19) % 23
     for step in range(first, first + steps):
-        for group in optimizer.param_groups:  # as train.py sets it
+        for group in optimizer.param_groups:  # as in train.py
             group["lr"] = 0.02 / (step + 1)
         logprobs = model(tokens, models.Packed([12, 7]), torch.arange(11), tokens[1:12])
         (-logprobs).mean().backward()
@@ -57,7 +57,7 @@ def whole(tensor):
 
 
 def everything(model, optimizer):
-    """Weights and moments, in the order of parameters."""
+    """Return weights and moments, in the order of parameters."""
     moments = [value for parameter in model.parameters() for value in optimizer.state[parameter].values()]
     return [whole(tensor) for tensor in [*model.parameters(), *moments]]
 
@@ -67,11 +67,11 @@ def everything(model, optimizer):
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("bucket", [2**26, 7])
-def test_moments_at_home_step_as_torchs_adamw(here, monkeypatch, sharded, bucket):
+def test_host_adamw_steps_as_torchs_adamw(processes, monkeypatch, sharded, bucket):
     monkeypatch.setattr(offloading, "BUCKET_VALUES", bucket)
     found = []
     for kind in (torch.optim.AdamW, HostAdamW):
-        model = tiny(here.mesh if sharded else None)
+        model = tiny(processes.mesh if sharded else None)
         optimizer = kind(model.parameters(), **SETTINGS)
         learn(model, optimizer, 5)
         found.append(everything(model, optimizer))
@@ -79,37 +79,37 @@ def test_moments_at_home_step_as_torchs_adamw(here, monkeypatch, sharded, bucket
     for expected, mine in zip(*found, strict=True):
         if bucket == 2**26:
             assert torch.equal(expected, mine)
-        else:  # the last few values of a bucket are not vectorised, and round otherwise
+        else:  # the last values of a bucket are not vectorised, and round differently
             torch.testing.assert_close(expected, mine, rtol=1e-6, atol=1e-7)
 
 
-KINDS = {"torch": torch.optim.AdamW, "home": HostAdamW}
+KINDS = {"torch": torch.optim.AdamW, "host": HostAdamW}
 
 
 @pytest.mark.parametrize("before", KINDS)
 @pytest.mark.parametrize("after", KINDS)
-def test_a_run_resumes_bit_for_bit_with_the_switch_either_way(here, tmp_path, before, after):
-    model = tiny(here.mesh)
+def test_a_run_resumes_bit_for_bit_with_either_optimizer(processes, tmp_path, before, after):
+    model = tiny(processes.mesh)
     optimizer = KINDS[before](model.parameters(), **SETTINGS)
     learn(model, optimizer, 3)
-    folder = save_checkpoint(tmp_path, model, optimizer, RunState(step=3), here, 1)
+    folder = save_checkpoint(tmp_path, model, optimizer, RunState(step=3), processes, 1)
     learn(model, optimizer, 2, first=3)
-    resumed = tiny(here.mesh, seed=1)
+    resumed = tiny(processes.mesh, seed=1)
     other = KINDS[after](resumed.parameters(), **SETTINGS)
-    load_weights_and_optimizer(folder, resumed, other, here)
+    load_weights_and_optimizer(folder, resumed, other, processes)
     learn(resumed, other, 2, first=3)
     found, expected = everything(resumed, other), everything(model, optimizer)
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
-def test_without_a_device_state_dicts_go_both_ways():
+def test_a_state_dict_is_loaded_as_a_copy():
     model = tiny()
     optimizer = HostAdamW(model.parameters(), **SETTINGS)
     learn(model, optimizer, 2)
     copy = tiny()
     other = HostAdamW(copy.parameters(), **SETTINGS)
     other.load_state_dict(optimizer.state_dict())
-    learn(model, optimizer, 1)  # what was loaded is a copy, not the same memory
+    learn(model, optimizer, 1)  # the loaded state must be a copy
     copy.load_state_dict(tiny().state_dict())
     moments = [s["exp_avg"] for s in other.state.values()]
     assert len(moments) == len(list(copy.parameters()))
@@ -119,36 +119,38 @@ def test_without_a_device_state_dicts_go_both_ways():
 def in_two_processes(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    here = distributed.Processes(torch.device("cpu"), torch.float32, rank, 2, init_device_mesh("cpu", (2,)), dist.group.WORLD)
+    processes = distributed.Processes(
+        torch.device("cpu"), torch.float32, rank, 2, init_device_mesh("cpu", (2,)), dist.group.WORLD
+    )
     results = []
     for kind in KINDS.values():
-        model = tiny(here.mesh)
+        model = tiny(processes.mesh)
         optimizer = kind(model.parameters(), **SETTINGS)
         learn(model, optimizer, 3)
         results.append(everything(model, optimizer))
     assert all(map(torch.equal, *results))
-    save_checkpoint(folder, model, optimizer, RunState(step=3), here, 1)
+    save_checkpoint(folder, model, optimizer, RunState(step=3), processes, 1)
     if rank == 0:
         torch.save(results[0], folder / "expected.pt")
     dist.destroy_process_group()
 
 
-def test_moments_of_two_processes_are_one_checkpoint(here, tmp_path):
+def test_two_processes_save_their_moments_in_one_checkpoint(processes, tmp_path):
     # the head size 6 and the vocabulary 23 do not divide by two: shards of unequal size
     in_processes(in_two_processes, tmp_path)
-    model = tiny(here.mesh, seed=1)
+    model = tiny(processes.mesh, seed=1)
     optimizer = HostAdamW(model.parameters(), **SETTINGS)
-    load_weights_and_optimizer(tmp_path / "checkpoints/step-3", model, optimizer, here)
+    load_weights_and_optimizer(tmp_path / "checkpoints/step-3", model, optimizer, processes)
     expected = torch.load(tmp_path / "expected.pt")
     assert all(map(torch.equal, everything(model, optimizer), expected))
 
 
-class Journeys(TorchDispatchMode):
-    """Watches what travels between the CPU and a device that computes nothing (meta); a copy back is only counted."""
+class Copies(TorchDispatchMode):
+    """Track copies from the CPU to the meta device, which computes nothing, and count copies back."""
 
     def __init__(self):
         super().__init__()
-        self.visitors, self.most, self.returned = [], 0, 0
+        self.copies, self.most, self.returned = [], 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
@@ -157,36 +159,36 @@ class Journeys(TorchDispatchMode):
         result = function(*args, **kwargs or {})
         if function is torch.ops.aten._to_copy.default:
             assert args[0].device.type == "cpu" and result.is_meta
-            self.visitors.append(weakref.ref(result))
-            here = [visitor() for visitor in self.visitors]
-            self.most = max(self.most, sum(tensor.numel() for tensor in here if tensor is not None))
+            self.copies.append(weakref.ref(result))
+            alive = [reference() for reference in self.copies]
+            self.most = max(self.most, sum(tensor.numel() for tensor in alive if tensor is not None))
         return result
 
 
-def test_moments_live_on_the_cpu_and_few_visit_the_device_at_once(monkeypatch):
+def test_moments_are_on_the_cpu_and_few_at_a_time_on_the_device(monkeypatch):
     monkeypatch.setattr(offloading, "BUCKET_VALUES", 50)
     weights = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in [(20, 13), (7,), (101,)]]
     optimizer = HostAdamW(weights, **SETTINGS)
     for weight in weights:
         weight.grad = torch.empty_like(weight)
-    with Journeys() as journeys:
+    with Copies() as copies:
         optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in offloading.MOMENTS]
     assert len(moments) == 6 and all(moment.device.type == "cpu" for moment in moments)
-    assert journeys.returned == sum(moment.numel() for moment in moments) == 2 * 368
-    assert journeys.most <= 2 * 2 * 50
+    assert copies.returned == sum(moment.numel() for moment in moments) == 2 * 368
+    assert copies.most <= 2 * 2 * 50
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_moments_are_pinned_and_take_no_device_memory():
     weights = [torch.nn.Parameter(torch.randn(4096, 4096, device="cuda")) for _ in range(4)]
-    plain, home = torch.optim.AdamW(weights, foreach=False), HostAdamW(weights)
+    plain, host = torch.optim.AdamW(weights, foreach=False), HostAdamW(weights)
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     start, held = [weight.detach().clone() for weight in weights], torch.cuda.memory_allocated()
-    home.step()
+    host.step()
     assert torch.cuda.memory_allocated() == held
-    assert all(state["exp_avg"].is_pinned() for state in home.state.values())
+    assert all(state["exp_avg"].is_pinned() for state in host.state.values())
     found = [weight.detach().clone() for weight in weights]
     for weight, first in zip(weights, start, strict=True):
         weight.data.copy_(first)
@@ -226,7 +228,7 @@ def test_offloaded_inputs_give_the_same_gradients(device, frozen, backwards):
     found = []
     for recompute, offload in [(False, False), (True, False), (True, True)]:
         model = prepared(tiny().to(device), recompute, offload)
-        if frozen:  # as with LoRA: the first layer's input needs no gradient
+        if frozen:  # as with LoRA, where the first layer's input needs no gradient
             model.model.embed_tokens.weight.requires_grad_(False)
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
             found.append(gradients_of_trainable(model, backwards))
@@ -244,8 +246,8 @@ def gradients_of_trainable(model, backwards):
     return gradients(model, backwards=backwards)
 
 
-def test_offloaded_inputs_of_a_sharded_model(here):
-    expected, found = (gradients(prepared(tiny(here.mesh), True, offload)) for offload in (False, True))
+def test_offloaded_inputs_of_a_sharded_model(processes):
+    expected, found = (gradients(prepared(tiny(processes.mesh), True, offload)) for offload in (False, True))
     assert all(map(torch.equal, expected, found))
 
 
@@ -266,4 +268,4 @@ def test_no_layer_input_stays_on_the_device(monkeypatch):
         logprobs.sum().backward()
         assert all(reference.expired() for reference in seen)
     assert alive == {False: [True] * 3, True: [False] * 3}
-    assert moved == [(15, 16)] * 3  # nothing else travels
+    assert moved == [(15, 16)] * 3  # nothing else is moved

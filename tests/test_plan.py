@@ -16,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import rollout
 from bench.sampler import Case, roofline_seconds
+from engine.adapter import initialise_lora
 from engine.batches import TrainingSequence
 from grpo import PolicyLoss, optimizer_step
 from lab import machine as cards
 from lab import plan
 from lab.plan_memory import GIB, Sampling, Shape, Update, plan_stages, sampling_moment
 from lab.recipe import RecipeError, load_recipe
-from model import ModelError, Transformer, initialise_lora, parse_config
+from model import ModelError, Transformer, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 specification = importlib.util.spec_from_file_location("bench_plan", ROOT / "bench" / "plan.py")

@@ -1,4 +1,4 @@
-"""FSDP2, on one rank and on two, changes no number: training, sampling, saving, loading."""
+"""FSDP2 on one rank and on two changes no number: training, sampling, saving, loading."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import in_processes
-from test_model import difference, gradients, our_logits, scored
+from test_model import difference, gradients, our_logits, scoring_batch
 from torch.distributed.device_mesh import init_device_mesh
 
 from engine.sharding import gathered, shard
@@ -15,30 +15,30 @@ from model import Packed, Transformer, load, load_weights, read_config, save
 
 @pytest.fixture
 def mesh(tmp_path):
-    """One gloo process."""
+    """A device mesh of one gloo process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
 
 def check_sharded(folder: Path, out: Path, mesh) -> None:
-    """What must hold on any number of processes; each of them calls it with the same batch."""
-    batch = scored()
-    whole = load(folder)
+    """Compare with the unsharded model. Every rank calls it with the same batch."""
+    batch = scoring_batch()
+    unsharded = load(folder)
     with torch.no_grad():
-        logits = our_logits(whole, batch[0][:30])
-    expected = gradients(whole, whole(batch[0], Packed(batch[1]), *batch[2:]))
+        logits = our_logits(unsharded, batch[0][:30])
+    expected = gradients(unsharded, unsharded(batch[0], Packed(batch[1]), *batch[2:]))
 
     model = load(folder)
     shard(model, mesh, torch.float32)
-    names = dict(whole.named_parameters()).keys()
+    names = dict(unsharded.named_parameters()).keys()
     assert dict(model.named_parameters()).keys() == names
     for _ in range(2):  # train, sample, train again
         ours = gradients(model, model(batch[0], Packed(batch[1]), *batch[2:]))
         for name in names:
             assert difference(ours[name].full_tensor(), expected[name]) < 1e-4 * max(1, expected[name].abs().max())
         with gathered(model):
-            for _ in range(1 + 3 * mesh.get_rank()):  # no collective: the ranks may decode different numbers of steps
+            for _ in range(1 + 3 * mesh.get_rank()):  # no collective: ranks may decode different numbers of steps
                 assert difference(our_logits(model, batch[0][:30]), logits) < 1e-5
             assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
@@ -47,7 +47,7 @@ def check_sharded(folder: Path, out: Path, mesh) -> None:
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     with gathered(model):
         after = our_logits(model, batch[0][:30])
-    assert difference(after, logits) > 1e-3  # sampling sees the weights that were just trained
+    assert difference(after, logits) > 1e-3  # sampling uses the updated weights
     save(model, out)
     dist.barrier()
     assert difference(our_logits(load(out), batch[0][:30]), after) < 1e-5
@@ -78,9 +78,9 @@ def test_sharded_model_in_two_processes_is_the_same_model(checkpoint, tmp_path):
 
 
 def test_recompute_and_sharding_together_give_the_same_gradients(checkpoint, mesh):
-    batch = scored()
-    whole = load(checkpoint())
-    expected = gradients(whole, whole(batch[0], Packed(batch[1]), *batch[2:]))
+    batch = scoring_batch()
+    unsharded = load(checkpoint())
+    expected = gradients(unsharded, unsharded(batch[0], Packed(batch[1]), *batch[2:]))
     model = load(checkpoint())
     for layer in model.model.layers:
         layer.recompute = True
@@ -99,15 +99,15 @@ def test_weights_are_sharded_again_when_sampling_fails(checkpoint, mesh):
 
 
 def test_sharding_in_bfloat16_does_not_round_the_temperature(checkpoint, mesh):
-    # guards a silent mismatch: FSDP would cast float32 inputs, and 1.45 would be scored as 1.453
-    tokens, lengths, predict, targets, _ = scored()
+    # FSDP would cast float32 inputs: 1.45 would silently become 1.453
+    tokens, lengths, predict, targets, _ = scoring_batch()
     plain = load(checkpoint(), dtype=torch.bfloat16)
     sharded = load(checkpoint())
     shard(sharded, mesh, torch.bfloat16)
     with torch.no_grad():
         wanted = plain(tokens, Packed(lengths), predict, targets, 1.45)
         rounded = plain(tokens, Packed(lengths), predict, targets, 1.453125)
-    temperature = torch.full((len(targets),), 1.45)  # as training passes it; only tensors would be cast
+    temperature = torch.full((len(targets),), 1.45)  # a tensor, as in training: FSDP casts no Python numbers
     found = sharded(tokens, Packed(lengths), predict, targets, temperature).detach()
     assert (wanted - rounded).abs().max() > 1e-4
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)

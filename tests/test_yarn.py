@@ -1,4 +1,4 @@
-"""Rotary frequencies equal transformers' and a hand computation, and the attention_factor trap is closed."""
+"""Rotary frequencies equal transformers' and a second implementation; configs of YaRN are read without surprises."""
 
 import json
 import math
@@ -26,7 +26,7 @@ YARN = {"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 
 
 
 def transformers_rotary(config_keys: dict, family: str = "qwen3", head_dim: int = 128):
-    """transformers' own rotary embedding, given the keys of a config.json."""
+    """Build transformers' rotary embedding from the keys of a config.json."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
@@ -58,8 +58,8 @@ def test_cos_and_sin_equal_transformers_at_every_position_to_131072(name):
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("name", ROPES)
 @pytest.mark.parametrize("style", ["old", "new", "both"])
-def test_exported_config_makes_transformers_compute_the_very_same(name, family, style):
-    """Regression: frequencies one bit off turned by 1e-4 radians too much at position 100,000."""
+def test_exported_config_gives_the_same_frequencies_in_transformers(name, family, style):
+    """Regression: frequencies one bit off gave angles 1e-4 radians off at position 100,000."""
     rope = ROPES[name]
     keys = rope_to_config(rope)
     dropped = {"old": ["rope_parameters"], "new": ["rope_scaling", "rope_theta"], "both": []}[style]
@@ -68,14 +68,14 @@ def test_exported_config_makes_transformers_compute_the_very_same(name, family, 
     assert reference.attention_scaling == attention_factor(rope)
 
 
-def ramp_by_hand(theta, head_dim, original, beta_fast, beta_slow):
-    """The reference ramp in Python floats, by search instead of logarithms: pairs ordered from fast to slow."""
+def reference_ramp(theta, head_dim, original, beta_fast, beta_slow):
+    """Compute the ramp in Python floats, by search instead of logarithms; pairs from fast to slow."""
 
     def rotations(pair: float) -> float:
         return original * theta ** (-2 * pair / head_dim) / (2 * math.pi)
 
     pairs = range(head_dim)
-    low = max((i for i in pairs if rotations(i) >= beta_fast), default=0)  # the last that turns often enough
+    low = max((i for i in pairs if rotations(i) >= beta_fast), default=0)  # the slowest with enough rotations
     high = min((i for i in pairs if rotations(i) <= beta_slow), default=head_dim - 1)
     ramp = []
     for i in range(head_dim // 2):
@@ -92,23 +92,23 @@ def ramp_by_hand(theta, head_dim, original, beta_fast, beta_slow):
     "theta, head_dim, original, beta_fast, beta_slow",
     [(1e6, 128, 65_536, 32, 1), (1e6, 128, 40_960, 32, 1), (1e4, 64, 2_048, 32, 1), (1e5, 64, 4_096, 16, 0.5)],
 )
-def test_ramp_equals_the_hand_computation(theta, head_dim, original, beta_fast, beta_slow):
+def test_ramp_equals_the_reference(theta, head_dim, original, beta_fast, beta_slow):
     ramp = yarn_ramp(theta, head_dim, original, beta_fast, beta_slow)
-    by_hand = ramp_by_hand(theta, head_dim, original, beta_fast, beta_slow)
-    assert ramp.tolist() == pytest.approx(by_hand, abs=1e-6)
-    assert 0 in by_hand and 1 in by_hand and any(0 < x < 1 for x in by_hand)
+    expected = reference_ramp(theta, head_dim, original, beta_fast, beta_slow)
+    assert ramp.tolist() == pytest.approx(expected, abs=1e-6)
+    assert 0 in expected and 1 in expected and any(0 < x < 1 for x in expected)
 
 
-def test_yarn_frequencies_equal_the_hand_computation():
+def test_yarn_frequencies_equal_the_reference():
     rope = ROPES["polaris"]
-    ramp = ramp_by_hand(1e6, 128, 65_536, 32, 1)
+    ramp = reference_ramp(1e6, 128, 65_536, 32, 1)
     plain = [1e6 ** (-2 * i / 128) for i in range(64)]
-    by_hand = [p / 1.5 * r + p * (1 - r) for p, r in zip(plain, ramp, strict=True)]
-    assert frequencies(rope).tolist() == pytest.approx(by_hand, rel=1e-6)
+    expected = [p / 1.5 * r + p * (1 - r) for p, r in zip(plain, ramp, strict=True)]
+    assert frequencies(rope).tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_ramp_of_the_polaris_setting_in_numbers():
-    """Worked out on paper: pair_index(32) = 26.83 -> 26, pair_index(1) = 42.88 -> 43 (theta 1e6, d 128, 65,536)."""
+def test_ramp_of_the_polaris_setting():
+    """pair_index(32) = 26.83 -> 26, pair_index(1) = 42.88 -> 43 (theta 1e6, d 128, 65,536)."""
     ramp = yarn_ramp(1e6, 128, 65_536, 32, 1)
     assert ramp[26] == 0 and ramp[43] == 1
     assert ramp[27:43].tolist() == pytest.approx([i / 17 for i in range(1, 17)])
@@ -118,22 +118,22 @@ def test_ramp_without_a_pair_between_the_betas_is_a_step():
     assert set(yarn_ramp(1e4, 2, 16, 32, 1).tolist()) <= {0.0, 1.0}
 
 
-def test_llama3_frequencies_equal_the_hand_computation():
-    by_hand = []
+def test_llama3_frequencies_equal_the_reference():
+    expected = []
     for i in range(32):
         plain = 5e5 ** (-2 * i / 64)
         wavelength = 2 * math.pi / plain
         if wavelength < 8_192 / 4:
-            by_hand.append(plain)
+            expected.append(plain)
         elif wavelength > 8_192 / 1:
-            by_hand.append(plain / 32)
+            expected.append(plain / 32)
         else:
             smooth = (8_192 / wavelength - 1) / (4 - 1)
-            by_hand.append((1 - smooth) * plain / 32 + smooth * plain)
-    assert frequencies(ROPES["llama 3.2"]).tolist() == pytest.approx(by_hand, rel=1e-5)
+            expected.append((1 - smooth) * plain / 32 + smooth * plain)
+    assert frequencies(ROPES["llama 3.2"]).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_rotate_turns_each_pair_by_its_angle():
+def test_rotate_rotates_each_pair_by_its_angle():
     x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
     angle = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)) * 6
     turned = rotate(x, angle.cos(), angle.sin())
@@ -141,7 +141,7 @@ def test_rotate_turns_each_pair_by_its_angle():
     assert torch.allclose(turned, torch.cat((as_complex.real, as_complex.imag), -1), atol=1e-6)
 
 
-def test_angles_are_float32_so_that_neighbours_stay_apart_at_position_40000():
+def test_angles_are_float32_and_distinguish_positions_40000_and_40001():
     cos, _ = rotation(frequencies(ROPES["plain qwen3"]), torch.tensor([40_000, 40_001]))
     assert cos.dtype == torch.float32 and abs(cos[0, 0] - cos[1, 0]) > 0.1
 
@@ -161,12 +161,12 @@ def test_yarn_defaults_to_attention_temperature_off():
     assert Yarn(1.5, 65_536).attention_factor == 1.0
 
 
-def test_attn_factor_alone_is_read_as_attention_factor_and_says_so():
+def test_attn_factor_alone_is_read_as_attention_factor_with_a_note():
     published = {"rope_type": "yarn", "attn_factor": 1.0, "factor": 1.5}
     rope, notes = rope_from_config({"max_position_embeddings": 65_536, "rope_scaling": published}, 128)
     assert rope.scaling == Yarn(1.5, 65_536, attention_factor=1.0)
     assert len(notes) == 1 and "attn_factor" in notes[0] and "1.0405" in notes[0]
-    # what transformers makes of the same keys, which is why the note is shown
+    # transformers reads the same keys differently, which is why the note is shown
     theirs = transformers_rotary({"max_position_embeddings": 65_536, "rope_scaling": published})
     assert theirs.attention_scaling == pytest.approx(1.0405, abs=1e-4)
 
@@ -178,7 +178,7 @@ def test_attention_factor_wins_over_attn_factor():
 
 
 @pytest.mark.parametrize("factor, expected", [(1.5, 0.1 * math.log(1.5) + 1), (4.0, 0.1 * math.log(4) + 1), (1.0, 1.0)])
-def test_without_either_key_the_papers_value_is_applied_and_says_so(factor, expected):
+def test_without_either_key_the_papers_value_is_applied_with_a_note(factor, expected):
     rope, notes = rope_from_config({"rope_scaling": YARN | {"factor": factor}}, 128)
     assert rope.scaling.attention_factor == pytest.approx(expected)
     assert transformers_rotary({"rope_scaling": YARN | {"factor": factor}}).attention_scaling == pytest.approx(expected)
@@ -226,7 +226,7 @@ def test_round_trip_through_old_and_new_keys(name, dropped):
 
 
 @pytest.mark.parametrize(
-    "config, said",
+    "config, sentence",
     [
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
@@ -242,14 +242,14 @@ def test_round_trip_through_old_and_new_keys(name, dropped):
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
     ],
 )  # fmt: skip
-def test_what_is_not_computed_is_refused_with_a_sentence(config, said):
+def test_unsupported_rope_configs_are_refused(config, sentence):
     with pytest.raises(ModelError, match="^[^\n]+$") as error:
         rope_from_config(config, 64)
-    assert said in str(error.value)
+    assert sentence in str(error.value)
 
 
-def test_scaling_added_beside_new_style_parameters_is_not_silently_ignored():
-    """Regression: rope_parameters hid a rope_scaling that a user had added by hand; transformers prefers the latter."""
+def test_rope_scaling_next_to_rope_parameters_is_not_silently_ignored():
+    """Regression: rope_parameters hid a rope_scaling that a user had added; transformers prefers the latter."""
     config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN}
     with pytest.raises(ModelError, match="disagree about rope_type"):
         rope_from_config(config, 128)
