@@ -196,8 +196,8 @@ def test_a_small_cache_is_slower_and_the_longest_response_bounds_the_time():
 def test_the_published_cost_of_the_4b_is_reproduced():
     """Published: 700 steps, 10 days of RL on 32 H800 (memory and rates of an H100), without pass rates.
 
-    With the default assumptions, 40% of both rates and responses of 40% of the limit, the plan gives 10.5 days. It stays
-    within a factor of 2 at 25% to 60% of the rates, and at means of 30% to 60% of the first limit.
+    With the default assumptions, 40% of both rates and responses of 40% of the limit, the plan gives 10.5 days. It
+    stays within a factor of 2 at 25% to 60% of the rates, and at means of 30% to 60% of the first limit.
     """
     recipe = load_recipe(ROOT / "recipes" / "polaris-4b.toml")
     shape, _ = plan.find_shape(recipe.model)
