@@ -301,7 +301,7 @@ def cost_table(found: list[Job], machine: Machine) -> list[str]:
         line += cell(sampling.flops / 1e15, 11) + cell(update.flops / 1e15, 10)
         for hours, width in ((sampling.seconds / 3600, 12), (update.seconds / 3600, 9), (job.hours, 10)):
             line += cell(hours, width, 2 if hours < 100 else 0)
-        lines.append(line)
+        lines.append(line.rstrip())
     return lines
 
 

@@ -382,13 +382,13 @@ def test_a_model_that_cannot_be_planned_is_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--gpus", "0"], "--gpus 0: it must be above 0"),
-        (["--device", "big"], "--device big: write the memory of one card, such as 24GB"),
-        (["--device", "0GB"], "--device 0GB: write the memory"),
-        (["--utilisation", "40"], "--utilisation 40: it must be above 0 and at most 1"),
-        (["--tflops", "nan"], "--tflops nan: it must be above 0"),
-        (["--price-per-hour", "-1"], "--price-per-hour -1: it must be above 0"),
-        (["--response-tokens", "-5"], "--response-tokens -5: it must be above 0 and finite"),
+        (["--gpus", "0"], "--gpus 0: must be above 0"),
+        (["--device", "big"], "--device big: give the memory of one card, such as 24GB"),
+        (["--device", "0GB"], "--device 0GB: give the memory"),
+        (["--utilisation", "40"], "--utilisation 40: must be above 0 and at most 1"),
+        (["--tflops", "nan"], "--tflops nan: must be above 0"),
+        (["--price-per-hour", "-1"], "--price-per-hour -1: must be above 0"),
+        (["--response-tokens", "-5"], "--response-tokens -5: must be above 0 and finite"),
     ],
 )
 def test_invalid_machine_options_are_one_sentence(options, message):
