@@ -19,14 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from engine.files import write_atomically
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)  # Okabe and Ito: safe for colour-blind readers
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito, for any colour vision
 GREY = "#636c76"
 STYLE = Path(__file__).with_name("charts.mplstyle")
 WIDTH, HEIGHT = 302, 205  # of a chart, in points

@@ -66,7 +66,7 @@ def percent(value: float | None) -> str:
 
 def spread(low: float | None, high: float | None) -> str:
     """Format an interval in percent."""
-    return "-" if low is None or high is None else f"{percent(low)} to {percent(high)}"
+    return "-" if low is None else f"{percent(low)} to {percent(high)}"
 
 
 def k_table(found: Evaluation) -> list[list[str]]:
@@ -148,8 +148,10 @@ def summary_table(found: Evaluation) -> list[list[str]]:
 
 def group_table(title: str, groups: dict[str, GroupAccuracy]) -> list[list[str]]:
     """Tabulate accuracy by label."""
-    rows = [[label, percent(g.avg), spread(g.low, g.high), f"{g.problems:,}"] for label, g in groups.items()]
-    return [[title, "accuracy", "95%", "problems"], *rows]
+    rows = [[title, "accuracy", "95%", "problems"]]
+    for label, group in groups.items():
+        rows.append([label, percent(group.avg), spread(group.low, group.high), f"{group.problems:,}"])
+    return rows
 
 
 def accuracy_chart(title: str, x_label: str, caption: str, lines: dict[str, list[tuple]]) -> Drawn:

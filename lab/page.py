@@ -50,16 +50,12 @@ CHARTS = [
     Chart("Temperature", "temperature", "level", "In the sampler and in the loss; raised from stage to stage."),
     Chart("Entropy", "entropy", "amount", "Nats per sampled token at the sampling temperature."),
     Chart("Groups without a signal", "solve_none solve_all zero_variance", "groups", "Share of the batch, as sampled."),
-    Chart(
-        "Rescued and substituted", "rescued substituted", "amount", "Groups per step in which responses were replaced."
-    ),
+    Chart("Rescued and substituted", "rescued substituted", "amount", "Groups per step with replaced responses."),
     Chart("Groups at a glance", "solve_none solve_all rescued substituted", "groups", "Shares of the batch."),
     Chart("Sampler-trainer mismatch", "logprob_diff_mean logprob_diff_max", "log", "Per token."),
     Chart("RL loss", "loss", "amount", "Near 0 on policy in value, not in gradient: a group's advantages sum to 0."),
     Chart("Gradient norm", "grad_norm", "log", "Before clipping. Log axis.", "steps"),
-    Chart(
-        "Importance ratio", "ratio_mean rescued_ratio_mean", "level", "1 on policy; rescued rollouts are off policy."
-    ),
+    Chart("Importance ratio", "ratio_mean rescued_ratio_mean", "level", "1 on policy; rescued rollouts are off."),
     Chart("Tokens per second", "sample_tokens_per_s update_tokens_per_s tokens_per_s", "log", "By phase.", "steps"),
     Chart("Seconds by phase", "seconds_sample seconds_grade seconds_update", "amount", "Per step."),
 ]
@@ -237,7 +233,6 @@ def write_report(folder: Path) -> Path:
 
     Needs metrics.jsonl; rollouts.jsonl and recipe.toml may be missing, and any key of a row but kind, step and stage.
     Raises FileNotFoundError without metrics.jsonl, MetricsError (file and line) at a broken line."""
-    folder = Path(folder)
     rows = read_metrics(folder)
     recipe_text = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").exists() else ""
     recipe, stages = tomllib.loads(recipe_text), _stages(rows)

@@ -35,10 +35,7 @@ PUBLISHED_KEYS = (
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
 
-PROBLEMS = {
-    "POLARIS-Project/Polaris-Dataset-53K": 53_000,
-    "HuggingFaceH4/aime_2024": 30,
-}  # for data not on this machine
+PROBLEMS = {"POLARIS-Project/Polaris-Dataset-53K": 53_000, "HuggingFaceH4/aime_2024": 30}  # for data that is not local
 PATIENCE_DAYS = 30  # a longer run is called impractical
 
 
@@ -245,17 +242,16 @@ def fit_recipe(shape: Shape, recipe: Recipe, machine: Machine) -> tuple[list[str
     """
     shortest, half = min(map(longest_sequence, recipe.stage)), recipe.final.max_response_tokens // 2
     settings = {
-        f"micro_batch_tokens={shortest}": {"micro_batch_tokens": shortest},
-        "recompute_activations=true": {"recompute_activations": True},
-        "offload_optimizer=true": {"offload_optimizer": True},
-        "offload_activations=true": {"offload_activations": True},
-        f"final.max_response_tokens={half}": {"final": replace(recipe.final, max_response_tokens=half)},
-        "lora.rank=32": {"lora": replace(recipe.lora, rank=32)},
+        f"micro_batch_tokens={shortest}": ("micro_batch_tokens", shortest),
+        "recompute_activations=true": ("recompute_activations", True),
+        "offload_optimizer=true": ("offload_optimizer", True),
+        "offload_activations=true": ("offload_activations", True),
+        f"final.max_response_tokens={half}": ("final", replace(recipe.final, max_response_tokens=half)),
+        "lora.rank=32": ("lora", replace(recipe.lora, rank=32)),
     }
 
     def apply(words: list[str]) -> Recipe:  # the cache gets the memory that the other settings leave
-        changes = {key: value for word in words for key, value in settings[word].items()}
-        return fit_cache(shape, replace(recipe, **changes), machine)
+        return fit_cache(shape, replace(recipe, **dict(settings[word] for word in words)), machine)
 
     def missing(words: list[str]) -> float:
         return excess(plan_stages(shape, apply(words), machine.gpus), machine)
@@ -333,16 +329,17 @@ def show_plan(recipe: Recipe, machine: Machine) -> bool:
         phase = "sampling" if sampling > update else f"the update, in {plan.moment}"
         line = f"  {verdict}: at most {max(sampling, update) / GIB:.1f} of {machine.memory_gib:g} GiB, in {phase}"
         print("", *memory_table(plan), line + f"; {plan.problem}" * bool(plan.problem), sep="\n")
-    fits, timed, assumption = not excess(plans, machine), recipe, ""
-    if not fits and (found := fit_recipe(shape, recipe, machine)):
-        words, timed = " and ".join(found[0]), found[1]
-        assumption = f", with {words}"
-        print(f"\nto make it fit: set {words}")
-    elif not fits:
-        assumption = ", as if it fitted"
+    fits = not excess(plans, machine)
+    found = None if fits else fit_recipe(shape, recipe, machine)
+    if fits:
+        print("\ntime and cost")
+    elif found:
+        words, recipe = " and ".join(found[0]), found[1]
+        print(f"\nto make it fit: set {words}\n\ntime and cost, with {words}")
+    else:
         print("\nno setting makes it fit: shorten the responses, use more cards or a smaller model")
-    print(f"\ntime and cost{assumption}")
-    show_cost(shape, timed, machine)
+        print("\ntime and cost, as if it fitted")
+    show_cost(shape, recipe, machine)
     return fits
 
 
@@ -354,9 +351,7 @@ def show_cost(shape: Shape, recipe: Recipe, machine: Machine) -> None:
         rates = f"{machine.tflops:g} TFLOP/s and {machine.bandwidth_gbs:g} GB/s"
         print(f"  assumed: {machine.utilisation:.0%} of {rates}{f' of an {machine.name}' * bool(machine.name)}")
     else:
-        print(
-            f"  rates of a card of {machine.memory_gib:g} GB are unknown: for hours give --tflops and --bandwidth-gbs"
-        )
+        print(f"  rates of a {machine.memory_gib:g} GB card are unknown: give --tflops and --bandwidth-gbs for hours")
     found = list(jobs(shape, recipe, machine))
     print(*cost_table(found, machine), sep="\n")
     tokens = sum(job.times * max(job.sampling.tokens, job.update.tokens) for job in found)
@@ -368,16 +363,12 @@ def show_cost(shape: Shape, recipe: Recipe, machine: Machine) -> None:
         return
     hours, gpus = sum(job.hours for job in found), machine.gpus
     price = machine.price_per_hour
-    cost = (
-        f"${hours * gpus * price:,.0f} at ${price:g} per card and hour"
-        if price
-        else "for the cost give --price-per-hour"
-    )
+    cost = f"${hours * gpus * price:,.0f} at ${price:g} per card and hour"
+    cost = cost if price else "give --price-per-hour for cost"
     print(f"  {hours:,.0f} hours ({hours / 24:,.1f} days) on {gpus} card{'s' * (gpus > 1)}; {cost}")
     if hours / 24 > PATIENCE_DAYS and any(isinstance(stage, RlStage) for stage in recipe.stage):
         slowest = max(job.hours / job.times for job in found if job.update.flops)
         doubled = sum(job.hours for job in jobs(shape, recipe, replace(machine, gpus=2 * gpus))) / 24
-        print(
-            f"  impractical: up to {slowest:,.1f} hours per step, and still {doubled:,.1f} days with --gpus {2 * gpus}"
-        )
+        limits = f"up to {slowest:,.1f} hours per step, and still {doubled:,.1f} days with --gpus {2 * gpus}"
+        print(f"  impractical: {limits}")
         print("  to shorten it: more cards, smaller batches, shorter responses, or a smaller model")

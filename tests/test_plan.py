@@ -258,10 +258,10 @@ def test_hours_and_cost_follow_the_options(capsys):
     longer = re.search(total, lines(capsys, consumer, response_tokens=8000)[1])
     assert float(longer[1].replace(",", "")) > 1.5 * hours
     _, text = lines(capsys, consumer, memory=48.0)
-    assert "rates of a card of 48 GB are unknown" in text and "hours (" not in text and "PFLOP" in text
+    assert "rates of a 48 GB card are unknown" in text and "hours (" not in text and "PFLOP" in text
     given = options_of("--device", "48GB", "--tflops", "362", "--bandwidth-gbs", "864")
     assert plan.show_plan(load_recipe(consumer), given)
-    assert "for the cost give --price-per-hour" in capsys.readouterr().out
+    assert "give --price-per-hour for cost" in capsys.readouterr().out
 
 
 def test_problems_of_a_local_file_are_counted_and_unknown_data_is_named(capsys, tmp_path):
