@@ -251,4 +251,4 @@ def svg(figure: Figure) -> str:
 
 def png(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG; equal figures give equal bytes."""
-    write_atomically(Path(path), [_save(figure, "png", Software=None)])
+    write_atomically(path, [_save(figure, "png", Software=None)])

@@ -32,7 +32,7 @@ class Metrics:
     def __init__(
         self, folder: Path, tensorboard: bool = False, enabled: bool = True, position: Sequence[int] | None = None
     ):
-        self.folder, self.enabled, self.board = Path(folder), enabled, None
+        self.folder, self.enabled, self.board = folder, enabled, None
         self.position = [0, 0]  # lines of metrics.jsonl and rollouts.jsonl, for checkpoints
         self.steps: list[dict] = []  # rows of the current rl stage, for alarms
         if not enabled:
@@ -120,7 +120,7 @@ def read_rows(path: Path) -> Iterator[tuple[bytes, dict]]:
 
 def read_metrics(folder: Path) -> list[dict]:
     """Return the rows of metrics.jsonl, as `read_rows` yields them."""
-    return [row for _, row in read_rows(Path(folder) / "metrics.jsonl")]
+    return [row for _, row in read_rows(folder / "metrics.jsonl")]
 
 
 def whole_lines(folder: Path) -> list[int]:

@@ -55,7 +55,7 @@ CHARTS = [
     Chart("Sampler-trainer mismatch", "logprob_diff_mean logprob_diff_max", "log", "Per token."),
     Chart("RL loss", "loss", "amount", "Near 0 on policy in value, not in gradient: a group's advantages sum to 0."),
     Chart("Gradient norm", "grad_norm", "log", "Before clipping. Log axis.", "steps"),
-    Chart("Importance ratio", "ratio_mean rescued_ratio_mean", "level", "1 on policy; rescued rollouts are off."),
+    Chart("Importance ratio", "ratio_mean rescued_ratio_mean", "level", "1 if on policy; rescued rollouts are not."),
     Chart("Tokens per second", "sample_tokens_per_s update_tokens_per_s tokens_per_s", "log", "By phase.", "steps"),
     Chart("Seconds by phase", "seconds_sample seconds_grade seconds_update", "amount", "Per step."),
 ]
