@@ -62,6 +62,6 @@ def test_every_file_and_function_that_a_document_names_exists(document):
             continue
         if name == "py":
             wrong += [] if module in modules or list(ROOT.glob(f"*/{module}.py")) else [f"{module}.py"]
-        elif module in modules and name not in names_of(modules[module]) | recipe_keys() | {"jsonl"}:
+        elif module in modules and name not in names_of(modules[module]) | recipe_keys():
             wrong.append(f"{module}.{name}")
     assert not wrong
