@@ -21,8 +21,7 @@ from engine.offload import HostAdamW
 from engine.rollout_worker import RolloutWorker
 from engine.run_folder import FINISHED, WANTS_RESUMING
 from grpo import TokenLoss, UpdateError, UpdateStats, optimizer_step
-from lab.alarms import new_alarms
-from lab.console import console_line
+from lab.console import console_line, new_alarms
 from lab.metrics import Metrics
 from lab.problems import Problem
 from lab.recipe import EvalSettings, FinalSettings, Recipe, RlStage, SftStage

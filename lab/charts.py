@@ -1,59 +1,50 @@
-"""Charts as matplotlib figures: lines and bars, alone or as panels, as inline SVG or PNG.
-
-Never pyplot, whose figures are global. matplotlib is imported inside functions: it takes a second, which only the
-process that writes a report should pay.
-"""
+"""Line and bar charts as matplotlib figures, alone or as panels, saved as inline SVG or PNG; never through pyplot."""
 
 import html
 import io
 import math
 import re
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib.style
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import MaxNLocator
 
 from engine.files import write_atomically
 
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, FigureBase
-
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: for any colour vision
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito, for any colour vision
 GREY = "#636c76"
 STYLE = Path(__file__).with_name("charts.mplstyle")
-LOCK = threading.RLock()
 WIDTH, HEIGHT = 302, 205  # of a chart, in points
-BINS = 300  # a longer series is drawn as the lowest and the highest value of so many bins
+SIZE = (WIDTH / 72, HEIGHT / 72)  # in inches
+BINS = 300  # a series of more than 2 * BINS values is drawn as the lowest and highest value of each bin
 DASHED = ("max_response_tokens", "target")  # limits and targets, not measurements
 
 
 @contextmanager
-def _look() -> Iterator[None]:
-    """STYLE over matplotlib's defaults, whatever the machine's settings are; they are global, hence the lock."""
-    import matplotlib.style
-
-    with LOCK, matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # one that the measuring font lacks; a browser finds another font
+def _style() -> Iterator[None]:
+    """Apply STYLE to matplotlib's defaults, ignoring the user's own settings."""
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # missing in the font used for measuring; the browser has another
         yield
 
 
 def number(value: object) -> float | None:
-    """A number that axes can show, or None; beyond 1e-30 and 1e30 they would overflow."""
-    if not isinstance(value, int | float | np.integer | np.floating) or not abs(value) < 1e30:  # NaN, too, is not below
+    """Return a number that axes can show, or None: they overflow from 1e30 on; below 1e-30 it is 0."""
+    if not isinstance(value, int | float | np.integer | np.floating) or not abs(value) < 1e30:  # also excludes NaN
         return None
     return float(value) if abs(value) > 1e-30 else 0.0
 
 
 def format_number(value: float | None, percent: bool = False, digits: int = 3) -> str:
-    """A number for people: "–", "12.3%", "52,224", "0.0123", "1.23M"."""
+    """Format a number for display: "–", "12.3%", "52,224", "0.0123", "1.23M"."""
     if value is None:
         return "–"
     if percent:
@@ -63,7 +54,7 @@ def format_number(value: float | None, percent: bool = False, digits: int = 3) -
 
 
 def clean(value: object) -> str:
-    """Text without control characters and lone surrogates, which are legal in JSON but not in HTML or XML."""
+    """Replace control characters and lone surrogates, which are legal in JSON but not in HTML or XML."""
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(value))
 
 
@@ -73,7 +64,7 @@ def _short(value: object, most: int) -> str:
 
 
 def _smooth(x: np.ndarray, y: np.ndarray, breaks: Sequence[float]) -> np.ndarray:
-    """A centred moving average over 1/30 of the points, that never averages across a stage's beginning."""
+    """Return the centred moving average over 1/30 of the points; windows do not cross `breaks`, where stages begin."""
     half, smoothed = max(2, len(x) // 60), np.full(len(y), math.nan)
     window = np.ones(2 * half + 1)
     for start, end in pairwise([-math.inf, *sorted(breaks), math.inf]):
@@ -86,7 +77,7 @@ def _smooth(x: np.ndarray, y: np.ndarray, breaks: Sequence[float]) -> np.ndarray
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest point of each bin, so that no spike is lost."""
+    """Return the lowest and the highest point of each bin, which keeps every spike."""
     if len(x) <= 2 * BINS:
         return x, y
     kept = []
@@ -96,16 +87,8 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[kept], y[kept]
 
 
-def _new_figure(title: str) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure((WIDTH / 72, HEIGHT / 72), label=title)
-
-
-def _scale_y(ax: "Axes", low: float, high: float, kind: str) -> None:
-    """Scale and round ticks of the y axis, which goes from a tick below `low` to one above `high`."""
-    from matplotlib.ticker import MaxNLocator
-
+def _scale_y(ax: Axes, low: float, high: float, kind: str) -> None:
+    """Set the scale and round ticks of the y axis, from a tick at or below `low` to one at or above `high`."""
     if kind == "log":
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         stride = max(1, math.ceil((last - first) / 6))
@@ -116,25 +99,25 @@ def _scale_y(ax: "Axes", low: float, high: float, kind: str) -> None:
         if high - low <= 1e-5 * max(abs(low), abs(high)):  # a constant
             low, high = low - abs(low) / 10, high + (abs(high) / 10 or 1.0)
         ticks = MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=1).tick_values(low, high)
-        ticks = [float(f"{tick:.12g}") for tick in ticks]  # without rounding errors, which put 1.4 above 1.4
+        ticks = [float(f"{tick:.12g}") for tick in ticks]  # rounding errors would put 1.4 above 1.4
     ax.set(yscale="log" if kind == "log" else "linear", ylim=(ticks[0], ticks[-1]))
     ax.set_yticks(ticks, [format_number(tick, kind in ("share", "groups"), 6) for tick in ticks])
     ax.minorticks_off()
 
 
-def _label(ax: "Axes", title: str, x_label: str, legend: "list[tuple[Artist, str]]") -> None:
-    """The axes' x label; above them, the title in bold and the legend."""
+def _label(ax: Axes, title: str, x_label: str, legend: list[tuple[Artist, str]]) -> None:
+    """Label the x axis; put the title and the legend above the axes."""
     handles, labels = zip(*legend, strict=True)
     style = {"title_fontproperties": {"weight": "bold", "size": 9}, "alignment": "left", "ncols": 2}
     ax.set_xlabel(_short(x_label, 40), loc="right", labelpad=1)
     ax.figure.legend(handles, labels, loc="outside upper left", title=_short(title, 48), **style)
 
 
-def _line(ax: "Axes", x: np.ndarray, y: np.ndarray, dots: bool, **style: object) -> "Artist":
-    """A line, thinned; without `dots` only values between two gaps have one, which would not show otherwise."""
+def _line(ax: Axes, x: np.ndarray, y: np.ndarray, dots: bool, **style: object) -> Artist:
+    """Draw a thinned line. Without `dots` only values between two gaps get one: they would be invisible."""
     x, y = _thin(x, y)
-    there = np.isfinite(np.pad(y, 1, constant_values=math.nan))
-    marked = there[1:-1] & (dots | ~(there[:-2] | there[2:]))
+    known = np.isfinite(np.pad(y, 1, constant_values=math.nan))
+    marked = known[1:-1] & (dots | ~(known[:-2] | known[2:]))
     marks = {"marker": "o", "markevery": np.flatnonzero(marked).tolist()} if marked.any() else {}
     return ax.plot(x, y, clip_on=False, **style, **marks)[0]
 
@@ -148,37 +131,36 @@ def line_chart(
     smooth: bool = True,
     band: dict[str, list[tuple[float, float | None, float | None]]] | None = None,
     zones: Sequence[tuple[float, float, str]] = (),
-    figure: "FigureBase | None" = None,
-) -> "FigureBase | None":
-    """A line for each series; None where none has a value to draw. None and NaN are gaps.
+    figure: FigureBase | None = None,
+) -> FigureBase | None:
+    """Draw a line per series, with gaps at None and NaN. Return None if there is no value to draw.
 
-    `kind` is the y axis: "amount" (from 0), "share" or "groups" (%), "level" (0 need not show) or "log".
+    `kind` is the y axis: "amount" (from 0), "share" or "groups" (%), "level" (may leave out 0) or "log".
     `rules`: (x, label) of vertical lines, where stages begin. `smooth`: series of 30 values and more are drawn faint,
     with a moving average on top. `band`: (x, low, high) of an interval, by series. `zones`: (from, to, label) of
-    shaded spans of x. `figure`: draws there, instead of on a figure of its own."""
-    from matplotlib.ticker import MaxNLocator
+    shaded spans of x. `figure`: the figure to draw on, by default a new one."""
 
     def y_of(value: float | None) -> float:
         value = number(value)
-        return math.nan if value is None or (kind == "log" and value <= 0) else value  # 0 has no place on a log axis
+        return math.nan if value is None or (kind == "log" and value <= 0) else value  # log(0)
 
-    xs = [x for points in series.values() for x, _ in points]  # also of gaps, so that charts align
+    xs = [x for points in series.values() for x, _ in points]  # of gaps too, so that charts align
     lines = {label: np.array([(x, y_of(y)) for x, y in points]).reshape(-1, 2).T for label, points in series.items()}
     lines = {label: line for label, line in lines.items() if np.isfinite(line[1]).any()}
     if not lines:
         return None
     bands = {label: [(x, y_of(low), y_of(high)) for x, low, high in (band or {}).get(label, ())] for label in lines}
-    bands = {label: [row for row in rows if np.isfinite(row[1:]).all()] for label, rows in bands.items()}
-    values = np.concatenate([y for _, y in lines.values()] + [row[1:] for rows in bands.values() for row in rows])
+    bands = {label: [ends for ends in rows if np.isfinite(ends).all()] for label, rows in bands.items()}
+    values = np.concatenate([y for _, y in lines.values()] + [ends[1:] for rows in bands.values() for ends in rows])
     x0, x1 = (min(xs), max(xs)) if min(xs) < max(xs) else (xs[0] - 0.5, xs[0] + 0.5)
-    with _look():
-        figure = figure or _new_figure(title)
+    with _style():
+        figure = figure or Figure(SIZE, label=title)
         ax = figure.add_subplot(xlim=(x0, x1))
         _scale_y(ax, np.nanmin(values), np.nanmax(values), kind)
-        whole = all(x == round(x) for x in xs)  # there is no half step
-        ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1))
+        integers = all(x == round(x) for x in xs)  # such as steps
+        ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=integers, min_n_ticks=1))
         ax.xaxis.set_major_formatter(lambda x, _: format_number(x, digits=6))
-        legend, taken = [], 0.0  # how far labels above the axes reach, as a share of their width
+        legend = []
         for i, (label, (x, y)) in enumerate(lines.items()):
             known, limit = np.isfinite(y), label in DASHED
             style = {"color": GREY if limit else COLOURS[i % 6], "linestyle": "--" if limit else "-:"[i // 6 % 2]}
@@ -192,16 +174,17 @@ def line_chart(
             last = format_number(y[known][-1], kind in ("share", "groups"))
             legend.append((line, f"{_short(label, 24)} {last}"))
         for i, (start, end, label) in enumerate(zones):
-            if max(start, x0) < min(end, x1):  # in colours from the other end than the lines'
+            if max(start, x0) < min(end, x1):  # colours from the end, unlike the lines
                 span = ax.axvspan(max(start, x0), min(end, x1), color=COLOURS[-1 - i % 6], alpha=0.15, linewidth=0)
                 legend.append((span, _short(label, 30)))
+        taken = 0.0  # share of the width that rule labels occupy so far
         for x, label in rules:
             if x0 <= x <= x1:
                 ax.axvline(x, color="#8c959f", linewidth=0.7, linestyle=(0, (3, 3)), zorder=1)
                 label = _short(label, 30)
-                width = 0.018 * len(label)  # of an average letter
+                width = 0.018 * len(label)  # letters of average width
                 place = max(0.0, min((x - x0) / (x1 - x0), 1 - width))
-                if place >= taken:  # else left out: the stage before is too short
+                if place >= taken:  # else there is no room: the previous stage is short
                     taken = place + width + 0.02
                     above = {"xycoords": "axes fraction", "textcoords": "offset points", "color": GREY}
                     ax.annotate(label, (place, 1), (0, 4), **above)
@@ -209,15 +192,15 @@ def line_chart(
     return figure
 
 
-def bar_chart(title: str, groups: dict[str, list[float]], x_label: str) -> "Figure | None":
-    """Counts of 0, 1, 2, ... as bars side by side, the first group hollow, the others filled; None without a count."""
+def bar_chart(title: str, groups: dict[str, list[float]], x_label: str) -> Figure | None:
+    """Draw each group's counts of 0, 1, 2, ... as bars, the first group hollow. Return None if all counts are 0."""
     groups = {label: [number(count) or 0.0 for count in counts] for label, counts in groups.items()}
     most = max((count for counts in groups.values() for count in counts), default=0)
     if not most:
         return None
     slots, width, legend = max(map(len, groups.values())), 0.8 / len(groups), []
-    with _look():
-        figure = _new_figure(title)
+    with _style():
+        figure = Figure(SIZE, label=title)
         ax = figure.add_subplot(xlim=(-0.5, slots - 0.5), xticks=range(slots)[:: math.ceil(slots / 16)])
         for g, (label, counts) in enumerate(groups.items()):
             style = {"color": COLOURS[(g - 1) % 6]} if g else {"facecolor": "none", "edgecolor": GREY}
@@ -228,12 +211,11 @@ def bar_chart(title: str, groups: dict[str, list[float]], x_label: str) -> "Figu
     return figure
 
 
-def panels(title: str, charts: Sequence[dict], columns: int = 3) -> "Figure":
-    """Charts side by side on one figure, each given by the arguments of `line_chart`."""
+def panels(title: str, charts: Sequence[dict], columns: int = 3) -> Figure:
+    """Draw several charts on one figure; each is the keyword arguments of `line_chart`."""
     rows = math.ceil(len(charts) / columns)
-    with _look():
-        figure = _new_figure(title)
-        figure.set_size_inches(columns * WIDTH / 72, (rows * HEIGHT + 30) / 72)
+    with _style():
+        figure = Figure((columns * WIDTH / 72, (rows * HEIGHT + 30) / 72), label=title)
         figure.suptitle(_short(title, 80), x=4 / WIDTH / columns, ha="left", size=13, weight="bold")
         parts = figure.subfigures(rows, columns, squeeze=False).flat
         for chart, part in zip(charts, parts, strict=False):
@@ -242,30 +224,31 @@ def panels(title: str, charts: Sequence[dict], columns: int = 3) -> "Figure":
     return figure
 
 
-def _saved(figure: "Figure", form: str, **metadata: None) -> bytes:
+def _save(figure: Figure, file_format: str, **metadata: None) -> bytes:
     file = io.BytesIO()
-    with _look():
-        figure.savefig(file, format=form, metadata=metadata)
+    with _style():
+        figure.savefig(file, format=file_format, metadata=metadata)
     return file.getvalue()
 
 
-def svg(figure: "Figure") -> str:
-    """The figure as an <svg> element for an HTML page; the same bytes for the same figure.
+def svg(figure: Figure) -> str:
+    """Return the figure as an <svg> element for an HTML page; equal figures give equal text.
 
-    Ids are hashes of what they name, so that those which two figures of a page share mean the same. A file of its own
-    needs xmlns="http://www.w3.org/2000/svg" added."""
+    Ids are hashes of their content, so figures of one page may share them. To save the element as a file, add
+    xmlns="http://www.w3.org/2000/svg"."""
 
-    def shorten(tag: re.Match) -> str:  # what a model wrote is outside of tags: its < and > are escaped
+    def shorten(tag: re.Match) -> str:  # text written by a model is never in a tag: its < and > are escaped
         tag = re.sub(r' xmlns(:\w+)?="[^"]*"|(?<=^<g) id="[^"]*"|\n', "", tag[0].replace(" xlink:href", " href"))
         return re.sub(r"\d+\.\d{2,}", lambda digits: f"{float(digits[0]):.4g}", tag)
 
-    text = _saved(figure, "svg", Date=None, Creator=None, Format=None, Type=None).decode()
-    text = re.sub(r"<style.*?</style>", "", text[text.index("<svg") :], count=1, flags=re.S)  # would hold for the page
+    text = _save(figure, "svg", Date=None, Creator=None, Format=None, Type=None).decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<style.*?</style>", "", text, count=1, flags=re.S)  # it would apply to the rest of the page
     text = re.sub(r"<[^<>]+>\s*", shorten, text)
     head = f' role="img" stroke-linejoin="round"><title>{html.escape(clean(figure.get_label()))}</title>'
     return text.replace(">", head, 1)
 
 
-def png(figure: "Figure", path: Path) -> None:
-    """Writes the figure as a PNG, atomically; the same bytes for the same figure."""
-    write_atomically(Path(path), [_saved(figure, "png", Software=None)])
+def png(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG; equal figures give equal bytes."""
+    write_atomically(path, [_save(figure, "png", Software=None)])

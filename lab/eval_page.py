@@ -1,20 +1,17 @@
-"""One self-contained HTML page of an evaluation: figures, pictures, and whole responses beside their verdicts."""
+"""The HTML page of an evaluation: tables, charts, and responses with their verdicts; self-contained."""
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lab import charts
 from lab.benchmarks import file_name
+from lab.charts import line_chart, png
 from lab.page import Drawn, temperature_figure, write_page
 from lab.problems import Problem
-from lab.scores import Evaluation, Response
+from lab.scores import Evaluation, GroupAccuracy, Response
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-RESPONSES_SHOWN = 6  # of each verdict of each set, drawn at random but always the same
+RESPONSES_SHOWN = 6  # per verdict and set, drawn at random with a fixed seed
 ZONES = ("robust generation", "controlled exploration", "performance collapse")
 
 
@@ -27,58 +24,63 @@ def write_evaluation_page(
     table: list[list[str]],
     curves: dict,
 ) -> Path:
-    """Write OUT/report.html (and a PNG of each curve); returns the page's path.
+    """Write OUT/report.html and a PNG of each curve; return the page's path.
 
     `found` and `groups` are by setting; `table` is RECIPE.md section 6 with this model; `curves` is that part of
     results.json: temperature, match, length.
     """
-    drawn = []  # (figure with title and caption, a note, a table) of each curve
+    drawn = []  # (chart, note, table) of each curve
     for kind in ("temperature", "match", "length"):
         for name, curve in curves.get(kind, {}).items():
-            figure = length_figure(name, curve) if kind == "length" else curve_figure(name, curve)
-            if figure[1] is not None:
-                charts.png(figure[1], out / f"{file_name(f'{kind}-{name}')}.png")
-            note = describe_zones(curve["zones"]) if "zones" in curve else ""
-            note += f"Chosen: temperature {curve['chosen']:g}" if "chosen" in curve else ""
-            drawn.append((figure, note, budget_table(curve) if kind == "length" else temperature_table(curve)))
+            if kind == "length":
+                chart, note, rows = budget_chart(name, curve), "", budget_table(curve)
+            else:
+                chart, rows = temperature_chart(name, curve), temperature_table(curve)
+                chosen = f"Chosen: temperature {curve['chosen']:g}" if "chosen" in curve else ""
+                note = describe_zones(curve["zones"]) if "zones" in curve else chosen
+            if chart[1] is not None:
+                png(chart[1], out / f"{file_name(f'{kind}-{name}')}.png")
+            drawn.append((chart, note, rows))
     shown = []
     for setting, own in found.items():
         for evaluation in own:
             name = ", ".join(filter(None, (evaluation.name, setting)))
+            by_group = {"type": evaluation.by_type, "difficulty": evaluation.by_difficulty}
+            tables = [group_table(title, by_label) for title, by_label in by_group.items() if by_label]
             shown.append({
                 "name": name,
                 "file": file_name(name),
                 "summary": summary_table(evaluation),
-                "figures": [k_figure(evaluation), length_bands_figure(evaluation)],
-                "tables": [k_table(evaluation), length_table(evaluation), *group_tables(evaluation)],
-                "responses": responses_to_read(sets[evaluation.name], groups[setting][evaluation.name]),
+                "figures": [k_chart(evaluation), length_chart(evaluation)],
+                "tables": [k_table(evaluation), length_table(evaluation), *tables],
+                "responses": sample_responses(sets[evaluation.name], groups[setting][evaluation.name]),
             })  # fmt: skip
     values = {"title": f"Evaluation of {model}", "model": model, "published": table, "curves": drawn, "sets": shown}
     return write_page(out / "report.html", "evaluation.html", **values)
 
 
 def percent(value: float | None) -> str:
-    """A share in percent with one decimal."""
+    """Format a share in percent with one decimal."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
 def spread(low: float | None, high: float | None) -> str:
-    """An interval in percent."""
-    return "-" if low is None or high is None else f"{percent(low)} to {percent(high)}"
+    """Format an interval in percent."""
+    return "-" if low is None else f"{percent(low)} to {percent(high)}"
 
 
 def k_table(found: Evaluation) -> list[list[str]]:
-    """pass@k and maj@k with both intervals: a head, then rows."""
+    """Tabulate pass@k and maj@k with both intervals; as in every table here, the first row is the header."""
     rows = [["", "value", "95%, other problems", "95%, these problems again"]]
     for title, figures in (("pass", found.pass_at), ("maj", found.maj_at)):
         for k, e in figures.items():
-            again = spread(e.resampled_low, e.resampled_high)
-            rows.append([f"{title}@{k}", percent(e.value), spread(e.low, e.high), again])
+            intervals = spread(e.low, e.high), spread(e.resampled_low, e.resampled_high)
+            rows.append([f"{title}@{k}", percent(e.value), *intervals])
     return rows
 
 
 def length_table(found: Evaluation) -> list[list[str]]:
-    """Accuracy by response length: a head, then rows."""
+    """Tabulate accuracy by response length."""
     rows = [["length in tokens", "responses", "accuracy", "95%"]]
     for band in found.by_length:
         name = f"{band.above:,g} to {band.up_to:,g}" if band.up_to else f"above {band.above:,g}"
@@ -87,7 +89,7 @@ def length_table(found: Evaluation) -> list[list[str]]:
 
 
 def temperature_table(curve: dict) -> list[list[str]]:
-    """Accuracy and distinct-4 by temperature, each with half its 95% interval: a head, then rows."""
+    """Tabulate accuracy and distinct-4 by temperature, each with half its 95% interval."""
     rows = [["temperature", "accuracy", "+-", "distinct-4", "+-", "problems"]]
     for point in curve["points"]:
         diversity = "-" if point["distinct4"] is None else f"{point['distinct4']:.3f}"
@@ -103,7 +105,7 @@ def temperature_table(curve: dict) -> list[list[str]]:
 
 
 def budget_table(settings: dict) -> list[list[str]]:
-    """Accuracy against the token budget, a column for each setting: a head, then rows."""
+    """Tabulate accuracy by token budget, with a column for each setting."""
     rows = [["tokens", *settings]]
     for points in zip(*settings.values(), strict=True):
         cells = [f"{percent(p['accuracy'])} [{percent(p['low'])}, {percent(p['high'])}]" for p in points]
@@ -112,7 +114,7 @@ def budget_table(settings: dict) -> list[list[str]]:
 
 
 def describe_zones(zones: dict) -> str:
-    """The zones in words."""
+    """Return a sentence on the zones."""
     if "none" in zones:
         return zones["none"]
     between = "" if zones["start_low"] is None else f" (95% {zones['start_low']:g} to {zones['start_high']:g})"
@@ -126,7 +128,7 @@ def describe_zones(zones: dict) -> str:
 
 
 def summary_table(found: Evaluation) -> list[list[str]]:
-    """The figures of a set: a head and one row."""
+    """Tabulate the figures of a set, in one row."""
     cells = {
         f"avg@{found.n}": percent(found.avg),
         "95% over problems": spread(found.low, found.high),
@@ -144,45 +146,45 @@ def summary_table(found: Evaluation) -> list[list[str]]:
     return [list(cells), list(cells.values())]
 
 
-def group_tables(found: Evaluation) -> list[list[list[str]]]:
-    """Accuracy by type and by difficulty, where the data has them: for each a head, then rows."""
-    tables = []
-    for title, groups in (("type", found.by_type), ("difficulty", found.by_difficulty)):
-        rows = [[label, percent(g.avg), spread(g.low, g.high), f"{g.problems:,}"] for label, g in groups.items()]
-        tables += [[[title, "accuracy", "95%", "problems"], *rows]] if rows else []
-    return tables
+def group_table(title: str, groups: dict[str, GroupAccuracy]) -> list[list[str]]:
+    """Tabulate accuracy by label."""
+    rows = [[title, "accuracy", "95%", "problems"]]
+    for label, group in groups.items():
+        rows.append([label, percent(group.avg), spread(group.low, group.high), f"{group.problems:,}"])
+    return rows
 
 
-def draw(title: str, lines: dict[str, list[tuple]], kind: str, x_label: str, **options: object) -> "Figure | None":
-    """A chart of points (x, value, low, high): each line with the band of its 95% intervals."""
+def accuracy_chart(title: str, x_label: str, caption: str, lines: dict[str, list[tuple]]) -> Drawn:
+    """Draw points (x, accuracy, low, high), each line with the band of its 95% intervals."""
     series = {label: [(x, value) for x, value, _, _ in points] for label, points in lines.items()}
     band = {label: [(x, low, high) for x, _, low, high in points] for label, points in lines.items()}
-    return charts.line_chart(title, series, kind, x_label=x_label, smooth=False, band=band, **options)
+    return title, line_chart(title, series, "share", x_label=x_label, smooth=False, band=band), caption
 
 
-def k_figure(found: Evaluation) -> Drawn:
-    """pass@k and maj@k against k."""
+def k_chart(found: Evaluation) -> Drawn:
+    """Draw pass@k and maj@k against k."""
     lines = {
         title: [(float(k), e.value, e.low, e.high) for k, e in figures.items()]
         for title, figures in (("pass@k", found.pass_at), ("maj@k", found.maj_at))
     }
-    title = "pass@k and maj@k"
-    caption = "Bands: 95% intervals, problems being the sampling unit. A tie of votes is worth its share."
-    return title, draw(title, lines, "share", "k"), caption
+    caption = (
+        "Bands: 95% intervals, problems being the sampling unit. A tied vote counts by its share of right answers."
+    )
+    return accuracy_chart("pass@k and maj@k", "k", caption, lines)
 
 
-def length_bands_figure(found: Evaluation) -> Drawn:
-    """Accuracy by response length, each band of lengths at its middle."""
+def length_chart(found: Evaluation) -> Drawn:
+    """Draw accuracy by response length, each band of lengths at its middle."""
     points = []
     for band in found.by_length:
         middle = (band.above + (band.up_to or found.by_length[-1].above * 1.5)) / 2
         points.append((middle, band.accuracy, band.low, band.high))
-    title, caption = "Accuracy by response length", "Of the responses in each band of lengths, drawn at its middle."
-    return title, draw(title, {"accuracy": points}, "share", "tokens"), caption
+    caption = "Of the responses in each band of lengths, drawn at its middle."
+    return accuracy_chart("Accuracy by response length", "tokens", caption, {"accuracy": points})
 
 
-def curve_figure(name: str, curve: dict) -> Drawn:
-    """Accuracy and distinct-4 against temperature, with the zones or the target where the curve has them."""
+def temperature_chart(name: str, curve: dict) -> Drawn:
+    """Draw accuracy and distinct-4 against temperature, with the curve's zones or target."""
     zones, rules, found = [], [], curve.get("zones")
     if "chosen" in curve:
         rules = [(curve["chosen"], f"chosen {curve['chosen']:g}")]
@@ -196,20 +198,19 @@ def curve_figure(name: str, curve: dict) -> Drawn:
     return title, figure, "Bands: 95% intervals, problems being the sampling unit."
 
 
-def length_figure(name: str, settings: dict) -> Drawn:
-    """Accuracy when responses are cut, against the budget, a line for each setting."""
+def budget_chart(name: str, settings: dict) -> Drawn:
+    """Draw accuracy of responses cut at a budget against the budget, with a line for each setting."""
     lines = {
         setting: [(p["budget"], p["accuracy"], p["low"], p["high"]) for p in points]
         for setting, points in settings.items()
     }
-    title = f"Length {name}"
     caption = "Responses are cut at the budget, not sampled again. Bands: 95% intervals over problems."
-    return title, draw(title, lines, "share", "tokens"), caption
+    return accuracy_chart(f"Length {name}", "tokens", caption, lines)
 
 
-def responses_to_read(problems: Sequence[Problem], groups: Sequence[Sequence[Response]]) -> list[tuple]:
-    """(verdict, how many responses got it, a few of them): of each a line about it, and its whole texts."""
-    by_verdict: dict[str, list[tuple[str, dict[str, str]]]] = {}
+def sample_responses(problems: Sequence[Problem], groups: Sequence[Sequence[Response]]) -> list[tuple]:
+    """Return (verdict, number of responses, a few of them as summary and full texts) for each verdict."""
+    by_verdict = defaultdict(list)
     for problem, group in zip(problems, groups, strict=True):
         accepted = " | ".join(problem.answers) or "none"
         for r in group:
@@ -217,7 +218,7 @@ def responses_to_read(problems: Sequence[Problem], groups: Sequence[Sequence[Res
                 f"{r.verdict} · {r.problem_id} sample {r.sample} · answer {r.answer} · accepted {accepted} · "
                 f"{r.tokens:,} tokens · {r.finish_reason}"
             )
-            by_verdict.setdefault(r.verdict, []).append((summary, {"problem": problem.text, "response": r.text}))
+            by_verdict[r.verdict].append((summary, {"problem": problem.text, "response": r.text}))
     return [
         (verdict, len(found), random.Random(0).sample(found, min(RESPONSES_SHOWN, len(found))))
         for verdict, found in sorted(by_verdict.items())

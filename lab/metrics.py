@@ -1,6 +1,6 @@
-"""The record of a run: metrics.jsonl and rollouts.jsonl, and TensorBoard where the recipe asks for it.
+"""Write and read metrics.jsonl and rollouts.jsonl, and write TensorBoard files if the recipe asks for them.
 
-metrics.jsonl has one JSON object a line, with "kind", "step" and "stage"; lab/glossary.py says what its keys mean.
+Each line of metrics.jsonl is a JSON object with "kind", "step" and "stage"; lab/glossary.py explains its keys.
 """
 
 import json
@@ -19,22 +19,22 @@ FILES = ("metrics.jsonl", "rollouts.jsonl")
 
 
 class MetricsError(UserError):
-    """A record that cannot be read, or written, in one sentence: file and line."""
+    """A file of the record cannot be read or written."""
 
 
 class Metrics:
-    """Appends to metrics.jsonl and rollouts.jsonl of `folder`; `enabled=False` (ranks other than 0) does nothing.
+    """Append to metrics.jsonl and rollouts.jsonl of `folder`; `enabled=False` (ranks other than 0) does nothing.
 
-    `position`: lines of both to go on from; what was written after them is dropped, as is a half-written line.
-    Raises ImportError if `tensorboard` is asked for and the package is missing.
+    `position`: lines of both files to keep when resuming; later lines and half-written ones are dropped.
+    Raises ImportError if `tensorboard` is set and the package is missing.
     """
 
     def __init__(
         self, folder: Path, tensorboard: bool = False, enabled: bool = True, position: Sequence[int] | None = None
     ):
-        self.folder, self.enabled, self.board = Path(folder), enabled, None
+        self.folder, self.enabled, self.board = folder, enabled, None
         self.position = [0, 0]  # lines of metrics.jsonl and rollouts.jsonl, for checkpoints
-        self.steps: list[dict] = []  # the rows of the present rl stage, for alarms
+        self.steps: list[dict] = []  # rows of the current rl stage, for alarms
         if not enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Metrics:
             self.board = _summary_writer(self.folder, purge)
 
     def write(self, row: dict) -> None:
-        """Append one row and flush. TensorBoard gets its numbers as kind/key (eval/NAME/key for evaluations)."""
+        """Append one row and flush. TensorBoard gets its numbers as kind/key (evaluations: eval/NAME/key)."""
         if not self.enabled:
             return
         self._append(self.rows, [row])
@@ -68,19 +68,19 @@ class Metrics:
                         self.board.add_scalar("/".join(filter(None, (prefix, key, part))), number, row["step"])
 
     def write_rollouts(self, rows: list[dict]) -> None:
-        """Append a few whole rollouts of a step, for people to read."""
+        """Append a few full rollouts of a step, for people to read."""
         if self.enabled:
             self._append(self.rollouts, rows)
             self.position[1] += len(rows)
 
     def sync(self) -> None:
-        """Bring both files to the disk: a checkpoint counts on their lines."""
+        """Flush both files to disk: a checkpoint refers to their lines."""
         if self.enabled:
             os.fsync(self.rows.fileno())
             os.fsync(self.rollouts.fileno())
 
     def close(self) -> None:
-        """Close both files, and TensorBoard's."""
+        """Close all files."""
         if self.enabled:
             self.rows.close()
             self.rollouts.close()
@@ -99,15 +99,15 @@ class Metrics:
             file.flush()
         except OSError as error:
             raise MetricsError(
-                f"{file.name}: a line cannot be written ({error.strerror}): free some space, then go on with "
+                f"{file.name}: a line cannot be written ({error.strerror}); free some space, then continue with "
                 f"--resume {self.folder}"
             ) from None
 
 
 def read_rows(path: Path) -> Iterator[tuple[bytes, dict]]:
-    """(line, row) of each line of a record. A half-written last line is dropped, with a note on stderr.
+    """Yield (line, row) of each line. A half-written last line is dropped, with a note on stderr.
 
-    Raises MetricsError naming file and line for a broken line elsewhere, FileNotFoundError where there is no file.
+    Raises MetricsError naming file and line at any other broken line, FileNotFoundError without a file.
     """
     try:
         for number, line, row in read_jsonl(path):
@@ -119,12 +119,12 @@ def read_rows(path: Path) -> Iterator[tuple[bytes, dict]]:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl, as `read_rows` reads them."""
-    return [row for _, row in read_rows(Path(folder) / "metrics.jsonl")]
+    """Return the rows of metrics.jsonl, as `read_rows` yields them."""
+    return [row for _, row in read_rows(folder / "metrics.jsonl")]
 
 
 def whole_lines(folder: Path) -> list[int]:
-    """How many lines of metrics.jsonl and of rollouts.jsonl are whole, up to the first that is not."""
+    """Count the lines of metrics.jsonl and of rollouts.jsonl before the first broken one."""
     counts = [0, 0]
     for i, name in enumerate(FILES):
         with suppress(FileNotFoundError, MetricsError):
@@ -138,7 +138,7 @@ def _summary_writer(folder: Path, purge_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "TensorBoard was asked for but is not installed: `pip install tensorboard`, or switch it off."
+            "run.tensorboard is set but TensorBoard is not installed: `pip install tensorboard`, or set it to false"
         ) from error
     board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
     board.add_text("glossary", markdown_table(), 0)

@@ -1,20 +1,21 @@
-"""One self-contained HTML page of a run, and its main curves as one SVG: no script, nothing fetched.
+"""The HTML page of a run, and its main curves as one SVG: self-contained, without scripts.
 
-Drawn from metrics.jsonl, rollouts.jsonl and recipe.toml; can be rebuilt at any time, also while the run goes on:
+Read from metrics.jsonl, rollouts.jsonl and recipe.toml; rebuild it at any time, also during the run:
 
     python -m lab.page runs/NAME
 """
 
 import sys
 import tomllib
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from engine.errors import UserError
 from engine.files import write_atomically
@@ -23,16 +24,13 @@ from lab.console import format_eta
 from lab.glossary import GLOSSARY
 from lab.metrics import read_metrics, read_rows
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Drawn = tuple[str, "Figure | None", str]  # title, figure if there is something to draw, caption
+Drawn = tuple[str, Figure | None, str]  # title, figure (None without data), caption
 
 
 class Chart(NamedTuple):
-    """`metrics`: a line each; where one holds a dict, a line for each of its parts. `kind` is the y axis: "amount"
-    (from 0), "share" (%), "groups" (a count, as % of the step's groups), "level" (0 need not show) or "log".
-    `of` says which rows: "rl", "sft", "steps" (both) or "eval" (the held-out ones)."""
+    """`metrics`: a line per metric, or per part of a metric that is a dict. `kind` is the y axis: "amount" (from 0),
+    "share" (%), "groups" (a count, as % of the step's groups), "level" (may leave out 0) or "log". `of` selects the
+    rows: "rl", "sft", "steps" (both) or "eval" (the held-out ones)."""
 
     title: str
     metrics: str
@@ -43,29 +41,29 @@ class Chart(NamedTuple):
 
 CHARTS = [
     Chart("Held-out accuracy", "avg", "share", "Problems never trained on; the band is the 95% interval.", "eval"),
-    Chart("Held-out accuracy by type", "by_type", "share", "A line for each type of problem, at most 12.", "eval"),
+    Chart("Held-out accuracy by type", "by_type", "share", "At most 12 types of problems.", "eval"),
     Chart("Reward and accuracy", "reward_mean accuracy", "amount", "Quickly above 0.7: the problems are too easy."),
     Chart("Response length", "response_length_mean response_length_max max_response_tokens", "amount", "In tokens."),
-    Chart("Truncated share", "truncated_share", "share", "Rollouts cut at the limit before they ended."),
+    Chart("Truncated share", "truncated_share", "share", "Rollouts cut at the length limit."),
     Chart("SFT loss", "loss", "amount", "Cross-entropy on worked solutions, nats per token.", "sft"),
-    Chart("Distinct-4", "distinct4", "level", "Diversity; a stage begins at the temperature that gives it back."),
-    Chart("Temperature", "temperature", "level", "Of the sampler and of the loss, raised from stage to stage."),
+    Chart("Distinct-4", "distinct4", "level", "Diversity; each stage starts at the temperature that restores it."),
+    Chart("Temperature", "temperature", "level", "In the sampler and in the loss; raised from stage to stage."),
     Chart("Entropy", "entropy", "amount", "Nats per sampled token at the sampling temperature."),
-    Chart("Groups without a signal", "solve_none solve_all zero_variance", "groups", "Of the batch, as sampled."),
-    Chart("Rescued and substituted", "rescued substituted", "amount", "Groups per step that got another response."),
-    Chart("Groups at a glance", "solve_none solve_all rescued substituted", "groups", "The same as shares, together."),
+    Chart("Groups without a signal", "solve_none solve_all zero_variance", "groups", "Share of the batch, as sampled."),
+    Chart("Rescued and substituted", "rescued substituted", "amount", "Groups per step with replaced responses."),
+    Chart("Groups at a glance", "solve_none solve_all rescued substituted", "groups", "Shares of the batch."),
     Chart("Sampler-trainer mismatch", "logprob_diff_mean logprob_diff_max", "log", "Per token."),
     Chart("RL loss", "loss", "amount", "Near 0 on policy in value, not in gradient: a group's advantages sum to 0."),
     Chart("Gradient norm", "grad_norm", "log", "Before clipping. Log axis.", "steps"),
-    Chart("Importance ratio", "ratio_mean rescued_ratio_mean", "level", "1 on policy, not so for rescued rollouts."),
+    Chart("Importance ratio", "ratio_mean rescued_ratio_mean", "level", "1 if on policy; rescued rollouts are not."),
     Chart("Tokens per second", "sample_tokens_per_s update_tokens_per_s tokens_per_s", "log", "By phase.", "steps"),
-    Chart("Seconds by phase", "seconds_sample seconds_grade seconds_update", "amount", "Of one step."),
+    Chart("Seconds by phase", "seconds_sample seconds_grade seconds_update", "amount", "Per step."),
 ]
 PANELS = (  # of curves.svg
     "Held-out accuracy by type", "Reward and accuracy", "Response length",
     "Distinct-4", "Temperature", "Groups at a glance",
 )  # fmt: skip
-STAGE_COLUMNS = [  # title, metric, and what of it: mean of the first ten steps -> of the last ten, last value, or sum
+STAGE_COLUMNS = [  # title, metric, value: mean of the first ten steps -> of the last ten ("ends"), last value, or sum
     ("Reward", "reward_mean", "ends"), ("Accuracy", "accuracy", "ends %"), ("Length", "response_length_mean", "ends"),
     ("Truncated", "truncated_share", "ends %"), ("Limit", "max_response_tokens", "last"), ("T", "temperature", "last"),
     ("Distinct-4", "distinct4", "ends"), ("Problems", "problems", "last"), ("Rescued", "rescued", "sum"),
@@ -89,7 +87,7 @@ TEMPLATES.filters["svg"] = lambda figure: Markup(svg(figure))
 
 
 def write_page(path: Path, template: str, **values: object) -> Path:
-    """Fill in a template of lab/templates and write it; every text is escaped. Returns `path`."""
+    """Render a template of lab/templates, with all text escaped, and write it; return `path`."""
     write_atomically(path, [TEMPLATES.get_template(template).render(values).encode()])
     return path
 
@@ -99,38 +97,38 @@ def _share(value: float | None) -> str:
 
 
 def _stages(rows: list[dict]) -> dict[str, list[dict]]:
-    """The training steps of each stage, under a short name of the stage."""
-    stages: dict[int, list[dict]] = {}
+    """Return the training steps of each stage, by its label: "SFT 1", "RL 1", "RL 2"."""
+    labels, count, stages = {}, Counter(), defaultdict(list)
     for row in rows:
-        if row["kind"] in ("sft", "rl"):
-            stages.setdefault(row["stage"], []).append(row)
-    kinds = [steps[0]["kind"].upper() for steps in stages.values()]
-    return {
-        f"{kind} {kinds[: i + 1].count(kind)}": steps
-        for i, (kind, steps) in enumerate(zip(kinds, stages.values(), strict=True))
-    }
+        if (kind := row["kind"].upper()) in ("SFT", "RL"):
+            if row["stage"] not in labels:
+                count[kind] += 1
+                labels[row["stage"]] = f"{kind} {count[kind]}"
+            stages[labels[row["stage"]]].append(row)
+    return stages
 
 
 def _held_out(rows: list[dict]) -> list[dict]:
-    """The evaluations named "held-out", else those named as the first one: the curve that the run is judged by."""
+    """Return the evaluations named "held-out", or else those with the name of the first evaluation."""
     evals = [row for row in rows if row["kind"] == "eval"]
     names = [row.get("name") for row in evals]
     return [row for row in evals if row.get("name") == ("held-out" if "held-out" in names else names[0])]
 
 
 def _curve(chart: Chart, rows: list[dict], rules: list[tuple[float, str]]) -> dict:
-    """The arguments of `line_chart`."""
+    """Return the arguments of `line_chart`."""
+    totals = [number(row.get("groups")) if chart.kind == "groups" else 1.0 for row in rows]
     series, band = {}, {}
     for key in chart.metrics.split():
-        for part in sorted({part for row in rows if isinstance(row.get(key), dict) for part in row[key]}) or [None]:
-            points = series[part or key] = []
-            for row in rows:
-                value = number(row.get(key) if part is None else (row.get(key) or {}).get(part))
-                whole = number(row.get("groups")) if chart.kind == "groups" else 1.0
-                points.append((row["step"], value / whole if value is not None and whole else None))
+        parts = sorted({part for row in rows if isinstance(row.get(key), dict) for part in row[key]})
+        for part in parts or [key]:
+            points = series[part] = []
+            for row, total in zip(rows, totals, strict=True):
+                value = number((row.get(key) or {}).get(part) if parts else row.get(key))
+                points.append((row["step"], value / total if value is not None and total else None))
         if key == "avg":
             band = {key: [(row["step"], row.get("low"), row.get("high")) for row in rows]}
-    drawn = dict(islice(series.items(), 12))  # as many labels as fit
+    drawn = dict(islice(series.items(), 12))  # a legend has room for 12
     smooth = chart.of != "eval"
     return dict(title=chart.title, series=drawn, kind=chart.kind, rules=rules, smooth=smooth, band=band)
 
@@ -144,8 +142,8 @@ def _difficulty(row: dict) -> Drawn:
 
 def temperature_figure(
     title: str, points: list[dict], rules: list[tuple[float, str]], zones: Sequence[tuple[float, float, str]] = ()
-) -> "Figure | None":
-    """Accuracy, distinct-4 and the distinct-4 to restore, where there is one, against temperature."""
+) -> Figure | None:
+    """Draw accuracy, distinct-4 and, if there is one, the target distinct-4 against temperature."""
     points = sorted((p for p in points if number(p.get("temperature")) is not None), key=lambda p: p["temperature"])
     series, band = {}, {}
     for key in ("accuracy", "distinct4", "target"):
@@ -156,12 +154,15 @@ def temperature_figure(
 
 
 def _search(row: dict) -> Drawn:
-    title, chosen = f"Temperature {row.get('label', '')}", number(row.get("chosen"))
-    target = {"target": row.get("target_distinct4")}
+    title, chosen, target = (
+        f"Temperature {row.get('label', '')}",
+        number(row.get("chosen")),
+        row.get("target_distinct4"),
+    )
     rules = [(chosen, f"chosen {format_number(chosen)}")] if chosen is not None else []
-    figure = temperature_figure(title, [point | target for point in row.get("curve") or []], rules)
-    why = "To give back the last stage's diversity." if target["target"] else "Exploration begins where accuracy falls."
-    return title, figure, f"{why} Bands: 95% intervals."
+    figure = temperature_figure(title, [point | {"target": target} for point in row.get("curve") or []], rules)
+    why = "to restore the last stage's diversity" if target else "where accuracy begins to fall"
+    return title, figure, f"Chosen {why}. Bands: 95% intervals."
 
 
 def _values(rows: list[dict], key: str) -> list[float]:
@@ -170,36 +171,39 @@ def _values(rows: list[dict], key: str) -> list[float]:
 
 def _cell(rows: list[dict], key: str, what: str) -> str:
     values, show = _values(rows, key), _share if "%" in what else format_number
-    if not values or "last" in what or what == "sum":
-        return show(None if not values else sum(values) if what == "sum" else values[-1])
+    if not values:
+        return show(None)
+    if what == "sum":
+        return show(sum(values))
+    if "last" in what:
+        return show(values[-1])
     return " → ".join(show(sum(ten) / len(ten)) for ten in (values[:10], values[-10:]))
 
 
 def _gain(rows: list[dict]) -> tuple[str, str, str]:
-    """Held-out accuracy before RL and now: title, values, and what the intervals say."""
+    """Compare the last held-out accuracy before RL with the latest: title, values, difference."""
     held = _held_out(rows)
     first_rl = next((i for i, row in enumerate(rows) if row["kind"] == "rl"), len(rows))
     before = [row for row in rows[:first_rl] if row in held]
     if not before or held[-1] is before[-1]:
         return "Held-out accuracy", "–", "needs an evaluation before RL and one after"
-    (a, a_low, a_high), (b, b_low, b_high) = (
-        [number(row.get(key)) for key in ("avg", "low", "high")] for row in (before[-1], held[-1])
-    )
+    a, b = ({key: number(row.get(key)) for key in ("avg", "low", "high")} for row in (before[-1], held[-1]))
     change = "gain not known"
-    if None not in (a, a_low, a_high, b, b_low, b_high):
-        apart = "do not overlap" if a_high < b_low or b_high < a_low else "overlap"
-        was, now = f"[{_share(a_low)}, {_share(a_high)}]", f"[{_share(b_low)}, {_share(b_high)}]"
-        change = f"{100 * (b - a):+.1f} points; 95% intervals {was} → {now} {apart}"
-    return f"Held-out accuracy, before RL → step {held[-1]['step']:,}", f"{_share(a)} → {_share(b)}", change
+    if None not in (*a.values(), *b.values()):
+        apart = "do not overlap" if a["high"] < b["low"] or b["high"] < a["low"] else "overlap"
+        was, now = (f"[{_share(ends['low'])}, {_share(ends['high'])}]" for ends in (a, b))
+        change = f"{100 * (b['avg'] - a['avg']):+.1f} points; 95% intervals {was} → {now} {apart}"
+    title = f"Held-out accuracy, before RL → step {held[-1]['step']:,}"
+    return title, f"{_share(a['avg'])} → {_share(b['avg'])}", change
 
 
 def _stage_table(stages: dict[str, list[dict]], planned: list[dict]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for label, steps in stages.items():
         named = [stage["name"] for stage in planned[steps[0]["stage"] :][:1] if "name" in stage]
+        span = f"{steps[0]['step']:,}–{steps[-1]['step']:,}"
         cells = [_cell(steps, key, what) for _, key, what in STAGE_COLUMNS]
-        extent, time = f"{steps[0]['step']:,}–{steps[-1]['step']:,}", format_eta(sum(_values(steps, "seconds")))
-        rows.append([": ".join([label, *named]), extent, *cells, time])
+        rows.append([": ".join([label, *named]), span, *cells, format_eta(sum(_values(steps, "seconds")))])
     return ["Stage", "Steps", *(title for title, _, _ in STAGE_COLUMNS), "Time"], rows
 
 
@@ -214,7 +218,7 @@ def _final_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def _rollouts(path: Path, each: int = 3) -> list[tuple[str, dict[str, str]]]:
-    """The first and the last few rollouts: a line about each, and its long texts."""
+    """Return the first and the last few rollouts, each as a summary line and its long texts."""
     if not path.exists():
         return []
     rows, rollouts = (row for _, row in read_rows(path)), []
@@ -225,36 +229,29 @@ def _rollouts(path: Path, each: int = 3) -> list[tuple[str, dict[str, str]]]:
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html and curves.svg from a run folder's metrics.jsonl, rollouts.jsonl and recipe.toml; returns
-    the page's path. The last two files may be missing, and so may any key of a row but kind, step and stage.
+    """Write report.html and curves.svg into a run folder, and return the page's path.
 
-    Raises FileNotFoundError without metrics.jsonl, MetricsError (file and line) where a line is broken."""
-    folder = Path(folder)
+    Needs metrics.jsonl; rollouts.jsonl and recipe.toml may be missing, and any key of a row but kind, step and stage.
+    Raises FileNotFoundError without metrics.jsonl, MetricsError (file and line) at a broken line."""
     rows = read_metrics(folder)
     recipe_text = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").exists() else ""
     recipe, stages = tomllib.loads(recipe_text), _stages(rows)
-    name, steps = recipe.get("name", folder.resolve().name), [row for part in stages.values() for row in part]
-    rows_of = {
-        "eval": _held_out(rows),
-        "steps": steps,
-        **{kind: [row for row in rows if row["kind"] == kind] for kind in ("sft", "rl", "filter", "temperature")},
-    }
+    title = recipe.get("name", folder.resolve().name)
+    rows_of = {kind: [row for row in rows if row["kind"] == kind] for kind in ("sft", "rl", "filter", "temperature")}
+    steps = [row for part in stages.values() for row in part]
+    rows_of |= {"steps": steps, "eval": _held_out(rows)}
     rules = [(part[0]["step"], label) for label, part in stages.items()]
     curves = {chart.title: _curve(chart, rows_of[chart.of], rules) for chart in CHARTS}
-    together = svg(panels(name, [curves[title] for title in PANELS]))
-    alone = together.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    write_atomically(folder / "curves.svg", [alone.encode()])
+    curves_svg = svg(panels(title, [curves[name] for name in PANELS]))
+    curves_svg = curves_svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    write_atomically(folder / "curves.svg", [curves_svg.encode()])
+    numbers = [(key, row["step"], value) for row in rows for key, value in row.items() if isinstance(value, float)]
     return write_page(
         folder / "report.html",
         "run.html",
-        title=name,
+        title=title,
         stages=stages,
-        broken=[
-            f"{key} at step {row['step']}"
-            for row in rows
-            for key, value in row.items()
-            if isinstance(value, float) and number(value) is None
-        ],
+        broken=[f"{key} at step {step}" for key, step, value in numbers if number(value) is None],
         cards=[
             _gain(rows),
             ("Steps", f"{len(steps):,}", f"in {len(stages)} stages"),

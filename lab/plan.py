@@ -1,10 +1,10 @@
-"""Will it fit, how long does it take, what does it cost? A recipe on given cards, before any of them is rented.
+"""Estimate whether a recipe fits on given GPUs, how long it takes and what it costs.
 
     python train.py recipes/polaris-4b.toml --plan --device 80GB --gpus 8
 
-Estimated from the shapes alone: no weights, no GPU, no run folder. First each stage's memory (plan_memory.py), then
-tokens, FLOPs, hours and cost, with the settings that make it fit. tests/test_plan.py compares FLOPs and hours with
-torch's counter and the sampler's roofline.
+Uses shapes only: no weights, no GPU, no run folder. Prints each stage's memory (plan_memory.py), settings that make it
+fit, then tokens, FLOPs, hours and cost. tests/test_plan.py compares FLOPs and hours with torch's counter and the
+sampler's roofline.
 """
 
 import json
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from lab.recipe import Recipe, RecipeError, RlStage, SftStage
 from model import ModelError, parse_config, read_config
 from rollout import cache_bytes_per_token
 
-PUBLISHED = {  # config.json of the models that recipes/ name: read only where the model is not at hand
+PUBLISHED = {  # config.json of the models in recipes/, for when the model is not on this machine
     "Qwen/Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True, 40_960),
     "Qwen/Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True, 40_960),
     "Qwen/Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151_936, True, 40_960),
@@ -34,23 +35,23 @@ PUBLISHED_KEYS = (
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
 
-PROBLEMS = {"POLARIS-Project/Polaris-Dataset-53K": 53_000, "HuggingFaceH4/aime_2024": 30}  # where the data is not here
-PATIENCE_DAYS = 30  # what takes longer is called impractical
+PROBLEMS = {"POLARIS-Project/Polaris-Dataset-53K": 53_000, "HuggingFaceH4/aime_2024": 30}  # for data that is not local
+PATIENCE_DAYS = 30  # a longer run is called impractical
 
 
 def find_shape(name: str) -> tuple[Shape, str]:
-    """A model's shape and where it was read: a folder, the hub's cache, the table above. Nothing is downloaded."""
+    """Return a model's shape and its source: a folder, the hub's cache or PUBLISHED. Downloads nothing."""
     if Path(name).is_dir():
         return Shape(read_config(Path(name))), name
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        from huggingface_hub import try_to_load_from_cache  # only here, so that local models need no hub
+        from huggingface_hub import try_to_load_from_cache  # local models do not need it
 
         if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
             return Shape(parse_config(json.loads(Path(cached).read_text()), cached)), "the hub's cache"
     if name in PUBLISHED:
         source = dict(zip(PUBLISHED_KEYS, PUBLISHED[name], strict=True))
         return Shape(parse_config(source, name)), "the table of published shapes in plan.py"
-    raise ModelError(f"{name}: no model folder, not in the hub's cache and not in plan.py's table: give a local folder")
+    raise ModelError(f"{name}: no model folder, not in the hub's cache and not in plan.py's table; give a local folder")
 
 
 # ------------------------------------------------------------------------------------------------------ compute
@@ -58,7 +59,7 @@ def find_shape(name: str) -> tuple[Shape, str]:
 
 @dataclass(frozen=True)
 class Work:
-    """What one phase does on all cards together, and how long that takes (0 where the card is not known)."""
+    """One phase on all GPUs together; `seconds` is 0 if the GPU's rates are unknown."""
 
     tokens: float = 0.0  # of responses
     flops: float = 0.0
@@ -67,7 +68,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Job:
-    """Something that a recipe does so many times."""
+    """A part of a run that is repeated `times` times."""
 
     what: str
     times: float
@@ -76,45 +77,45 @@ class Job:
 
     @property
     def hours(self) -> float:
-        """Of all times together."""
+        """Hours of all repetitions."""
         return self.times * (self.sampling.seconds + self.update.seconds) / 3600
 
 
 def lengths_below(limit: int, machine: Machine) -> tuple[float, float]:
-    """Mean and mean square of lengths, in tokens.
+    """Return the mean and the mean square of response lengths, in tokens.
 
-    Their shares of the limit are spread like Beta(1, 1 / m - 1) of mean m: from exponential (m near 0) over uniform
-    (1/2) to all alike (1).
+    Length / limit has the distribution Beta(1, 1 / m - 1) with mean m: near exponential for small m, uniform at 1/2,
+    constant at 1.
     """
     mean = min(machine.response_tokens or RESPONSE_SHARE * limit, limit)
     return mean, 2 * mean**2 / (1 + mean / limit)
 
 
 def pair_flops(shape: Shape) -> int:
-    """One query and one key that it sees, in all layers: the score and the value's share, 2 FLOPs a number each."""
+    """Return the FLOPs of one query and one key in all layers: score and weighted value, 2 FLOPs per element each."""
     return 4 * shape.layers * shape.queries
 
 
 def update_flops(
     shape: Shape, tokens: float, predicted: float, pairs: float, recompute: bool, lora_rank: int = 0
 ) -> float:
-    """FLOPs of forward and backward, what is computed twice counted twice; elementwise work is left out.
+    """Return the FLOPs of forward, backward and recomputation, without elementwise operations.
 
-    tokens: rows of the layers' products; predicted: response tokens; pairs: of a query and a key, causal.
+    tokens: rows of the layers' matrix products; predicted: response tokens; pairs: causal pairs of a query and a key.
     """
     products, adapters = shape.products, lora_rank * shape.adapter
-    # recomputation ends before the layer's last product, whose result no backward needs
+    # recomputation stops before the layer's last product: backward does not need its result
     last = (lora_rank or shape.inner) * shape.width
-    # forward, the input's gradient, the weight's where it is trained, and forward again; 2 each
+    # 2 each: forward, gradient of the input, gradient of a trained weight, recomputed forward
     of_layer = products * (4 if lora_rank else 6) + adapters * 6 + 2 * (products + adapters - last) * recompute
-    # forward, the same again in backward, the gradients of states and weight; a frozen head does with forward's slopes
+    # 2 each: forward, recomputed forward, gradients of states and weight; a frozen head recomputes nothing
     of_head = shape.head * (4 if lora_rank else 8)
-    of_pair = pair_flops(shape) * (1 + 2.5 + recompute)  # backward: five products, for the scores are made again
+    of_pair = pair_flops(shape) * (1 + 2.5 + recompute)  # backward: five products, as it recomputes the scores
     return shape.layers * of_layer * tokens + of_head * predicted + of_pair * pairs
 
 
 def update_work(shape: Shape, recipe: Recipe, stage: SftStage | RlStage, machine: Machine) -> Work:
-    """One optimizer step."""
+    """Return the work of one optimizer step."""
     if isinstance(stage, SftStage):
         sequences, group, prompt, limit = stage.batch_sequences, 1, 0, stage.max_tokens
     else:
@@ -122,10 +123,10 @@ def update_work(shape: Shape, recipe: Recipe, stage: SftStage | RlStage, machine
         prompt, limit = stage.max_prompt_tokens, stage.max_response_tokens
     mean, square = lengths_below(limit, machine)
     predicted = sequences * mean
-    # a prompt is computed once for those of its group that share a micro-batch
-    together = max(1.0, min(group, (recipe.micro_batch_tokens - prompt) / mean))
+    # responses of a group in the same micro-batch share the computation of their prompt
+    sharing = max(1.0, min(group, (recipe.micro_batch_tokens - prompt) / mean))
     pairs = sequences * (prompt**2 + 2 * prompt * mean + square) / 2
-    tokens = predicted + prompt * sequences / together
+    tokens = predicted + prompt * sequences / sharing
     flops = update_flops(shape, tokens, predicted, pairs, recipe.recompute_activations, recipe.lora.rank)
     return Work(predicted, flops, machine.seconds(flops / machine.gpus))
 
@@ -133,16 +134,15 @@ def update_work(shape: Shape, recipe: Recipe, stage: SftStage | RlStage, machine
 def sampling_work(
     shape: Shape, recipe: Recipe, problems: int, group: int, prompt: int, limit: int, machine: Machine
 ) -> Work:
-    """So many responses to each of so many problems, dealt over the cards; bound by bandwidth or by FLOPs.
+    """Return the work of sampling `group` responses to each of `problems` problems, bound by bandwidth or by FLOPs.
 
-    A decode step reads the weights once and every row's keys and values. There are as many steps as full rows need,
-    and at least as many as the longest response has tokens, whose end no other card can hasten. Preempted rows are
-    taken to cost nothing.
+    A decode step reads the weights once and every row's keys and values. The number of steps is what full rows need,
+    but at least the tokens of the longest response, which more GPUs do not shorten. Preemption is assumed to be free.
     """
     mean, square = lengths_below(limit, machine)
-    context = prompt + square / (2 * mean)  # of a row, on average over its life
-    requests = math.ceil(problems / machine.gpus) * group  # of the busiest card
-    # a row holds its context and half a page
+    context = prompt + square / (2 * mean)  # average over a row's lifetime
+    requests = math.ceil(problems / machine.gpus) * group  # on the busiest GPU
+    # rows that fit into the cache; a row holds its context and half a page
     held = math.floor(recipe.sampler.cache_tokens / (context + recipe.sampler.page_tokens / 2))
     rows = min(requests, recipe.sampler.rows, max(1, held))
     steps = max(requests * mean / rows, limit)
@@ -157,24 +157,24 @@ def sampling_work(
 
 @cache
 def count_problems(data: str) -> int:
-    """Problems of a file that is here or known; 0: nobody can tell."""
+    """Return the number of problems of a local file or of a set in PROBLEMS, else 0."""
     return len(read_problems(data)) if Path(data).is_file() else PROBLEMS.get(data, 0)
 
 
 def stage_data(recipe: Recipe, index: int) -> str:
-    """What an rl stage takes its problems from: its own data, or those of the stage before it that names any."""
+    """Return the data of an rl stage: its own, or else that of the nearest earlier rl stage with data."""
     return next(s.data for s in reversed(recipe.stage[: index + 1]) if isinstance(s, RlStage) and s.data)
 
 
 def uncounted(recipe: Recipe) -> list[str]:
-    """Data whose pass rates or evaluations are left out of the hours, for nobody can tell how many problems it has."""
+    """Return the data left out of the hours: sampled for pass rates or evaluations, of unknown size."""
     filtered = [i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage) and stage.filter_before]
     data = dict.fromkeys([*(stage_data(recipe, i) for i in filtered), recipe.eval.data, recipe.final.data])
     return [name for name in data if name and not count_problems(name)]
 
 
 def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
-    """All that train.py does with a recipe: the steps, and what stands around them."""
+    """Yield the parts of a run: steps, pass rates, diversity searches and evaluations."""
     rl = [stage for stage in recipe.stage if isinstance(stage, RlStage)]
     prompt = max((stage.max_prompt_tokens for stage in rl), default=1024)
 
@@ -212,7 +212,7 @@ def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
 
 
 def excess(plans: list[StagePlan], machine: Machine) -> float:
-    """Bytes of all phases beyond a card's memory; infinite where a stage cannot work whatever the memory."""
+    """Return the bytes that all phases need beyond a GPU's memory; infinite if a stage cannot run with any memory."""
     if any(plan.problem for plan in plans):
         return math.inf
     phases = [sum(phase.values()) for plan in plans for phase in (plan.sampling, plan.update)]
@@ -220,13 +220,14 @@ def excess(plans: list[StagePlan], machine: Machine) -> float:
 
 
 def fit_cache(shape: Shape, recipe: Recipe, machine: Machine) -> Recipe:
-    """The recipe with the largest cache that leaves sampling inside the memory, or the smallest that can work."""
+    """Return the recipe with the largest cache with which sampling fits, or else the smallest cache that can work."""
     size = recipe.sampler.page_tokens
     page = size * cache_bytes_per_token(shape.config, torch.bfloat16)
-    while True:  # a smaller cache preempts, and prefills more at once
+    while True:  # repeated: a smaller cache preempts, which makes prefills larger
         plans = plan_stages(shape, recipe, machine.gpus)
-        asked = [s for i in range(len(plans)) if (s := stage_sampling(recipe, i, machine.gpus))]
-        pages, least = max((s.pages for s in asked), default=0), max((s.pages_per_row + 1 for s in asked), default=0)
+        sampled = [s for i in range(len(plans)) if (s := stage_sampling(recipe, i, machine.gpus))]
+        pages = max((s.pages for s in sampled), default=0)
+        least = max((s.pages_per_row + 1 for s in sampled), default=0)
         over = max(sum(plan.sampling.values()) for plan in plans) - machine.memory_gib * GIB
         if pages == least or (pages > least and over <= 0):
             return recipe
@@ -235,12 +236,12 @@ def fit_cache(shape: Shape, recipe: Recipe, machine: Machine) -> Recipe:
 
 
 def fit_recipe(shape: Shape, recipe: Recipe, machine: Machine) -> tuple[list[str], Recipe] | None:
-    """Settings that make every stage fit, and the recipe with them; None where all together are not enough.
+    """Return settings that make every stage fit, and the recipe with them; None if all together are not enough.
 
-    They are added in a fixed order, what changes the run least first, until it fits; what does not help is left out.
+    Settings are added in order, those that change the run least first, until it fits; useless ones are dropped.
     """
     shortest, half = min(map(longest_sequence, recipe.stage)), recipe.final.max_response_tokens // 2
-    remedies = {
+    settings = {
         f"micro_batch_tokens={shortest}": ("micro_batch_tokens", shortest),
         "recompute_activations=true": ("recompute_activations", True),
         "offload_optimizer=true": ("offload_optimizer", True),
@@ -249,22 +250,22 @@ def fit_recipe(shape: Shape, recipe: Recipe, machine: Machine) -> tuple[list[str
         "lora.rank=32": ("lora", replace(recipe.lora, rank=32)),
     }
 
-    def treated(words: list[str]) -> Recipe:  # the cache takes what the other settings leave
-        return fit_cache(shape, replace(recipe, **dict(remedies[word] for word in words)), machine)
+    def apply(words: list[str]) -> Recipe:  # the cache gets the memory that the other settings leave
+        return fit_cache(shape, replace(recipe, **dict(settings[word] for word in words)), machine)
 
-    def left(words: list[str]) -> float:
-        return excess(plan_stages(shape, treated(words), machine.gpus), machine)
+    def missing(words: list[str]) -> float:
+        return excess(plan_stages(shape, apply(words), machine.gpus), machine)
 
     chosen: list[str] = []
-    for word in remedies:
-        if left(chosen) > left([*chosen, word]):
+    for word in settings:
+        if missing(chosen) > missing([*chosen, word]):
             chosen.append(word)
-    if left(chosen):
+    if missing(chosen):
         return None
-    for word in chosen[::-1]:  # a later one may have made it needless
-        if not left(others := [other for other in chosen if other != word]):
+    for word in chosen[::-1]:  # a later setting may have made it unnecessary
+        if not missing(others := [other for other in chosen if other != word]):
             chosen = others
-    fitted = treated(chosen)
+    fitted = apply(chosen)
     cache = [f"sampler.cache_tokens={fitted.sampler.cache_tokens}"] if fitted.sampler != recipe.sampler else []
     return chosen + cache, fitted
 
@@ -273,38 +274,40 @@ def fit_recipe(shape: Shape, recipe: Recipe, machine: Machine) -> tuple[list[str
 
 
 def memory_table(plan: StagePlan) -> list[str]:
-    """What is held, a line each, in GiB."""
+    """Return a line of GiB for each thing held in memory."""
     phases = (plan.sampling, plan.update, plan.host)
-    rows = {what: [phase.get(what, 0) for phase in phases] for what in {k: 0 for phase in phases for k in phase}}
+    rows = {name: [phase.get(name, 0) for phase in phases] for name in dict.fromkeys(chain(*phases))}
     rows["together"] = [sum(phase.values()) for phase in phases]
     lines = [plan.title, f"  {'GiB':46}{'sampling':>10}{'update':>10}{'host':>10}"]
-    for what, values in rows.items():
+    for name, values in rows.items():
         if any(values):
-            lines.append(f"  {what:46}" + "".join(f"{v / GIB:10.2f}" if v else " " * 10 for v in values))
+            lines.append(f"  {name:46}" + "".join(cell(value / GIB, 10, 2) for value in values))
     return lines
 
 
 def cost_table(found: list[Job], machine: Machine) -> list[str]:
-    """Tokens, FLOPs and hours of each job, a line each."""
+    """Return a line of tokens, FLOPs and hours for each job."""
     lines = [
         f"  {'':38}{'':>6}{'tokens':>11}{'PFLOP once':>11}{'':>10}{'hours once':>12}{'':>9}{'hours':>10}",
         f"  {'':38}{'times':>6}{'once':>11}{'sampling':>11}{'update':>10}{'sampling':>12}{'update':>9}{'in all':>10}",
     ]
     for job in found:
-        phases = (job.sampling, job.update)
-        line = f"  {job.what:38}{job.times:6}{short(max(work.tokens for work in phases)):>11}"
-        for work, width in zip(phases, (11, 10), strict=True):
-            line += f"{f'{work.flops / 1e15:,.0f}' if work.flops else '':>{width}}"
-        if machine.timed:
-            hours = (job.sampling.seconds / 3600, job.update.seconds / 3600, job.hours)
-            for value, width in zip(hours, (12, 9, 10), strict=True):
-                line += f"{f'{value:,.2f}' if 0 < value < 100 else f'{value:,.0f}' if value else '':>{width}}"
-        lines.append(line)
+        sampling, update = job.sampling, job.update
+        line = f"  {job.what:38}{job.times:6}{short(max(sampling.tokens, update.tokens)):>11}"
+        line += cell(sampling.flops / 1e15, 11) + cell(update.flops / 1e15, 10)
+        for hours, width in ((sampling.seconds / 3600, 12), (update.seconds / 3600, 9), (job.hours, 10)):
+            line += cell(hours, width, 2 if hours < 100 else 0)
+        lines.append(line.rstrip())
     return lines
 
 
+def cell(value: float, width: int, decimals: int = 0) -> str:
+    """Format a number, or blanks for 0."""
+    return f"{value:{width},.{decimals}f}" if value else " " * width
+
+
 def short(count: float) -> str:
-    """A large number in thousands, millions or billions."""
+    """Format a large number in thousands, millions or billions."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.1f}{letter}"
@@ -312,57 +315,60 @@ def short(count: float) -> str:
 
 
 def show_plan(recipe: Recipe, machine: Machine) -> bool:
-    """Print every stage's memory, then tokens, FLOPs, hours and cost. Says whether all stages fit."""
+    """Print every stage's memory, then tokens, FLOPs, hours and cost. Return whether all stages fit."""
     if recipe.model.startswith("world/"):
-        raise RecipeError(f"{recipe.model} is made by the run itself and fits anywhere: plan a recipe of a real model")
+        raise RecipeError(f"{recipe.model} is made by the run itself and fits anywhere; plan a recipe of another model")
     shape, where = find_shape(recipe.model)
     how = f"LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else "full fine-tuning"
     print(f"{recipe.name}: {recipe.model}, {shape.parameters:,} parameters (shape from {where})")
     print(f"{how}, bfloat16 compute on CUDA, {machine.gpus} x {machine.memory_gib:g} GiB; below, GiB of one process")
     plans = plan_stages(shape, recipe, machine.gpus)
     for plan in plans:
+        sampling, update = sum(plan.sampling.values()), sum(plan.update.values())
         verdict = "does not fit" if excess([plan], machine) else "fits"
-        sampling = sum(plan.sampling.values()) > sum(plan.update.values())
-        phase = "sampling" if sampling else f"the update, in {plan.moment}"
-        line = f"  {verdict}: at most {plan.peak / GIB:.1f} of {machine.memory_gib:g} GiB, in {phase}"
+        phase = "sampling" if sampling > update else f"the update, in {plan.moment}"
+        line = f"  {verdict}: at most {max(sampling, update) / GIB:.1f} of {machine.memory_gib:g} GiB, in {phase}"
         print("", *memory_table(plan), line + f"; {plan.problem}" * bool(plan.problem), sep="\n")
-    fits, timed, assumption = not excess(plans, machine), recipe, ""
-    if not fits and (found := fit_recipe(shape, recipe, machine)):
-        words, timed = " and ".join(found[0]), found[1]
-        assumption = f", with {words}"
-        print(f"\nto make it fit: set {words}")
-    elif not fits:
-        assumption = ", as if it fitted"
+    fits = not excess(plans, machine)
+    found = None if fits else fit_recipe(shape, recipe, machine)
+    if fits:
+        print("\ntime and cost")
+    elif found:
+        words, recipe = " and ".join(found[0]), found[1]
+        print(f"\nto make it fit: set {words}\n\ntime and cost, with {words}")
+    else:
         print("\nno setting makes it fit: shorten the responses, use more cards or a smaller model")
-    print(f"\ntime and cost{assumption}")
-    show_cost(shape, timed, machine)
+        print("\ntime and cost, as if it fitted")
+    show_cost(shape, recipe, machine)
     return fits
 
 
 def show_cost(shape: Shape, recipe: Recipe, machine: Machine) -> None:
-    """Print what a recipe takes, and what would shorten it if that is too long."""
+    """Print a run's tokens, FLOPs, hours and cost, and what would shorten it if it takes too long."""
     mean = f"{machine.response_tokens:,} tokens" if machine.response_tokens else f"{RESPONSE_SHARE:.0%} of their limit"
-    print(f"  assumed: responses of {mean} in the mean, prompts at theirs")
+    print(f"  assumed: responses average {mean}, prompts reach theirs")
     if machine.timed:
         rates = f"{machine.tflops:g} TFLOP/s and {machine.bandwidth_gbs:g} GB/s"
-        print(f"  assumed: {machine.utilisation:.0%} of {rates}{f', as of an {machine.name}' * bool(machine.name)}")
+        print(f"  assumed: {machine.utilisation:.0%} of {rates}{f' of an {machine.name}' * bool(machine.name)}")
     else:
-        print(f"  nothing is known of a card of {machine.memory_gib:g} GB: hours want --tflops and --bandwidth-gbs")
+        print(f"  rates of a {machine.memory_gib:g} GB card are unknown: give --tflops and --bandwidth-gbs for hours")
     found = list(jobs(shape, recipe, machine))
     print(*cost_table(found, machine), sep="\n")
     tokens = sum(job.times * max(job.sampling.tokens, job.update.tokens) for job in found)
     flops = sum(job.times * (job.sampling.flops + job.update.flops) for job in found)
     print(f"  together: {short(tokens)} tokens of responses, {flops:.2g} FLOP")
     if left_out := uncounted(recipe):
-        print(f"  not counted: what is sampled of {', '.join(left_out)}, which is not here to count its problems")
+        print(f"  not counted: samples of {', '.join(left_out)}, whose number of problems is unknown")
     if not machine.timed:
         return
     hours, gpus = sum(job.hours for job in found), machine.gpus
-    cost = f"${hours * gpus * machine.price_per_hour:,.0f} at ${machine.price_per_hour:g} an hour and card"
-    cost = cost if machine.price_per_hour else "the cost wants --price-per-hour"
+    price = machine.price_per_hour
+    cost = f"${hours * gpus * price:,.0f} at ${price:g} per card and hour"
+    cost = cost if price else "give --price-per-hour for cost"
     print(f"  {hours:,.0f} hours ({hours / 24:,.1f} days) on {gpus} card{'s' * (gpus > 1)}; {cost}")
     if hours / 24 > PATIENCE_DAYS and any(isinstance(stage, RlStage) for stage in recipe.stage):
         slowest = max(job.hours / job.times for job in found if job.update.flops)
         doubled = sum(job.hours for job in jobs(shape, recipe, replace(machine, gpus=2 * gpus))) / 24
-        print(f"  impractical: up to {slowest:,.1f} hours a step, and still {doubled:,.1f} days with --gpus {2 * gpus}")
+        limits = f"up to {slowest:,.1f} hours per step, and still {doubled:,.1f} days with --gpus {2 * gpus}"
+        print(f"  impractical: {limits}")
         print("  to shorten it: more cards, smaller batches, shorter responses, or a smaller model")

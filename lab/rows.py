@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl: what a step, a filter, a temperature search and an evaluation leave on record."""
+"""Rows of metrics.jsonl: of a step, a filter, a temperature search and an evaluation."""
 
 import hashlib
 from collections import Counter
@@ -17,7 +17,7 @@ from rollout import distinct_ngrams
 
 
 def sft_row(batch: Sequence[TrainingSequence], update: UpdateStats, learning_rate: float, seconds: float) -> dict:
-    """A step of supervised fine-tuning."""
+    """Return the row of a step of supervised fine-tuning."""
     tokens = sum(len(sequence.tokens) for sequence in batch)
     return {
         "kind": "sft",
@@ -34,7 +34,7 @@ def sft_row(batch: Sequence[TrainingSequence], update: UpdateStats, learning_rat
 
 
 def describe_groups(groups: list[Group], attempts: list[list[Attempt]], work: SamplingStats) -> dict:
-    """A batch as it was sampled, before rescue and substitution."""
+    """Describe a batch as sampled, before rescue and substitution."""
     flat = [attempt for group in attempts for attempt in group]
     lengths = np.array([len(attempt.rollout.tokens) for attempt in flat])
     solved = np.array([group.correct.mean() for group in groups])
@@ -71,12 +71,12 @@ def describe_groups(groups: list[Group], attempts: list[list[Attempt]], work: Sa
 
 
 def _short_hash(parts: Iterable[bytes]) -> str:
-    """Equal in two runs that drew the same, however many processes sampled."""
+    """Return a hash that does not depend on the number of processes that sampled."""
     return hashlib.blake2b(b"/".join(parts), digest_size=8).hexdigest()
 
 
 def describe_update(update: UpdateStats | None, seconds: float) -> dict:
-    """A batch's update; None is a batch with too few informative groups, which is skipped."""
+    """Describe a batch's update; None if it was skipped, with too few informative groups."""
     if update is None:
         return {"skipped": 1, "nonfinite": 0, "seconds_update": seconds, "memory_retries": 0, "optimizer_steps": 0}
     return {
@@ -94,7 +94,7 @@ def describe_update(update: UpdateStats | None, seconds: float) -> dict:
 
 
 def rollouts_to_read(step: int, groups: list[Group], attempts: list[list[Attempt]]) -> list[dict]:
-    """The first rollout of each of these groups, whole: lines of rollouts.jsonl."""
+    """Return the first rollout of each group as a line of rollouts.jsonl."""
     return [
         {
             "step": step,
@@ -114,7 +114,7 @@ def rollouts_to_read(step: int, groups: list[Group], attempts: list[list[Attempt
 
 
 def filter_row(label: str, rule: str, filtered: Filtered, tokens: int = 0) -> dict:
-    """A filter or a drop, with histograms of pass rates; `tokens` were generated to measure them."""
+    """Return the row of a filter or a drop, with histograms of pass rates that took `tokens` to measure."""
     row = {"kind": "filter", "label": label, "rule": rule, "before": filtered.before, "after": filtered.after}
     return row | {"tokens": tokens, "kept": len(filtered.kept), "dropped": len(filtered.dropped)}
 
@@ -122,13 +122,13 @@ def filter_row(label: str, rule: str, filtered: Filtered, tokens: int = 0) -> di
 def temperature_row(
     label: str, target: float | None, chosen: float, curve: Sequence[TemperaturePoint], tokens: int
 ) -> dict:
-    """A stage's temperature: every one that was measured, and the one that was taken."""
+    """Return the row of a temperature search: the measured temperatures and the chosen one."""
     row = {"kind": "temperature", "label": label, "target_distinct4": target, "chosen": chosen}
     return row | {"curve": [point.row() for point in curve], "tokens": tokens}
 
 
 def evaluation_row(found: Evaluation, final: bool) -> dict:
-    """An evaluation without the intervals of its groups."""
+    """Return the row of an evaluation, without the intervals of its groups."""
     row = {"kind": "eval", "final": final} | asdict(found)
     for grouping in ("by_type", "by_difficulty"):
         row[grouping] = {label: group["avg"] for label, group in row[grouping].items()}

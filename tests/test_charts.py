@@ -1,4 +1,4 @@
-"""charts.py: what is drawn where, on the figures' own data, and what reaches the SVG and the PNG."""
+"""charts.py: positions of what is drawn, read from the figures, and the contents of the SVG and the PNG."""
 
 import math
 import random
@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +20,7 @@ ELEMENTS = {"svg", "title", "defs", "g", "path", "text", "use", "clipPath", "rec
 
 
 def curves(figure) -> list:
-    """The lines of the series: a rule's y is in parts of the axes, not in data."""
+    """The lines of the series; the y of a rule is in axes coordinates, not in data."""
     return [line for line in figure.axes[0].lines if line.get_transform() == figure.axes[0].transData]
 
 
@@ -39,14 +38,14 @@ def noisy(n: int, seed: int = 0) -> list[tuple[float, float]]:
 
 
 def rich():
-    """Everything that a chart can have."""
+    """A chart with every element."""
     series = {f"series {i}": noisy(100, i) for i in range(2)} | {"target": [(x, 0.6) for x in range(100)]}
     band = {"series 1": [(x, y - 0.1, y + 0.1) for x, y in noisy(100, 1)]}
     zones = [(0, 50, "Robust Generation"), (50, 60, "Controlled Exploration"), (60, 99, "Performance Collapse")]
     return charts.line_chart("All", series, "amount", [(0, "SFT 1"), (55, "chosen 1.2")], band=band, zones=zones)
 
 
-def test_a_curve_is_drawn_where_its_numbers_say():
+def test_a_curve_is_drawn_at_the_coordinates_of_its_values():
     figure = charts.line_chart("t", {"a": [(0, 0.0), (5, 0.5), (10, 1.0)]}, "share")
     (line,) = curves(figure)
     assert line.get_xydata().tolist() == [[0, 0], [5, 0.5], [10, 1]]
@@ -62,13 +61,13 @@ def test_a_curve_is_drawn_where_its_numbers_say():
     assert drawn == [pytest.approx(point, abs=0.1) for point in ((left, floor), (middle, half), (right, top))]
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     points = [(0, np.float32(0.5)), (np.int64(1), np.int64(2))]
     assert curves(charts.line_chart("t", {"a": points}))[0].get_ydata().tolist() == [0.5, 2]
 
 
 @pytest.mark.parametrize("gap", [None, math.nan, math.inf])
-def test_an_unknown_value_is_a_gap_and_keeps_its_place(gap):
+def test_a_missing_value_is_a_gap_at_its_own_x(gap):
     figure = charts.line_chart("t", {"a": [(0, 1.0), (1, 2.0), (2, gap), (3, 3.0), (4, gap)]})
     x, y = curves(figure)[0].get_data()
     assert x.tolist() == [0, 1, 2, 3, 4] and np.isnan(y).tolist() == [False, False, True, False, True]
@@ -76,15 +75,15 @@ def test_an_unknown_value_is_a_gap_and_keeps_its_place(gap):
 
 
 @pytest.mark.parametrize("series", [{}, {"a": []}, {"a": [(0, None), (1, math.nan)]}])
-def test_nothing_to_draw_is_no_figure(series):
+def test_without_values_there_is_no_figure(series):
     assert charts.line_chart("t", series) is None
 
 
-def test_a_series_without_a_value_is_left_out_of_the_legend():
+def test_a_series_without_values_is_left_out_of_the_legend():
     assert legend(charts.line_chart("t", {"none": [(0, None)], "some": [(0, 2.0)]})) == ["some 2"]
 
 
-def test_a_value_between_two_gaps_is_drawn_as_a_dot_and_a_long_line_has_no_others():
+def test_a_value_between_two_gaps_is_a_dot_and_a_long_line_has_no_others():
     points = [(x, 1.0 if x % 3 == 0 or x > 100 else None) for x in range(200)]
     (line,) = curves(charts.line_chart("t", {"a": points}, smooth=False))
     assert line.get_marker() == "o" and line.get_markevery() == list(range(0, 100, 3))
@@ -94,7 +93,7 @@ def test_a_value_between_two_gaps_is_drawn_as_a_dot_and_a_long_line_has_no_other
     assert line.get_marker() == "o" and len(line.get_markevery()) == 20
 
 
-def test_smoothing_matches_the_obvious_average_and_stops_at_a_stage():
+def test_smoothing_matches_a_plain_average_that_stops_at_stage_boundaries():
     draw = random.Random(1)
     points = [(x, None if x == 50 else draw.random() + (x >= 200)) for x in range(300)]
     faint, bold = curves(charts.line_chart("t", {"a": points}, rules=[(200, "RL 2")]))
@@ -105,20 +104,20 @@ def test_smoothing_matches_the_obvious_average_and_stops_at_a_stage():
         assert np.isnan(y) if x == 50 else y == pytest.approx(sum(near) / len(near))
 
 
-def test_a_stage_shorter_than_the_window_is_averaged_by_itself():
+def test_a_stage_shorter_than_the_window_is_averaged_alone():
     points = [(x, float(x >= 150)) for x in range(300)]
     _, bold = curves(charts.line_chart("t", {"a": points}, rules=[(150, "a"), (152, "b")]))
     assert bold.get_ydata().tolist() == [y for _, y in points]
 
 
-def test_few_values_and_limits_are_not_smoothed():
+def test_short_series_and_limits_are_not_smoothed():
     assert len(curves(charts.line_chart("t", {"a": noisy(29)}))) == 1
     assert len(curves(charts.line_chart("t", {"a": noisy(30)}))) == 2
     (limit,) = curves(charts.line_chart("t", {"max_response_tokens": [(x, 96.0 + 64 * (x > 50)) for x in range(99)]}))
     assert limit.get_linestyle() == "--" and set(limit.get_ydata()) == {96, 160}
 
 
-def test_a_huge_value_does_not_blur_the_average_elsewhere():
+def test_a_huge_value_does_not_distort_the_average_elsewhere():
     points = [(x, 1e29 if x == 0 else 1e-3) for x in range(100)]
     _, bold = curves(charts.line_chart("t", {"a": points}))
     assert bold.get_ydata()[50:] == pytest.approx(1e-3)
@@ -146,7 +145,7 @@ def test_the_band_spans_the_interval_of_its_series_and_skips_unknown_ends():
     assert matplotlib.colors.to_hex(area.get_facecolor()[0]) == curves(figure)[1].get_color().lower()
 
 
-def test_a_band_that_reaches_zero_is_left_out_of_a_log_axis():
+def test_a_band_that_reaches_0_is_left_out_on_a_log_axis():
     figure = charts.line_chart("t", {"a": [(0, 1.0), (1, 2.0)]}, "log", band={"a": [(0, 0.0, 2.0), (1, 1.0, 3.0)]})
     assert figure.axes[0].get_ylim() == (1, 10)
 
@@ -164,7 +163,7 @@ def test_zones_are_shaded_within_the_axes_and_labelled():
     assert len({h.get_facecolor() for h in handles}) == 3
 
 
-def test_rules_are_drawn_where_stages_begin_and_labels_of_short_stages_left_out():
+def test_rules_mark_stage_starts_and_labels_of_short_stages_are_left_out():
     figure = charts.line_chart("t", {"a": noisy(100)}, rules=[(-5, "before"), (0, "SFT 1"), (2, "RL 1"), (60, "RL 2")])
     assert rules(figure) == [0, 2, 60] and [text.get_text() for text in figure.axes[0].texts] == ["SFT 1", "RL 2"]
 
@@ -182,7 +181,7 @@ def overlaps(figure) -> list[tuple[str, str]]:
     return [(a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[i + 1 :] if one.overlaps(other)]
 
 
-def test_no_text_lies_on_another_or_leaves_the_chart():
+def test_texts_do_not_overlap_or_leave_the_chart():
     types = {f"{'multiplication of'[: 4 + i]} {i}": [(x, i * 1000.0) for x in range(50)] for i in range(12)}
     stages = [(0, "SFT 1"), (3, "RL 1"), (20, "RL 2"), (48, "RL 3"), (49, "RL 4")]
     zones = [(0, 1, "Robust Generation"), (1, 4, "Controlled Exploration"), (4, 49, "Performance Collapse")]
@@ -199,7 +198,7 @@ def test_no_text_lies_on_another_or_leaves_the_chart():
 
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (1.4, 1.5), (3, 3), (-2e-6, 5e-6), (0, 0), (-1e29, 1e29), (5, 52224),
                                        (1, 1 + 1e-6), (99_990, 100_000)])  # fmt: skip
-def test_the_axis_spans_the_values_with_few_ticks_that_differ(low, high):
+def test_the_y_axis_spans_the_values_with_a_few_distinct_ticks(low, high):
     for kind in ("level", "amount", "share", "groups"):
         ax = charts.line_chart("t", {"a": [(0, low), (1, high)]}, kind).axes[0]
         ticks, labels = ax.get_yticks(), [label.get_text() for label in ax.get_yticklabels()]
@@ -209,7 +208,7 @@ def test_the_axis_spans_the_values_with_few_ticks_that_differ(low, high):
 
 
 @pytest.mark.parametrize("low, high", [(1e-6, 3e-5), (2.0, 3.0), (10.0, 10.0), (1e-29, 1e29)])
-def test_a_log_axis_spans_decades_and_an_exact_0_is_a_gap(low, high):
+def test_a_log_axis_spans_decades_and_0_is_a_gap(low, high):
     figure = charts.line_chart("t", {"a": [(0, low), (1, 0.0), (2, -1.0), (3, high)]}, "log")
     ax = figure.axes[0]
     ticks = ax.get_yticks()
@@ -218,7 +217,7 @@ def test_a_log_axis_spans_decades_and_an_exact_0_is_a_gap(low, high):
     assert charts.line_chart("t", {"a": [(0, 0.0)]}, "log") is None
 
 
-def test_steps_have_whole_ticks_and_one_step_is_a_chart_too():
+def test_steps_have_integer_ticks_and_one_step_is_enough():
     for last in (0, 1, 2, 99):
         ax = charts.line_chart("t", {"a": [(x, 1.0) for x in range(last + 1)]}).axes[0]
         assert len(ax.get_xticks()) and all(tick == round(tick) for tick in ax.get_xticks())
@@ -226,7 +225,7 @@ def test_steps_have_whole_ticks_and_one_step_is_a_chart_too():
 
 
 @pytest.mark.parametrize("kind", ["amount", "share", "level", "log"])
-def test_extreme_values_are_drawn_or_left_out_but_never_raise(kind):
+def test_extreme_values_never_raise(kind):
     for value in [5e-324, -5e-324, 1e308, 10**400, True, math.nan, -math.inf, 0, "1", [2]]:
         text = charts.svg(charts.line_chart("t", {"a": [(0, value), (1, 1e-29)]}, kind))
         assert not [
@@ -234,7 +233,7 @@ def test_extreme_values_are_drawn_or_left_out_but_never_raise(kind):
         ]
 
 
-def test_twelve_series_can_be_told_apart():
+def test_twelve_series_have_distinct_styles():
     figure = charts.line_chart("t", {str(i): [(0, i), (1, i)] for i in range(12)})
     assert len({(line.get_color(), line.get_linestyle()) for line in curves(figure)}) == 12
     assert {line.get_linestyle() for line in curves(figure)[:6]} == {"-"}
@@ -251,7 +250,7 @@ def test_bars_have_the_height_of_their_counts_and_the_first_group_is_hollow():
     assert charts.bar_chart("t", {}, "x") is charts.bar_chart("t", {"before": [0, 0]}, "x") is None
 
 
-def test_panels_draw_the_same_lines_as_charts_of_their_own_and_name_those_without_data():
+def test_panels_draw_the_lines_of_single_charts_and_name_those_without_data():
     options = dict(title="One", series={"a": noisy(40)}, kind="level", rules=[(20, "RL 1")])
     figure = charts.panels("run $x$", [options, dict(title="Two", series={})])
     alone = charts.line_chart(**options)
@@ -261,10 +260,10 @@ def test_panels_draw_the_same_lines_as_charts_of_their_own_and_name_those_withou
     assert {"run $x$", "One", "RL 1", "Two: no data yet"} <= set(texts)
 
 
-@pytest.mark.filterwarnings("error")  # of a letter that the font lacks: a reader of the console can do nothing
+@pytest.mark.filterwarnings("error")  # such as a missing glyph: the user can do nothing about it
 @pytest.mark.parametrize("text", [HOSTILE, r"costs $5 \frac{1}{", "_hidden", "two\nlines", "中文", "",
                                   ' id="line2d_1" ', "<g id='x'> xlink:href 1.23456", "%d {0}"])  # fmt: skip
-def test_text_of_a_model_stays_text_wherever_it_lands(text):
+def test_model_output_is_escaped_wherever_it_is_drawn(text):
     line = charts.line_chart(text, {text: noisy(40)}, rules=[(0, text)], x_label=text, zones=[(0, 9, text)])
     for figure in (
         line,
@@ -291,7 +290,7 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
-def test_ids_that_two_figures_share_mean_the_same_and_every_reference_is_defined():
+def test_ids_shared_by_figures_are_the_same_element_and_every_reference_is_defined():
     texts = [charts.svg(figure) for figure in (rich(), rich(), charts.line_chart("t", {"a": noisy(9)}))]
     defined: dict[str, bytes] = {}
     for text in texts:
@@ -303,31 +302,27 @@ def test_ids_that_two_figures_share_mean_the_same_and_every_reference_is_defined
         assert all(defined.setdefault(name, element) == element for name, element in ids.items())
 
 
-def test_the_svg_is_one_small_element_without_style_sheet_or_address():
+def test_the_svg_is_one_small_element_without_style_sheet_or_url():
     text = charts.svg(rich())
     assert text.startswith("<svg ") and text.rstrip().endswith("</svg>") and len(text) < 40_000
     assert not re.search(r"https?:|<style|<\?xml|<!DOCTYPE|<metadata|\n", text)
     assert {"series 0", "All"} <= {re.sub(r" [\d.]+$", "", t) for t in re.findall(r"<text[^>]*>([^<]*)", text)}
 
 
-def test_the_machine_s_own_settings_change_nothing(monkeypatch):
+def test_the_users_matplotlib_settings_change_nothing(monkeypatch):
     ours = charts.svg(rich())
     for key, value in {"axes.facecolor": "red", "font.size": 30.0, "axes.grid": False, "lines.linewidth": 9.0}.items():
         monkeypatch.setitem(matplotlib.rcParams, key, value)
     assert charts.svg(rich()) == ours and matplotlib.rcParams["font.size"] == 30
 
 
-def test_charts_may_be_drawn_in_several_threads():
-    before, ours = dict(matplotlib.rcParams), charts.svg(rich())
-    with ThreadPoolExecutor(4) as pool:
-        drawn = list(pool.map(lambda _: charts.svg(rich()), range(8)))
-    assert drawn == [ours] * 8 and dict(matplotlib.rcParams) == before
-
-
-def test_neither_room_imports_matplotlib_before_it_draws_and_pyplot_never():
+def test_drawing_leaves_the_settings_alone_and_never_imports_pyplot():
+    before = dict(matplotlib.rcParams)
+    charts.svg(rich())
+    assert dict(matplotlib.rcParams) == before
     code = (
-        "import sys; from lab import charts, page; assert 'matplotlib' not in sys.modules; "
-        "charts.svg(charts.line_chart('t', {'a': [(0, 1.0)]})); assert 'matplotlib.pyplot' not in sys.modules"
+        "import sys; from lab import charts; charts.svg(charts.line_chart('t', {'a': [(0, 1.0)]})); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(charts.__file__).parent.parent)
 
@@ -335,6 +330,6 @@ def test_neither_room_imports_matplotlib_before_it_draws_and_pyplot_never():
 @pytest.mark.parametrize("value, text", [(None, "–"), (0, "0"), (0.01234, "0.0123"), (52224, "52,224"),
                                          (1.234e6, "1.23M"),
                                          (2e-5, "2e-5"), (-1500.4, "-1,500"), (3e12, "3T")])  # fmt: skip
-def test_numbers_for_people(value, text):
+def test_number_formats(value, text):
     assert charts.format_number(value) == text
     assert charts.format_number(0.123, percent=True) == "12.3%"

@@ -1,4 +1,4 @@
-"""What the code cites is there: sections of RECIPE.md, and the files and functions that RECIPE.md and README name."""
+"""Citations resolve: sections of RECIPE.md in the code; files and functions in RECIPE.md and README.md."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ def test_the_sections_of_the_recipe_are_numbered_without_gaps():
     assert sections() == set(range(1, len(sections()) + 1)) and len(sections()) >= 9
 
 
-def test_every_section_that_the_code_cites_is_there():
+def test_every_section_that_the_code_cites_exists():
     cited = {
         (path.name, int(number))
         for path in SOURCES
@@ -32,14 +32,14 @@ def test_every_section_that_the_code_cites_is_there():
 
 
 def recipe_keys() -> set[str]:
-    """Every key of a recipe, by its own name."""
+    """The names of all recipe keys."""
     tree = ast.parse((ROOT / "lab" / "recipe.py").read_text())
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     return {inner.target.id for node in classes for inner in node.body if isinstance(inner, ast.AnnAssign)}
 
 
 def names_of(path: Path) -> set[str]:
-    """Top-level names of a module, and the methods of its classes as Class.method."""
+    """Top-level names of a module, and its methods as Class.method."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -52,7 +52,7 @@ def names_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", ["RECIPE.md", "README.md"])
-def test_every_file_and_function_that_a_document_names_is_there(document):
+def test_every_file_and_function_that_a_document_names_exists(document):
     text = (ROOT / document).read_text()
     modules = {path.stem: path for pattern in ("*.py", "engine/*.py", "lab/*.py") for path in ROOT.glob(pattern)}
     named = re.findall(r"`(?:(?:engine|lab)[./])?(\w+)\.(\w+(?:\.\w+)?)`", text)

@@ -1,10 +1,20 @@
-"""console.py: lines align and fit, and times are short."""
+"""console.py: the columns of a step's line, and when alarms are printed."""
 
 import math
 
 import pytest
 
 from lab import console
+
+RL = dict(
+    kind="rl", step=123, stage=1, reward_mean=0.512, response_length_mean=1234.5, truncated_share=0.031,
+    distinct4=0.7123, temperature=1.4, zero_variance=12, groups=128.0, rescued=1.0, substituted=12, tokens=90_000,
+    seconds=10.0, seconds_grade=0.123,
+)  # fmt: skip
+EXTREME = RL | dict(
+    step=10_000, stage=12, reward_mean=-123456.0, response_length_mean=98304.0, truncated_share=1.0, zero_variance=128,
+    rescued=128, substituted=1000, tokens=9e9,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -25,54 +35,76 @@ def test_format_eta(seconds, text):
 
 
 def test_console_lines_align_and_fit():
-    rl = dict(
-        kind="rl",
-        step=123,
-        stage=1,
-        reward_mean=0.512,
-        response_length_mean=1234.5,
-        truncated_share=0.031,
-        distinct4=0.7123,
-        temperature=1.4,
-        zero_variance=12,
-        groups=128.0,
-        rescued=1.0,
-        substituted=12,
-        tokens=90_000,
-        seconds=10.0,
-        seconds_grade=0.123,
-    )
-    extreme = dict(
-        rl,
-        step=10_000,
-        stage=12,
-        reward_mean=-123456.0,
-        response_length_mean=98304.0,
-        truncated_share=1.0,
-        zero_variance=128,
-        rescued=128,
-        substituted=1000,
-        tokens=9e9,
-    )
-    lines = [
-        console.console_line(row, 10_000, 7860)
-        for row in (
-            rl,
-            extreme,
-            dict(rl, skipped=1),
-            dict(rl, reward_mean=math.nan),
-            dict(kind="rl", step=1, stage=1),
-            dict(kind="sft", step=7, stage=0, loss=2.31, tokens_per_s=9123.4),
-            dict(kind="sft", step=8, stage=0, loss=None),
-        )
+    rows = [
+        RL,
+        EXTREME,
+        RL | {"skipped": 1},
+        RL | {"reward_mean": math.nan},
+        dict(kind="rl", step=1, stage=1),
+        dict(kind="sft", step=7, stage=0, loss=2.31, tokens_per_s=9123.4),
+        dict(kind="sft", step=8, stage=0, loss=None),
     ]
+    lines = [console.console_line(row, 10_000, 7860) for row in rows]
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 160
     assert len({line.index(" tok/s") for line in lines}) == 1
-    assert (
-        lines[0].split()
-        == (
-            "1 rl 123/10000 reward 0.512 len 1234 trunc 3.1% d4 0.712 T 1.40 zerovar 12/128 "
-            "rescued 1 subst 12 9000 tok/s grade 1.2% eta 2h 11m"
-        ).split()
+    assert " ".join(lines[0].split()) == (
+        "1 rl 123/10000 reward 0.512 len 1234 trunc 3.1% d4 0.712 T 1.40 zerovar 12/128 "
+        "rescued 1 subst 12 9000 tok/s grade 1.2% eta 2h 11m"
     )
     assert "update skipped" in lines[2] and "nan" in lines[3] and "loss    2.310" in lines[5]
+
+
+CALM = dict(
+    kind="rl", stage=1, groups=12, zero_variance=4, truncated_share=0.02, response_length_mean=100.0, accuracy=0.5,
+    distinct4=0.6, entropy=0.8,
+)  # fmt: skip
+
+
+def stage_rows(*changes):
+    """Rows of a stage without alarms, except for these changes."""
+    return [CALM | {"step": step, **change} for step, change in enumerate(changes, 1)]
+
+
+def printed(steps):
+    """(step, first word) of every alarm, asked for after each step as in a run."""
+    return [(n, sentence.split()[0]) for n in range(1, len(steps) + 1) for sentence in console.new_alarms(steps[:n])]
+
+
+ALARMS = {  # sentence: (values beyond the threshold, values within it)
+    "68% of": (dict(zero_variance=8.1), dict(zero_variance=7.9)),
+    "11% of": (dict(truncated_share=0.11), dict(truncated_share=0.099)),
+    "response length runs away: 100 to 201 tokens": (
+        dict(response_length_mean=201.0), dict(response_length_mean=199.0)),
+    "diversity collapses: distinct-4 0.600 to 0.440": (dict(distinct4=0.44), dict(distinct4=0.46)),
+    "diversity explodes: distinct-4 0.600 to 0.760": (dict(distinct4=0.76), dict(distinct4=0.74)),
+    "entropy collapses: 0.800 to 0.190 nats per token": (dict(entropy=0.19), dict(entropy=0.21)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", ALARMS)
+def test_an_alarm_needs_a_mean_beyond_its_threshold(sentence):
+    beyond, within = ALARMS[sentence]
+    (alarm,) = console.active_alarms(stage_rows(*[{}] * 5, *[beyond] * 5)).values()
+    assert alarm.startswith(sentence)
+    assert console.active_alarms(stage_rows(*[{}] * 5, *[within] * 5)) == {}
+    assert console.active_alarms(stage_rows({}, {}, {}, beyond)) == {}  # too few steps
+
+
+def test_longer_responses_with_higher_accuracy_are_no_alarm():
+    assert console.active_alarms(stage_rows(*[{}] * 5, *[dict(response_length_mean=300.0, accuracy=0.6)] * 5)) == {}
+
+
+def test_an_alarm_is_printed_when_it_starts_and_again_only_after_a_long_quiet():
+    cut, quiet = dict(truncated_share=0.5), 2 * console.SMOOTHED + console.QUIET
+    # the mean of 5 passes a tenth with the first cut row; flickering within QUIET steps is one alarm
+    assert printed(stage_rows(*[{}] * 5, *[cut] * 20)) == [(6, "12%")]
+    assert printed(stage_rows(*[{}] * 5, *[cut] * 5, *[{}] * 6, *[cut] * 5)) == [(6, "12%")]
+    twice = printed(stage_rows(*[{}] * 5, *[cut] * 5, *[{}] * quiet, *[cut] * 5))
+    assert twice == [(6, "12%"), (11 + quiet, "12%")]
+
+
+def test_missing_and_non_finite_metrics_raise_no_alarm():
+    bare = [dict(kind="rl", step=step, stage=1) for step in range(8)]
+    assert console.new_alarms(bare) == [] and console.new_alarms([]) == []
+    odd = stage_rows(*[dict(distinct4=None, entropy=math.nan, response_length_mean=math.inf, groups=0)] * 8)
+    assert console.new_alarms(odd) == []

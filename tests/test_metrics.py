@@ -1,4 +1,4 @@
-"""metrics.py: what was written comes back, broken lines are reported, resuming forgets."""
+"""metrics.py: rows are written and read back, broken lines are reported, resuming drops later lines."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ import pytest
 from lab import metrics as record
 
 
-def test_read_metrics_drops_a_cut_last_line_and_says_so(tmp_path, capsys):
+def test_read_metrics_drops_a_cut_last_line_with_a_note(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "sft", "step": 1, "stage": 0}\n{"kind": "r\xc3')
     assert [row["step"] for row in record.read_metrics(tmp_path)] == [1]
     assert "dropped 1 half-written last line (line 2)" in capsys.readouterr().err
@@ -23,14 +23,14 @@ def test_read_metrics_names_the_broken_line(tmp_path, broken):
         record.read_metrics(tmp_path)
 
 
-def test_resuming_drops_what_came_after_the_checkpoint_and_goes_on(tmp_path):
+def test_resuming_drops_the_lines_after_the_checkpoint_and_appends(tmp_path):
     metrics = record.Metrics(tmp_path)
     for step in range(6):
         metrics.write(dict(kind="sft", step=step, stage=0, loss=math.nan))
         metrics.write_rollouts([dict(step=step, response="é"), dict(step=step, response="b")])
         if step == 3:
             noted = list(metrics.position)
-            metrics.write(dict(kind="filter", step=3, stage=0))  # same step, after the checkpoint: to be made again
+            metrics.write(dict(kind="filter", step=3, stage=0))  # same step, after the checkpoint
     metrics.close()
     assert noted == [4, 8]
     for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -47,8 +47,7 @@ def test_resuming_drops_what_came_after_the_checkpoint_and_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ['{"step": 4, "x', '{"step": 4, "x": \n', "3\n", "\0\0\0\0\n"])
-def test_what_follows_the_checkpoint_may_be_broken(tmp_path, broken):
-    """A line cut by a lost machine is no matter when the checkpoint comes before it."""
+def test_lines_after_the_checkpoint_may_be_broken(tmp_path, broken):
     whole = [dict(kind="sft", step=step, stage=0) for step in range(4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole) + broken + '{"step": 9}\n')
     assert record.whole_lines(tmp_path) == [4, 0]
@@ -84,13 +83,13 @@ def test_other_ranks_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_missing_is_one_clear_sentence(tmp_path, monkeypatch):
+def test_missing_tensorboard_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="TensorBoard was asked for but is not installed: `pip install tensorboard`"):
+    with pytest.raises(ImportError, match="TensorBoard is not installed: `pip install tensorboard`"):
         record.Metrics(tmp_path, tensorboard=True)
 
 
-def test_tensorboard_gets_scalars_and_forgets_truncated_steps(tmp_path, monkeypatch):
+def test_tensorboard_gets_scalars_and_purges_dropped_steps(tmp_path, monkeypatch):
     calls = []
 
     class Board:
@@ -126,7 +125,7 @@ def test_tensorboard_gets_scalars_and_forgets_truncated_steps(tmp_path, monkeypa
     ]
 
 
-def test_alarms_see_the_rows_of_one_stage_also_after_a_resume(tmp_path):
+def test_metrics_keep_the_rows_of_the_current_stage_also_after_a_resume(tmp_path):
     metrics = record.Metrics(tmp_path)
     for stage in (1, 2):
         for step in range(3):

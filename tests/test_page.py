@@ -1,4 +1,4 @@
-"""page.py against a synthetic run: three stages, a diverged step, missing keys, hostile model text, a cut last line."""
+"""page.py on a synthetic run: three stages, a diverged step, missing keys, hostile model output, a cut last line."""
 
 import json
 import math
@@ -141,7 +141,7 @@ def charts_of(text: str) -> dict[str, ElementTree.Element]:
 
 
 def faint(chart: ElementTree.Element) -> str:
-    """The path of the first series, every step of it."""
+    """The path of the first series, with every step."""
     return next(node.get("d") for node in chart.iter("path") if "opacity: 0.3" in node.get("style", ""))
 
 
@@ -149,8 +149,7 @@ def test_the_page_is_well_formed_and_has_every_section(run):
     _, text, _ = run
     texts, drawn = parse(text).texts, charts_of(text)
     for section in ("Final evaluation", "Stages", "Curves", "Difficulty", "Temperature searches",
-                    "Whole rollouts to read",
-                    "Recipe", "Glossary"):
+                    "Rollouts", "Recipe", "Glossary"):
         assert section in texts
     titles = {chart.title for chart in page.CHARTS} | {"Difficulty before stage 1", "Temperature for stage 2"}
     assert titles <= drawn.keys() and "No data for" not in text
@@ -158,7 +157,7 @@ def test_the_page_is_well_formed_and_has_every_section(run):
                for key, value in node.attrib.items() if key in ("d", "points", "x", "y"))
 
 
-def test_curves_svg_stands_alone(run):
+def test_curves_svg_is_self_contained(run):
     _, _, svg = run
     root = ElementTree.fromstring(svg)
     texts = {node.text for node in root.iter("{http://www.w3.org/2000/svg}text")}
@@ -166,7 +165,7 @@ def test_curves_svg_stands_alone(run):
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and svg.count("http") == 1 and "<script" not in svg
 
 
-def test_model_text_cannot_leave_its_element_and_nothing_is_fetched(run):
+def test_model_output_is_escaped_and_nothing_is_fetched(run):
     _, text, svg = run
     tags = parse(text).tags
     assert not {tag for tag, _ in tags} & {"script", "img", "link", "iframe", "object"}
@@ -176,7 +175,7 @@ def test_model_text_cannot_leave_its_element_and_nothing_is_fetched(run):
     assert "default-src 'none'; style-src 'unsafe-inline'" in text and "href" not in text.replace(' href="#', "")
 
 
-def test_tables_and_headline_carry_the_metrics(run):
+def test_tables_and_cards_show_the_metrics(run):
     rows, text, _ = run
     cells = re.findall(r"<td>(.*?)</td>", text)
     for row in (row for row in rows if row["kind"] == "eval" and row["final"]):
@@ -191,9 +190,9 @@ def test_tables_and_headline_carry_the_metrics(run):
     assert "[36.4%, 46.0%] → [58.7%, 68.1%] do not overlap" in text
 
 
-def test_a_diverged_step_is_said_and_left_as_a_gap(run):
+def test_a_diverged_step_is_reported_and_left_as_a_gap(run):
     _, text, _ = run
-    assert "2 values are not finite, left as gaps: loss at step 160, grad_norm at step 160." in text
+    assert "2 values are not finite and left as gaps: loss at step 160, grad_norm at step 160." in text
     assert faint(charts_of(text)["RL loss"]).count("M") == 4  # the two skipped steps and the diverged one
 
 
@@ -220,7 +219,7 @@ def test_a_long_run_is_thinned_without_losing_its_spikes(tmp_path):
     text = page.write_report(tmp_path).read_text()
     chart = charts_of(text)["Truncated share"]
     heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", faint(chart))]
-    box = next(node.get("d") for node in list(chart.iter("path"))[1:])  # the first is all of the figure
+    box = next(node.get("d") for node in list(chart.iter("path"))[1:])  # the first is the background
     floor, top = (pick(float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", box)) for pick in (max, min))
     assert len(text) < 1_000_000 and 100 < len(heights) <= 2 * charts.BINS + 1
     assert min(heights) < 0.1 * floor + 0.9 * top  # 0.97 of an axis that ends at 100%
@@ -233,7 +232,7 @@ def test_a_long_run_is_thinned_without_losing_its_spikes(tmp_path):
      dict(kind="eval", step=1, stage=1, name="a", final=True)],
     [dict(kind="filter", step=0, stage=0, before=[0] * 9),
      dict(kind="temperature", step=0, stage=0, curve=[{"temperature": None}])]])
-def test_a_page_of_missing_data_names_what_it_left_out(tmp_path, rows):
+def test_a_page_names_the_charts_without_data(tmp_path, rows):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = page.write_report(tmp_path).read_text()
     parse(text)
@@ -248,7 +247,7 @@ def test_first_and_last_rollouts_are_shown_without_a_half_written_one(tmp_path):
     shown = page.write_report(tmp_path).read_text()
     assert shown.count("<details><summary>step ") == 6
     assert re.findall(r"answer (\d+)", shown) == ["0", "1", "2", "7", "8", "9"]
-    assert "10,009 characters more" in shown
+    assert "10,009 more characters" in shown
 
 
 def rendered(call: str, **values) -> str:
@@ -256,16 +255,16 @@ def rendered(call: str, **values) -> str:
         '{% from "parts.html" import figures, folded, table %}{{ ' + call + " }}").render(values)
 
 
-def test_a_folded_text_is_whole_unless_told_and_escaped():
+def test_folded_text_is_escaped_and_complete_unless_limited():
     text = "<i>" + "x" * 50_000
     whole = rendered("folded(summary, texts)", summary=HOSTILE, texts={"<u>": text})
     cut = rendered("folded('s', texts, 10)", texts={"a": text, "b": "short"})
     assert [data for data in parse(whole).texts if len(data) > 40_000] == [text] and "more" not in whole
     assert {tag for tag, _ in parse(whole).tags} == {"details", "summary", "h3", "pre"}
-    assert parse(cut).texts.count(text[:10]) == 1 and "49,993 characters more" in cut and "short" in cut
+    assert parse(cut).texts.count(text[:10]) == 1 and "49,993 more characters" in cut and "short" in cut
 
 
-def test_the_parts_of_a_page_escape_what_they_are_given():
+def test_template_macros_escape_their_arguments():
     figure = charts.line_chart(HOSTILE, {HOSTILE: [(0, 1.0)]})
     body = rendered("table([text], [[text], [3]])", text=HOSTILE)
     body += rendered("figures(all)", all=[(HOSTILE, figure, HOSTILE), (HOSTILE, None, "")])
@@ -275,7 +274,7 @@ def test_the_parts_of_a_page_escape_what_they_are_given():
     assert "No data" not in rendered("figures(all)", all=[("a", figure, "")])
 
 
-def test_a_value_that_a_template_misses_is_an_error_and_none_is_marked_safe_by_its_text():
+def test_a_missing_template_value_is_an_error_and_text_is_never_marked_safe():
     with pytest.raises(jinja2.UndefinedError):
         rendered("table(heads, [])")
     assert "<b>" not in rendered("table(['<b>'], [[text]])", text="<b>")
@@ -290,7 +289,7 @@ def test_the_same_run_gives_the_same_page(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_the_command_line_refuses_a_folder_that_is_no_run(tmp_path):
+def test_the_command_rejects_a_folder_that_is_not_a_run(tmp_path):
     done = subprocess.run([sys.executable, "-m", "lab.page", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "usage: python -m lab.page RUN, a folder with a metrics.jsonl" in done.stderr

@@ -1,4 +1,4 @@
-"""plan.py: held against the bytes that the real update and the real sampler keep, and what --plan says."""
+"""plan.py: estimates compared with the bytes of the real update and sampler, and the output of --plan."""
 
 import argparse
 import importlib.util
@@ -34,12 +34,12 @@ LORA_24GB = ROOT / "recipes" / "polaris-4b-lora-24gb.toml"
 
 
 def machine(memory=24.0, gpus=1, **others):
-    """Cards of so much memory."""
+    """GPUs with this memory."""
     return replace(cards.CARDS.get(memory, cards.Machine(memory)), gpus=gpus, **others)
 
 
 def lines(capsys, recipe, overrides=(), memory=24.0, processes=1, **others):
-    """Whether a recipe fits, and the plan as printed."""
+    """Return whether a recipe fits, and the printed plan."""
     fits = plan.show_plan(load_recipe(recipe, overrides), machine(memory, processes, **others))
     return fits, capsys.readouterr().out
 
@@ -48,7 +48,7 @@ def lines(capsys, recipe, overrides=(), memory=24.0, processes=1, **others):
 
 
 @pytest.mark.parametrize("name", bench.UPDATES)
-def test_the_update_holds_what_the_plan_says(name):
+def test_the_updates_memory_matches_the_plan(name):
     overrides, update, sequences = bench.UPDATES[name]
     config = parse_config(bench.SMALL | overrides)
     measured = bench.update_bytes(config, update, sequences)
@@ -56,7 +56,7 @@ def test_the_update_holds_what_the_plan_says(name):
 
 
 @pytest.mark.parametrize("name", bench.SAMPLERS)
-def test_the_sampler_holds_what_the_plan_says(name):
+def test_the_samplers_memory_matches_the_plan(name):
     overrides, sampling = bench.SAMPLERS[name]
     config = parse_config(bench.SMALL | overrides)
     measured = bench.sampling_bytes(config, sampling)
@@ -64,15 +64,15 @@ def test_the_sampler_holds_what_the_plan_says(name):
 
 
 @pytest.mark.parametrize("processes", [1, 8])
-def test_the_update_at_full_width_in_bfloat16_holds_what_the_plan_says(processes):
+def test_the_updates_memory_at_full_width_in_bfloat16_matches_the_plan(processes):
     config = bench.published("Qwen/Qwen3-4B", 2)
     update = Update(40_960, 39_936, processes=processes)
     measured = bench.update_bytes(config, update)
-    assert measured > 8 * GIB  # which nothing here has: the tensors are fake
+    assert measured > 8 * GIB  # the tensors are fake
     assert bench.estimated_update(config, update)[1] == pytest.approx(measured, rel=0.15)
 
 
-def test_the_counter_sees_what_lives_and_not_what_died():
+def test_the_counter_counts_live_tensors_only():
     counter = bench.LiveBytes()
     with counter:
         first = torch.zeros(1000)
@@ -82,17 +82,17 @@ def test_the_counter_sees_what_lives_and_not_what_died():
             second = torch.ones(500)
         second.untyped_storage().resize_(0)
     assert counter.live == 4000 and view.numel() == 990
-    assert counter.most == 4000 + 2 * 2000  # one made while its predecessor still has its name
+    assert counter.most == 4000 + 2 * 2000  # the new tensor is made before the name lets go of the old one
 
 
-def test_parameters_are_those_of_the_model():
+def test_the_parameter_count_is_the_models():
     for family, tied in (("qwen3", True), ("qwen2", False), ("llama", True)):
         config = parse_config(bench.SMALL | {"model_type": family, "tie_word_embeddings": tied})
         built = sum(parameter.numel() for parameter in Transformer(config).parameters())
         assert Shape(config).parameters == built
 
 
-def test_preempted_rows_are_prefilled_with_their_responses_as_the_plan_says(monkeypatch):
+def test_prefills_of_preempted_rows_match_the_plan(monkeypatch):
     config = parse_config(bench.SMALL | {"num_hidden_layers": 1})
     sampling = Sampling(40, 120, 8, 2, 8, 16, 400, torch.float32, kernels=False)
     seen, original = [], rollout.Prefill.__init__
@@ -112,12 +112,12 @@ def test_preempted_rows_are_prefilled_with_their_responses_as_the_plan_says(monk
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
-def test_the_update_multiplies_as_often_as_the_plan_says(rank, recompute):
-    """Every product but attention's, as torch counts them while the step runs."""
+def test_the_updates_flops_match_the_plan(rank, recompute):
+    """All matrix products except attention, as counted by torch during a step."""
     config = parse_config(bench.SMALL | {"num_hidden_layers": 8})
     batch = [TrainingSequence(np.full(64, i, np.int32), 16, 1.0, np.zeros(48, np.float32)) for i in range(4)]
 
-    def addmm(_, left, right, out_shape=None, **rest):  # in place, which the counter does not know
+    def addmm(_, left, right, out_shape=None, **rest):  # in place: unknown to the counter
         return 2 * left[0] * left[1] * right[1]
 
     with bench.processes(1) as mesh:
@@ -128,13 +128,13 @@ def test_the_update_multiplies_as_often_as_the_plan_says(rank, recompute):
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm}) as counter:
             optimizer_step(model, optimizer, batch, PolicyLoss(), 1000)
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "scaled_dot" not in str(op))
-    if rank:  # nothing trained comes before the first layer's queries, keys and values, so that no slope goes further
+    if rank:  # no gradient of the first layer's input: nothing before it is trained
         counted += 2 * 256 * config.hidden_size * (128 + 64 + 64) + 3 * 2 * 256 * rank * config.hidden_size
     assert plan.update_flops(Shape(config), 256, 192, 0, recompute, rank) == counted
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_attention_is_quadratic_and_counted_as_torch_counts_it(recompute):
+def test_attention_flops_match_torchs_count(recompute):
     config = parse_config(bench.SMALL)
     shape = (1, config.num_attention_heads, 512, config.head_dim)
     forward, backward = sdpa_flop_count(shape, shape, shape), sdpa_backward_flop_count(shape, shape, shape, shape)
@@ -142,7 +142,7 @@ def test_attention_is_quadratic_and_counted_as_torch_counts_it(recompute):
     assert plan.update_flops(Shape(config), 0, 0, 512 * 512, recompute) == expected
 
 
-def test_a_steps_flops_are_those_of_its_tokens_and_of_every_pair_of_them():
+def test_a_steps_flops_come_from_its_tokens_and_their_causal_pairs():
     recipe = load_recipe(ROOT / "recipes" / "polaris-4b.toml", ["micro_batch_tokens=1000000"])
     shape, _ = plan.find_shape(recipe.model)
     stage = replace(recipe.stage[0], batch_problems=2, group_size=3, max_prompt_tokens=50, max_response_tokens=200)
@@ -150,11 +150,11 @@ def test_a_steps_flops_are_those_of_its_tokens_and_of_every_pair_of_them():
     assert work.tokens == 6 * 200
     pairs = 6 * sum(1 for query in range(250) for _ in range(query + 1))
     expected = plan.update_flops(shape, 2 * 50 + 6 * 200, 6 * 200, pairs, True)
-    assert work.flops == pytest.approx(expected, rel=1e-4)  # a token's pair with itself is half counted
+    assert work.flops == pytest.approx(expected, rel=1e-4)  # the pair of a token with itself counts half
     assert work.seconds == pytest.approx(work.flops / 4 / (0.4 * 989e12))
 
 
-def test_lengths_are_spread_as_said():
+def test_lengths_have_the_moments_of_their_beta_distribution():
     for mean in (100, 400, 500, 900):
         drawn = 1000 * np.random.default_rng(0).beta(1, 1000 / mean - 1, 400_000)
         found = plan.lengths_below(1000, machine(response_tokens=mean))
@@ -164,9 +164,9 @@ def test_lengths_are_spread_as_said():
     assert plan.lengths_below(1000, machine())[0] == 400
 
 
-@pytest.mark.parametrize("tflops, bandwidth", [(1e-3, 1e3), (1e3, 1e-3)])  # bound by the one, bound by the other
+@pytest.mark.parametrize("tflops, bandwidth", [(1e-3, 1e3), (1e3, 1e-3)])  # bound by FLOPs, bound by bandwidth
 @pytest.mark.parametrize("rows", [3, 8])
-def test_sampling_takes_what_the_samplers_roofline_says(tflops, bandwidth, rows):
+def test_sampling_time_matches_the_samplers_roofline(tflops, bandwidth, rows):
     config = parse_config(bench.SMALL)
     shape, model = Shape(config), Transformer(config).to(torch.bfloat16)
     recipe = load_recipe(LORA_24GB, ["lora.rank=0", f"sampler.rows={rows}", "sampler.cache_tokens=100000"])
@@ -178,7 +178,7 @@ def test_sampling_takes_what_the_samplers_roofline_says(tflops, bandwidth, rows)
     assert slower.seconds == pytest.approx(4 * work.seconds)
 
 
-def test_a_small_cache_holds_few_rows_and_the_longest_response_cannot_be_hastened():
+def test_a_small_cache_is_slower_and_the_longest_response_bounds_the_time():
     recipe = load_recipe(ROOT / "recipes" / "polaris-4b.toml")
     shape, _ = plan.find_shape(recipe.model)
 
@@ -194,11 +194,11 @@ def test_a_small_cache_holds_few_rows_and_the_longest_response_cannot_be_hastene
     assert hours(128, 300_000) == pytest.approx(read / (0.4 * 3350e9) / 3600, rel=1e-3)
 
 
-def test_the_published_cost_of_the_4b_is_met():
-    """Published: 700 steps, 10 days of RL on 32 H800 (whose memory and rates are an H100's), pass rates aside.
+def test_the_published_cost_of_the_4b_is_reproduced():
+    """Published: 700 steps, 10 days of RL on 32 H800 (memory and rates of an H100), without pass rates.
 
-    With the two assumptions that stand in every plan, 40% of both rates and responses of 40% of the limit, the plan
-    says 10.5 days; it stays within a factor of 2 at 25% to 60%, and at means of 30% to 60% of the first limit.
+    With the default assumptions, 40% of both rates and responses of 40% of the limit, the plan gives 10.5 days. It
+    stays within a factor of 2 at 25% to 60% of the rates, and at means of 30% to 60% of the first limit.
     """
     recipe = load_recipe(ROOT / "recipes" / "polaris-4b.toml")
     shape, _ = plan.find_shape(recipe.model)
@@ -218,17 +218,17 @@ def test_the_published_cost_of_the_4b_is_met():
         assert 5 < days(**others) < 20, others
 
 
-def test_the_4b_on_one_card_of_24_gb_is_called_impractical(capsys):
+def test_the_4b_on_one_24_gb_card_is_called_impractical(capsys):
     _, text = lines(capsys, LORA_24GB)
     first = next(line for line in text.splitlines() if "stage 0, a step" in line).split()
-    assert float(first[-3]) + float(first[-2]) == pytest.approx(50, rel=0.25)  # hours a step, at 40K tokens
-    assert "impractical: up to 70.3 hours a step" in text and "2,281.2 days) on 1 card;" in text
+    assert float(first[-3]) + float(first[-2]) == pytest.approx(50, rel=0.25)  # hours per step, at 40K tokens
+    assert "impractical: up to 70.3 hours per step" in text and "2,281.2 days) on 1 card;" in text
     doubled = re.search(r"still ([\d,.]+) days with --gpus 2", text)[1]
     assert f"({doubled} days) on 2 cards;" in lines(capsys, LORA_24GB, processes=2)[1]
     assert "impractical" not in lines(capsys, LORA_24GB, processes=128)[1]
 
 
-def test_what_does_not_fit_is_timed_as_it_would_fit(capsys):
+def test_a_recipe_that_does_not_fit_is_timed_with_the_settings_that_make_it_fit(capsys):
     recipe = ROOT / "recipes" / "polaris-4b.toml"
     fits, text = lines(capsys, recipe)
     words = re.search(r"time and cost, with (.+)", text)[1].split(" and ")
@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_timed_as_it_would_fit(capsys):
 RESPONSES = {"stage.0": 39_936, "stage.1": 48_128, "stage.2": 52_224, "eval": 52_224, "final": 90_000}
 
 
-def test_short_responses_fit_a_cache_whose_prefill_grows_as_it_shrinks():
+def test_the_cache_is_fitted_although_a_smaller_one_makes_prefills_larger():
     shorter = [f"{table}.max_response_tokens={tokens // 4}" for table, tokens in RESPONSES.items()]
     recipe = load_recipe(ROOT / "recipes" / "polaris-4b.toml", shorter)
     shape, _ = plan.find_shape(recipe.model)
@@ -253,25 +253,25 @@ def test_short_responses_fit_a_cache_whose_prefill_grows_as_it_shrinks():
 
 def test_hours_and_cost_follow_the_options(capsys):
     consumer = ROOT / "recipes" / "consumer-24gb.toml"
-    total = r"  ([\d,]+) hours \(([\d.]+) days\) on 1 card; \$([\d,]+) at \$0.4 an hour and card"
+    total = r"  ([\d,]+) hours \(([\d.]+) days\) on 1 card; \$([\d,]+) at \$0.4 per card and hour"
     hours, days, cost = (float(x.replace(",", "")) for x in re.search(total, lines(capsys, consumer)[1]).groups())
     assert days == pytest.approx(hours / 24, abs=0.1) and cost == pytest.approx(0.4 * hours, abs=0.6)
     longer = re.search(total, lines(capsys, consumer, response_tokens=8000)[1])
     assert float(longer[1].replace(",", "")) > 1.5 * hours
     _, text = lines(capsys, consumer, memory=48.0)
-    assert "nothing is known of a card of 48 GB" in text and "hours (" not in text and "PFLOP" in text
+    assert "rates of a 48 GB card are unknown" in text and "hours (" not in text and "PFLOP" in text
     given = options_of("--device", "48GB", "--tflops", "362", "--bandwidth-gbs", "864")
     assert plan.show_plan(load_recipe(consumer), given)
-    assert "the cost wants --price-per-hour" in capsys.readouterr().out
+    assert "give --price-per-hour for cost" in capsys.readouterr().out
 
 
-def test_problems_are_counted_where_the_file_is_and_named_where_not(capsys, tmp_path):
+def test_problems_of_a_local_file_are_counted_and_unknown_data_is_named(capsys, tmp_path):
     consumer = ROOT / "recipes" / "consumer-24gb.toml"
     (tmp_path / "own.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": "1 + 2", "answer": "3"}\n')
     own = [f"stage.0.data={tmp_path / 'own.jsonl'}", "stage.0.filter_before=true", "eval.data=somebody/some-set"]
     _, text = lines(capsys, consumer, own)
     assert "pass rates of 2 problems" in text
-    assert "not counted: what is sampled of somebody/some-set" in text and "evaluation, around" not in text
+    assert "not counted: samples of somebody/some-set" in text and "evaluation, around" not in text
     recipe = load_recipe(consumer)
     for first, asked in ((0, 30), (10, 10), (99, 30)):  # of AIME24
         found = plan.jobs(
@@ -313,7 +313,7 @@ def test_published_shapes_have_the_published_sizes():
         assert "plan.py" in where
 
 
-def test_the_4b_with_an_adapter_fits_24_gib_at_every_length(capsys):
+def test_the_4b_with_lora_fits_24_gib_at_every_length(capsys):
     fits, text = lines(capsys, LORA_24GB)
     assert fits and text.count("  fits: ") == 4 and "stage 2: rl, 1,024 + 52,224 tokens" in text
 
@@ -327,18 +327,18 @@ def test_40k_fit_24_gib_without_offloaded_activations_and_53k_do_not(capsys):
     assert "to make it fit: set offload_activations=true\n" in text
 
 
-def test_the_whole_4b_fits_80_gib_with_its_moments_on_the_host_and_not_with_them(capsys):
+def test_full_finetuning_of_the_4b_fits_80_gib_only_with_offloaded_moments(capsys):
     recipe = ROOT / "recipes" / "polaris-4b.toml"
     assert lines(capsys, recipe, ["offload_optimizer=true"], memory=80)[0]
     fits, text = lines(capsys, recipe, memory=80)
     assert not fits and text.count("  does not fit:") == 3 and "to make it fit: set offload_optimizer=true\n" in text
-    assert lines(capsys, recipe, memory=80, processes=8)[0]  # as the recipe's first lines say
+    assert lines(capsys, recipe, memory=80, processes=8)[0]  # as the recipe's header says
 
 
 @pytest.mark.parametrize(
     "name, memory, gpus", [("polaris-4b", 40.0, 1), ("polaris-4b", 24.0, 8), ("polaris-7b", 80.0, 1)]
 )
-def test_what_is_advised_makes_it_fit_and_is_not_more_than_needed(name, memory, gpus):
+def test_the_advised_settings_make_it_fit_and_all_are_needed(name, memory, gpus):
     path = ROOT / "recipes" / f"{name}.toml"
     recipe, cards = load_recipe(path), machine(memory, gpus)
     shape, _ = plan.find_shape(recipe.model)
@@ -351,20 +351,20 @@ def test_what_is_advised_makes_it_fit_and_is_not_more_than_needed(name, memory, 
         assert plan.excess(plan_stages(shape, fewer, gpus), cards), word
 
 
-def test_what_no_setting_makes_fit_is_said_and_timed_all_the_same(capsys):
+def test_a_recipe_that_cannot_fit_is_reported_and_still_timed(capsys):
     fits, text = lines(capsys, ROOT / "recipes" / "polaris-7b.toml")
     assert not fits and "no setting makes it fit: shorten the responses" in text
     assert "time and cost, as if it fitted" in text and "days) on 1 card" in text
 
 
-def test_a_cache_too_small_for_one_response_is_named(capsys):
+def test_a_cache_too_small_for_one_response_is_reported(capsys):
     fits, text = lines(capsys, LORA_24GB, ["sampler.cache_tokens=25600"], memory=200)
     assert not fits and "25,600 cache tokens cannot hold one sequence and a spare page" in text
-    longest = -(-62_464 // 256) + 1  # pages of the final evaluation's longest sequence, and the spare one
+    longest = -(-62_464 // 256) + 1  # pages of the final evaluation's longest sequence, and a spare page
     assert f"to make it fit: set sampler.cache_tokens={longest * 256}\n" in text
 
 
-def test_the_command_needs_no_weights_and_leaves_nothing_behind(tmp_path, checkpoint):
+def test_the_command_needs_no_weights_and_writes_nothing(tmp_path, checkpoint):
     text = (ROOT / "recipes" / "consumer-24gb.toml").read_text().replace("Qwen/Qwen3-0.6B", str(checkpoint("qwen3")))
     (tmp_path / "recipe.toml").write_text(text)
     command = [sys.executable, ROOT / "train.py", "recipe.toml", "--plan", "--device", "1GB"]
@@ -373,7 +373,7 @@ def test_the_command_needs_no_weights_and_leaves_nothing_behind(tmp_path, checkp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.toml"]
 
 
-def test_what_cannot_be_planned_is_said_in_one_sentence(tmp_path):
+def test_a_model_that_cannot_be_planned_is_one_sentence(tmp_path):
     with pytest.raises(ModelError, match="nobody/nothing: no model folder, not in the hub's cache"):
         plan.find_shape("nobody/nothing")
     with pytest.raises(RecipeError, match="made by the run itself"):
@@ -383,16 +383,16 @@ def test_what_cannot_be_planned_is_said_in_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--gpus", "0"], "--gpus 0: it must be above 0"),
-        (["--device", "big"], "--device big: write the memory of one card, such as 24GB"),
-        (["--device", "0GB"], "--device 0GB: write the memory"),
-        (["--utilisation", "40"], "--utilisation 40: it must be above 0 and at most 1"),
-        (["--tflops", "nan"], "--tflops nan: it must be above 0"),
-        (["--price-per-hour", "-1"], "--price-per-hour -1: it must be above 0"),
-        (["--response-tokens", "-5"], "--response-tokens -5: it must be above 0 and finite"),
+        (["--gpus", "0"], "--gpus 0: must be above 0"),
+        (["--device", "big"], "--device big: give the memory of one card, such as 24GB"),
+        (["--device", "0GB"], "--device 0GB: give the memory"),
+        (["--utilisation", "40"], "--utilisation 40: must be above 0 and at most 1"),
+        (["--tflops", "nan"], "--tflops nan: must be above 0"),
+        (["--price-per-hour", "-1"], "--price-per-hour -1: must be above 0"),
+        (["--response-tokens", "-5"], "--response-tokens -5: must be above 0 and finite"),
     ],
 )
-def test_a_machine_that_cannot_be_is_refused_in_one_sentence(options, message):
+def test_invalid_machine_options_are_one_sentence(options, message):
     with pytest.raises(RecipeError) as caught:
         options_of(*options)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
