@@ -199,7 +199,7 @@ def test_an_interrupted_evaluation_resumes_and_ends_the_same(command, tmp_path, 
     monkeypatch.setattr(RolloutWorker, "asked_to_stop", lambda self: len(seen) > 40 or seen.append(1))
     with pytest.raises(SystemExit) as stopped:
         command(*options, out="cut")
-    assert stopped.value.code == 130 and "stopped; the same command goes on" in capsys.readouterr().out
+    assert stopped.value.code == 130 and "stopped; the same command resumes" in capsys.readouterr().out
     monkeypatch.setattr(RolloutWorker, "asked_to_stop", asked)
     (part,) = (tmp_path / "cut" / "responses").glob("*.part")
     done = part.read_text().splitlines()
@@ -278,7 +278,7 @@ def test_a_signal_keeps_the_finished_responses(small_world, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "stopping: the finished responses are kept" in err and "the same command goes on" in out
+    assert "stopping: the finished responses are kept" in err and "the same command resumes" in out
     kept = responses.read_responses(part)
     assert 0 < len(kept) < 6 * 300
     arguments[arguments.index("300")] = "3"  # and the same command resumes
