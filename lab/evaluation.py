@@ -16,18 +16,10 @@ from engine.fingerprint import data_identity, model_identity, require_same
 from engine.grader import Grader
 from engine.rollout_worker import check_grader
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
+from lab import eval_page
 from lab.benchmarks import file_name, find_data, published_table, text_table
 from lab.command import load_worker, run_command
-from lab.eval_page import (
-    budget_table,
-    describe_zones,
-    k_table,
-    length_table,
-    percent,
-    spread,
-    temperature_table,
-    write_evaluation_page,
-)
+from lab.eval_page import percent, spread
 from lab.metrics import read_metrics
 from lab.problems import DataError, Problem, read_problems, write_problems
 from lab.responses import Recorder, read_groups, read_settings, response_file, write_responses
@@ -156,7 +148,7 @@ def write_results(out: Path, model: str, sets: dict[str, list[Problem]], results
     text = json.dumps({"model": model, "evaluations": rows, **curves}, indent=2, allow_nan=False)
     write_atomically(out / "results.json", [f"{text}\n".encode()])
     table = published_table({", ".join(filter(None, (model, setting))): own for setting, own in figures.items()})
-    page = write_evaluation_page(out, model, figures, sets, results.groups, table, curves)
+    page = eval_page.write_evaluation_page(out, model, figures, sets, results.groups, table, curves)
     for setting, own in figures.items():
         for found in own:
             print(f"{setting}: " * bool(setting), end="")
@@ -165,10 +157,12 @@ def write_results(out: Path, model: str, sets: dict[str, list[Problem]], results
     for kind, by_set in curves.items():
         for name, curve in by_set.items():
             if kind == "length":
-                print(f"{name}: accuracy when responses are cut at a token budget\n{text_table(budget_table(curve))}\n")
-            else:
-                end = f"chosen: temperature {curve['chosen']:g}" if kind == "match" else describe_zones(curve["zones"])
-                print(f"{name}\n{text_table(temperature_table(curve))}\n{end}\n")
+                budgets = text_table(eval_page.budget_table(curve))
+                print(f"{name}: accuracy when responses are cut at a token budget\n{budgets}\n")
+                continue
+            match = kind == "match"
+            found = f"chosen: temperature {curve['chosen']:g}" if match else eval_page.describe_zones(curve["zones"])
+            print(f"{name}\n{text_table(eval_page.temperature_table(curve))}\n{found}\n")
     print(f"results in {out}, report in {page}")
     if figures:
         print(text_table(table))
@@ -189,8 +183,8 @@ def print_evaluation(found: Evaluation) -> None:
 
 def print_details(found: Evaluation) -> None:
     """Print pass@k and maj@k with both intervals, accuracy by length, diversity and speed."""
-    print(text_table(k_table(found)))
-    print(text_table(length_table(found)))
+    print(text_table(eval_page.k_table(found)))
+    print(text_table(eval_page.length_table(found)))
     diversity = "-" if found.distinct4 is None else f"{found.distinct4:.3f}"
     speed = "" if found.tokens_per_s is None else f", {found.tokens_per_s:,.0f} tokens/s"
     memory = "" if found.peak_memory_gib is None else f", peak memory {found.peak_memory_gib:.2f} GiB"
@@ -223,13 +217,10 @@ def evaluate_sets(session: Session) -> Results:
         for name, problems in session.sets.items():
             key = f"{name}-{setting}" if setting else name
             groups = recorder.respond(name, problems, arguments.n, session.sampling, budgets, key=key)
-            work = recorder.work
-            found = summarise(
-                name, problems, groups, session.sampling.temperature, session.trained_length,
-                tokens_per_s=work.tokens / work.sample_seconds if work.tokens else None,
-                peak_memory_gib=max(session.processes.all_gather(session.processes.peak_memory_gib())),
-            )  # fmt: skip
-            results.figures[setting].append(found)
+            found = summarise(name, problems, groups, session.sampling.temperature, session.trained_length)
+            speed = recorder.work.tokens / recorder.work.sample_seconds if recorder.work.tokens else None
+            memory = max(session.processes.all_gather(session.processes.peak_memory_gib()))
+            results.figures[setting].append(replace(found, tokens_per_s=speed, peak_memory_gib=memory))
             results.groups[setting][name] = groups
             if budgets:
                 points = length_curve(problems, groups, budgets, recorder.worker.grader)

@@ -153,7 +153,7 @@ def count_votes(groups: Sequence[Sequence[Response]]) -> tuple[np.ndarray, np.nd
     return np.array(votes), np.array([[answer in own for answer in answers] for own in right], dtype=bool)
 
 
-def estimate(values: np.ndarray, half: float | None) -> Estimate:
+def with_intervals(values: np.ndarray, half: float | None) -> Estimate:
     """Return the mean of a metric over problems, (P,), with its intervals; `half` belongs to the resampled one."""
     value = float(values.mean())
     again = (None, None) if half is None else (max(0.0, value - half), min(1.0, value + half))
@@ -218,8 +218,6 @@ def summarise(
     groups: Sequence[Sequence[Response]],
     temperature: float,
     trained_length: int,
-    tokens_per_s: float | None = None,
-    peak_memory_gib: float | None = None,
 ) -> Evaluation:
     """Compute the metrics of n graded responses to each problem; groups are in the order of problems."""
     n = len(groups[0])
@@ -234,8 +232,8 @@ def summarise(
         if n > 1:
             pass_half = pass_half_width(right, n, k)
             majority_half = majority_half_width(votes, vote_is_right, k) or pass_half_width(right, n, 1)
-        pass_figures[str(k)] = estimate(pass_at(right, n, k), pass_half)
-        majority_figures[str(k)] = estimate(majority(votes, vote_is_right, k), majority_half)
+        pass_figures[str(k)] = with_intervals(pass_at(right, n, k), pass_half)
+        majority_figures[str(k)] = with_intervals(majority(votes, vote_is_right, k), majority_half)
     low, high = interval(means)
     everything = list(itertools.chain(*groups))
     return Evaluation(
@@ -258,8 +256,6 @@ def summarise(
         tokens=sum(response.tokens for response in everything),
         verdicts=dict(Counter(response.verdict for response in everything)),
         unanswerable=sum(not problem.answers for problem in problems),
-        tokens_per_s=tokens_per_s,
-        peak_memory_gib=peak_memory_gib,
     )
 
 
