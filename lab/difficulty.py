@@ -20,14 +20,14 @@ from data_filter import (
     zero_variance_share,
 )
 from engine import distributed
-from engine.checkpoint import CheckpointError, read_state
+from engine.checkpoint import read_state
 from engine.files import write_atomically
 from engine.fingerprint import model_identity
 from lab import charts
 from lab.benchmarks import text_table
 from lab.command import load_worker, run_command
 from lab.problems import DataError, Problem, read_problems, write_problems
-from lab.recipe import RecipeError, RlStage, load_recipe
+from lab.recipe import RlStage, load_recipe
 
 ADVICE = {
     "J": "at least half are solved more often than not: drop the always solved (data_filter.py filter)",
@@ -73,19 +73,14 @@ def drop_command(arguments: argparse.Namespace) -> None:
     problems, run = read_data(arguments), arguments.run
     if not (run / "recipe.toml").exists():
         raise DataError(f"{run} is not a run: it has no recipe.toml; give a folder of train.py.")
-    try:
-        stages, found = load_recipe(run / "recipe.toml").stage, read_state(run)
-    except (CheckpointError, RecipeError) as error:
-        raise DataError(str(error)) from None
+    stages = {k: s for k, s in enumerate(load_recipe(run / "recipe.toml").stage) if isinstance(s, RlStage)}
+    found = read_state(run)
     if found is None:
         raise DataError(f"{run} has no checkpoint yet, so it has no history; resume it first.")
     state = found[1]
-    stages = {k: stage for k, stage in enumerate(stages) if isinstance(stage, RlStage)}
     ended = [k for k, stage in stages.items() if (state.stage, state.stage_step) >= (k, stage.steps)]
     if arguments.stage is None and not ended:
-        raise DataError(
-            f"{run} has not ended an rl stage yet; resume it first, or give a stage that has begun with --stage."
-        )
+        raise DataError(f"{run} has not ended an rl stage yet; resume it first, or name a begun one with --stage.")
     index = max(ended) if arguments.stage is None else arguments.stage
     if index not in stages or all(visit.stage != index for visit in state.history.log):
         raise DataError(f"{run} has not trained in stage {index}; its rl stages are {', '.join(map(str, stages))}.")
@@ -132,7 +127,8 @@ def command(arguments: argparse.Namespace) -> None:
     if arguments.command == "estimate":
         estimate_command(arguments)
     elif distributed.is_main_process():
-        filter_command(arguments) if arguments.command == "filter" else drop_command(arguments)
+        run = filter_command if arguments.command == "filter" else drop_command
+        run(arguments)
 
 
 def main(arguments: argparse.Namespace) -> None:
