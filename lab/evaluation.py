@@ -19,11 +19,11 @@ from eval import Diversity, Response, distinct_share, find_zones, interval, matc
 from lab import eval_page
 from lab.benchmarks import file_name, find_data, published_table, text_table
 from lab.command import load_worker, run_command
-from lab.eval_page import percent, spread
+from lab.eval_page import percent
 from lab.metrics import read_metrics
 from lab.problems import DataError, Problem, read_problems, write_problems
 from lab.responses import Recorder, read_groups, read_settings, response_file, write_responses
-from lab.scores import Evaluation, compare, summarise
+from lab.scores import Evaluation, compare, print_evaluation, summarise
 from reward import last_boxed
 from rollout import Sampling
 
@@ -166,19 +166,6 @@ def write_results(out: Path, model: str, sets: dict[str, list[Problem]], results
     print(f"results in {out}, report in {page}")
     if figures:
         print(text_table(table))
-
-
-def print_evaluation(found: Evaluation) -> None:
-    """Print a line of metrics, and one for each grouping of the data."""
-    print(
-        f"{found.name}: avg@{found.n} {percent(found.avg)} (95% {spread(found.low, found.high)}) over "
-        f"{found.problems} problems, mean length {found.length_mean:,.0f}, truncated {found.truncated_share:.1%}, "
-        f"no box {found.no_box_share:.1%}, {found.verdicts}"
-    )
-    for groups in (found.by_type, found.by_difficulty):
-        if len(groups) > 1:
-            parts = [f"{label} {percent(group.avg)} ({group.problems})" for label, group in groups.items()]
-            print(f"  {', '.join(parts)}")
 
 
 def print_details(found: Evaluation) -> None:
