@@ -54,7 +54,7 @@ class Response:
 
     @property
     def correct(self) -> bool:
-        """Whether the verdict is "right"."""
+        """Return whether the verdict is "right"."""
         return self.verdict == "right"
 
 
