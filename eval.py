@@ -1,4 +1,4 @@
-r"""How good is a model? avg@k, pass@k and maj@k with honest intervals; curves against temperature and length.
+r"""How good is a model? avg@k, pass@k and maj@k with 95% intervals; curves against temperature and length.
 
     python eval.py MODEL --data aime24 --data aime25 -n 32 --temperature 1.4 --top-k 20 --max-tokens 90000 \
         --yarn 1.5 --original-window 65536                          # several sets at once; by name, file or folder
@@ -9,11 +9,11 @@ r"""How good is a model? avg@k, pass@k and maj@k with honest intervals; curves a
     python eval.py --compare runs/eval-a runs/eval-b                # paired by problem
     python eval.py --regrade runs/eval --out runs/regraded          # stored responses, graded again without a model
 
-Every response is written with its verdict as it finishes, to OUT/responses/NAME.jsonl. Interrupted, the same command
-goes on where it stopped, with the result that it would have had. OUT also gets results.json and report.html.
+Each response is written with its verdict to OUT/responses/NAME.jsonl as it finishes. After an interruption the same
+command resumes and ends with the same results. OUT also gets results.json and report.html.
 """
 
-if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+if __name__ == "__main__":  # --help and argument errors need no torch
     from lab.options import evaluation_arguments
 
     ARGUMENTS = evaluation_arguments(__doc__)
@@ -28,11 +28,11 @@ import numpy as np
 
 from lab.problems import Problem
 
-if TYPE_CHECKING:  # those who only read figures need no torch
+if TYPE_CHECKING:  # metrics need no torch
     from engine.rollout_worker import Attempt, RolloutWorker
     from rollout import Sampling
 
-NORMAL_95 = 1.959964  # half the width of a 95% interval in standard errors
+NORMAL_95 = 1.959964  # half width of a 95% interval in standard errors
 
 
 # --------------------------------------------------------------------------------------------------- responses
@@ -40,26 +40,26 @@ NORMAL_95 = 1.959964  # half the width of a 95% interval in standard errors
 
 @dataclass(frozen=True)
 class Response:
-    """One graded response, as it is kept on disk."""
+    """One graded response, as stored on disk."""
 
     data: str  # name of the data set
     problem_id: str
-    sample: int  # which of the problem's n
-    tokens: int  # with the end-of-sequence token
+    sample: int  # index among the problem's n
+    tokens: int  # including the end-of-sequence token
     finish_reason: str  # "stop" or "length"
     verdict: str  # one of reward.VERDICTS
-    answer: str | None  # content of the last box
+    answer: str | None  # content of the last \boxed{}
     text: str
-    cuts: dict[str, int] | None = None  # characters that the first so many tokens make; for accuracy against length
+    cuts: dict[str, int] | None = None  # token budget -> characters of text within it; for --curve length
 
     @property
     def correct(self) -> bool:
-        """Whether the verdict is "right"."""
+        """Return whether the verdict is "right"."""
         return self.verdict == "right"
 
 
 def response_of(name: str, attempt: "Attempt", cuts: dict[str, int] | None = None) -> Response:
-    """What is kept of an attempt: everything but its tokens and log-probs."""
+    """Convert an attempt into a Response, dropping its tokens and log-probs."""
     rollout, grade = attempt.rollout, attempt.grade
     return Response(
         name, rollout.problem_id, rollout.index, len(rollout.tokens), rollout.finish_reason,
@@ -70,9 +70,9 @@ def response_of(name: str, attempt: "Attempt", cuts: dict[str, int] | None = Non
 def evaluate(
     worker: "RolloutWorker", name: str, problems: Sequence[Problem], n: int, sampling: "Sampling", label: str = ""
 ) -> list[list[Response]]:
-    """n graded responses to every problem, in order; nothing is written. A label shows progress.
+    """Return n graded responses to each problem, in order. Collective: every process gets all of them.
 
-    Every process calls it and gets the same. lab.scores.summarise turns them into a table of figures.
+    A non-empty label shows progress. lab.scores.summarise computes the metrics.
     """
     attempts, _ = worker.attempt(problems, n, sampling, label)
     return [[response_of(name, attempt) for attempt in group] for group in attempts]
@@ -82,14 +82,14 @@ def evaluate(
 
 
 def interval(problem_means: Sequence[float]) -> tuple[float, float]:
-    """95% interval of avg@k, the mean of problems' means: problems are the sampling unit. Within [0, 1].
+    """Return the 95% interval of avg@k, the mean over problems, clustered by problem and cut to [0, 1].
 
-    Where all problems scored the same there is no spread to measure: Wilson's interval, a problem counting once.
+    If all problems scored the same there is no spread to measure: Wilson's interval, one trial per problem.
     """
     means = np.asarray(problem_means, dtype=float)
     problems, mean = len(means), means.mean()
     if problems < 2:
-        return 0.0, 1.0  # one problem says nothing about the next
+        return 0.0, 1.0  # one problem says nothing about others
     if np.ptp(means) < 1e-9:
         z2 = NORMAL_95**2
         centre = (mean + z2 / (2 * problems)) / (1 + z2 / problems)
@@ -100,9 +100,9 @@ def interval(problem_means: Sequence[float]) -> tuple[float, float]:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Half of the 95% interval of a mean over problems, at most 1; 1 for fewer than two.
+    """Return the half width of the 95% interval of a mean over problems, at most 1; 1 for fewer than two values.
 
-    Without any spread 3 / problems: the largest share of other values that none seen among so many leaves possible.
+    Without any spread it is 3 / problems (rule of three: the largest share of other values that could go unseen).
     """
     if len(values) < 2:
         return 1.0
@@ -111,7 +111,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def pass_at(right: np.ndarray, n: int, k: int) -> np.ndarray:
-    """Unbiased chance that k of n responses hold a right one, by the number of right ones (P,) -> (P,).
+    """Return the unbiased pass@k of each problem from its number of right responses of n: (P,) -> (P,).
 
     1 - C(n - right, k) / C(n, k): equation 1 of arXiv 2107.03374.
     """
@@ -123,15 +123,15 @@ def pass_at(right: np.ndarray, n: int, k: int) -> np.ndarray:
 
 
 def distinct_share(texts: Sequence[str], n: int = 4) -> float | None:
-    """Distinct n-grams / all n-grams over one problem's responses; None when no response has n whitespace tokens."""
+    """Return distinct n-grams / all n-grams over one problem's responses; None if no response has n words."""
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
 
 def distinct_ngrams(texts_by_problem: Sequence[Sequence[str]], n: int = 4) -> tuple[float | None, int]:
-    """The recipe's diversity (RECIPE section 2): `distinct_share`, averaged over problems.
+    """Return the recipe's diversity (RECIPE section 2) and how many problems it leaves out.
 
-    Returns the score (None when no problem has an n-gram) and how many problems were left out for having none.
+    The score is `distinct_share` averaged over the problems that have an n-gram; None if none has.
     """
     shares = [share for texts in texts_by_problem if (share := distinct_share(texts, n)) is not None]
     return (sum(shares) / len(shares) if shares else None), len(texts_by_problem) - len(shares)
@@ -139,62 +139,62 @@ def distinct_ngrams(texts_by_problem: Sequence[Sequence[str]], n: int = 4) -> tu
 
 # ------------------------------------------------------------------------------- the temperature to train at
 
-FIRST_PROBLEMS = 32  # taken at first; then twice as many, until the margin is met
+FIRST_PROBLEMS = 32  # sampled first; then twice as many, until the margin is met
 SAG, COLLAPSE = 0.05, 0.25  # relative losses of accuracy that end the robust and the exploration zone
 ROUND_TO = 0.05  # of a recommended temperature
-RESAMPLES = 1000  # of the problems, for the interval of the recommendation
+RESAMPLES = 1000  # bootstrap draws of the problems, for the interval of the recommendation
 
-Answer = Callable[[Sequence[Problem], float], list[list[Response]]]  # responses to problems at a temperature
-Diversity = float | Mapping[str, float]  # a distinct-4, or that of each problem by its id
+Respond = Callable[[Sequence[Problem], float], list[list[Response]]]  # responses to problems at a temperature
+Diversity = float | Mapping[str, float]  # one distinct-4, or one per problem id
 
 
 @dataclass(frozen=True)
 class TemperaturePoint:
-    """Accuracy and diversity at one temperature; the halves are of 95% intervals, problems being the sampling unit."""
+    """Accuracy and distinct-4 at one temperature, with half widths of their 95% intervals over problems."""
 
     temperature: float
     accuracy: float
-    distinct4: float | None  # None when no response has a 4-gram
+    distinct4: float | None  # None if no response has a 4-gram
     problems: int = 0
     accuracy_half: float = 1.0
     distinct4_half: float = 1.0
-    target: float | None = None  # the distinct-4 to restore, on the very problems measured
-    accuracies: tuple[float, ...] = ()  # of each of them, in their order
+    target: float | None = None  # the distinct-4 to restore, on the problems measured
+    accuracies: tuple[float, ...] = ()  # per problem, in order
 
     def row(self) -> dict:
-        """What is kept of it: everything but the accuracies of single problems."""
+        """Return the fields to store: all but the accuracies of single problems."""
         return {name: value for name, value in vars(self).items() if name != "accuracies"}
 
 
 @dataclass(frozen=True)
 class Zones:
-    """Where accuracy begins to fall and where it has fallen; None when the curve does not go that far."""
+    """The zones of a temperature curve; an end is None if the curve does not reach it."""
 
     plateau: float  # the accuracy that the zones are relative to
     robust_end: float | None
     exploration_end: float | None
     start: float  # the temperature to start training at
-    start_low: float | None = None  # its 95% interval, by resampling problems; None where these are not known
+    start_low: float | None = None  # its 95% interval; None without accuracies of single problems
     start_high: float | None = None
 
 
 def measure_temperature(
-    answer: Answer,
+    respond: Respond,
     problems: Sequence[Problem],
     temperature: float,
     margin: float = 0.0,
     target: Diversity | None = None,
 ) -> TemperaturePoint:
-    """Accuracy and distinct-4 at one temperature, on the first so many problems as the stated confidence needs.
+    """Measure accuracy and distinct-4 at one temperature, on only as many problems as the margin requires.
 
-    It stops when both 95% intervals are within +-margin (0: all problems are asked). With a target, distinct-4 alone
-    counts, and being surely above or below the target is enough; a target known by problem is compared problem by
-    problem, which takes fewer.
+    Sampling stops when the half widths of both 95% intervals are within the margin (0: all problems). With a target
+    only distinct-4 counts, and being clearly above or below the target is enough. A target per problem makes the
+    comparison paired, which takes fewer problems.
     """
     groups: list[list[Response]] = []
     while True:
-        most = len(problems) if not margin else min(len(problems), max(FIRST_PROBLEMS, 2 * len(groups)))
-        groups += answer(problems[len(groups) : most], temperature)
+        end = min(len(problems), max(FIRST_PROBLEMS, 2 * len(groups))) if margin else len(problems)
+        groups += respond(problems[len(groups) : end], temperature)
         accuracies = [float(np.mean([response.correct for response in group])) for group in groups]
         shares = {
             problem.id: share
@@ -226,7 +226,7 @@ def measure_temperature(
 
 
 def match_diversity(
-    answer: Answer,
+    respond: Respond,
     problems: Sequence[Problem],
     target: Diversity,
     start: float,
@@ -234,71 +234,56 @@ def match_diversity(
     most: float = 2.0,
     margin: float = 0.0,
     say: Callable[[str], None] = print,
-    collapse: float = COLLAPSE,
 ) -> tuple[float, list[TemperaturePoint]]:
-    """Search upward from `start` for the first temperature that restores a diversity score.
+    """Search upward from `start` for the first temperature that restores a diversity; return it and all points.
 
-    Returns it with every point measured. When none up to `most` does, or none before accuracy has collapsed, the most
-    diverse one up to there is returned and said so. The target must come from the same problems, the same number of
-    responses and the same length limit; given by problem, it is a paired comparison.
+    If none up to `most` does, or accuracy collapses first, take the most diverse one before that and warn. Measure the
+    target on the same problems, with the same number of responses and length limit; per problem, it is paired.
     """
     curve: list[TemperaturePoint] = []
     above = int(math.floor((most - start) / step + 1e-9))
-    for i in range(max(0, above) + 1):  # the first is measured even beyond `most`
+    for i in range(max(0, above) + 1):  # `start` is measured even beyond `most`
         temperature = round(start + i * step, 6)
-        point = measure_temperature(answer, problems, temperature, margin, target)
+        point = measure_temperature(respond, problems, temperature, margin, target)
         curve.append(point)
-        if has_collapsed(point, curve[0], collapse):
+        if has_collapsed(point, curve[0]):
             where = f"temperature below {temperature}, where accuracy has collapsed ({point.accuracy:.3f}),"
-            found = curve[:-1]
+            candidates = curve[:-1]
             break
         if point.distinct4 is not None and point.distinct4 >= point.target:
             return temperature, curve
     else:
-        where, found = f"temperature up to {most}", curve
-    best = max(found, key=lambda point: point.distinct4 or 0.0)
+        where, candidates = f"temperature up to {most}", curve
+    best = max(candidates, key=lambda point: point.distinct4 or 0.0)
     say(
         f"warning: no {where} restores distinct-4 = {best.target or 0:.3f}; "
-        f"going on with {best.temperature} ({best.distinct4 or 0:.3f})"
+        f"continuing with {best.temperature} ({best.distinct4 or 0:.3f})"
     )
     return best.temperature, curve
 
 
-def has_collapsed(point: TemperaturePoint, first: TemperaturePoint, collapse: float = COLLAPSE) -> bool:
-    """Whether accuracy has lost more than a share `collapse` of what it was at the first point, beyond the noise.
+def has_collapsed(point: TemperaturePoint, first: TemperaturePoint) -> bool:
+    """Return whether accuracy has lost more than COLLAPSE of its value at the first point, beyond the noise.
 
-    Compared problem by problem, on those that both have: the 95% interval must lie below the border, or a few unlucky
-    rollouts of hard problems would end a search.
+    Paired by problem; the whole 95% interval must be below the border, so that a few unlucky rollouts of hard problems
+    do not end a search.
     """
     pairs = zip(point.accuracies, first.accuracies, strict=False)
-    above = [now - (1 - collapse) * before for now, before in pairs]
+    above = [now - (1 - COLLAPSE) * before for now, before in pairs]
     return bool(above) and float(np.mean(above)) + half_width(above) < 0
 
 
-def never_rising(values: Sequence[float]) -> list[float]:
-    """The non-increasing sequence nearest to `values` in squares: neighbours that rise are pooled into their mean."""
-    pools: list[tuple[float, int]] = []  # mean, how many
-    for value in values:
-        mean, size = float(value), 1
-        while pools and pools[-1][0] < mean:
-            above, count = pools.pop()
-            mean, size = (above * count + mean * size) / (count + size), count + size
-        pools.append((mean, size))
-    return [mean for mean, size in pools for _ in range(size)]
+def find_zones(curve: Sequence[TemperaturePoint]) -> Zones:
+    """Find the three zones of accuracy against temperature (RECIPE section 2), and where to start training.
 
-
-def find_zones(curve: Sequence[TemperaturePoint], sag: float = SAG, collapse: float = COLLAPSE) -> Zones:
-    """The three zones of a curve of accuracy against temperature, and where to start training.
-
-    Accuracy is smoothed into a curve that never rises; its height at the lowest temperature is the plateau. The robust
-    zone ends where the curve has lost `sag` of that, the exploration zone where it has lost `collapse`, both between
-    the measured temperatures. Training starts at the end of the robust zone, or, when accuracy never sags, at the
-    highest temperature measured; its interval comes from drawing the problems again, the same at all temperatures.
-    Raises ValueError for a curve of no accuracy at all.
+    The plateau is the height of the smoothed, non-increasing curve at the lowest temperature. The robust zone ends
+    where the curve has lost SAG of it, the exploration zone where it has lost COLLAPSE, both interpolated. Training
+    starts at the end of the robust zone, or at the highest temperature measured if accuracy never sags; its interval
+    is a bootstrap over problems, with the same draw at all temperatures. Raises ValueError if accuracy is 0 everywhere.
     """
     points = sorted(curve, key=lambda point: point.temperature)
     temperatures = [point.temperature for point in points]
-    zones = _zones(temperatures, [point.accuracy for point in points], sag, collapse)
+    zones = _zones(temperatures, [point.accuracy for point in points])
     known = min(len(point.accuracies) for point in points)  # problems measured at every temperature
     if known < 2:
         return zones
@@ -306,28 +291,40 @@ def find_zones(curve: Sequence[TemperaturePoint], sag: float = SAG, collapse: fl
     random, starts = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
         means = table[:, random.integers(0, known, known)].mean(1)
-        with suppress(ValueError):  # these problems are never solved
-            starts.append(_zones(temperatures, means.tolist(), sag, collapse).start)
+        with suppress(ValueError):  # none of the problems drawn is ever solved
+            starts.append(_zones(temperatures, means.tolist()).start)
     low, high = np.quantile(starts, [0.025, 0.975], method="nearest")
     return replace(zones, start_low=float(low), start_high=float(high))
 
 
-def _zones(temperatures: list[float], accuracies: list[float], sag: float, collapse: float) -> Zones:
-    smooth = never_rising(accuracies)
+def _zones(temperatures: list[float], accuracies: list[float]) -> Zones:
+    smooth = pool_adjacent_violators(accuracies)
     plateau = smooth[0]
     if plateau <= 0:
-        raise ValueError("accuracy is 0 at every temperature: there are no zones to find; take easier problems")
+        raise ValueError("accuracy is 0 at every temperature, so there are no zones; use easier problems")
 
     def crossing(level: float) -> float | None:
         for i, height in enumerate(smooth):
-            if height < level:  # the first height is the plateau and no lower than any level
+            if height < level:  # never at i = 0: the plateau is above every level
                 share = (smooth[i - 1] - level) / (smooth[i - 1] - height)
                 return temperatures[i - 1] + share * (temperatures[i] - temperatures[i - 1])
         return None
 
-    robust_end, exploration_end = crossing((1 - sag) * plateau), crossing((1 - collapse) * plateau)
+    robust_end, exploration_end = crossing((1 - SAG) * plateau), crossing((1 - COLLAPSE) * plateau)
     start = temperatures[-1] if robust_end is None else round(round(robust_end / ROUND_TO) * ROUND_TO, 6)
     return Zones(plateau, robust_end, exploration_end, start)
+
+
+def pool_adjacent_violators(values: Sequence[float]) -> list[float]:
+    """Return the non-increasing sequence nearest to `values` in least squares, by pooling rises into their mean."""
+    pools: list[tuple[float, int]] = []  # (mean, size)
+    for value in values:
+        mean, size = float(value), 1
+        while pools and pools[-1][0] < mean:
+            above, count = pools.pop()
+            mean, size = (above * count + mean * size) / (count + size), count + size
+        pools.append((mean, size))
+    return [mean for mean, size in pools for _ in range(size)]
 
 
 if __name__ == "__main__":

@@ -615,21 +615,3 @@ class _Sampler:
         self.stats.memory_retries += 1
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-# --------------------------------------------------------------------------------------------------- diversity
-
-
-def distinct_share(texts: Sequence[str], n: int = 4) -> float | None:
-    """Distinct n-grams / all n-grams over one problem's rollouts; None when no rollout has n whitespace tokens."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
-
-
-def distinct_ngrams(texts_by_problem: Sequence[Sequence[str]], n: int = 4) -> tuple[float | None, int]:
-    """The recipe's diversity (RECIPE.md section 2): `distinct_share`, averaged over problems.
-
-    Returns the score (None when no problem has an n-gram) and how many problems were left out for having none.
-    """
-    shares = [share for texts in texts_by_problem if (share := distinct_share(texts, n)) is not None]
-    return (sum(shares) / len(shares) if shares else None), len(texts_by_problem) - len(shares)

@@ -1,4 +1,4 @@
-"""The known benchmarks by name, and the published results that a measurement stands beside (RECIPE.md section 6)."""
+"""The known benchmarks by name, and the published results to compare with (RECIPE.md section 6)."""
 
 import difflib
 import re
@@ -13,12 +13,12 @@ from lab.scores import Evaluation
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark comes from, and what it is called in a table."""
+    """The source of a benchmark and its title in a table."""
 
     title: str
-    hub_id: str  # "owner/name:split", as problems.read_problems takes it
+    hub_id: str  # "owner/name:split", for problems.read_problems
     published_k: int | None = None  # samples per problem behind the published figures
-    file: str = ""  # another name that its local file goes by
+    file: str = ""  # alternative name of its local file
 
 
 BENCHMARKS = {
@@ -41,9 +41,9 @@ PUBLISHED = {  # avg@k, in the order of the first five benchmarks
 
 
 def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, str]:
-    """Data sets to read, as {name: file or hub id}. A source is a file, a folder of files, a hub id or a known name.
+    """Resolve data sets to {name: file or hub id}. A source is a file, a folder of files, a hub id or a known name.
 
-    A known name is looked for in `folder` and below before the hub is asked. Raises DataError.
+    A known name is searched for in `folder` and below, then on the hub. Raises DataError.
     """
     found: dict[str, str] = {}
     seen: dict[str, str] = {}
@@ -54,14 +54,14 @@ def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, s
         elif path.is_dir():
             paths = sorted(file for file in path.iterdir() if file.suffix in DATA_FILES)
             if not paths:
-                raise DataError(f"{path} holds none of {', '.join(DATA_FILES)}; name a file or a benchmark")
+                raise DataError(f"{path} has no {', '.join(DATA_FILES)} file; give a file or a benchmark")
         elif path.is_file() or path.suffix in DATA_FILES or HUB_ID.fullmatch(source):
             paths = [source]
         else:
             near = difflib.get_close_matches(source, BENCHMARKS, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise DataError(
-                f"{source} is no file, folder or hub id owner/name, and no known benchmark{hint}; "
+                f"{source} is not a file, a folder, a hub id owner/name or a known benchmark{hint}; "
                 f"known are {', '.join(BENCHMARKS)}"
             )
         for place in map(str, paths):
@@ -71,46 +71,48 @@ def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, s
             if resolved in seen.values():
                 raise DataError(f"{source} is given twice; give each data set once")
             if file_name(name) in seen:
-                raise DataError(f"{source}: another set is called {file_name(name)} too; rename one of the files")
+                raise DataError(f"{source}: another data set is also named {file_name(name)}; rename one of the files")
             found[name], seen[file_name(name)] = place, resolved
     return found
 
 
 def _local_file(name: str, folder: Path | None) -> Path | None:
-    """A benchmark's file in a folder or below it: NAME.parquet (or .json, .jsonl)."""
+    """Find a benchmark's file, NAME.parquet (or .jsonl, .json), in a folder or below it."""
     if folder is None:
         return None
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give the one that holds the benchmark files")
+        raise DataError(f"{folder} is not a folder; give the one with the benchmark files")
     patterns = [f"**/{stem}{kind}" for stem in (name, BENCHMARKS[name].file) if stem for kind in DATA_FILES]
     return next((path for pattern in patterns for path in sorted(folder.glob(pattern))), None)
 
 
 def published_table(measured: dict[str, Sequence[Evaluation]]) -> list[list[str]]:
-    """RECIPE section 6 with a row for each measured model: a head, then rows. "-" is what was not measured.
+    """Return the table of RECIPE section 6, header first, with a row for each measured model; "-" is not measured.
 
-    A measured cell is avg@n, its 95% interval, and n, since the published figures may stand on another.
+    A measured cell is avg@n, its 95% interval and n, which may differ from the published one.
     """
     columns = {name: f"{b.title} avg@{b.published_k}" for name, b in BENCHMARKS.items() if b.published_k}
     for found in chain(*measured.values()):
         columns.setdefault(found.name, BENCHMARKS[found.name].title if found.name in BENCHMARKS else found.name)
     rows = [["model", *columns.values()]]
-    for who, scores in PUBLISHED.items():
-        rows.append([who, *(f"{score:.1f}" for score in scores), *["-"] * (len(columns) - len(scores))])
-    for who, own in measured.items():
+    for model, scores in PUBLISHED.items():
+        rows.append([model, *(f"{score:.1f}" for score in scores), *["-"] * (len(columns) - len(scores))])
+    for model, own in measured.items():
         cells = {e.name: f"{100 * e.avg:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}] @{e.n}" for e in own}
-        rows.append([f"{who} (measured here)", *(cells.get(name, "-") for name in columns)])
+        rows.append([f"{model} (measured here)", *(cells.get(name, "-") for name in columns)])
     return rows
 
 
 def file_name(name: str) -> str:
-    """The name of a set as a file may bear it."""
+    """Return the name of a data set with the characters that a file name allows."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first a head, in aligned columns."""
+    """Return rows of cells, header first, as text in aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]  # fmt: skip
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

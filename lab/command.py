@@ -1,4 +1,4 @@
-"""What eval.py and data_filter.py share as commands: a model that answers, and an end that says why."""
+"""Shared by the commands of eval.py and data_filter.py: loading a model to sample from, and exiting."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ def load_worker(
     yarn: float | None = None,
     original_window: int | None = None,
 ) -> tuple[RolloutWorker, Sampling, Path]:
-    """A model loaded to answer these problems as a command line says (lab.options.model_options), and its folder.
+    """Load a model to sample these problems with lab.options.model_options; return its worker, Sampling and folder.
 
-    `stopping` is what is said when a signal stops it; `draw` is the step that samples are counted from. The caller
-    closes its grader. Raises ModelError, DataError or RolloutError for what would go wrong later.
+    `stopping` is printed when a signal stops it; `draw` is the step that keys the random draws. The caller closes the
+    worker's grader. Raises ModelError, DataError or RolloutError for whatever would fail later.
     """
-    here, folder = distributed.start(), resolve_folder(arguments.model)
-    model, tokenizer_from = load(folder, here.device, here.compute_dtype), tokenizer_folder(folder)
+    processes, folder = distributed.start(), resolve_folder(arguments.model)
+    model, tokenizer_from = load(folder, processes.device, processes.compute_dtype), tokenizer_folder(folder)
     if yarn is not None:
         model.config = extend_window(model.config, yarn, original_window)
         model.set_rope(model.config.rope)
@@ -39,13 +39,13 @@ def load_worker(
     )  # fmt: skip
     worker = RolloutWorker(
         model, tokenizer, sampling.stop_tokens, None, Grader(arguments.workers, thinking=not arguments.no_thinking),
-        here, arguments.instruction, StopRequest(stopping), arguments.most_failed_share,
+        processes, arguments.instruction, StopRequest(stopping), arguments.most_failed_share,
     )  # fmt: skip
     prompts = [worker.prompt(problem, 1) for problem in problems]
-    # a cache in which every row can be full, or what two thirds of the free memory hold: then rows wait
+    # every row can reach its full length, unless that exceeds two thirds of the free memory: then rows wait
     window = max((len(prompt.tokens) for prompt in prompts), default=0) + arguments.max_tokens
-    page = KERNEL_PAGE_TOKENS if here.device.type == "cuda" else window
-    fits = here.free_memory_bytes() * 2 // 3 // cache_bytes_per_token(model.config, here.compute_dtype)
+    page = KERNEL_PAGE_TOKENS if processes.device.type == "cuda" else window
+    fits = processes.free_memory_bytes() * 2 // 3 // cache_bytes_per_token(model.config, processes.compute_dtype)
     tokens = arguments.cache_tokens or min((arguments.rows + 2) * window + page, fits)
     worker.limits = CacheLimits(tokens, page, arguments.rows)
     check_requests(model, prompts, sampling, worker.limits)
@@ -53,14 +53,14 @@ def load_worker(
 
 
 def run_command(script: str, command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
-    """Run a command and leave the process with its status; what a person can put right ends in one sentence."""
+    """Run a command and exit with its status; a UserError becomes one sentence."""
     status: int | str = 0
     try:
         command(arguments)
     except (Interrupted, KeyboardInterrupt):
         status = 130
         if distributed.is_main_process():
-            print(f"stopped; the same command goes on, with what is in {arguments.out}")
+            print(f"stopped; the same command resumes from {arguments.out}")
     except Exception as error:
         status = distributed.report_error(error, script)
     finally:

@@ -20,34 +20,33 @@ from data_filter import (
     zero_variance_share,
 )
 from engine import distributed
-from engine.checkpoint import CheckpointError, read_state
+from engine.checkpoint import read_state
 from engine.files import write_atomically
 from engine.fingerprint import model_identity
 from lab import charts
 from lab.benchmarks import text_table
 from lab.command import load_worker, run_command
 from lab.problems import DataError, Problem, read_problems, write_problems
-from lab.recipe import RecipeError, RlStage, load_recipe
+from lab.recipe import RlStage, load_recipe
 
 ADVICE = {
     "J": "at least half are solved more often than not: drop the always solved (data_filter.py filter)",
-    "mirrored J": "at least half are hard, and few are always solved: what training wants",
+    "mirrored J": "at least half are hard and few are always solved: good for training",
     "too hard": "more than half are never solved: add easier ones, or cap their share (filter --max-unsolved-share)",
-    "U": "two thirds are solved always or never: few teach anything",
+    "U": "two thirds are always or never solved: few give a signal",
     "level": "neither end outweighs the other",
 }
 
 
 def read_data(arguments: argparse.Namespace) -> list[Problem]:
-    """The problems that a command is about."""
+    """Read the problems of a command."""
     return read_problems(arguments.data, "skip" if arguments.skip_bad_rows else "stop")[: arguments.limit]
 
 
 def estimate_command(arguments: argparse.Namespace) -> None:
-    """Ask the model, on all processes, and say what shape its pass rates have."""
+    """Estimate pass rates on all processes, and print the shape of their histogram."""
     problems = read_data(arguments)
-    stopping = "the problems that are finished are being saved"
-    worker, sampling, folder = load_worker(arguments, problems, stopping, ESTIMATE_DRAW)
+    worker, sampling, folder = load_worker(arguments, problems, "saving the finished problems", ESTIMATE_DRAW)
     is_main = worker.processes.is_main
     if is_main:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +60,7 @@ def estimate_command(arguments: argparse.Namespace) -> None:
 
 
 def filter_command(arguments: argparse.Namespace) -> None:
-    """Drop the perfect, by the pass rates of a file."""
+    """Drop the problems that are always solved, by the pass rates of a file."""
     problems, history = read_data(arguments), History.load(arguments.pass_rates)
     require_settings(history, arguments.pass_rates, {"problems": problems_fingerprint(problems)})
     n = history.settings["n"]
@@ -70,70 +69,68 @@ def filter_command(arguments: argparse.Namespace) -> None:
 
 
 def drop_command(arguments: argparse.Namespace) -> None:
-    """The drop at the end of a stage, as the run itself does it."""
+    """Drop problems by a run's history, as the run does at the end of a stage."""
     problems, run = read_data(arguments), arguments.run
     if not (run / "recipe.toml").exists():
-        raise DataError(f"{run} is no run: it has no recipe.toml; give a folder of train.py.")
-    try:
-        stages, found = load_recipe(run / "recipe.toml").stage, read_state(run)
-    except (CheckpointError, RecipeError) as error:
-        raise DataError(str(error)) from None
+        raise DataError(f"{run} is not a run: it has no recipe.toml; give a folder of train.py.")
+    stages = {k: s for k, s in enumerate(load_recipe(run / "recipe.toml").stage) if isinstance(s, RlStage)}
+    found = read_state(run)
     if found is None:
-        raise DataError(f"{run} has no checkpoint yet, so there is no history to drop by; let it run on.")
+        raise DataError(f"{run} has no checkpoint yet, so it has no history; resume it first.")
     state = found[1]
-    stages = {k: stage for k, stage in enumerate(stages) if isinstance(stage, RlStage)}
     ended = [k for k, stage in stages.items() if (state.stage, state.stage_step) >= (k, stage.steps)]
     if arguments.stage is None and not ended:
-        raise DataError(f"{run} has ended no rl stage yet; let it run on, or name one that has begun with --stage.")
+        raise DataError(f"{run} has not ended an rl stage yet; resume it first, or name a begun one with --stage.")
     index = max(ended) if arguments.stage is None else arguments.stage
     if index not in stages or all(visit.stage != index for visit in state.history.log):
         raise DataError(f"{run} has not trained in stage {index}; its rl stages are {', '.join(map(str, stages))}.")
     if not any(state.history.visits(problem.id) for problem in problems):
-        raise DataError(f"{run} has seen no problem of {arguments.data}; give the data that it was trained on.")
+        raise DataError(f"{run} has not visited any problem of {arguments.data}; give the data that it was trained on.")
     stage = stages[index]
     above = stage.drop_above if arguments.above is None else arguments.above
     window = arguments.window or stage.drop_window
     visits = "that stage" if window == "stage" else "all stages"
-    print(f"{run}, after stage {index}: dropping accuracy above {above:g} by the visits of {visits}")
+    print(f"{run}, after stage {index}: dropping accuracy above {above:g} in the visits of {visits}")
     filtered = drop_easy(problems, state.history, index, above, window, stage.group_size)
     write_filtered(arguments, filtered, stage.group_size)
 
 
 def write_filtered(arguments: argparse.Namespace, filtered: Filtered, n: int) -> None:
-    """The problems that a filter has kept, as train.py reads them, with their table and picture."""
+    """Write the problems that a filter kept, for train.py, with a table and a picture."""
     require_batch(filtered, arguments.batch)
     write_problems(filtered.kept, arguments.out)
     everything = filtered.kept + filtered.dropped
     unknown = sum(filtered.rates[problem.id] is None for problem in everything)
-    unseen = f" ({unknown:,} of the kept were never visited)" * bool(unknown)
+    unseen = f" ({unknown:,} of the kept ones were never visited)" * bool(unknown)
     print(f"kept {len(filtered.kept):,}, dropped {len(filtered.dropped):,} of {len(everything):,} problems{unseen}")
     rates = {"before": filtered.known_rates(everything), "after": filtered.known_rates(filtered.kept)}
     show(arguments.out, f"Difficulty of {arguments.out.stem}", rates, n)
 
 
 def show(out: Path, title: str, rates: dict[str, list[float]], n: int) -> None:
-    """Say what shape pass rates over n rollouts have, or had and have; a table and a picture of it beside `out`."""
+    """Print the histograms of pass rates over n rollouts; write a table and a picture of them next to `out`."""
     counts = {label: histogram(own, n) for label, own in rates.items()}
-    silent = [f"{zero_variance_share(own):.1%}" for own in rates.values()]
+    no_signal = [f"{zero_variance_share(own):.1%}" for own in rates.values()]
     table = [["solved", *counts]]
     table += [[f"{k} of {n}", *(f"{own[k]:,}" for own in counts.values())] for k in range(n + 1)]
     table += [["all", *(f"{len(own):,}" for own in rates.values())], ["shape", *map(verdict, counts.values())]]
-    table.append([f"expected groups of {GROUP_SIZE} without a signal", *silent])
+    table.append([f"expected groups of {GROUP_SIZE} without a signal", *no_signal])
     write_atomically(out.with_suffix(".txt"), [f"{title}\n{text_table(table)}\n".encode()])
     charts.png(charts.bar_chart(title, counts, f"rollouts right of {n}"), out.with_suffix(".png"))
     print(draw_histogram(*counts.values()))
-    print(f"expected share of groups of {GROUP_SIZE} without a signal: {' -> '.join(silent)}")
+    print(f"expected share of groups of {GROUP_SIZE} without a signal: {' -> '.join(no_signal)}")
     print(f"results in {out}, table in {out.with_suffix('.txt')}, picture in {out.with_suffix('.png')}")
 
 
 def command(arguments: argparse.Namespace) -> None:
-    """Under torchrun all processes estimate; one filters."""
+    """Run the command that the arguments select; under torchrun only one process filters or drops."""
     if arguments.command == "estimate":
         estimate_command(arguments)
     elif distributed.is_main_process():
-        filter_command(arguments) if arguments.command == "filter" else drop_command(arguments)
+        run = filter_command if arguments.command == "filter" else drop_command
+        run(arguments)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Estimate, filter or drop, as lab.options.difficulty_arguments has read the command line."""
+    """Run data_filter.py with the arguments of lab.options.difficulty_arguments."""
     run_command("data_filter.py", command, arguments)

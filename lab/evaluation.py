@@ -1,9 +1,9 @@
-"""The commands of eval.py: figures and curves of a model, comparing, regrading."""
+"""The commands of eval.py: metrics and curves of a model, comparing, regrading."""
 
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -12,67 +12,29 @@ import numpy as np
 
 from engine.distributed import Processes
 from engine.files import write_atomically
-from engine.fingerprint import data_identity, model_identity
+from engine.fingerprint import data_identity, model_identity, require_same
 from engine.grader import Grader
-from engine.rollout_worker import SamplingStats, check_grader
+from engine.rollout_worker import check_grader
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
+from lab import eval_page
 from lab.benchmarks import file_name, find_data, published_table, text_table
 from lab.command import load_worker, run_command
-from lab.eval_page import budget_table, describe_zones, k_table, length_table, temperature_table, write_evaluation_page
+from lab.eval_page import percent
 from lab.metrics import read_metrics
 from lab.problems import DataError, Problem, read_problems, write_problems
-from lab.responses import Recorder, read_groups, read_settings, response_file, write_responses, write_settings
+from lab.responses import Recorder, read_groups, read_settings, response_file, write_responses
 from lab.scores import Evaluation, compare, print_evaluation, summarise
 from reward import last_boxed
 from rollout import Sampling
 
-DECODING = ("top_k", "top_p", "max_tokens", "yarn", "original_window", "instruction")  # settings of all responses
+DECODING = ("top_k", "top_p", "max_tokens", "yarn", "original_window", "instruction")
 LENGTH_BUDGETS = 16  # points of the curve of accuracy against length
-CURVE_MARGIN, MATCH_MARGIN = 0.03, 0.01  # half widths of the intervals that a curve, a search samples for
-
-
-# ------------------------------------------------------------------------------------------ accuracy against length
-
-
-@dataclass(frozen=True)
-class LengthPoint:
-    """Accuracy when every response is cut at so many tokens."""
-
-    budget: int
-    accuracy: float
-    low: float
-    high: float
-
-
-def length_curve(
-    problems: Sequence[Problem], groups: Sequence[Sequence[Response]], budgets: Sequence[int], grader: Grader
-) -> list[LengthPoint]:
-    """Accuracy against the token budget, from one sampling: responses are cut, not sampled again."""
-    curve = []
-    for budget in budgets:
-        means = []
-        for problem, group in zip(problems, groups, strict=True):
-            heads = [None if r.tokens <= budget else r.text[: r.cuts[str(budget)]] for r in group]
-            # what holds no answer needs no grading
-            tickets = [
-                grader.submit(head, problem.answers) if head and last_boxed(head, grader.thinking) is not None else None
-                for head in heads
-            ]
-            right = [
-                grader.collect([ticket])[0].correct if ticket is not None else float(head is None and r.correct)
-                for r, head, ticket in zip(group, heads, tickets, strict=True)
-            ]
-            means.append(float(np.mean(right)))
-        curve.append(LengthPoint(budget, float(np.mean(means)), *interval(means)))
-    return curve
-
-
-# ------------------------------------------------------------------------------------------------------ a session
+CURVE_MARGIN, MATCH_MARGIN = 0.03, 0.01  # default half widths of the 95% intervals of a curve, a search
 
 
 @dataclass
 class Session:
-    """One evaluation under way: a loaded model, the sets to ask it, and where everything goes."""
+    """A running evaluation: a loaded model and the data sets to sample."""
 
     arguments: argparse.Namespace
     recorder: Recorder
@@ -87,10 +49,10 @@ class Session:
 
 
 def start_session(arguments: argparse.Namespace) -> Session:
-    """Read the data, load the model, and find before anything is sampled what would go wrong."""
+    """Read the data and load the model; raise every foreseeable error before sampling."""
     out = arguments.out
     if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is no folder; give another --out")
+        raise DataError(f"{out} is not a folder; give another --out")
     on_bad_row = "skip" if arguments.skip_bad_rows else "keep"
     sets = {
         name: read_problems(place, on_bad_row)[: arguments.limit]
@@ -98,12 +60,12 @@ def start_session(arguments: argparse.Namespace) -> Session:
     }
     problems = list(chain(*sets.values()))
     worker, sampling, folder = load_worker(
-        arguments, problems, "the responses that are finished are kept",
+        arguments, problems, "the finished responses are kept",
         yarn=arguments.yarn, original_window=arguments.original_window,
     )  # fmt: skip
     original = getattr(worker.model.config.rope.scaling, "original_max_position_embeddings", None)
     trained = arguments.trained_length or original or arguments.max_tokens
-    # what decides the responses and their figures; a folder holds those of one such set alone
+    # everything that decides the responses and their metrics; a folder holds one such evaluation
     settings = {
         **{name: getattr(arguments, name) for name in ("model", "temperature", "seed", *DECODING)},
         "weights": model_identity(folder),
@@ -119,24 +81,18 @@ def start_session(arguments: argparse.Namespace) -> Session:
     if worker.processes.is_main:
         open_folder(out, settings, sets)
     worker.processes.broadcast(None)
-    return Session(arguments, Recorder(worker, out, SamplingStats()), sampling, sets, trained, targets)
-
-
-def changed_settings(then: dict, now: dict, names: Iterable[str]) -> list[tuple[str, object, object]]:
-    """(name, then, now) of those of these settings that two evaluations do not share."""
-    return [(name, then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)]
+    return Session(arguments, Recorder(worker, out), sampling, sets, trained, targets)
 
 
 def open_folder(out: Path, settings: dict, sets: dict[str, list[Problem]]) -> None:
-    """A new folder, or one to go on in: then it must be of the same evaluation. Only -n may change."""
+    """Create a folder, or reopen one of the same evaluation, in which only -n may differ."""
     if (out / "settings.json").exists():
-        fixed = [name for name in settings if name != "n"]
-        for name, then, now in changed_settings(read_settings(out), settings, fixed):
-            raise DataError(f"{out} holds an evaluation with {name} = {then}, not {now}; give another --out")
-        print(f"going on in {out}")
+        require_same(out, read_settings(out), {name: value for name, value in settings.items() if name != "n"})
+        print(f"resuming in {out}")
     elif out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} exists already and holds no evaluation; give another --out")
-    write_settings(out, settings)
+        raise DataError(f"{out} already exists and is not an evaluation; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "settings.json", [json.dumps(settings, indent=2).encode()])
     for name, problems in sets.items():
         path = out / "problems" / f"{file_name(name)}.jsonl"
         if not path.exists():
@@ -144,22 +100,19 @@ def open_folder(out: Path, settings: dict, sets: dict[str, list[Problem]]) -> No
 
 
 def target_diversity(given: str, name: str, settings: dict) -> Diversity:
-    """The score to match: a number, that of a training run, or of each problem in an earlier evaluation."""
+    """Return the diversity to match: a number, a training run's, or an earlier evaluation's, per problem."""
     try:
         score = float(given)
     except ValueError:
         pass
     else:
         if not 0 < score <= 1:
-            raise DataError(f"--match {given}: a distinct-4 lies above 0 and at most at 1")
+            raise DataError(f"--match {given}: distinct-4 is above 0 and at most 1")
         return score
     run = Path(given)
     if (run / "settings.json").exists():
         before = read_settings(run)
-        for setting, then, now in changed_settings(before, settings, ("n", "problems", *DECODING)):
-            raise DataError(
-                f"{run} measured its diversity with another {setting} ({then}, not {now}); measure both alike"
-            )
+        require_same(run, before, {setting: settings[setting] for setting in ("n", "problems", *DECODING)})
         groups = read_groups(run, name, before["n"])[1]
         shares = {group[0].problem_id: distinct_share([response.text for response in group]) for group in groups}
         known = {problem_id: share for problem_id, share in shares.items() if share is not None}
@@ -172,30 +125,30 @@ def target_diversity(given: str, name: str, settings: dict) -> Diversity:
                 first = row["curve"][0]["distinct4"] if row["target_distinct4"] is None else row["target_distinct4"]
                 if first is not None:
                     return first
-        raise DataError(f"{run} has measured no diversity yet; give a score")
+        raise DataError(f"{run} has not measured a diversity yet; give a score")
     raise DataError(f"--match {given} is neither a number nor a folder with settings.json or metrics.jsonl")
 
 
-# -------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------------ the output
 
 
 @dataclass
 class Results:
-    """What one command has found. A setting is "" where there is one alone."""
+    """The results of one command. A setting is "" if there is only one."""
 
     figures: dict[str, list[Evaluation]] = field(default_factory=lambda: defaultdict(list))  # by setting
     groups: dict[str, dict[str, list[list[Response]]]] = field(default_factory=lambda: defaultdict(dict))  # and by set
     curves: dict[str, dict] = field(default_factory=lambda: defaultdict(dict))  # by kind, then by set
 
 
-def finish(out: Path, model: str, sets: dict[str, list[Problem]], results: Results) -> None:
-    """Write results.json and report.html; print the figures, and at last the table of RECIPE section 6."""
+def write_results(out: Path, model: str, sets: dict[str, list[Problem]], results: Results) -> None:
+    """Write results.json and report.html; print the metrics, and last the table of RECIPE section 6."""
     figures, curves = results.figures, results.curves
     rows = [asdict(found) | {"setting": setting} for setting, own in figures.items() for found in own]
     text = json.dumps({"model": model, "evaluations": rows, **curves}, indent=2, allow_nan=False)
     write_atomically(out / "results.json", [f"{text}\n".encode()])
     table = published_table({", ".join(filter(None, (model, setting))): own for setting, own in figures.items()})
-    page = write_evaluation_page(out, model, figures, sets, results.groups, table, curves)
+    page = eval_page.write_evaluation_page(out, model, figures, sets, results.groups, table, curves)
     for setting, own in figures.items():
         for found in own:
             print(f"{setting}: " * bool(setting), end="")
@@ -204,19 +157,21 @@ def finish(out: Path, model: str, sets: dict[str, list[Problem]], results: Resul
     for kind, by_set in curves.items():
         for name, curve in by_set.items():
             if kind == "length":
-                print(f"{name}: accuracy when responses are cut at so many tokens\n{text_table(budget_table(curve))}\n")
+                budgets = text_table(eval_page.budget_table(curve))
+                print(f"{name}: accuracy when responses are cut at a token budget\n{budgets}\n")
                 continue
-            said = f"chosen: temperature {curve['chosen']:g}" if kind == "match" else describe_zones(curve["zones"])
-            print(f"{name}\n{text_table(temperature_table(curve))}\n{said}\n")
+            match = kind == "match"
+            found = f"chosen: temperature {curve['chosen']:g}" if match else eval_page.describe_zones(curve["zones"])
+            print(f"{name}\n{text_table(eval_page.temperature_table(curve))}\n{found}\n")
     print(f"results in {out}, report in {page}")
     if figures:
         print(text_table(table))
 
 
 def print_details(found: Evaluation) -> None:
-    """pass@k and maj@k with both intervals, accuracy by length, diversity and speed."""
-    print(text_table(k_table(found)))
-    print(text_table(length_table(found)))
+    """Print pass@k and maj@k with both intervals, accuracy by length, diversity and speed."""
+    print(text_table(eval_page.k_table(found)))
+    print(text_table(eval_page.length_table(found)))
     diversity = "-" if found.distinct4 is None else f"{found.distinct4:.3f}"
     speed = "" if found.tokens_per_s is None else f", {found.tokens_per_s:,.0f} tokens/s"
     memory = "" if found.peak_memory_gib is None else f", peak memory {found.peak_memory_gib:.2f} GiB"
@@ -224,38 +179,35 @@ def print_details(found: Evaluation) -> None:
     print(f"distinct-4 {diversity}, {found.tokens:,} tokens{speed}{memory}{unanswerable}\n")
 
 
-# ---------------------------------------------------------------------------------------------- asking the model
+# ---------------------------------------------------------------------------------------------- sampling the model
 
 
 def evaluate_sets(session: Session) -> Results:
-    """n responses to every problem of every set, and their figures.
+    """Sample n responses to each problem of each set and compute their metrics.
 
     With --curve length also accuracy against the token budget, without and with YaRN, from one sampling each.
     """
-    arguments, recorder, processes, results = session.arguments, session.recorder, session.processes, Results()
-    model = recorder.worker.model
-    settings, budgets = {"": model.config}, []
+    arguments, recorder, results = session.arguments, session.recorder, Results()
+    model, budgets = recorder.worker.model, []
+    settings = {"": model.config}
     if arguments.curve:
-        most = arguments.max_tokens
-        budgets = sorted({max(1, round(most * i / LENGTH_BUDGETS)) for i in range(1, LENGTH_BUDGETS + 1)})
+        points = range(1, LENGTH_BUDGETS + 1)
+        budgets = sorted({max(1, round(arguments.max_tokens * i / LENGTH_BUDGETS)) for i in points})
         settings = {"no YaRN": model.config}
         if arguments.yarn is not None:
-            # without scaling, the same positions: rotary angles have no end, only an untrained part
+            # same positions without scaling: rotary angles have no limit, only positions that were never trained
             settings = {"no YaRN": replace(model.config, rope=replace(model.config.rope, scaling=None))}
             settings["YaRN"] = model.config
     for setting, config in settings.items():
         model.config = config
         model.set_rope(config.rope)
         for name, problems in session.sets.items():
-            recorder.work, key = SamplingStats(), f"{name}-{setting}" if setting else name
+            key = f"{name}-{setting}" if setting else name
             groups = recorder.respond(name, problems, arguments.n, session.sampling, budgets, key=key)
-            work = recorder.work
-            found = summarise(
-                name, problems, groups, session.sampling.temperature, session.trained_length,
-                tokens_per_s=work.tokens / work.sample_seconds if work.tokens else None,
-                peak_memory_gib=max(processes.all_gather(processes.peak_memory_gib())),
-            )  # fmt: skip
-            results.figures[setting].append(found)
+            found = summarise(name, problems, groups, session.sampling.temperature, session.trained_length)
+            speed = recorder.work.tokens / recorder.work.sample_seconds if recorder.work.tokens else None
+            memory = max(session.processes.all_gather(session.processes.peak_memory_gib()))
+            results.figures[setting].append(replace(found, tokens_per_s=speed, peak_memory_gib=memory))
             results.groups[setting][name] = groups
             if budgets:
                 points = length_curve(problems, groups, budgets, recorder.worker.grader)
@@ -263,72 +215,105 @@ def evaluate_sets(session: Session) -> Results:
     return results
 
 
-def temperature_curves(session: Session) -> Results:
-    """Accuracy and distinct-4 against temperature: the three zones, or with --match the temperature that restores one.
+@dataclass(frozen=True)
+class LengthPoint:
+    """Accuracy, with its 95% interval, when every response is cut at `budget` tokens."""
 
-    A margin needs the first problems to stand for all: they are shuffled, always alike.
+    budget: int
+    accuracy: float
+    low: float
+    high: float
+
+
+def length_curve(
+    problems: Sequence[Problem], groups: Sequence[Sequence[Response]], budgets: Sequence[int], grader: Grader
+) -> list[LengthPoint]:
+    """Compute accuracy against the token budget from one sampling, by cutting the responses and grading them again."""
+    curve = []
+    for budget in budgets:
+        right = np.array([[r.tokens <= budget and r.correct for r in group] for group in groups], dtype=float)  # (P, n)
+        boxed = [
+            (i, j, head)
+            for i, group in enumerate(groups)
+            for j, r in enumerate(group)
+            if r.tokens > budget and last_boxed(head := r.text[: r.cuts[str(budget)]], grader.thinking) is not None
+        ]
+        grades = grader.grade([(head, problems[i].answers) for i, _, head in boxed])
+        for (i, j, _), grade in zip(boxed, grades, strict=True):
+            right[i, j] = grade.correct
+        means = right.mean(1)
+        curve.append(LengthPoint(budget, float(np.mean(means)), *interval(means)))
+    return curve
+
+
+def temperature_curves(session: Session) -> Results:
+    """Measure accuracy and distinct-4 against temperature, for the three zones or for --match.
+
+    The problems are shuffled by the seed, so that the first ones, which a margin may stop at, represent all.
     """
     arguments, results = session.arguments, Results()
+    kind, margin = ("match", MATCH_MARGIN) if arguments.match else ("temperature", CURVE_MARGIN)
+    margin = margin if arguments.margin is None else arguments.margin
     for name, problems in session.sets.items():
         order = np.random.default_rng(arguments.seed).permutation(len(problems))
         problems = [problems[i] for i in order]
 
-        def answer(some: Sequence[Problem], temperature: float, name: str = name) -> list[list[Response]]:
+        def respond(some: Sequence[Problem], temperature: float, name: str = name) -> list[list[Response]]:
             sampling, key = replace(session.sampling, temperature=temperature), f"{name}-temperature-{temperature:g}"
             return session.recorder.respond(name, some, arguments.n, sampling, key=key)
 
         if arguments.match:
-            margin = MATCH_MARGIN if arguments.margin is None else arguments.margin
             chosen, curve = match_diversity(
-                answer, problems, session.targets[name], session.sampling.temperature,
+                respond, problems, session.targets[name], session.sampling.temperature,
                 margin=margin, say=session.processes.say,
             )  # fmt: skip
             found = {"chosen": chosen}
         else:
-            margin, curve = CURVE_MARGIN if arguments.margin is None else arguments.margin, []
+            curve = []
             for temperature in arguments.temperatures:
-                point = measure_temperature(answer, problems, temperature, margin)
+                point = measure_temperature(respond, problems, temperature, margin)
                 curve.append(point)
                 diversity = "-" if point.distinct4 is None else f"{point.distinct4:.3f} +-{point.distinct4_half:.3f}"
                 session.processes.say(
-                    f"{name}: temperature {temperature:g}: accuracy {100 * point.accuracy:.1f} "
-                    f"+-{100 * point.accuracy_half:.1f}, distinct-4 {diversity}, "
+                    f"{name}: temperature {temperature:g}: accuracy {percent(point.accuracy)} "
+                    f"+-{percent(point.accuracy_half)}, distinct-4 {diversity}, "
                     f"from {point.problems} of {len(problems)} problems"
                 )
             try:
                 found = {"zones": asdict(find_zones(curve))}
             except ValueError as error:
                 found = {"zones": {"none": str(error)}}
-        kind = "match" if arguments.match else "temperature"
         results.curves[kind][name] = {"points": [point.row() for point in curve], **found}
     return results
 
 
-# ------------------------------------------------------------------------------- evaluations that are there already
+# ---------------------------------------------------------------------------------------- finished evaluations
 
 
 def regrade(arguments: argparse.Namespace) -> None:
-    """Grade the responses of an evaluation again, against the answers that it kept, and write a new evaluation."""
+    """Grade the stored responses of an evaluation again and write a new evaluation."""
     run, out = arguments.regrade, arguments.out
     settings = read_settings(run)
     if settings["curve"] or settings["match"]:
-        raise DataError(f"{run} holds a curve, not an evaluation; --regrade takes a folder without --curve and --match")
+        raise DataError(f"{run} is a curve; --regrade takes an evaluation made without --curve and --match")
     if out.exists():
-        raise DataError(f"{out} exists already; give another --out")
+        raise DataError(f"{out} already exists; give another --out")
     sets, results = {}, Results()
     with Grader(arguments.workers, thinking=settings["thinking"]) as grader:
         for name in settings["data"]:
             problems, stored = read_groups(run, name, settings["n"])
-            items = [(r.text, problem.answers) for problem, group in zip(problems, stored, strict=True) for r in group]
-            grades = iter(grader.grade(items))
-            groups = [
-                [replace(response, verdict=(grade := next(grades)).verdict, answer=grade.answer) for response in group]
-                for group in stored
+            tickets = [
+                [grader.submit(r.text, problem.answers) for r in group]
+                for problem, group in zip(problems, stored, strict=True)
             ]
-            before, after = ([response.verdict for response in chain(*some)] for some in (stored, groups))
+            groups = []
+            for group, own in zip(stored, tickets, strict=True):
+                graded = zip(group, grader.collect(own), strict=True)
+                groups.append([replace(r, verdict=grade.verdict, answer=grade.answer) for r, grade in graded])
+            before, after = ([r.verdict for r in chain(*some)] for some in (stored, groups))
             moves = Counter((old, new) for old, new in zip(before, after, strict=True) if old != new)
             changed = ", ".join(f"{count} {old} -> {new}" for (old, new), count in sorted(moves.items()))
-            print(f"{name}: {len(items):,} responses graded again; {changed or 'no verdict changed'}")
+            print(f"{name}: {len(after):,} responses regraded; {changed or 'no verdict changed'}")
             check_grader(Counter(after), arguments.most_failed_share)
             sets[name], results.groups[""][name] = problems, groups
             found = summarise(name, problems, groups, settings["temperature"], settings["trained_length"])
@@ -336,17 +321,18 @@ def regrade(arguments: argparse.Namespace) -> None:
     open_folder(out, settings, sets)
     for name, groups in results.groups[""].items():
         write_responses(response_file(out, name), chain(*groups))
-    finish(out, settings["model"], sets, results)
+    write_results(out, settings["model"], sets, results)
 
 
 def compare_runs(a: Path, b: Path) -> None:
-    """The paired difference of two evaluations, B minus A, for every set that both have."""
+    """Print the paired difference of two evaluations, B minus A, for each set in both."""
     then, now = read_settings(a), read_settings(b)
-    for name, was, is_now in changed_settings(then, now, ("n", "temperature", *DECODING, "thinking", "problems")):
-        print(f"note: {name} is {was} in {a} and {is_now} in {b}")
+    for name in ("n", "temperature", *DECODING, "thinking", "problems"):
+        if then.get(name) != now.get(name):
+            print(f"note: {name} is {then.get(name)} in {a} and {now.get(name)} in {b}")
     shared = [name for name in then["data"] if name in now["data"]]
     if not shared:
-        raise DataError(f"{a} has {', '.join(then['data'])}, {b} {', '.join(now['data'])}: none is in both")
+        raise DataError(f"{a} has {', '.join(then['data'])}, {b} {', '.join(now['data'])}: no set is in both")
     rows = [["set", "A", "B", "B - A", "95%, paired", "up", "down", "same", "left out"]]
     for name in shared:
         means = [
@@ -355,16 +341,16 @@ def compare_runs(a: Path, b: Path) -> None:
         ]
         found = compare(name, *means)
         rows.append([
-            name, f"{100 * found.avg_a:.1f}", f"{100 * found.avg_b:.1f}", f"{100 * found.difference:+.1f}",
+            name, percent(found.avg_a), percent(found.avg_b), f"{100 * found.difference:+.1f}",
             f"{100 * found.low:+.1f} to {100 * found.high:+.1f}", str(found.up), str(found.down), str(found.same),
             str(found.only_a + found.only_b),
         ])  # fmt: skip
-    print(f"A is {a}, B is {b}; up and down count the problems that B solves more and less often than A")
+    print(f"A is {a}, B is {b}; up and down: problems that B solves more and less often than A")
     print(text_table(rows))
 
 
 def command(arguments: argparse.Namespace) -> None:
-    """Evaluate a model, or read what evaluations have left."""
+    """Run the command that the arguments select."""
     if arguments.compare:
         compare_runs(*arguments.compare)
     elif arguments.regrade:
@@ -375,9 +361,9 @@ def command(arguments: argparse.Namespace) -> None:
             by_temperature = arguments.match or arguments.temperatures
             results = temperature_curves(session) if by_temperature else evaluate_sets(session)
         if session.processes.is_main:
-            finish(arguments.out, arguments.model, session.sets, results)
+            write_results(arguments.out, arguments.model, session.sets, results)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Evaluate, compare or regrade, as lab.options.evaluation_arguments has read the command line."""
+    """Run eval.py with the arguments of lab.options.evaluation_arguments."""
     run_command("eval.py", command, arguments)

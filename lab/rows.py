@@ -10,10 +10,9 @@ import numpy as np
 from data_filter import Filtered
 from engine.batches import TrainingSequence
 from engine.rollout_worker import Attempt, SamplingStats
-from eval import TemperaturePoint
+from eval import TemperaturePoint, distinct_ngrams
 from grpo import Group, UpdateStats
 from lab.scores import Evaluation
-from rollout import distinct_ngrams
 
 
 def sft_row(batch: Sequence[TrainingSequence], update: UpdateStats, learning_rate: float, seconds: float) -> dict:

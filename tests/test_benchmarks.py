@@ -1,10 +1,11 @@
-"""benchmarks.py: names that find data, and the table of published results."""
+"""lab/benchmarks.py: finding data by name, and the table of published results."""
 
 import pytest
 
+from eval import Response
 from lab.benchmarks import BENCHMARKS, PUBLISHED, find_data, published_table, text_table
 from lab.problems import DataError, Problem
-from lab.scores import Response, summarise
+from lab.scores import summarise
 
 
 def touch(folder, *names):
@@ -13,7 +14,7 @@ def touch(folder, *names):
         (folder / name).write_text("")
 
 
-def test_a_name_is_looked_for_in_the_folder_and_then_on_the_hub(tmp_path):
+def test_a_name_is_searched_for_in_the_folder_and_then_on_the_hub(tmp_path):
     touch(tmp_path, "benchmarks/aime24.parquet", "gsm8k/train.jsonl", "gsm8k/test.jsonl", "math/math500.json")
     found = find_data(["aime24", "gsm8k", "math500", "minerva"], tmp_path)
     assert found == {
@@ -40,16 +41,16 @@ def test_files_folders_and_hub_ids(tmp_path):
     [
         (
             ["aime42"],
-            r"aime42 is no file, .* no known benchmark \(did you mean aime2[45]\?\); known are aime24, aime25, ",
+            r"aime42 is not a file, .* a known benchmark \(did you mean aime2[45]\?\); known are aime24, aime25, ",
         ),
-        (["nothing like it"], "no known benchmark; known are aime24, .*, gsm8k"),
+        (["nothing like it"], "a known benchmark; known are aime24, .*, gsm8k"),
         (["{tmp}/a/one.jsonl", "{tmp}/a/one.jsonl", "{tmp}/a/one.jsonl"], "is given twice"),
         (["{tmp}/a/one.jsonl", "{tmp}/b/../a/one.jsonl"], "is given twice"),
-        (["{tmp}/b"], "another set is called foo-bar too; rename one of the files"),
-        (["{tmp}/empty"], "holds none of .parquet"),
+        (["{tmp}/b"], "another data set is also named foo-bar; rename one of the files"),
+        (["{tmp}/empty"], "has no .parquet, .jsonl, .json file"),
     ],
 )
-def test_what_cannot_be_found_is_one_sentence(tmp_path, sources, sentence):
+def test_an_unusable_source_is_one_sentence(tmp_path, sources, sentence):
     touch(tmp_path, "a/one.jsonl", "b/foo bar.jsonl", "b/foo-bar.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=sentence) as raised:
@@ -57,8 +58,8 @@ def test_what_cannot_be_found_is_one_sentence(tmp_path, sources, sentence):
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(DataError, match="is no folder; give the one that holds the benchmark files"):
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match="is not a folder; give the one with the benchmark files"):
         find_data(["aime24"], tmp_path / "nowhere")
 
 
@@ -67,7 +68,7 @@ def evaluation(name, rights):
     return summarise(name, [Problem(str(i), "?", ("1",)) for i in range(len(rights))], groups, 1.0, 10)
 
 
-def test_the_measured_row_stands_under_the_published_ones():
+def test_measured_rows_follow_the_published_ones():
     table = published_table(
         {"mine": [evaluation("mine-set", [1, 0]), evaluation("aime25", [1] * 9 + [0])], "mine, YaRN": []}
     )
@@ -90,7 +91,7 @@ def test_the_measured_row_stands_under_the_published_ones():
 
 
 def test_the_published_figures_are_those_of_the_recipe():
-    """By column sums, as the table of RECIPE.md section 6 has them."""
+    """By the column sums of the table in RECIPE.md section 6."""
     sums = [round(sum(scores[i] for scores in PUBLISHED.values()), 1) for i in range(5)]
     assert sums == [397.8, 327.1, 238.3, 372.4, 514.3]
     assert [b.published_k for b in BENCHMARKS.values()] == [32, 32, 4, 4, 8, None, None]

@@ -1,4 +1,4 @@
-"""data_filter.py as a tool: estimate, filter and drop on the command line, resumed, on two processes, and refused."""
+"""lab/difficulty.py: estimate, filter and drop on the command line, resumed, on two processes, and refused."""
 
 import json
 import re
@@ -22,12 +22,12 @@ from lab.problems import DataError, Problem, read_problems, write_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ["-n", "4", "--temperature", "1", "--max-tokens", "10", "--instruction", "", "--rows", "6"]
-SAYS = ("0", "1", "2", "3")  # what the model answers, each about as often, whatever it is asked
+SAYS = ("0", "1", "2", "3")  # the model's answers to any problem, about equally often
 
 
 @pytest.fixture(scope="module")
 def world(small_world, tmp_path_factory):
-    """The laptop world's raw model, taught by transformers to answer 0, 1, 2 or 3; and problems of known difficulty."""
+    """The laptop world's raw model, trained with transformers to answer 0, 1, 2 or 3; problems of known difficulty."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("taught")
@@ -38,7 +38,7 @@ def world(small_world, tmp_path_factory):
             for a in range(1, 9) for b in range(10, 14)]  # fmt: skip
     tokens = tokenizer(rows, add_special_tokens=False, return_tensors="pt").input_ids
     shuffled = tokens.clone()
-    for step in range(60):  # prompts and answers are drawn apart: nothing to learn but how often each is said
+    for step in range(60):  # prompts and answers are shuffled apart: only the answers' frequencies can be learned
         shuffled[:, :7] = tokens[torch.randperm(len(rows), generator=torch.Generator().manual_seed(step)), :7]
         loss = model(shuffled, labels=shuffled).loss
         loss.backward()
@@ -53,7 +53,7 @@ def world(small_world, tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch):
-    """data_filter.py as a user calls it, without the start of a process."""
+    """Run data_filter.py as a user calls it, in this process."""
 
     def run(*words):
         monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, words)])
@@ -68,7 +68,7 @@ def command(monkeypatch):
 
 
 def pass_rates(path):
-    """By hand: how often each line's rollouts were right."""
+    """Compute the pass rate of each line directly."""
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     return {row["problem_id"]: sum(row["rewards"]) / len(row["rewards"]) for row in rows}
 
@@ -76,7 +76,7 @@ def pass_rates(path):
 # ---- estimate ------------------------------------------------------------------------------------
 
 
-def test_estimate_counts_what_the_model_said(command, world, tmp_path, monkeypatch, capsys):
+def test_estimate_counts_the_models_answers(command, world, tmp_path, monkeypatch, capsys):
     said, stream = {}, RolloutWorker.stream
 
     def listening(self, *arguments):
@@ -89,19 +89,19 @@ def test_estimate_counts_what_the_model_said(command, world, tmp_path, monkeypat
     out = tmp_path / "new" / "rates.jsonl"
     command("estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out", out)
     problems = read_problems(world / "sums.jsonl")
-    by_hand = {}
+    expected = {}
     for problem in problems:
         boxes = [re.search(r"</think>.*\\boxed\{(\d+)\}", text) for text in said[problem.id]]
         assert len(boxes) == 4
-        by_hand[problem.id] = sum(box is not None and box[1] in problem.answers for box in boxes) / 4
-    assert pass_rates(out) == by_hand
-    assert list(by_hand.values()).count(0.0) >= 2 and max(by_hand.values()) > 0.5  # of both there is something to see
+        expected[problem.id] = sum(box is not None and box[1] in problem.answers for box in boxes) / 4
+    assert pass_rates(out) == expected
+    assert list(expected.values()).count(0.0) >= 2 and max(expected.values()) > 0.5  # easy and hard problems
     printed = capsys.readouterr().out
     assert re.search(r"pass rates: 4/9 problems  ETA \d:\d\d:\d\d\npass rates: 8/9 problems", printed)
-    counts = [list(by_hand.values()).count(k / 4) for k in range(5)]
+    counts = [list(expected.values()).count(k / 4) for k in range(5)]
     table = out.with_suffix(".txt").read_text()
     assert [int(count) for count in re.findall(r"^\d of 4 +(\d+)$", table, re.M)] == counts
-    silent = sum(rate**8 + (1 - rate) ** 8 for rate in by_hand.values()) / 9
+    silent = sum(rate**8 + (1 - rate) ** 8 for rate in expected.values()) / 9
     assert f"groups of 8 without a signal: {silent:.1%}" in printed and table.endswith(f"  {silent:.1%}\n")
     assert out.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert printed.splitlines()[-1] == f"results in {out}, table in {out.with_suffix('.txt')}, picture in " + str(
@@ -109,7 +109,7 @@ def test_estimate_counts_what_the_model_said(command, world, tmp_path, monkeypat
     )
 
 
-def test_an_interrupted_estimate_goes_on_and_ends_in_the_same_file(command, world, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_estimate_resumes_and_ends_in_the_same_file(command, world, tmp_path, monkeypatch, capsys):
     words = ("estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out")
     command(*words, tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_text()
@@ -119,25 +119,25 @@ def test_an_interrupted_estimate_goes_on_and_ends_in_the_same_file(command, worl
         patch.setattr(RolloutWorker, "asked_to_stop", lambda self: len(seen) > 15 or seen.append(1))
         with pytest.raises(SystemExit) as stopped:
             command(*words, tmp_path / "cut.jsonl")
-    assert stopped.value.code == 130 and "stopped; the same command goes on" in capsys.readouterr().out
+    assert stopped.value.code == 130 and "stopped; the same command resumes" in capsys.readouterr().out
     done = (tmp_path / "cut.jsonl").read_text().splitlines()
-    assert 1 < len(done) < 10 and set(done) < set(whole.splitlines())  # what was whole is kept, line by line
+    assert 1 < len(done) < 10 and set(done) < set(whole.splitlines())  # the finished problems are kept, line by line
     assert not (tmp_path / "cut.png").exists()
-    # its last line lost its end as well, and an early problem is yet to be done
+    # its last line is cut as well, and an early problem is missing
     (tmp_path / "cut.jsonl").write_text("\n".join([done[0], *done[2:], done[1]])[:-9])
     command(*words, tmp_path / "cut.jsonl")
     assert f"pass rates: {len(done) - 2} problems are in {tmp_path / 'cut.jsonl'} already" in capsys.readouterr().out
     assert (tmp_path / "cut.jsonl").read_text() == whole
     finished = (tmp_path / "cut.jsonl").stat().st_mtime_ns
     monkeypatch.setattr(RolloutWorker, "stream", None)
-    command(*words, tmp_path / "cut.jsonl")  # nothing left to do
+    command(*words, tmp_path / "cut.jsonl")  # nothing left to sample
     assert (tmp_path / "cut.jsonl").stat().st_mtime_ns == finished
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{name}.{kind}" for name in ("whole", "cut") for kind in ("jsonl", "txt", "png")
     )
 
 
-def test_two_processes_write_what_one_writes(command, world, tmp_path):
+def test_two_processes_write_the_same_as_one(command, world, tmp_path):
     command("estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out", tmp_path / "one.jsonl")
     words = ["estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out", tmp_path / "two.jsonl"]
     done = forked.run_ranks(2, [sys.executable, ROOT / "data_filter.py", *words], timeout=120)
@@ -147,7 +147,7 @@ def test_two_processes_write_what_one_writes(command, world, tmp_path):
     assert done.stdout.count("verdict: ") == 1
 
 
-def test_a_signal_keeps_the_problems_that_are_finished(world, tmp_path):
+def test_a_signal_keeps_the_finished_problems(world, tmp_path):
     write_problems([Problem(f"many/{i}", f" {i % 9} + 11", ("1",)) for i in range(2500)], tmp_path / "many.jsonl")
     out = tmp_path / "rates.jsonl"
     words = [sys.executable, str(ROOT / "data_filter.py"), "estimate", str(world / "model")]
@@ -161,8 +161,8 @@ def test_a_signal_keeps_the_problems_that_are_finished(world, tmp_path):
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "stopping: the problems that are finished are being saved" in errors
-    assert f"stopped; the same command goes on, with what is in {out}" in printed
+    assert "stopping: saving the finished problems" in errors
+    assert f"stopped; the same command resumes from {out}" in printed
     known = History.load(out)
     assert 512 <= len(known.log) < 2500 and all(len(visit.rewards) == 2 for visit in known.log)
 
@@ -183,7 +183,7 @@ def test_another_model_other_problems_and_other_sampling_are_refused(command, sm
         with pytest.raises(SystemExit, match=rf"^data_filter.py: .*rates.jsonl {re.escape(sentence)}") as refused:
             command(*others)
         assert "\n" not in str(refused.value) and out.read_bytes() == before
-    out.write_bytes(before.split(b"\n", 1)[1])  # a file of before there was a first line
+    out.write_bytes(before.split(b"\n", 1)[1])  # an old file without the first line
     with pytest.raises(SystemExit, match="rates.jsonl does not say in its first line which model and problems"):
         command(*words)
 
@@ -192,7 +192,7 @@ def test_another_model_other_problems_and_other_sampling_are_refused(command, sm
 
 
 def rates_file(path, problems, right, n=8):
-    """A file of pass rates whose problems were solved so many times in n."""
+    """Write a file of pass rates of problems that were solved right[i] times of n."""
     history = History()
     history.settings = {"weights": "w", "problems": data_filter.problems_fingerprint(problems), "n": n}
     for problem, k in zip(problems, right, strict=True):
@@ -213,7 +213,7 @@ def kept(path):
     return [int(problem.id.removeprefix("p/")) for problem in read_problems(path)]
 
 
-def test_filter_drops_the_perfect_and_shows_both_shapes(command, estimated, tmp_path, capsys):
+def test_filter_drops_the_always_solved_and_shows_both_shapes(command, estimated, tmp_path, capsys):
     command("filter", *estimated, tmp_path / "out.jsonl")
     assert kept(tmp_path / "out.jsonl") == [1, 2, 3, 4, 5, 7]
     printed, table = capsys.readouterr().out, (tmp_path / "out.txt").read_text()
@@ -229,14 +229,14 @@ def test_filter_drops_the_perfect_and_shows_both_shapes(command, estimated, tmp_
     assert all(problem == original[problem.id] for problem in read_problems(tmp_path / "out.jsonl"))
 
 
-def test_filter_takes_other_bounds_and_caps_the_unsolved(command, estimated, tmp_path):
+def test_filter_bounds_and_the_cap_on_unsolved(command, estimated, tmp_path):
     command("filter", *estimated, tmp_path / "bounds.jsonl", "--drop-at", 0.8, "--keep-above", 0.25)
     assert kept(tmp_path / "bounds.jsonl") == [4, 7]
     command("filter", *estimated, tmp_path / "capped.jsonl", "--max-unsolved-share", 0.25)
     assert len(set(kept(tmp_path / "capped.jsonl")) & {1, 2, 3}) == 1 and len(kept(tmp_path / "capped.jsonl")) == 4
 
 
-def test_filter_refuses_what_does_not_belong_together(command, estimated, tmp_path):
+def test_filter_refuses_problems_that_do_not_match_the_pass_rates(command, estimated, tmp_path):
     rates, data = estimated
     out = tmp_path / "out.jsonl"
     with pytest.raises(SystemExit, match="6 of 8 problems are left, fewer than a batch of 7") as refused:
@@ -248,7 +248,7 @@ def test_filter_refuses_what_does_not_belong_together(command, estimated, tmp_pa
     data.write_text(text.replace('"answers": ["4"]', '"answers": ["5"]'))
     with pytest.raises(SystemExit, match="rates.jsonl was made with problems = "):
         command("filter", rates, data, out)
-    data.write_text("\n".join(reversed(text.splitlines())))  # the order of the problems is nobody's business
+    data.write_text("\n".join(reversed(text.splitlines())))  # the order of the problems does not matter
     rates.write_text(rates.read_text().rsplit("\n", 2)[0] + "\n")
     with pytest.raises(SystemExit, match=r"1 problems have no pass rate \(first: p/7\); estimate them"):
         command("filter", rates, data, out)
@@ -285,14 +285,14 @@ group_size = 4
 
 
 def write_checkpoint(folder, state):
-    """One that holds no weights."""
+    """Write a checkpoint without weights."""
     torch.save(checkpoint._pack(state), folder / "run.pt")
     checkpoint.write_manifest(folder, checkpoint.file_checksums([folder / "run.pt"]))
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run that stands in the middle of its second rl stage, and its problems; solved k of 4 in each visit."""
+    """A run in the middle of its second rl stage, and its problems, solved k of 4 times in each visit."""
     visits = {  # by problem: before stage 1, in stage 1, in stage 2
         0: (4, None, None),  # filtered before stage 1
         1: (0, 4, 0),
@@ -313,12 +313,12 @@ def run(tmp_path):
     return folder, tmp_path / "data.jsonl"
 
 
-def test_drop_takes_the_last_stage_that_ended_and_the_runs_own_rule(command, run, tmp_path, capsys):
+def test_drop_defaults_to_the_last_ended_stage_and_the_runs_rule(command, run, tmp_path, capsys):
     command("drop", *run, tmp_path / "out.jsonl")
     assert kept(tmp_path / "out.jsonl") == [3, 4, 5]  # above 0.7 by the visits of stage 1, or the estimate before it
     printed = capsys.readouterr().out
-    assert "after stage 1: dropping accuracy above 0.7 by the visits of that stage" in printed
-    assert "kept 3, dropped 3 of 6 problems (1 of the kept were never visited)" in printed
+    assert "after stage 1: dropping accuracy above 0.7 in the visits of that stage" in printed
+    assert "kept 3, dropped 3 of 6 problems (1 of the kept ones were never visited)" in printed
     assert (tmp_path / "out.png").exists() and re.search(r"^all +5 +2$", (tmp_path / "out.txt").read_text(), re.M)
 
 
@@ -331,14 +331,14 @@ def test_drop_takes_another_stage_threshold_and_window(command, run, tmp_path):
     assert kept(tmp_path / "all.jsonl") == [1, 3, 4, 5]
 
 
-def test_drop_refuses_what_is_no_such_run(command, run, tmp_path):
+def test_drop_refuses_a_wrong_or_unfinished_run(command, run, tmp_path):
     folder, data = run
     out = tmp_path / "out.jsonl"
     write_problems([Problem("q/1", "?", ("1",))], tmp_path / "other.jsonl")
     refusals = {
-        "data.jsonl is no run: it has no recipe.toml": (data, data, out),
+        "data.jsonl is not a run: it has no recipe.toml": (data, data, out),
         "run has not trained in stage 0; its rl stages are 1, 2": (folder, data, out, "--stage", 0),
-        "run has seen no problem of .*other.jsonl": (folder, tmp_path / "other.jsonl", out),
+        "run has not visited any problem of .*other.jsonl": (folder, tmp_path / "other.jsonl", out),
         "3 of 6 problems are left, fewer than a batch of 4": (folder, data, out, "--batch", 4),
     }
     for sentence, words in refusals.items():
@@ -347,7 +347,7 @@ def test_drop_refuses_what_is_no_such_run(command, run, tmp_path):
     (folder / "recipe.toml").write_text(RECIPE.replace("steps = 9", "steps = 99"))
     state = checkpoint.RunState(step=18, stage=1, stage_step=4)
     write_checkpoint(folder / "checkpoints" / "step-18", state)
-    with pytest.raises(SystemExit, match="run has ended no rl stage yet"):
+    with pytest.raises(SystemExit, match="run has not ended an rl stage yet"):
         command("drop", folder, data, out)
     (folder / "checkpoints" / "step-18" / "run.pt").write_bytes(b"")
     with pytest.raises(SystemExit, match="step-18 .run.pt has 0 bytes, not "):
@@ -358,10 +358,10 @@ def test_drop_refuses_what_is_no_such_run(command, run, tmp_path):
     assert not out.exists()
 
 
-# ---- the command line, the file's first line -----------------------------------------------------
+# ---- the first line of a file --------------------------------------------------------------------
 
 
-def test_the_first_line_survives_a_cut_and_is_written_once(tmp_path):
+def test_the_first_line_is_written_once_and_again_after_a_cut(tmp_path):
     path, problems = tmp_path / "rates.jsonl", [Problem(str(i), "?", ("1",)) for i in range(2)]
     rates_file(path, problems, [1, 2])
     loaded = History.load(path)
@@ -370,7 +370,7 @@ def test_the_first_line_survives_a_cut_and_is_written_once(tmp_path):
     loaded.save(path)
     assert [line.startswith('{"settings"') for line in path.read_text().splitlines()] == [True, False, False, False]
     whole = path.read_text()
-    path.write_text(whole[:20])  # died while writing the first line: nothing is known, and it is written again
+    path.write_text(whole[:20])  # the process died while writing the first line: nothing is known
     assert History.load(path).settings is None
     path.write_text(whole[:20])
     again = History()
@@ -382,7 +382,7 @@ def test_the_first_line_survives_a_cut_and_is_written_once(tmp_path):
         History.load(path)
 
 
-def test_a_hash_of_problems_is_of_what_decides_their_pass_rates():
+def test_the_fingerprint_of_problems_covers_what_decides_their_pass_rates():
     a, b = Problem("a", "x?", ("1", "2")), Problem("b", "y?", ("3",))
     one = data_filter.problems_fingerprint([a, b])
     assert one == data_filter.problems_fingerprint([b, a])

@@ -1,4 +1,4 @@
-"""The commands of eval.py: what they write, going on after a stop, curves, comparing, regrading."""
+"""lab/evaluation.py: output files, resuming, curves, comparing, regrading."""
 
 import json
 import os
@@ -30,7 +30,7 @@ OPTIONS = ["--temperature", "1", "--top-k", "0", "--instruction", ""]
 
 @pytest.fixture
 def command(small_world, tmp_path, monkeypatch):
-    """eval.py as a user calls it, without the start of a process."""
+    """Run eval.py as a user calls it, in this process."""
 
     def run(*arguments, model=small_world / "model", data=("held-out",), out="out", temperature=True):
         files = [word for name in data for word in ("--data", str(small_world / f"{name}.jsonl"))]
@@ -48,14 +48,14 @@ def command(small_world, tmp_path, monkeypatch):
 
 
 def read_out(folder):
-    """The results of a folder, and the rows of all its response files."""
+    """Return the results of a folder and the rows of all its response files."""
     files = sorted((folder / "responses").glob("*"))
     assert all(file.suffix == ".jsonl" for file in files)  # no part is left
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return json.loads((folder / "results.json").read_text()), rows
 
 
-def test_the_files_that_it_writes_agree(command, small_world, tmp_path, capsys):
+def test_results_responses_and_page_agree(command, small_world, tmp_path, capsys):
     results, rows = command("-n", 3, "--max-tokens", 7, "--limit", 4, data=("held-out", "train"))
     printed = capsys.readouterr().out
     results = results["evaluations"]
@@ -82,13 +82,13 @@ def test_the_files_that_it_writes_agree(command, small_world, tmp_path, capsys):
     assert len(rows) == 24
     assert printed.splitlines()[-1].startswith(
         f"{small_world / 'model'} (measured here)"
-    )  # the table of the recipe ends it
+    )  # the output ends with the table of RECIPE section 6
     assert "81.2" in printed and f"results in {tmp_path / 'out'}, report in " in printed
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page and rows[0]["text"].split()[0] in page
 
 
-def test_a_seed_fixes_the_responses_and_the_temperature_is_used(command):
+def test_responses_depend_on_the_seed_except_at_temperature_0(command):
     options = ["-n", 2, "--max-tokens", 6, "--limit", 2]
     same = [command(*options, "--seed", seed, out=f"out-{i}")[1] for i, seed in enumerate((1, 1, 2))]
     assert same[0] == same[1] != same[2]
@@ -108,7 +108,7 @@ def test_yarn_lengthens_the_window(command, tmp_path):
     options = ["-n", 1, "--max-tokens", 90, "--limit", 1]
     with pytest.raises(SystemExit, match=r"eval.py: problem held-out/0: .* exceeds the model's window of 96: "):
         command(*options)
-    assert not (tmp_path / "out").exists()  # the name is free for the next try
+    assert not (tmp_path / "out").exists()  # so that the same name can be used again
     _, rows = command(*options, "--yarn", 1.5)
     assert len(rows) == 1
 
@@ -129,17 +129,17 @@ def test_bad_input_is_one_sentence(command, tmp_path, arguments, options, senten
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(command, tmp_path):
+def test_a_folder_of_something_else_is_refused(command, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
-    with pytest.raises(SystemExit, match=r"eval.py: .*out exists already and holds no evaluation; give another --out"):
+    with pytest.raises(SystemExit, match=r"eval.py: .*out already exists and is not an evaluation; give another --out"):
         command("--max-tokens", 6)
     assert os.listdir(tmp_path / "out") == ["precious"]
 
 
 def test_an_unknown_benchmark_and_an_unknown_schema(command, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["eval.py", "no-model", "--data", "aime26"])
-    with pytest.raises(SystemExit, match="aime26 is no file, .* known are aime24, aime25, "):
+    with pytest.raises(SystemExit, match="aime26 is not a file, .* known are aime24, aime25, "):
         main(evaluation_arguments(None))
     (tmp_path / "odd.jsonl").write_text('{"prob": 1, "ans": 2}\n')
     monkeypatch.setattr("sys.argv", ["eval.py", "no-model", "--data", str(tmp_path / "odd.jsonl")])
@@ -147,7 +147,7 @@ def test_an_unknown_benchmark_and_an_unknown_schema(command, tmp_path, monkeypat
         main(evaluation_arguments(None))
 
 
-def test_a_problem_without_an_answer_counts_unless_it_is_to_be_left_out(command, small_world, tmp_path, capsys):
+def test_a_problem_without_an_answer_counts_as_wrong_unless_skipped(command, small_world, tmp_path, capsys):
     rows = [{"problem": "1+1=", "answer": ""}, {"problem": "1+2=", "answer": "3"}]
     (small_world / "gap.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept, _ = command("-n", 1, "--max-tokens", 4, data=("gap",), out="kept")
@@ -182,24 +182,24 @@ def test_a_tokenizer_of_another_model_is_refused(command, small_world, tmp_path)
         command("--max-tokens", 4, model=other)
 
 
-# ---------------------------------------------------------------------------------------------- going on after a stop
+# -------------------------------------------------------------------------------------------------------- resuming
 
 
 def strip(results):
-    """What does not depend on the machine's mood."""
+    """Return the evaluations without the fields that depend on the machine."""
     return [
         {k: v for k, v in r.items() if k not in ("tokens_per_s", "peak_memory_gib")} for r in results["evaluations"]
     ]
 
 
-def test_an_interrupted_evaluation_goes_on_and_ends_the_same(command, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_evaluation_resumes_and_ends_the_same(command, tmp_path, monkeypatch, capsys):
     options = ["-n", 4, "--max-tokens", 12, "--rows", 3]
     whole, rows = command(*options, out="whole")
     seen, asked = [], RolloutWorker.asked_to_stop
     monkeypatch.setattr(RolloutWorker, "asked_to_stop", lambda self: len(seen) > 40 or seen.append(1))
     with pytest.raises(SystemExit) as stopped:
         command(*options, out="cut")
-    assert stopped.value.code == 130 and "stopped; the same command goes on" in capsys.readouterr().out
+    assert stopped.value.code == 130 and "stopped; the same command resumes" in capsys.readouterr().out
     monkeypatch.setattr(RolloutWorker, "asked_to_stop", asked)
     (part,) = (tmp_path / "cut" / "responses").glob("*.part")
     done = part.read_text().splitlines()
@@ -208,14 +208,14 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(command, tmp_path, 
     part.write_text(done[0][: len(done[0]) // 2])  # and this one had died in the middle of a line
 
     again, rows_again = command(*options, out="cut")
-    assert f"held-out: {len(done)} responses are there already" in capsys.readouterr().out
+    assert f"held-out: {len(done)} responses are already stored" in capsys.readouterr().out
     assert rows_again == rows and strip(again) == strip(whole)
     finished = (tmp_path / "cut" / "responses" / "held-out.jsonl").stat().st_mtime_ns
     command(*options, out="cut")
     assert (tmp_path / "cut" / "responses" / "held-out.jsonl").stat().st_mtime_ns == finished  # nothing left to do
 
 
-def test_more_samples_are_added_to_those_that_are_there(command, tmp_path, monkeypatch):
+def test_more_samples_are_added_to_the_stored_ones(command, tmp_path, monkeypatch):
     command("-n", 2, "--max-tokens", 6, "--limit", 3, out="grown")
     grown = command("-n", 5, "--max-tokens", 6, "--limit", 3, out="grown")
     fresh = command("-n", 5, "--max-tokens", 6, "--limit", 3, out="fresh")
@@ -223,20 +223,20 @@ def test_more_samples_are_added_to_those_that_are_there(command, tmp_path, monke
     fewer, _ = command("-n", 2, "--max-tokens", 6, "--limit", 3, out="grown")
     assert fewer["evaluations"][0]["n"] == 2
     monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "grown"), "--out", str(tmp_path / "again")])
-    main(evaluation_arguments(None))  # of the two that the settings speak of
+    main(evaluation_arguments(None))  # of the two samples in the settings
     regraded = json.loads((tmp_path / "again" / "results.json").read_text())
     assert strip(regraded) == strip(fewer)
 
 
-def test_other_settings_are_not_mixed_in(command):
+def test_other_settings_are_refused(command):
     command("-n", 1, "--max-tokens", 6, "--limit", 2)
-    with pytest.raises(SystemExit, match="holds an evaluation with max_tokens = 6, not 7; give another --out"):
+    with pytest.raises(SystemExit, match="out was made with max_tokens = 6, not 7: use the settings"):
         command("-n", 1, "--max-tokens", 7, "--limit", 2)
-    with pytest.raises(SystemExit, match="holds an evaluation with problems = "):
+    with pytest.raises(SystemExit, match="was made with problems = "):
         command("-n", 1, "--max-tokens", 6, "--limit", 3)
 
 
-def test_other_weights_or_answers_under_the_same_name_are_not_mixed_in(command, small_world, tmp_path):
+def test_other_weights_or_answers_under_the_same_name_are_refused(command, small_world, tmp_path):
     import shutil
 
     shutil.copytree(small_world, tmp_path / "copy")
@@ -245,12 +245,12 @@ def test_other_weights_or_answers_under_the_same_name_are_not_mixed_in(command, 
     command(*options, model=model, data=())
     text = data.read_text()
     data.write_text(text.replace('"answers": ["', '"answers": ["1', 1))
-    with pytest.raises(SystemExit, match="holds an evaluation with problems = "):
+    with pytest.raises(SystemExit, match="was made with problems = "):
         command(*options, model=model, data=())
     data.write_text(text)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    with pytest.raises(SystemExit, match="holds an evaluation with weights = "):
+    with pytest.raises(SystemExit, match="was made with weights = "):
         command(*options, model=model, data=())
 
 
@@ -258,11 +258,11 @@ def test_a_broken_line_is_named(command, tmp_path):
     command("-n", 1, "--max-tokens", 6, "--limit", 2)
     path = tmp_path / "out" / "responses" / "held-out.jsonl"
     path.write_text(path.read_text() + '{"data": 1}\n')
-    with pytest.raises(SystemExit, match="held-out.jsonl, line 3 is no response of an evaluation"):
+    with pytest.raises(SystemExit, match="held-out.jsonl, line 3 is not a response of an evaluation"):
         command("-n", 1, "--max-tokens", 6, "--limit", 2)
 
 
-def test_a_signal_keeps_what_is_finished(small_world, tmp_path):
+def test_a_signal_keeps_the_finished_responses(small_world, tmp_path):
     arguments = [
         sys.executable,
         str(ROOT / "eval.py"),
@@ -278,16 +278,16 @@ def test_a_signal_keeps_what_is_finished(small_world, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "stopping: the responses that are finished are kept" in err and "the same command goes on" in out
+    assert "stopping: the finished responses are kept" in err and "the same command resumes" in out
     kept = responses.read_responses(part)
     assert 0 < len(kept) < 6 * 300
-    arguments[arguments.index("300")] = "3"  # and the same command goes on
+    arguments[arguments.index("300")] = "3"  # and the same command resumes
     run = forked.run(arguments, capture_output=True, timeout=60)
-    assert run.returncode == 0 and "going on in" in run.stdout, run.stderr
+    assert run.returncode == 0 and "resuming in" in run.stdout, run.stderr
     assert not list(part.parent.glob("*.part")) and len(read_out(tmp_path / "out")[1]) >= 18
 
 
-def test_two_processes_write_what_one_writes(small_world, command, tmp_path):
+def test_two_processes_write_the_same_as_one(small_world, command, tmp_path):
     single = command("-n", 3, "--max-tokens", 10)
     arguments = [sys.executable, ROOT / "eval.py", small_world / "model"]
     arguments += ["--data", small_world / "held-out.jsonl", *OPTIONS]
@@ -304,7 +304,7 @@ def test_two_processes_write_what_one_writes(small_world, command, tmp_path):
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Instead of the model's responses, ones with an accuracy and a diversity that depend on the temperature."""
+    """Replace the model's responses by ones whose accuracy and diversity depend on the temperature."""
     made = {"accuracy at 1.2": 0.0}
 
     def respond(self, name, problems, n, sampling, budgets=(), key=""):
@@ -327,7 +327,7 @@ def made_up(monkeypatch):
 
 
 def run_only(command, tmp_path, *arguments, **options):
-    """For what leaves no responses behind: the results alone."""
+    """Return only the results, also of a command that stores no responses."""
     try:
         return command(*arguments, **options)[0]
     except FileNotFoundError:
@@ -367,12 +367,12 @@ def test_match_takes_a_score_or_a_run(command, made_up, tmp_path, capsys, monkey
     assert as_run["match"]["held-out"]["chosen"] == 1.3
     for given, sentence in [
         ("nowhere", "--match nowhere is neither a number nor a folder"),
-        ("nan", "--match nan: a distinct-4 lies above 0 and at most at 1"),
-        ("5", "a distinct-4 lies above 0 and at most at 1"),
+        ("nan", "--match nan: distinct-4 is above 0 and at most 1"),
+        ("5", "distinct-4 is above 0 and at most 1"),
     ]:
         with pytest.raises(SystemExit, match=sentence):
             command("-n", 4, "--max-tokens", 8, "--match", given, out="none")
-        assert not (tmp_path / "none").exists()  # the name is free for the next try
+        assert not (tmp_path / "none").exists()  # so that the same name can be used again
 
 
 def test_match_ends_where_accuracy_collapses(command, made_up, tmp_path, capsys):
@@ -382,18 +382,18 @@ def test_match_ends_where_accuracy_collapses(command, made_up, tmp_path, capsys)
     assert "no temperature below 1.1, where accuracy has collapsed" in capsys.readouterr().out
 
 
-def test_match_refuses_a_diversity_measured_otherwise(command, tmp_path):
+def test_match_refuses_a_diversity_of_other_settings(command, tmp_path):
     command("-n", 2, "--max-tokens", 8, "--limit", 2, out="before")
-    with pytest.raises(SystemExit, match="measured its diversity with another n .2, not 3."):
+    with pytest.raises(SystemExit, match="before was made with n = 2, not 3: "):
         command("-n", 3, "--max-tokens", 8, "--limit", 2, "--match", tmp_path / "before", out="other")
     command("-n", 2, "--max-tokens", 8, "--limit", 2, "--match", tmp_path / "before", out="same")
     found = json.loads((tmp_path / "same" / "results.json").read_text())["match"]["held-out"]
     assert found["chosen"] == 1.0 and len(found["points"]) == 1  # the very same responses
-    with pytest.raises(SystemExit, match="measured its diversity with another top_k .0, not 5."):
+    with pytest.raises(SystemExit, match="before was made with top_k = 0, not 5: "):
         command("-n", 2, "--max-tokens", 8, "--limit", 2, "--top-k", 5, "--match", tmp_path / "before", out="other")
 
 
-def test_a_curve_goes_on_where_it_stopped_and_ends_the_same(command, tmp_path, monkeypatch):
+def test_an_interrupted_curve_resumes_and_ends_the_same(command, tmp_path, monkeypatch):
     """Guards: NAME-temperature-1.*.part also took NAME-temperature-1.05.0.part for a part of temperature 1."""
     options = ["-n", 2, "--max-tokens", 8, "--rows", 3, "--curve", "temperature", "1:1.1:0.05"]
     command(*options, out="whole", temperature=False)
@@ -418,12 +418,12 @@ def test_a_curve_goes_on_where_it_stopped_and_ends_the_same(command, tmp_path, m
     for name in files:
         assert (tmp_path / "cut/responses" / name).read_text() == (tmp_path / "whole/responses" / name).read_text()
     assert (tmp_path / "cut/results.json").read_text() == (tmp_path / "whole/results.json").read_text()
-    with pytest.raises(SystemExit, match="holds a curve, not an evaluation"):
+    with pytest.raises(SystemExit, match="is a curve; --regrade takes an evaluation"):
         monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "cut"), "--out", str(tmp_path / "no")])
         main(evaluation_arguments(None))
 
 
-def test_the_length_curve_cuts_responses_by_hand():
+def test_the_length_curve_of_known_responses():
     problems = [Problem("a", "?", ("5",)), Problem("b", "?", ("7",))]
     text = r"<think>x</think> \boxed{5} and then nonsense \boxed{6}"
     early = text.index(" and")
@@ -445,7 +445,7 @@ def test_the_length_curve_cuts_responses_by_hand():
     assert (curve[1].low, curve[1].high) == interval([1.0, 0.5])
 
 
-def test_cuts_are_where_the_first_tokens_end(command, small_world, tmp_path):
+def test_cuts_count_the_characters_of_the_first_tokens(command, small_world, tmp_path):
     command("-n", 2, "--max-tokens", 32, "--limit", 3, "--curve", "length", "--yarn", 1.5, "--original-window", 96)
     from transformers import AutoTokenizer
 
@@ -483,7 +483,7 @@ def test_compare_pairs_problems(command, tmp_path, monkeypatch, capsys):
     line = capsys.readouterr().out.splitlines()[-1].split()
     assert line[:4] == ["held-out", "0.0", "16.7", "+16.7"] and line[-4:] == ["1", "0", "5", "0"]
     monkeypatch.setattr("sys.argv", ["eval.py", "--compare", str(tmp_path / "a"), str(tmp_path)])
-    with pytest.raises(SystemExit, match="is no evaluation: it has no settings.json"):
+    with pytest.raises(SystemExit, match="is not an evaluation: it has no settings.json"):
         main(evaluation_arguments(None))
 
 
@@ -501,12 +501,12 @@ def test_regrade_grades_stored_responses_again(command, tmp_path, monkeypatch, c
     results, again = read_out(tmp_path / "new")
     assert [row["verdict"] for row in again] == ["right"] * 3 + ["no answer"] * 9
     assert results["evaluations"][0]["avg"] == 0.25
-    assert "held-out: 12 responses graded again; 3 no answer -> right" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="new exists already; give another --out"):
+    assert "held-out: 12 responses regraded; 3 no answer -> right" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="new already exists; give another --out"):
         main(evaluation_arguments(None))
 
 
-def test_folders_that_are_broken_or_unfinished_are_refused(command, tmp_path, monkeypatch):
+def test_broken_or_unfinished_folders_are_refused(command, tmp_path, monkeypatch):
     command("-n", 2, "--max-tokens", 4)
     path = tmp_path / "out" / "responses" / "held-out.jsonl"
 
@@ -516,11 +516,11 @@ def test_folders_that_are_broken_or_unfinished_are_refused(command, tmp_path, mo
 
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
-    with pytest.raises(SystemExit, match="does not hold all 2 responses to held-out yet: run its command again"):
+    with pytest.raises(SystemExit, match="does not have all 2 responses to held-out yet; run its command again"):
         regrade()
     path.write_text("".join(lines))
     (path.parent / "held-out.1.part").write_text("")
-    with pytest.raises(SystemExit, match="does not hold all 2 responses"):
+    with pytest.raises(SystemExit, match="does not have all 2 responses"):
         regrade()
     (tmp_path / "out" / "settings.json").write_text("{")
     with pytest.raises(SystemExit, match="settings.json is broken"):

@@ -1,4 +1,4 @@
-"""The command lines of eval.py and data_filter.py: what they refuse, and that they answer before torch is imported."""
+"""lab/options.py: bad arguments of eval.py and data_filter.py, and that parsing needs no torch."""
 
 import subprocess
 import sys
@@ -14,31 +14,33 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ("m", "a model and at least one --data are needed"),
+        ("m", "a model and at least one --data are required"),
         ("m --data d --curve temperature", '--curve is "temperature FROM:TO:STEP" or "length"'),
-        ("m --data d --curve temperature 1:2", "needs FROM:TO:STEP, such as 0.6:1.7:0.1, not 1:2"),
+        ("m --data d --curve temperature 1:2", "needs FROM:TO:STEP, for example 0.6:1.7:0.1, not 1:2"),
         ("m --data d --curve temperature 1:1:0.1", "needs FROM:TO:STEP"),
         ("m --data d --curve temperature 0.1:inf:0.1", "needs FROM:TO:STEP"),
         ("m --data d --curve temperature 1:0.5:0.1", "needs FROM:TO:STEP"),
         ("m --data d --curve temperature 0:1:0.5", "needs FROM:TO:STEP"),
-        ("m --data d --curve temperature 1:2:0.5 --temperature 1", "has its own temperatures"),
-        ("m --data d -n 0", "-n must be at least 1"),
-        ("m --data d --limit -1", "--limit must be at least 1"),
-        ("m --data d --max-tokens 0", "--max-tokens must be at least 1"),
-        ("m --data d --rows 0", "--rows must be at least 1"),
-        ("m --data d --trained-length 0", "--trained-length must be at least 1"),
-        ("m --data d --workers 0", "--workers must be at least 1"),
-        ("m --data d --temperature -1", "--temperature -1.0 is no temperature"),
-        ("m --data d --temperature nan", "--temperature nan is no temperature"),
-        ("m --data d --temperature 0 -n 2", "take -n 1"),
-        ("m --data d --top-p 0", "--top-p lies above 0"),
-        ("m --data d --margin -1", "--margin is a share"),
-        ("m --data d --original-window 64", "--original-window belongs to --yarn"),
+        ("m --data d --curve temperature 1:2:0.5 --temperature 1", "sets the temperatures"),
+        ("m --data d -n 0", "argument -n: must be at least 1, not "),
+        ("m --data d --limit -1", "argument --limit: must be at least 1, not "),
+        ("m --data d --max-tokens 0", "argument --max-tokens: must be at least 1, not "),
+        ("m --data d --rows 0", "argument --rows: must be at least 1, not "),
+        ("m --data d --trained-length 0", "argument --trained-length: must be at least 1, not "),
+        ("m --data d --workers 0", "argument --workers: must be at least 1, not "),
+        ("m --data d --temperature -1", "argument --temperature: must be at least 0, not -1"),
+        ("m --data d --temperature inf", "argument --temperature: must be at least 0, not inf"),
+        ("m --data d --top-k -1", "argument --top-k: must be at least 0, not -1"),
+        ("m --data d --temperature nan", "argument --temperature: must be at least 0, not nan"),
+        ("m --data d --temperature 0 -n 2", "use -n 1"),
+        ("m --data d --top-p 0", "argument --top-p: must be above 0 and at most 1, not 0"),
+        ("m --data d --margin -1", "argument --margin: must be at least 0 and at most 1, not -1"),
+        ("m --data d --original-window 64", "--original-window requires --yarn"),
         ("m --data d --compare a b", "give no model and no --data"),
-        ("m --data d --curve length --match 0.5", "two things to do"),
+        ("m --data d --curve length --match 0.5", "--curve and --match exclude each other"),
     ],
 )
-def test_eval_says_what_it_cannot_do(monkeypatch, capsys, words, sentence):
+def test_eval_refuses_bad_arguments(monkeypatch, capsys, words, sentence):
     monkeypatch.setattr("sys.argv", ["eval.py", *words.split()])
     with pytest.raises(SystemExit):
         evaluation_arguments(None)
@@ -49,19 +51,19 @@ def test_eval_says_what_it_cannot_do(monkeypatch, capsys, words, sentence):
     "words, sentence",
     [
         ("", "the following arguments are required: command"),
-        ("estimate m d -n 0", "-n must be at least 1"),
-        ("estimate m d --rows 0", "--rows must be at least 1"),
-        ("estimate m d --temperature 0", "--temperature 0.0 cannot be trained at"),
-        ("estimate m d --temperature nan", "--temperature nan cannot be trained at"),
-        ("estimate m d --top-p 0", "--top-p lies above 0"),
+        ("estimate m d -n 0", "argument -n: must be at least 1, not "),
+        ("estimate m d --rows 0", "argument --rows: must be at least 1, not "),
+        ("estimate m d --temperature 0", "argument --temperature: must be above 0, not 0"),
+        ("estimate m d --temperature nan", "argument --temperature: must be above 0, not nan"),
+        ("estimate m d --top-p 0", "argument --top-p: must be above 0 and at most 1, not 0"),
         ("estimate m d --out rates", "rates must end in .jsonl"),
-        ("filter r d o.jsonl --max-unsolved-share 2", "--max-unsolved-share is a share"),
-        ("filter r d o.jsonl --batch 0", "--batch must be at least 1"),
+        ("filter r d o.jsonl --max-unsolved-share 2", "--max-unsolved-share: must be at least 0 and at most 1, not 2"),
+        ("filter r d o.jsonl --batch 0", "argument --batch: must be at least 1, not "),
         ("drop r d o.jsonl --window last", "invalid choice: 'last'"),
         ("drop r d o.parquet", "o.parquet must end in .jsonl"),
     ],
 )
-def test_data_filter_says_what_it_cannot_do(monkeypatch, capsys, words, sentence):
+def test_data_filter_refuses_bad_arguments(monkeypatch, capsys, words, sentence):
     monkeypatch.setattr("sys.argv", ["data_filter.py", *words.split()])
     with pytest.raises(SystemExit):
         difficulty_arguments(None)
@@ -74,10 +76,10 @@ def test_data_filter_says_what_it_cannot_do(monkeypatch, capsys, words, sentence
         ("eval.py", "--help", 0, "How good is a model?"),
         ("eval.py", "model --data d --temprature 1", 2, "unrecognized arguments: --temprature 1"),
         ("data_filter.py", "--help", 0, "How hard problems are"),
-        ("data_filter.py", "estimate model d -n 0", 2, "-n must be at least 1"),
+        ("data_filter.py", "estimate model d -n 0", 2, "argument -n: must be at least 1, not "),
     ],
 )
-def test_help_and_mistakes_are_answered_before_torch_is_imported(script, words, status, said):
+def test_help_and_argument_errors_need_no_torch(script, words, status, said):
     code = f"""
 import runpy, sys
 sys.argv, sys.path[0] = [{script!r}, *{words.split()!r}], {str(ROOT)!r}
@@ -90,6 +92,6 @@ finally:
     assert (done.returncode, said in done.stdout + done.stderr) == (status, True), done.stderr
 
 
-def test_figures_and_benchmarks_are_read_without_torch():
+def test_metrics_and_benchmarks_need_no_torch():
     code = "import sys, eval, lab.benchmarks, lab.options, lab.scores; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

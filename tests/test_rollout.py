@@ -19,7 +19,6 @@ from rollout import (
     SamplerStats,
     Sampling,
     counted_uniform,
-    distinct_ngrams,
     generate,
     sample,
     sequence_key,
@@ -524,33 +523,6 @@ def test_sequence_keys_tell_apart_whatever_differs():
     numbers = (0, 1, 11)
     keys = {sequence_key(*x) for x in itertools.product(numbers, numbers, ("a", "b", "1"), numbers)}
     assert len(keys) == 81 and all(-(2**63) <= key < 2**63 for key in keys)
-
-
-# --------------------------------------------------------------------------------------------------- diversity
-
-
-@pytest.mark.parametrize(
-    "texts_by_problem, score, left_out",
-    [
-        ([["a b c d"]], 1.0, 0),
-        ([["a b c d", "a b c d"]], 1 / 2, 0),
-        ([["a b c d e", "a b c d f"]], 3 / 4, 0),  # abcd bcde abcd bcdf
-        ([["a a a a a a a"]], 1 / 4, 0),
-        ([["a b c d", "too short here"]], 1.0, 0),  # a rollout of fewer than four tokens adds nothing
-        ([["a b c d", "a b c d"], ["no", "grams at all", ""]], 1 / 2, 1),  # a problem without any is left out
-        ([["a b c d", "a b c d"], ["a b c d"]], 3 / 4, 0),  # the mean over problems, not over n-grams
-        ([["a  b\tc\nd"], ["a b c d", "a b c d"]], 3 / 4, 0),  # whitespace of any kind; problems share nothing
-        ([["a b c"]], None, 1),
-        ([], None, 0),
-    ],
-)
-def test_distinct_four_grams_by_hand(texts_by_problem, score, left_out):
-    found, out = distinct_ngrams(texts_by_problem)
-    assert found == (None if score is None else pytest.approx(score)) and out == left_out
-
-
-def test_distinct_ngrams_of_another_length():
-    assert distinct_ngrams([["a b a b a"]], n=2) == (pytest.approx(2 / 4), 0)
 
 
 def test_an_abandoned_call_ends_before_the_next_token(checkpoint):

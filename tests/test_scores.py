@@ -1,4 +1,4 @@
-"""scores.py against brute force, bootstraps and hand counts."""
+"""lab/scores.py against brute force, bootstraps and hand counts."""
 
 import math
 
@@ -16,7 +16,6 @@ from lab.scores import (
     majority,
     majority_half_width,
     pass_half_width,
-    powers_of_two,
     summarise,
 )
 
@@ -31,8 +30,8 @@ def response(problem_id, sample, verdict, answer, text="", tokens=1, finish_reas
 
 
 @pytest.mark.parametrize("k", [1, 4, 8])
-def test_resampling_the_same_problems_has_the_spread_of_fresh_answers(k):
-    """The oracle: the same problems answered again 4,000 times, from their true chances. k = n is the hard one."""
+def test_the_resampled_interval_of_pass_has_the_spread_of_new_responses(k):
+    """The oracle: 4,000 sets of new responses to the same problems, from their true chances. k = n is the hardest."""
     random = np.random.default_rng(3)
     chances = random.beta(0.8, 0.8, size=(40, 1))
     again = (random.random((4000, 40, 8)) < chances).sum(2)  # (4000, 40)
@@ -41,7 +40,7 @@ def test_resampling_the_same_problems_has_the_spread_of_fresh_answers(k):
     assert np.mean(halves) == pytest.approx(spread, rel=0.06)
 
 
-def test_the_resampled_interval_of_maj_has_the_spread_of_fresh_answers():
+def test_the_resampled_interval_of_maj_has_the_spread_of_new_responses():
     random = np.random.default_rng(9)
     chances = random.beta(0.8, 0.8, size=(40, 1))
     right = np.tile([True, False, False], (40, 1))
@@ -54,10 +53,10 @@ def test_the_resampled_interval_of_maj_has_the_spread_of_fresh_answers():
 
 
 @pytest.mark.parametrize("solved", [0, 8])
-def test_responses_that_never_differ_are_not_certainty(solved):
+def test_equal_responses_have_a_resampled_interval(solved):
     halves = [pass_half_width(np.full(10, solved), 8, k) for k in (1, 8)]
     assert 0.01 < halves[0] < 0.1
-    assert (halves[1] > halves[0]) == (solved == 0)  # a problem that is always solved is all the surer to be once
+    assert (halves[1] > halves[0]) == (solved == 0)  # pass@8 of a problem solved 8 of 8 times is the more certain
     votes = np.full((10, 8), -1)
     assert majority_half_width(votes, np.zeros((10, 0), dtype=bool), 4) == 0.0
 
@@ -65,8 +64,10 @@ def test_responses_that_never_differ_are_not_certainty(solved):
 # ------------------------------------------------------------------------------------------------- pass@k, maj@k
 
 
-def test_powers_of_two():
-    assert powers_of_two(1) == [1] and powers_of_two(8) == [1, 2, 4, 8] and powers_of_two(12) == [1, 2, 4, 8, 12]
+@pytest.mark.parametrize("n, ks", [(1, "1"), (8, "1 2 4 8"), (12, "1 2 4 8 12")])
+def test_k_takes_the_powers_of_two_and_n(n, ks):
+    found = summarise("set", [Problem("p", "?", ("1",))], [[response("p", i, "right", "1") for i in range(n)]], 1.0, 9)
+    assert list(found.pass_at) == list(found.maj_at) == ks.split()
 
 
 @pytest.mark.parametrize(
@@ -74,17 +75,17 @@ def test_powers_of_two():
     [
         ([0, 0, 1, 2], 4, 1.0, "two votes for the right answer beat one and one"),
         ([1, 1, 0, 2], 4, 0.0, "a wrong majority earns nothing"),
-        ([0, 0, 1, 1], 4, 0.5, "a tie is worth the share of its answers that are right"),
+        ([0, 0, 1, 1], 4, 0.5, "a tie earns the share of its answers that are right"),
         ([0, 1, 2, -1], 4, 1 / 3, "three answers tie; no answer is no vote"),
         ([-1, -1, -1, 0], 4, 1.0, "no answer never wins"),
-        ([-1, -1, -1, -1], 4, 0.0, "nobody votes"),
+        ([-1, -1, -1, -1], 4, 0.0, "no votes"),
         ([0, 0, 1, 1], 2, 0.5, "two blocks of two: one right, one wrong"),
         ([0, 1, 1, 1], 2, 0.25, "the first block ties"),
-        ([0, 0, 1], 2, 1.0, "a last block that is not whole is left out"),
+        ([0, 0, 1], 2, 1.0, "an incomplete last block is left out"),
         ([0, 1, 0, 1], 1, 0.5, "maj@1 is avg"),
     ],
 )
-def test_majority_by_hand(votes, k, earned, why):
+def test_majority_of_known_votes(votes, k, earned, why):
     right = np.array([[True, False, False]])
     assert majority(np.array([votes]), right, k)[0] == pytest.approx(earned), why
 
@@ -122,7 +123,7 @@ def test_votes_are_counted_on_the_normal_form():
 # ----------------------------------------------------------------------------------------------------- groupings
 
 
-def test_difficulties_are_labels_or_quarters():
+def test_difficulties_are_labels_or_quartiles():
     def problems(difficulties):
         return [Problem(str(i), "?", ("1",), difficulty=d) for i, d in enumerate(difficulties)]
 
@@ -137,7 +138,7 @@ def test_difficulties_are_labels_or_quarters():
     assert (grouped["b"].low, grouped["b"].high) == interval([1.0, 0.0])
 
 
-def test_accuracy_by_length_by_hand():
+def test_accuracy_by_length_of_known_responses():
     groups = [
         [response("a", 0, "right", "1", tokens=10), response("a", 1, "wrong", "2", tokens=30)],
         [response("b", 0, "wrong", "1", tokens=25), response("b", 1, "right", "2", tokens=101)],
@@ -173,10 +174,10 @@ def test_the_interval_of_a_length_band_is_a_bootstrap_over_problems():
     assert [band.low, band.high] == pytest.approx(np.quantile(ratios, [0.025, 0.975]).tolist(), abs=0.015)
 
 
-# ----------------------------------------------------------------------------------------------------- the whole
+# ----------------------------------------------------------------------------------------------------- all metrics
 
 
-def test_figures_by_hand():
+def test_metrics_of_known_responses():
     problems = [Problem("p/a", "?", ("1",), "algebra", 1.0), Problem("p/b", "?", ("2",), "geometry", 2.0),
                 Problem("p/c", "?", ("3",), "algebra", 2.0), Problem("p/d", "?", ())]  # fmt: skip
     groups = [
@@ -191,7 +192,7 @@ def test_figures_by_hand():
     assert found.pass_at["1"].value == found.avg and found.pass_at["2"].value == 0.5
     assert found.maj_at["1"].value == found.avg and found.maj_at["2"].value == (1 + 0.5 + 0 + 0) / 4
     assert (found.pass_at["2"].low, found.pass_at["2"].high) == interval([1, 1, 0, 0])
-    # the one without a type is in no group
+    # a problem without a type is in no group
     assert {label: group.avg for label, group in found.by_type.items()} == {"algebra": 0.5, "geometry": 0.5}
     assert {label: group.avg for label, group in found.by_difficulty.items()} == {"1": 1.0, "2": 0.25}
     assert [band.responses for band in found.by_length] == [7, 0, 1, 0]
@@ -218,7 +219,7 @@ def test_a_missing_response_is_an_error():
 # --------------------------------------------------------------------------------------------------- comparison
 
 
-def test_a_comparison_by_hand():
+def test_comparison_of_known_accuracies():
     a = {"p": 0.0, "q": 0.5, "r": 1.0, "s": 0.5, "only a": 1.0}
     b = {"p": 0.5, "q": 1.0, "r": 1.0, "s": 0.25, "only b": 0.0, "more": 0.0}
     found = compare("set", a, b)
@@ -243,7 +244,7 @@ def test_a_paired_difference_is_a_bootstrap_over_problems_and_narrower_than_two_
     assert found.high - found.low < apart / 2
 
 
-def test_no_problem_moved_is_not_certainty_and_none_in_common_is_an_error():
+def test_equal_accuracies_have_an_interval_and_disjoint_problems_are_an_error():
     same = {str(i): 0.5 for i in range(30)}
     found = compare("set", same, same)
     assert (found.difference, found.low, found.high, found.same) == (0.0, -0.1, 0.1, 30)

@@ -19,8 +19,8 @@ from eval import (
     interval,
     match_diversity,
     measure_temperature,
-    never_rising,
     pass_at,
+    pool_adjacent_violators,
 )
 from lab.problems import Problem
 from reward import Grade
@@ -30,7 +30,7 @@ PROBLEMS = [Problem(str(i), "?", ("1",)) for i in range(400)]
 
 
 class Model:
-    """Answers with a made-up accuracy and diversity at each temperature, and remembers what it was asked."""
+    """Responds with a given accuracy and diversity at each temperature, and records the calls."""
 
     def __init__(self, accuracy=lambda t: 0.5, diversity=lambda t: 0.5, spread=0.0):
         self.accuracy, self.diversity, self.spread = accuracy, diversity, spread
@@ -44,7 +44,7 @@ class Model:
         random = np.random.default_rng(int(problem.id))
         share = self.diversity(temperature)
         words = "a b c"
-        if share is not None:  # 100 four-grams, of which so many are distinct
+        if share is not None:  # 100 four-grams, `distinct` of them distinct
             distinct = int(np.clip(round(100 * (share + self.spread * random.normal())), 1, 100))
             words = " ".join(["x"] * (104 - distinct) + [f"y{i}" for i in range(distinct - 1)])
         right = random.random(8) < self.accuracy(temperature)
@@ -56,7 +56,7 @@ class Model:
         ]
 
 
-def test_evaluate_keeps_what_is_read_of_every_attempt():
+def test_evaluate_converts_every_attempt():
     class Sampled:
         def attempt(self, problems, n, sampling, label):
             assert (sampling, label) == ("sampling", "set, step 3")
@@ -75,19 +75,19 @@ def test_evaluate_keeps_what_is_read_of_every_attempt():
 # ------------------------------------------------------------------------------------------------ avg@k, pass@k
 
 
-def test_an_interval_by_hand():
+def test_interval_of_known_values():
     # mean 0.5, deviations -0.5, 0, 0.5: standard deviation 0.5, of the mean 0.5 / sqrt(3)
     assert interval([0.0, 0.5, 1.0]) == (0.0, 1.0)  # 0.5 +- 0.566 is cut off
     half = Z * math.sqrt(0.02 / 3) / 2
     assert interval([0.4, 0.5, 0.6, 0.5]) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
 
 
-def test_one_problem_says_nothing_about_the_next():
+def test_one_problem_has_the_full_interval():
     assert interval([0.75]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.25])
-def test_problems_that_all_scored_the_same_are_not_certainty(value):
+def test_equal_scores_have_wilsons_interval(value):
     """Guards: an interval of no width. Wilson's bound solves (p - value)^2 = z^2 p (1 - p) / problems."""
     low, high = interval([value] * 30)
     assert low <= value <= high and high - low > 0.05
@@ -97,25 +97,25 @@ def test_problems_that_all_scored_the_same_are_not_certainty(value):
 
 
 def answers_of(random, problems, n):
-    """Right or wrong (P, n): problems differ in difficulty, so that the answers to one are alike."""
+    """Return correctness (P, n), correlated within a problem since problems differ in difficulty."""
     return random.random((problems, n)) < random.beta(0.6, 0.6, size=(problems, 1))
 
 
 def test_the_interval_is_a_bootstrap_over_problems():
     random = np.random.default_rng(1)
     right = answers_of(random, 60, 8)
-    draws = random.integers(0, 60, (8000, 60))  # whole problems, with all their answers
+    draws = random.integers(0, 60, (8000, 60))  # problems with all their answers
     means = right[draws].mean(axis=(1, 2))
     low, high = interval(right.mean(axis=1))
     width = 2 * Z * means.std() * math.sqrt(60 / 59)
     assert high - low == pytest.approx(width, rel=0.04)
     assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.01)
     independent = 2 * Z * math.sqrt(right.mean() * (1 - right.mean()) / right.size)
-    assert high - low > 1.5 * independent  # which answers counted one by one would claim
+    assert high - low > 1.5 * independent  # the width if answers were independent
 
 
 @pytest.mark.parametrize("k", [2, 4])
-def test_the_interval_of_pass_at_k_is_a_bootstrap_over_problems_too(k):
+def test_the_interval_of_pass_at_k_is_a_bootstrap_over_problems(k):
     random = np.random.default_rng(4)
     values = pass_at(answers_of(random, 80, 8).sum(1), 8, k)
     means = values[random.integers(0, 80, (8000, 80))].mean(1)
@@ -123,16 +123,16 @@ def test_the_interval_of_pass_at_k_is_a_bootstrap_over_problems_too(k):
     assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.012)
 
 
-def test_the_interval_holds_the_truth_19_times_in_20():
+def test_the_interval_covers_the_truth_in_95_percent_of_trials():
     random = np.random.default_rng(2)
     held = 0
     for _ in range(2000):
         low, high = interval(answers_of(random, 60, 8).mean(axis=1))
         held += low <= 0.5 <= high
-    assert abs(held / 2000 - 0.95) < 0.02  # 4 standard errors of 2,000 trials, and a little for the normal form
+    assert abs(held / 2000 - 0.95) < 0.02  # 4 standard errors of 2,000 trials, plus the normal approximation
 
 
-def test_a_half_width_by_hand():
+def test_half_width_of_known_values():
     assert half_width([0.0, 0.5, 1.0, 0.5]) == pytest.approx(Z * math.sqrt(0.5 / 3) / 2)
     assert half_width([0.5] * 30) == 0.1 and half_width([0.5]) == half_width([]) == 1.0
 
@@ -158,14 +158,14 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
         ([["a b c d e", "a b c d f"]], 3 / 4, 0),  # abcd bcde abcd bcdf
         ([["a a a a a a a"]], 1 / 4, 0),
         ([["a b c d", "too short here"]], 1.0, 0),  # a rollout of fewer than four tokens adds nothing
-        ([["a b c d", "a b c d"], ["no", "grams at all", ""]], 1 / 2, 1),  # a problem without any is left out
+        ([["a b c d", "a b c d"], ["no", "grams at all", ""]], 1 / 2, 1),  # a problem without a 4-gram is left out
         ([["a b c d", "a b c d"], ["a b c d"]], 3 / 4, 0),  # the mean over problems, not over n-grams
         ([["a  b\tc\nd"], ["a b c d", "a b c d"]], 3 / 4, 0),  # whitespace of any kind; problems share nothing
         ([["a b c"]], None, 1),
         ([], None, 0),
     ],
 )
-def test_distinct_four_grams_by_hand(texts_by_problem, score, left_out):
+def test_distinct_4_of_known_texts(texts_by_problem, score, left_out):
     found, out = distinct_ngrams(texts_by_problem)
     assert found == (None if score is None else pytest.approx(score)) and out == left_out
 
@@ -177,14 +177,14 @@ def test_distinct_ngrams_of_another_length():
 # ------------------------------------------------------------------------------------------------- one temperature
 
 
-def test_without_a_margin_every_problem_is_asked_once():
+def test_without_a_margin_every_problem_is_sampled_once():
     model = Model(diversity=lambda t: 0.25)
     point = measure_temperature(model, PROBLEMS[:50], 1.2)
     assert model.asked == [(1.2, 50)] and point.problems == 50
     assert point.distinct4 == pytest.approx(0.25) and 0.4 < point.accuracy < 0.6
 
 
-def test_with_a_margin_it_asks_until_both_intervals_are_within_it():
+def test_a_margin_samples_until_both_intervals_are_within_it():
     model = Model(spread=0.2)
     point = measure_temperature(model, PROBLEMS, 1.0, margin=0.05)
     assert 0 < point.problems < 400 and max(point.accuracy_half, point.distinct4_half) <= 0.05
@@ -204,14 +204,14 @@ def test_a_target_outside_the_interval_is_decided_early():
     assert measure_temperature(model, PROBLEMS, 1.0, margin=0.001, target=0.3).problems == 400
 
 
-def test_problems_that_all_agree_are_not_certainty():
-    """Guards: 32 problems without a right answer were "0.0 +-0.0", and enough."""
+def test_equal_accuracies_do_not_end_the_measurement():
+    """Guards: 32 problems without a right answer gave "0.0 +-0.0", which ended the measurement."""
     point = measure_temperature(Model(accuracy=lambda t: 0.0, diversity=lambda t: 0.3), PROBLEMS, 1.0, margin=0.03)
     assert point.problems > 32 and 0 < point.accuracy_half <= 0.03
 
 
-def test_a_target_by_problem_is_compared_problem_by_problem():
-    """The problems differ much among themselves, the temperatures little: pairs tell, means of few problems do not."""
+def test_a_target_per_problem_is_a_paired_comparison():
+    """Problems differ much, temperatures little: pairs tell them apart, means of a few problems do not."""
     before = Model(diversity=lambda t: 0.3, spread=0.2)
     target = {problem.id: distinct_share([r.text for r in before.group(problem, 1.0)]) for problem in PROBLEMS}
     now = Model(diversity=lambda t: 0.3 * t, spread=0.2)
@@ -220,7 +220,7 @@ def test_a_target_by_problem_is_compared_problem_by_problem():
     assert sum(count for _, count in now.asked) < 0.4 * 3 * 400
     for point in curve:
         assert point.target == pytest.approx(np.mean([target[p.id] for p in PROBLEMS[: point.problems]]))
-    # the first problems alone are more diverse than the rest, in both: the whole target would mislead
+    # the first problems are more diverse than the rest, in both: the mean over all problems would mislead
     ordered = sorted(PROBLEMS, key=lambda problem: -target[problem.id])
     assert match_diversity(Model(diversity=lambda t: 0.3 * t, spread=0.2), ordered, target, 0.9, margin=0.005)[0] == 1.0
 
@@ -236,7 +236,7 @@ def search(diversity, start, target, **settings):
     return chosen, measured, said
 
 
-def test_the_first_temperature_that_restores_the_diversity():
+def test_the_search_takes_the_first_temperature_that_restores_diversity():
     chosen, measured, said = search(lambda t: t / 2, 1.0, 0.62)
     assert (chosen, measured, said) == (1.25, [1.0, 1.05, 1.1, 1.15, 1.2, 1.25], [])
 
@@ -255,25 +255,25 @@ def test_the_step_and_the_end_are_parameters():
     assert search(lambda t: t / 2, 0.7, 5.0, step=0.2, most=1.0)[1] == [0.7, 0.9]  # never beyond the end
 
 
-def test_the_most_diverse_is_taken_when_none_restores_it():
+def test_the_search_falls_back_on_the_most_diverse():
     curve = {1.0: 0.3, 1.05: 0.5, 1.1: None, 1.15: 0.4}
     chosen, measured, said = search(curve.get, 1.0, 0.8, most=1.15)
     assert (chosen, measured) == (1.05, [1.0, 1.05, 1.1, 1.15])
-    assert said == ["warning: no temperature up to 1.15 restores distinct-4 = 0.800; going on with 1.05 (0.500)"]
+    assert said == ["warning: no temperature up to 1.15 restores distinct-4 = 0.800; continuing with 1.05 (0.500)"]
 
 
-def test_a_start_beyond_the_end_is_measured_all_the_same():
-    """Guards: a stage that stood above search.most measured nothing, and the search failed with it."""
+def test_a_start_beyond_the_end_is_measured():
+    """Guards: a stage above search.most measured nothing, and the search failed."""
     chosen, measured, said = search(lambda t: 0.4, 1.6, 0.5, most=1.5)
     assert (chosen, measured, len(said)) == (1.6, [1.6], 1)
 
 
 def falling(t):
-    """Half of the problems are right up to 1.1; of these a tenth is lost at 1.15, a half at 1.2, all from 1.25 on."""
+    """Accuracy 0.5 up to 1.1; a tenth of it is lost at 1.15, half at 1.2, all from 1.25 on."""
     return 0.5 * float(np.interp(t, [1.1, 1.15, 1.2, 1.25], [1.0, 0.9, 0.5, 0.0]))
 
 
-def test_the_search_ends_with_the_best_found_where_accuracy_collapses():
+def test_the_search_ends_where_accuracy_collapses():
     model, said = Model(falling, lambda t: t / 2), []
     chosen, curve = match_diversity(model, PROBLEMS[:64], 0.62, 1.0, say=said.append)
     measured = [point.temperature for point in curve]
@@ -282,20 +282,17 @@ def test_the_search_ends_with_the_best_found_where_accuracy_collapses():
     assert accuracy < 0.75 * curve[0].accuracy < curve[-2].accuracy
     assert said == [
         f"warning: no temperature below 1.2, where accuracy has collapsed ({accuracy:.3f}), restores "
-        "distinct-4 = 0.620; going on with 1.15 (0.570)"
+        "distinct-4 = 0.620; continuing with 1.15 (0.570)"
     ]
 
 
-def test_a_temperature_that_restores_diversity_by_collapsing_is_not_taken():
+def test_a_collapsed_temperature_is_not_chosen():
     model, said = Model(lambda t: 0.9 if t < 1.05 else 0.1, lambda t: 0.3 if t < 1.05 else 0.99), []
     assert match_diversity(model, PROBLEMS[:32], 0.5, 1.0, say=said.append)[0] == 1.0 and len(said) == 1
-    # the loss that ends a search is a parameter: 1 is more than can be lost
-    said.clear()
-    assert match_diversity(model, PROBLEMS[:32], 0.5, 1.0, say=said.append, collapse=1.0)[0] == 1.05 and not said
 
 
-def test_a_few_unlucky_rollouts_are_no_collapse():
-    """8 problems of 2 rollouts: 3 right of 16, then 1; a model that never solves any has nothing to lose."""
+def test_a_few_unlucky_rollouts_are_not_a_collapse():
+    """8 problems of 2 rollouts: 3 right of 16, then 1; a model that solves none cannot collapse."""
 
     def point(right):
         accuracies = tuple(count / 2 for count in right)
@@ -303,16 +300,16 @@ def test_a_few_unlucky_rollouts_are_no_collapse():
 
     first, unlucky = point([1, 1, 1, 0, 0, 0, 0, 0]), point([0, 0, 1, 0, 0, 0, 0, 0])
     assert not has_collapsed(unlucky, first) and not has_collapsed(point([0] * 8), point([0] * 8))
-    # by hand: 0 - 0.75 x 0.5 = -0.375 on all 64, and 64 equal values leave 3/64 open: surely below 0
+    # 0 - 0.75 x 0.5 = -0.375 on all 64 problems; equal values have the half width 3/64: below 0
     assert has_collapsed(point([0] * 64), point([1] * 64)) and not has_collapsed(first, first)
-    assert not has_collapsed(point([0] * 4), point([1] * 4))  # 4 equal values leave 3/4
+    assert not has_collapsed(point([0] * 4), point([1] * 4))  # the half width of 4 equal values is 3/4
 
 
-def test_nothing_to_measure_keeps_the_start():
+def test_without_any_4_gram_the_search_keeps_its_start():
     assert search(lambda t: None, 1.0, 0.5, most=1.1)[0] == 1.0
 
 
-def test_the_search_finds_the_temperature_of_noisy_problems_with_fewer_samples():
+def test_a_margin_finds_the_same_temperature_with_fewer_samples():
     exact = Model(diversity=lambda t: 0.3 * t, spread=0.05)
     careful = match_diversity(exact, PROBLEMS, 0.443, 1.0, say=print)[0]
     quick = Model(diversity=lambda t: 0.3 * t, spread=0.05)
@@ -327,9 +324,9 @@ def curve(accuracies, start=0.6, step=0.1):
     return [TemperaturePoint(round(start + i * step, 6), a, 0.5) for i, a in enumerate(accuracies)]
 
 
-def test_never_rising_is_the_nearest_such_sequence():
+def test_pool_adjacent_violators_is_the_nearest_non_increasing_sequence():
     random = np.random.default_rng(0)
-    assert never_rising([3, 1, 2, 0]) == [3, 1.5, 1.5, 0]
+    assert pool_adjacent_violators([3, 1, 2, 0]) == [3, 1.5, 1.5, 0]
     grid = np.linspace(0, 1, 11)
     for _ in range(20):
         values = random.choice(grid, 4)
@@ -339,12 +336,12 @@ def test_never_rising_is_the_nearest_such_sequence():
             if all(a >= b for a, b in itertools.pairwise(c))
         ]
         best = min(((np.array(c) - values) ** 2).sum() for c in candidates)
-        fitted = np.array(never_rising(values))
+        fitted = np.array(pool_adjacent_violators(values))
         assert (np.diff(fitted) <= 1e-12).all() and ((fitted - values) ** 2).sum() <= best + 1e-9
 
 
 def test_the_three_zones_of_the_recipes_model():
-    """Qwen3-4B on AIME24 in words: flat from 0.6 to 1.4, a sag until 1.55, then the collapse."""
+    """Qwen3-4B on AIME24: flat from 0.6 to 1.4, a sag until 1.55, then the collapse."""
     points = curve([0.74, 0.73, 0.74, 0.745, 0.735, 0.74, 0.74, 0.74, 0.73, 0.66, 0.30, 0.02])
     zones = find_zones(points)
     assert zones.plateau == pytest.approx(0.74, abs=0.005)
@@ -352,18 +349,19 @@ def test_the_three_zones_of_the_recipes_model():
     assert 1.5 < zones.exploration_end < 1.6
 
 
-def test_zone_borders_lie_between_the_measured_temperatures():
-    zones = find_zones(curve([0.8, 0.8, 0.4], start=1.0), sag=0.1, collapse=0.5)
-    assert zones.robust_end == pytest.approx(1.1 + 0.1 * 0.08 / 0.4) and zones.exploration_end is None
-    assert find_zones(list(reversed(curve([0.8, 0.8, 0.4], start=1.0))), sag=0.1, collapse=0.5) == zones
+def test_zone_borders_are_interpolated():
+    zones = find_zones(curve([0.8, 0.8, 0.7], start=1.0))
+    assert zones.robust_end == pytest.approx(1.1 + 0.1 * 0.04 / 0.1) and zones.exploration_end is None
+    assert find_zones(curve([0.8, 0.8, 0.4], start=1.0)).exploration_end == pytest.approx(1.1 + 0.1 * 0.2 / 0.4)
+    assert find_zones(list(reversed(curve([0.8, 0.8, 0.7], start=1.0)))) == zones
 
 
-def test_a_curve_that_never_falls_starts_at_its_end():
+def test_a_flat_curve_starts_at_its_end():
     zones = find_zones(curve([0.5, 0.52, 0.49, 0.51]))
     assert (zones.robust_end, zones.exploration_end, zones.start) == (None, None, 0.9)
 
 
-def test_the_start_has_an_interval_and_noise_widens_it():
+def test_the_interval_of_the_start_widens_with_noise():
     def measured(problems):
         random = np.random.default_rng(1)
         chances = random.beta(1.2, 1.0, problems)
