@@ -46,7 +46,8 @@ from engine import distributed
 from engine.batches import TrainingSequence
 from engine.distributed import Interrupted
 from engine.fingerprint import model_identity
-from engine.rollout_worker import Attempt, GraderError
+from engine.grader import GraderError
+from engine.rollout_worker import Attempt
 from engine.run import Run
 from engine.run_folder import FINISHED, WANTS_RESUMING
 from engine.start import final_config, start_run

@@ -13,8 +13,8 @@ import numpy as np
 from engine.distributed import Processes
 from engine.files import write_atomically
 from engine.fingerprint import data_identity, model_identity
-from engine.grader import Grader
-from engine.rollout_worker import SamplingStats, check_grader
+from engine.grader import Grader, check_grader
+from engine.rollout_worker import SamplingStats
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
 from lab.benchmarks import file_name, find_data, published_table, text_table
 from lab.command import load_worker, run_command

@@ -167,13 +167,14 @@ max_response_tokens = 8
 sys.path.insert(0, {str(ROOT)!r})
 import train
 from engine import rollout_worker
+from lab.options import training_arguments
 generate = rollout_worker.generate
 def faulty(model, prompts, sampling, *rest):
     if os.environ["RANK"] == "1" and sampling.step == 1:
         {FAULTS[fault]}
     return generate(model, prompts, sampling, *rest)
 rollout_worker.generate = faulty
-train.main()
+train.main(training_arguments(train.__doc__))
 """
     )
     launch = [forked.TORCHRUN, "--standalone", "--nproc-per-node", "2", "--monitor-interval", "0.1"]
