@@ -66,11 +66,11 @@ class Run:
         return problems
 
     def sampling(self, stage: RlStage, temperature: float, draw: int) -> Sampling:
-        """Return the settings of training, which samples the policy itself: logits / temperature, no top-k, no top-p."""
+        """Training samples the policy itself: no top-k, no top-p, logits / temperature."""
         return Sampling(temperature, stage.max_response_tokens, self.worker.stop_tokens, self.recipe.seed, draw)
 
     def evaluation_sampling(self, settings: EvalSettings | FinalSettings) -> Sampling:
-        """Return the settings of an evaluation: the recipe's top-k, and draws that training never uses."""
+        """Evaluations use the top-k of their settings, and draws that training never uses."""
         return Sampling(
             temperature=settings.temperature,
             max_new_tokens=settings.max_response_tokens,
@@ -98,7 +98,7 @@ class Run:
                 group |= {"betas": betas, "weight_decay": stage.weight_decay}
 
     def steps_left(self, stage: SftStage | RlStage) -> int:
-        """Return the steps until the stage ends: by its step count or, at its mean tokens per step so far, its tokens."""
+        """Return the steps until the stage ends: by count or, at its mean tokens per step, by token budget."""
         state = self.state
         left = stage.steps - state.stage_step
         if isinstance(stage, RlStage) and stage.generated_tokens and state.stage_tokens:
@@ -119,7 +119,7 @@ class Run:
         """Make one optimizer step; micro-batches shrink when memory runs out, for the rest of the run.
 
         A request to stop abandons the update between two micro-batches, unless an earlier mini-batch has `begun` to
-        change the weights. The resumed run repeats the entire step, and its visits overwrite those recorded before.
+        change the weights. A resumed run repeats the step from its start, and overwrites the visits recorded before.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -155,9 +155,7 @@ class Run:
         for sentence in new_alarms(self.metrics.steps) if row["kind"] == "rl" else ():
             self.processes.say(f"warning: step {state.step}: {sentence}")
         if row["nonfinite"]:
-            self.processes.say(
-                f"warning: step {state.step}: the gradient is not finite; the weights were not updated"
-            )
+            self.processes.say(f"warning: step {state.step}: the gradient is not finite; the weights were not updated")
         if not row.get("skipped"):
             state.nonfinite_steps = (state.nonfinite_steps + 1) * row["nonfinite"]
         if row["nonfinite"] and state.nonfinite_steps >= settings.most_nonfinite_steps:
@@ -168,7 +166,7 @@ class Run:
             self.save()
 
     def _stop_at_nonfinite(self) -> None:
-        """Save a checkpoint and the newest batch for inspection, and raise UpdateError. The weights are finite."""
+        """Save the newest batch and a checkpoint, whose weights are those before these steps; raise UpdateError."""
         state, path = self.state, self.folder / f"nonfinite-step-{self.state.step}.pt"
         steps, state.nonfinite_steps = state.nonfinite_steps, 0  # a resumed run counts from 0
         if self.processes.is_main:
