@@ -270,21 +270,20 @@ def report_error(error: BaseException, program: str) -> int | str:
 
     Errors that a person can put right and failed collectives are one sentence; all others come with their traceback.
     """
-    if _watch is not None and _lost_contact(error):
-        error = RankError(_missing_ranks(str(error)))
-    sentence = f"{program}: {error}"
-    if not isinstance(error, (UserError, ImportError, OSError)):
-        if _watch is None:
-            raise error
-        sentence = f"{program}: {traceback.format_exc()}"
+    correctable = isinstance(error, (UserError, ImportError, OSError))
     if _watch is None:
-        return sentence if is_main_process() else 1
+        if not correctable:
+            raise error
+        return f"{program}: {error}" if is_main_process() else 1
+    if _lost_contact(error):
+        error, correctable = RankError(_missing_ranks(str(error))), True
     try:
         first = _watch.store.add("error reported", 1) == 1
     except RuntimeError:  # the store's process is gone
         first = True
     if first:  # before this rank's connections close and the others notice
-        print(f"rank {_watch.rank}: {sentence}", file=sys.stderr, flush=True)
+        text = error if correctable else traceback.format_exc()
+        print(f"rank {_watch.rank}: {program}: {text}", file=sys.stderr, flush=True)
     return 1
 
 

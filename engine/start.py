@@ -45,6 +45,9 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
     model = build_model(model_folder, recipe, processes)
     tokenizer = load_tokenizer(model_folder, model)
     sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
+    stops = stop_tokens(tokenizer, model, model_folder)
+    limits = CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows)
+    grader = Grader(reward.workers, reward.time_limit_seconds, thinking=recipe.thinking)
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -53,15 +56,7 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
         model_folder=model_folder,
         data=RunData(recipe, folder),
         worker=RolloutWorker(
-            model,
-            tokenizer,
-            stop_tokens(tokenizer, model, model_folder),
-            CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows),
-            Grader(reward.workers, reward.time_limit_seconds, thinking=recipe.thinking),
-            processes,
-            recipe.instruction,
-            stop,
-            reward.most_failed_share,
+            model, tokenizer, stops, limits, grader, processes, recipe.instruction, stop, reward.most_failed_share
         ),
         metrics=Metrics(folder, recipe.run.tensorboard, processes.is_main, state.metrics_position),
         state=state,
@@ -78,17 +73,17 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
             (folder / name).unlink(missing_ok=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    of_which = f" ({trained:,} of them trained)" * (trained < parameters)
+    trained_text = f" ({trained:,} of them trained)" * (trained < parameters)
     cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, processes.compute_dtype) / 2**30
     processes.say(
-        f"{recipe.name}: {parameters:,} parameters{of_which}, {processes.world_size} processes, "
+        f"{recipe.name}: {parameters:,} parameters{trained_text}, {processes.world_size} processes, "
         f"at most {cache_gib:.2f} GiB of cache each, {folder}"
     )
     return run
 
 
 def guard_data(run: Run) -> None:
-    """Exclude the problems that [guard] names, and write what it found to the metrics."""
+    """Apply the [guard] of the recipe to the data, and write what it found to the metrics."""
     found = run.data.guard(run.processes.say)
     known = [row | {"step": 0} for row in read_metrics(run.folder)] if run.processes.is_main else []
     for row in found:

@@ -49,7 +49,7 @@ def test_a_group_is_split_only_where_its_rank_would_otherwise_be_busy_for_longer
     # equal shares: complete groups, also with unknown lengths or with next to nothing to gain
     assert dealt([None] * 4, 2) == [{"p0": (0, 8), "p2": (0, 8)}, {"p1": (0, 8), "p3": (0, 8)}]
     assert dealt([100, 101], 2) == [{"p1": (0, 8)}, {"p0": (0, 8)}]
-    # one group more than divides evenly is split; so is one that is longer than all others together
+    # a group too many for equal shares is split; so is one that is longer than all others together
     assert dealt([None] * 3, 2) == [{"p0": (0, 8), "p2": (0, 4)}, {"p1": (0, 8), "p2": (4, 4)}]
     long = dealt([1000, 20, 20, 20], 2)
     assert [share["p0"] for share in long] == [(0, 4), (4, 4)] and sum("p1" in share for share in long) == 1
