@@ -236,8 +236,8 @@ class Prefill(Packed):
     def __init__(self, cache: PagedCache, lengths: list[int], page_tables: list[list[int]], device: torch.device):
         super().__init__(lengths, device)
         self.cache, size = cache, cache.page_size
-        pages = [page for table, n in zip(page_tables, lengths, strict=True) for page in np.repeat(table, size)[:n]]
-        self.page = torch.tensor(np.array(pages), device=device)  # (T,)
+        pages = [np.repeat(table, size)[:n] for table, n in zip(page_tables, lengths, strict=True)]
+        self.page = torch.from_numpy(np.concatenate(pages)).to(device)  # (T,)
         self.offset = self.positions % size  # (T,)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -376,8 +376,7 @@ class _Sampler:
     def __init__(
         self, model: Transformer, prompts: list[Prompt], sampling: Sampling, limits: CacheLimits, stats: SamplerStats
     ):
-        self.sampling, self.stats = sampling, stats
-        self.device, dtype = model.device, model.lm_head.weight.dtype
+        self.sampling, self.stats, self.device = sampling, stats, model.device
         self.rows: list[_Row] = []
         self.waiting: deque[_Row] = deque()
         self.admissions = 0
@@ -393,8 +392,8 @@ class _Sampler:
         self.one_page = self.pages_per_row == 1  # then row i keeps to page i, as long as the cache is not tight
         rows = self.most_rows = min(limits.rows, len(self.waiting))
         self.most_prefill = LARGEST_CPU_PREFILL if self.device.type == "cpu" else LARGEST_PREFILL
-        self.graphs = step_graphs(rows, self.device, dtype)
-        self.cache = self._make_cache(model, limits, dtype)
+        self.graphs = step_graphs(rows, self.device, model.lm_head.weight.dtype)
+        self.cache = self._make_cache(model, limits)
         self.forward = sampling_forward(model, rows)
         # the rows as tensors, made once: a step reads and updates them in place, so that a graph can replay it
         self.table = torch.zeros(rows, self.pages_per_row, dtype=torch.int64, device=self.device)
@@ -402,20 +401,20 @@ class _Sampler:
         self.logprobs = torch.zeros(rows, device=self.device)  # of the tokens drawn
         self.loaded: list[tuple[int, int]] | None = None  # which rows, with how many pages, the tensors hold
 
-    def _make_cache(self, model: Transformer, limits: CacheLimits, dtype: torch.dtype) -> PagedCache:
+    def _make_cache(self, model: Transformer, limits: CacheLimits) -> PagedCache:
         """As many pages as the budget holds, and no more than full rows and as many held prompts could use."""
         pages = min(limits.tokens // self.page_size, 2 * self.most_rows * self.pages_per_row)
         while True:
             try:
-                return PagedCache(model, pages, self.page_size, dtype, scratch=self.graphs is not None)
+                return PagedCache(model, pages, self.page_size, model.lm_head.weight.dtype, self.graphs is not None)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
             pages //= 2
+            self.stats.memory_retries += 1
             if pages <= self.pages_per_row:
                 what = f"a cache for one sequence of {self.pages_per_row * self.page_size} tokens does not fit"
-                raise RolloutError(f"out of memory: {what}: shorten the responses or take a smaller model")
-            self.stats.memory_retries += 1
+                raise RolloutError(f"out of memory: {what}: shorten the responses or use a smaller model")
 
     def run(self, abandon: Callable[[], bool]) -> Iterator[Rollout]:
         """Decode until nothing runs and nothing waits."""
@@ -554,9 +553,18 @@ class _Sampler:
                 row.logprobs.append(logprob)
                 self.stats.decoded_tokens += 1
                 if token in stop or len(row.tokens) == row.limit:
-                    finished.append(i)
+                    finished.append(row)
                     break  # what it drew after its end is forgotten
-        rollouts = [
+        for row in reversed(finished):  # the last row moves into each gap
+            self.cache.release(row.pages)
+            gap, last = self.rows.index(row), self.rows.pop()
+            if last is not row:
+                self.rows[gap] = last
+                if self.one_page:  # and so does its page
+                    source, last.pages = last.pages, self.cache.take(1)
+                    self.cache.copy(source[0], last.pages[0], last.length)
+                    self.cache.release(source)
+        return [
             Rollout(
                 problem_id=row.prompt.problem_id,
                 index=row.index,
@@ -566,18 +574,8 @@ class _Sampler:
                 finish_reason="stop" if row.tokens[-1] in stop else "length",
                 temperature=self.sampling.temperature,
             )
-            for row in map(self.rows.__getitem__, finished)
+            for row in finished
         ]
-        for i in reversed(finished):  # the last row moves into each gap
-            self.cache.release(self.rows[i].pages)
-            last = self.rows.pop()
-            if i < len(self.rows):
-                self.rows[i] = last
-                if self.one_page:  # and so does its page
-                    source, last.pages = last.pages, self.cache.take(1)
-                    self.cache.copy(source[0], last.pages[0], last.length)
-                    self.cache.release(source)
-        return rollouts
 
     def _free_pages(self) -> None:
         """Preempt the row admitted last; when there is at most one, let go of the prompts held for waiting rows."""

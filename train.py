@@ -43,23 +43,25 @@ from data_filter import (
     zero_variance_share,
 )
 from engine import distributed
-from engine.batches import TrainingSequence
 from engine.distributed import Interrupted
-from engine.fingerprint import model_identity
 from engine.grader import GraderError
 from engine.rollout_worker import Attempt
 from engine.run import Run
-from engine.run_folder import FINISHED, WANTS_RESUMING
 from engine.start import final_config, start_run
 from eval import Response, evaluate, match_diversity, measure_temperature
-from grpo import Group, PolicyLoss, Substitution, substitute, supervised_loss, training_sequences
+from grpo import (
+    Group,
+    PolicyLoss,
+    Substitution,
+    TrainingSequence,
+    substitute,
+    supervised_loss,
+    training_sequences,
+)
 from lab import rows
-from lab.evaluation import print_evaluation
 from lab.problems import Problem
 from lab.recipe import Recipe, RlStage, SftStage, VariantSettings
-from lab.run_data import by_ids
-from lab.scores import Evaluation, summarise
-from model import save
+from lab.scores import Evaluation, print_evaluation, summarise
 
 SEARCH_DRAW = -3  # temperature searches draw from a place that no training step counts from
 
@@ -82,7 +84,7 @@ def train(run: Run) -> None:
             run.save()
             raise
         run.optimizer = None
-        export_model(run, index)
+        run.export_model(index)
         if isinstance(stage, RlStage):
             drop_and_hand_on(run, index, stage)
         state.stage, state.stage_step, state.stage_tokens, state.position = index + 1, 0, 0, 0
@@ -207,8 +209,7 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
     """
     path, history = run.folder / f"pass-rates-{index}.jsonl", run.state.history
     sampling = run.sampling(stage, run_temperature(run, stage), draw=ESTIMATE_DRAW)
-    model_in_hand = run.folder / f"stage-{index - 1}" if index else run.model_folder
-    weights = run.processes.broadcast(model_identity(model_in_hand) if run.processes.is_main else None)
+    weights = run.model_identity(index)
     visits = (index + BEFORE_STAGE, run.state.step)
     known = estimate(run.worker, problems, stage.group_size, sampling, path, weights, *visits, restart=True)
     estimated = [visit for problem in problems for visit in known.visits(problem.id)]
@@ -237,8 +238,7 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
     if not state.probe_ids:
         probe = DataOrder(problems, min(search.problems, len(problems)), run.recipe.seed, index).batch(0)
         state.probe_ids, state.probe_tokens = [problem.id for problem in probe], stage.max_response_tokens
-    probe = by_ids(run.data.all_rl_problems(), state.probe_ids, "the recipe's data")
-    tokens = 0
+    probe, tokens = run.probe_problems(), 0
 
     def answer(problems: list[Problem], temperature: float) -> list[list[Response]]:
         nonlocal tokens
@@ -317,17 +317,7 @@ def learning_rate(stage: SftStage | RlStage, step: int) -> float:
     return rate * max(0.1, min(1.0, (stage.steps - step) / (stage.decay_share * stage.steps)))
 
 
-# ---------------------------------------------------------------------------------------- models and evaluations
-
-
-def export_model(run: Run, index: int) -> None:
-    """The model after a stage, as a Hugging Face folder: stage-INDEX."""
-    export, stage_step = run.folder / f"stage-{index}", run.state.stage_step
-    if run.processes.is_main and export.exists() and stage_step > run.stage_first_step:
-        # of steps that came after the checkpoint that this launch goes on from: `save` removes it
-        export.rename(export.with_name(f"{export.name}.unfinished"))
-    if not run.processes.broadcast(export.exists()):
-        save(run.model, export, run.processes.compute_dtype, tokenizer_from=run.model_folder)
+# --------------------------------------------------------------------------------------------------- evaluation
 
 
 def held_out_evaluation(run: Run, index: int, label: str, within_stage: bool = False, final: bool = False) -> None:
@@ -360,10 +350,9 @@ def main(arguments: Namespace) -> None:
             from lab.page import write_report
 
             print(f"report in {write_report(run.folder)}")
-        run.leave_marker(FINISHED, f"after step {run.state.step}")
+        run.mark_finished()
     except Interrupted:
-        run.leave_marker(WANTS_RESUMING, run.how_to_go_on())
-        run.processes.say(f"stopped after step {run.state.step}; go on with: {run.how_to_go_on()}")
+        run.mark_stopped()
     except Exception as error:
         status = distributed.report_error(error, "train.py")
     finally:

@@ -4,6 +4,7 @@
     python bench/interrupt.py --out /tmp/interrupt --only stop worker    # some of them
     python bench/interrupt.py --out /tmp/interrupt --forked              # without the seconds that imports take
     python bench/interrupt.py --saving                                   # what saving and checking a checkpoint take
+    python bench/interrupt.py --same runs/tiny other/runs/tiny           # are two finished runs equal, bit for bit?
 
 A small world is trained once without interruption. Then the same command with --resume is started again and again, and
 this process, another one than the run, ends it: by SIGKILL at a moment drawn from the seed, by SIGKILL while a
@@ -436,7 +437,12 @@ def main() -> None:
     parser.add_argument("--forked", action="store_true", help="start runs as copies of this process, imports done")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--saving", action="store_true", help="time checkpoints instead")
+    parser.add_argument("--same", nargs=2, type=Path, metavar=("A", "B"), help="compare two finished runs instead")
     arguments = parser.parse_args()
+    if arguments.same:
+        equal = same(*arguments.same)
+        print(f"{' and '.join(map(str, arguments.same))}: {'equal, bit for bit' if equal else 'different'}")
+        sys.exit(not equal)
     if arguments.saving:
         saving()
         return

@@ -16,8 +16,10 @@ import torch
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
 from engine.distributed import Interrupted, Processes, StopRequest
+from engine.fingerprint import model_identity
 from engine.offload import HostAdamW
 from engine.rollout_worker import RolloutWorker
+from engine.run_folder import FINISHED, WANTS_RESUMING
 from grpo import TokenLoss, UpdateError, UpdateStats, optimizer_step
 from lab.alarms import new_alarms
 from lab.console import console_line
@@ -25,7 +27,7 @@ from lab.metrics import Metrics
 from lab.problems import Problem
 from lab.recipe import EvalSettings, FinalSettings, Recipe, RlStage, SftStage
 from lab.run_data import RunData, by_ids
-from model import Transformer
+from model import Transformer, save
 from rollout import Sampling
 
 EVALUATION_DRAW = -1  # the step from which evaluations draw; training steps are not negative
@@ -64,6 +66,10 @@ class Run:
         if index == state.stage and state.problem_ids and (state.prepared or not self.recipe.stage[index].data):
             problems = by_ids(problems, state.problem_ids, source)
         return problems
+
+    def probe_problems(self) -> list[Problem]:
+        """The problems on which diversity is measured before every stage."""
+        return by_ids(self.data.all_rl_problems(), self.state.probe_ids, "the recipe's data")
 
     def sampling(self, stage: RlStage, temperature: float, draw: int) -> Sampling:
         """Training samples the policy itself: no top-k, no top-p, logits / temperature."""
@@ -178,7 +184,7 @@ class Run:
         raise UpdateError(
             f"step {state.step}: {steps} consecutive updates without a finite gradient (run.most_nonfinite_steps): the "
             f"batch is in {path} (tokens, advantages, old log-probs); lower the learning rate or fix the data, then "
-            f"{self.how_to_go_on()}"
+            f"resume: {self.resume_command()}"
         )
 
     # ----------------------------------------------------------------------------------------------- saving, stopping
@@ -197,14 +203,34 @@ class Run:
         save_checkpoint(self.folder, self.model, self.optimizer, self.state, self.processes, kept)
         self.saved = position
 
-    def how_to_go_on(self) -> str:
+    def export_model(self, index: int) -> None:
+        """Write the model after stage INDEX as a Hugging Face folder, stage-INDEX."""
+        export = self.folder / f"stage-{index}"
+        if self.processes.is_main and export.exists() and self.state.stage_step > self.stage_first_step:
+            # it includes steps after the checkpoint that this launch resumed from: `save` removes it
+            export.rename(export.with_name(f"{export.name}.unfinished"))
+        if not self.processes.broadcast(export.exists()):
+            save(self.model, export, self.processes.compute_dtype, tokenizer_from=self.model_folder)
+
+    def model_identity(self, index: int) -> str:
+        """Return the fingerprint of the model that stage INDEX starts from."""
+        folder = self.folder / f"stage-{index - 1}" if index else self.model_folder
+        return self.processes.broadcast(model_identity(folder) if self.processes.is_main else None)
+
+    def resume_command(self) -> str:
         """Return the command that resumes the run."""
         return f"torchrun train.py --resume {self.folder}"
 
-    def leave_marker(self, name: str, text: str) -> None:
-        """Write a file that says how the run ended: torchrun hides the exit codes of its workers."""
+    def mark_finished(self) -> None:
+        """Write a file that says that the run has finished."""
         if self.processes.is_main:
-            (self.folder / name).write_text(f"{text}\n")
+            (self.folder / FINISHED).write_text(f"after step {self.state.step}\n")
+
+    def mark_stopped(self) -> None:
+        """Print the command that resumes the run, and write it to a file: torchrun hides its workers' exit codes."""
+        if self.processes.is_main:
+            (self.folder / WANTS_RESUMING).write_text(f"{self.resume_command()}\n")
+        self.processes.say(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
 
     def close(self) -> None:
         """Stop the grader and release the folder."""

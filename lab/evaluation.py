@@ -22,7 +22,7 @@ from lab.eval_page import budget_table, describe_zones, k_table, length_table, t
 from lab.metrics import read_metrics
 from lab.problems import DataError, Problem, read_problems, write_problems
 from lab.responses import Recorder, read_groups, read_settings, response_file, write_responses, write_settings
-from lab.scores import Evaluation, compare, summarise
+from lab.scores import Evaluation, compare, print_evaluation, summarise
 from reward import last_boxed
 from rollout import Sampling
 
@@ -211,19 +211,6 @@ def finish(out: Path, model: str, sets: dict[str, list[Problem]], results: Resul
     print(f"results in {out}, report in {page}")
     if figures:
         print(text_table(table))
-
-
-def print_evaluation(found: Evaluation) -> None:
-    """One line, and one for each grouping that the data has."""
-    print(
-        f"{found.name}: avg@{found.n} {100 * found.avg:.1f} (95% {100 * found.low:.1f} to {100 * found.high:.1f}) over "
-        f"{found.problems} problems, mean length {found.length_mean:,.0f}, truncated {found.truncated_share:.1%}, "
-        f"no box {found.no_box_share:.1%}, {found.verdicts}"
-    )
-    for groups in (found.by_type, found.by_difficulty):
-        if len(groups) > 1:
-            parts = [f"{label} {100 * group.avg:.1f} ({group.problems})" for label, group in groups.items()]
-            print(f"  {', '.join(parts)}")
 
 
 def print_details(found: Evaluation) -> None:

@@ -271,6 +271,19 @@ def summarise(
     )
 
 
+def print_evaluation(found: Evaluation) -> None:
+    """One line, and one for each grouping that the data has."""
+    print(
+        f"{found.name}: avg@{found.n} {100 * found.avg:.1f} (95% {100 * found.low:.1f} to {100 * found.high:.1f}) over "
+        f"{found.problems} problems, mean length {found.length_mean:,.0f}, truncated {found.truncated_share:.1%}, "
+        f"no box {found.no_box_share:.1%}, {found.verdicts}"
+    )
+    for groups in (found.by_type, found.by_difficulty):
+        if len(groups) > 1:
+            parts = [f"{label} {100 * group.avg:.1f} ({group.problems})" for label, group in groups.items()]
+            print(f"  {', '.join(parts)}")
+
+
 # ------------------------------------------------------------------------------------------ two models compared
 
 

@@ -58,6 +58,8 @@ def test_every_file_and_function_that_a_document_names_is_there(document):
     named = re.findall(r"`(?:(?:engine|lab)[./])?(\w+)\.(\w+(?:\.\w+)?)`", text)
     wrong = []
     for module, name in named:
+        if name in ("jsonl", "json", "toml", "html"):
+            continue
         if name == "py":
             wrong += [] if module in modules or list(ROOT.glob(f"*/{module}.py")) else [f"{module}.py"]
         elif module in modules and name not in names_of(modules[module]) | recipe_keys():

@@ -174,7 +174,7 @@ def faulty(model, prompts, sampling, *rest):
         {FAULTS[fault]}
     return generate(model, prompts, sampling, *rest)
 rollout_worker.generate = faulty
-train.main(training_arguments(train.__doc__))
+train.main(training_arguments(None))
 """
     )
     launch = [forked.TORCHRUN, "--standalone", "--nproc-per-node", "2", "--monitor-interval", "0.1"]

@@ -19,7 +19,7 @@ def test_read_metrics_drops_a_cut_last_line_and_says_so(tmp_path, capsys):
 @pytest.mark.parametrize("broken", ['{"kind": "r', "3", "", '{"kind": "rl"}'])
 def test_read_metrics_names_the_broken_line(tmp_path, broken):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
+    with pytest.raises(record.MetricsError, match=r"metrics\.jsonl, line 2: "):
         record.read_metrics(tmp_path)
 
 

@@ -27,7 +27,7 @@ from engine import fingerprint, run_folder, start
 from engine import run as runs
 from engine.checkpoint import CheckpointError, RunState
 from lab import difficulty
-from lab.glossary import DETERMINISTIC
+from lab.glossary import DETERMINISTIC, GLOSSARY
 from lab.metrics import Metrics
 from lab.options import difficulty_arguments, training_arguments
 from lab.problems import DataError
@@ -95,6 +95,7 @@ def test_one_command_goes_from_an_untrained_model_to_a_report(finished):
     ):
         assert (folder / name).stat().st_size > 0, name
     rows = metrics(folder)
+    assert {key for row in rows for key in row} == {key for entry in GLOSSARY for key in entry.keys.split()}
     assert [row["step"] for row in rows if row["kind"] in ("sft", "rl")] == list(range(1, 159))
     kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("rl", "eval", "filter", "temperature")}
     assert len(kinds["rl"]) == 8 and len(kinds["temperature"]) == 3 and len(kinds["filter"]) == 4
@@ -141,7 +142,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_
                 process.send_signal(signal.SIGTERM)
                 break
         output = process.communicate(timeout=200)[0]
-    assert process.returncode == 0 and "go on with" in output, output[-2000:]
+    assert process.returncode == 0 and "resume with" in output, output[-2000:]
     assert not (folder / "report.html").exists() and not (folder / "finished").exists()
     assert str(folder) in (folder / "resume-me").read_text()  # torchrun hides that it was asked to stop
     done = run(command(None, "--resume", str(folder)))

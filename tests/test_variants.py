@@ -327,8 +327,8 @@ SCRIPT = [{"a": [0, 1, 0, 0], "b": [0, 0, 0, 0], "c": [0, 1, 1, 1], "d": [1, 1, 
         ({"punish_last_tokens": 5, "drop_truncated": True}, 1, 16),
     ],
 )
-def test_a_stage_runs_with_it(monkeypatch, settings, made, learned):
-    rows, updates, _ = run_stage(monkeypatch, SCRIPT, substitute=False, variant=VariantSettings(**settings))
+def test_a_stage_runs_with_it(settings, made, learned):
+    rows, updates, _ = run_stage(SCRIPT, substitute=False, variant=VariantSettings(**settings))
     for step, row in enumerate(rows):
         assert row["optimizer_steps"] == made and row["skipped"] == row["nonfinite"] == 0
         assert sum(len(sequences) for at, sequences in updates if at == step) == learned
@@ -337,9 +337,9 @@ def test_a_stage_runs_with_it(monkeypatch, settings, made, learned):
         assert row["zero_variance"] == 1 and row["substituted"] == 0
 
 
-def test_punished_rewards_are_learned_from_and_nowhere_else(monkeypatch):
+def test_punished_rewards_are_learned_from_and_nowhere_else():
     # the group in which nothing is right has a signal now; what was counted, remembered and recorded has not moved
-    [row], updates, run = run_stage(monkeypatch, SCRIPT[:1], variant=VariantSettings(punish_last_tokens=9))
+    [row], updates, run = run_stage(SCRIPT[:1], variant=VariantSettings(punish_last_tokens=9))
     assert (row["zero_variance"], row["solve_none"], row["substituted"]) == (1, 1, 0)
     assert {reward for _, reward in run.state.sinks.held.values()} == {1.0}
     assert run.state.history.visits("b")[0].rewards == (0, 0, 0, 0)
@@ -348,17 +348,17 @@ def test_punished_rewards_are_learned_from_and_nowhere_else(monkeypatch):
     assert by_length[0].advantage > 0 > by_length[-1].advantage
 
 
-def test_a_batch_of_which_nothing_is_left_is_skipped_and_counted(monkeypatch):
+def test_a_batch_of_which_nothing_is_left_is_skipped_and_counted():
     script = [{name: [0, 0, 0, 0] for name in "abcd"}]
     variant = VariantSettings(drop_zero_variance=True)
-    [row], updates, _ = run_stage(monkeypatch, script, substitute=False, variant=variant)
+    [row], updates, _ = run_stage(script, substitute=False, variant=variant)
     assert (row["skipped"], row["optimizer_steps"], updates) == (1, 0, [])
 
 
-def test_learning_from_the_first_step_makes_the_second_off_policy(monkeypatch):
+def test_learning_from_the_first_step_makes_the_second_off_policy():
     # the same groups in both steps: what the first has learned, the second's ratio to the sampler shows
     variant = VariantSettings(optimizer_steps=2)
-    _, updates, run = run_stage(monkeypatch, SCRIPT[:1], substitute=False, variant=variant)
+    _, updates, run = run_stage(SCRIPT[:1], substitute=False, variant=variant)
     assert [at for at, _ in updates] == [0, 0]
     problems = [{int(s.tokens[1]) for s in sequences} for _, sequences in updates]
     assert not problems[0] & problems[1] and len(problems[0] | problems[1]) == 4
