@@ -44,7 +44,8 @@ from data_filter import (
 )
 from engine import distributed
 from engine.distributed import Interrupted
-from engine.rollout_worker import Attempt, GraderError
+from engine.grader import GraderError
+from engine.rollout_worker import Attempt
 from engine.run import Run
 from engine.start import final_config, start_run
 from eval import Response, evaluate, match_diversity, measure_temperature

@@ -1,20 +1,20 @@
 """Saving and resuming a run: everything that the next step depends on.
 
-    RUN/checkpoints/step-N/    weights (of LoRA, the adapter alone) and optimizer, by torch.distributed.checkpoint
-                    run.pt         where the run stands: stage, data position, pass rates, sinks, temperature
+    RUN/checkpoints/step-N/    weights (with LoRA, only the adapter) and optimizer, by torch.distributed.checkpoint
+                    run.pt         the RunState: stage, data position, pass rates, sinks, temperature
                     manifest.json  size and checksum of every file, written last
 
-A checkpoint is written under another name, brought to the disk, and renamed when it is complete: a name that can be
-seen is a checkpoint that was whole. What has happened to it since is seen on loading, and the newest that is still
-whole is used. It may be resumed on another number of processes.
+A checkpoint is written under a temporary name, synced to disk, and renamed once it is complete, so that step-N is
+always complete. Loading checks every file and uses the newest undamaged checkpoint. A run may resume on another number
+of processes.
 
-Checksums are CRC-32, a block at a time on several threads: they are to find a broken disk, not an attacker, and no
-other hash of the standard library comes near (4 GB/s on one core; SHA-256 1.8, BLAKE2b 0.9). 48 GB, all that full
-training of a 4B saves, take 12 core seconds; each process reads its own files, which the page cache still holds.
+Checksums are CRC-32, computed per block on several threads: they detect a failing disk, not an attacker, and no other
+hash of the standard library is as fast (4 GB/s on one core; SHA-256 1.8, BLAKE2b 0.9). Full training of a 4B model
+saves 48 GB, which take 12 core seconds; each process reads its own files, which are still in the page cache.
 """
 
+import io
 import json
-import os
 import pickle
 import shutil
 import zlib
@@ -38,36 +38,37 @@ from torch.distributed.checkpoint.state_dict import (
 from data_filter import History
 from engine.distributed import Processes
 from engine.errors import UserError
-from engine.files import sync_folder
+from engine.files import sync_folder, write_atomically
 from grpo import Sinks
 from lab.metrics import FILES
 from model import Transformer
 from rollout import Rollout
 
 MANIFEST = "manifest.json"
-CHECKSUM_BLOCK = 2**26  # bytes that one thread reads
+CHECKSUM_BLOCK = 2**26  # bytes that one thread reads, in chunks
+CHUNK = 2**20
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used, or written, in one sentence."""
+    """A checkpoint cannot be used or written."""
 
 
 @dataclass
 class RunState:
-    """Where a run stands between two steps. Sampling is counted, so this and the weights fix all that follows."""
+    """The state of a run between two steps; with the weights it determines all later steps (draws are counted)."""
 
     step: int = 0  # over all stages
     stage: int = 0
     stage_step: int = 0
     stage_tokens: int = 0  # of this stage's training rollouts so far
     prepared: bool = False  # the stage's filter and temperature search are done
-    position: int = 0  # problems handed out in this stage
+    position: int = 0  # problems used so far in this stage
     problem_ids: list[str] = field(default_factory=list)  # of the stage; empty before the first rl stage
     probe_ids: list[str] = field(default_factory=list)  # problems on which diversity is measured, in every stage
-    probe_tokens: int = 0  # and the longest response there
+    probe_tokens: int = 0  # length limit of responses to them
     temperature: float = 0.0
     diversity: float | None = None  # distinct-4 at the stage's start, which the next stage restores
-    nonfinite_steps: int = 0  # the last so many updates had no finite gradient
+    nonfinite_steps: int = 0  # consecutive updates up to now without a finite gradient
     history: History = field(default_factory=History)
     sinks: Sinks = field(default_factory=Sinks)
     metrics_position: list[int] = field(default_factory=lambda: [0, 0])  # lines of metrics.jsonl and rollouts.jsonl
@@ -79,9 +80,9 @@ class RunState:
 def save_checkpoint(
     folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, state: RunState, processes: Processes, kept: int
 ) -> Path:
-    """Write RUN/checkpoints/step-N and drop the oldest beyond `kept`. Every process calls it.
+    """Write RUN/checkpoints/step-N and remove the oldest beyond `kept`. Every process calls it.
 
-    Raises CheckpointError on all of them when one cannot write its part; older checkpoints stay as they are then.
+    Raises CheckpointError on all processes when one cannot write its part; older checkpoints then stay as they were.
     """
     final = folder / "checkpoints" / f"step-{state.step}"
     unfinished, replaced = final.with_suffix(".unfinished"), final.with_suffix(".replaced")
@@ -96,12 +97,11 @@ def save_checkpoint(
 
     def write_tensors() -> dict[str, list[int]]:
         parts = trained_parts(model, optimizer)
-        # a writer thread with an OpenMP team of its own would leave more threads than cores, and every later
-        # operation slow
+        # a writer thread with its own OpenMP team would leave more threads than cores, and slow down all later work
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            dcp.save(parts, checkpoint_id=unfinished, process_group=processes.gloo)  # which brings files to the disk
+            dcp.save(parts, checkpoint_id=unfinished, process_group=processes.gloo)  # syncs its files
         finally:
             torch.set_num_threads(threads)
         return file_checksums(unfinished.glob(f"__{processes.rank}_*"))
@@ -109,100 +109,86 @@ def save_checkpoint(
     def complete() -> None:
         if not processes.is_main:
             return
-        with (unfinished / "run.pt").open("wb") as file:
-            torch.save(_pack(state), file)
-            _sync(file)
-        files = checksums | file_checksums([unfinished / "run.pt", unfinished / ".metadata"])
-        write_manifest(unfinished, files)
-        sync_folder(unfinished)
-        if final.exists():  # the same step again: until the new one has its name, the old one counts
+        packed = io.BytesIO()
+        torch.save(_pack(state), packed)
+        write_atomically(unfinished / "run.pt", [packed.getbuffer()])
+        write_manifest(unfinished, checksums | file_checksums([unfinished / "run.pt", unfinished / ".metadata"]))
+        if final.exists():  # the same step again: the old one counts until the new one has its name
             final.rename(replaced)
         unfinished.rename(final)
         sync_folder(final.parent)
 
     try:
-        together(processes, begin)
-        for part in together(processes, write_tensors):
+        _together(processes, begin)
+        for part in _together(processes, write_tensors):
             checksums |= part
-        together(processes, complete)
+        _together(processes, complete)
     except CheckpointError as error:
         if processes.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full of it
+            shutil.rmtree(unfinished, ignore_errors=True)  # it may fill the disk
         raise CheckpointError(
-            f"{final} cannot be written ({error}); older checkpoints are as they were: make room there, then go on "
-            f"with --resume {folder}"
+            f"{final} cannot be written ({error}); older checkpoints are unchanged: free some space, then resume with "
+            f"--resume {folder}"
         ) from None
     if processes.is_main:
         found = list_checkpoints(folder)
-        ahead = [path for path in found if _step(path) > state.step]  # passed over when this run was resumed
-        older = found[: len(found) - len(ahead)][:-kept]
-        for path in [*ahead, *older, *([replaced] if replaced.exists() else [])]:
-            removed = path.with_suffix(".removed")  # a name that can be seen is whole, until the end
+        later = [path for path in found if _step(path) > state.step]  # damaged: this run resumed from an older one
+        older = found[: len(found) - len(later)][:-kept]
+        for path in [*later, *older, *([replaced] if replaced.exists() else [])]:
+            removed = path.with_suffix(".removed")  # so that step-N stays complete until it is gone
             path.rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
-    processes.broadcast(None)  # nobody goes on before it is complete
+    processes.broadcast(None)  # no process continues before the checkpoint is complete
     return final
 
 
-def together(processes: Processes, work: Callable[[], Any]) -> list[Any]:
-    """What `work` returned on every process; when it failed on one, CheckpointError on all: nobody is left waiting."""
+def _together(processes: Processes, work: Callable[[], Any]) -> list[Any]:
+    """Return the results of `work` on all processes; raise CheckpointError on all of them when it fails on one."""
     result, fault = None, None
     try:
         result = work()
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
         fault = _reason(error)
-    outcomes = processes.all_gather((result, fault))
-    for _, fault in outcomes:
-        if fault:
-            raise CheckpointError(fault)
-    return [result for result, _ in outcomes]
-
-
-def _sync(file: Any) -> None:
-    """Bring an open file to the disk: a rename must not outlive what it names."""
-    file.flush()
-    os.fsync(file.fileno())
+    results, faults = zip(*processes.all_gather((result, fault)), strict=True)
+    if any(faults):
+        raise CheckpointError(next(filter(None, faults)))
+    return results
 
 
 def _reason(error: BaseException) -> str:
-    """An error in a few words, on one line."""
+    """Return an error as one line."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]  # of the first process that failed
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 over the CRC-32s of a file's blocks, which several threads read at once."""
+    """Return the CRC-32 of the CRC-32s of a file's blocks."""
 
-    def of_block(start: int) -> bytes:
-        crc, left, buffer = 0, CHECKSUM_BLOCK, bytearray(2**20)
-        with path.open("rb", buffering=0) as file:
+    def block_crc(start: int) -> bytes:
+        crc = 0
+        with path.open("rb") as file:
             file.seek(start)
-            while left and (count := file.readinto(memoryview(buffer)[: min(left, len(buffer))])):
-                crc, left = zlib.crc32(memoryview(buffer)[:count], crc), left - count
+            for _ in range(CHECKSUM_BLOCK // CHUNK):
+                crc = zlib.crc32(file.read(CHUNK), crc)
         return crc.to_bytes(4, "little")
 
-    starts = range(0, path.stat().st_size, CHECKSUM_BLOCK)
-    with ThreadPoolExecutor(max(1, min(8, len(starts)))) as threads:
-        return zlib.crc32(b"".join(threads.map(of_block, starts)))
+    with ThreadPoolExecutor(8) as threads:
+        return zlib.crc32(b"".join(threads.map(block_crc, range(0, path.stat().st_size, CHECKSUM_BLOCK))))
 
 
 def file_checksums(paths: Iterable[Path]) -> dict[str, list[int]]:
-    """Size in bytes and checksum by name."""
+    """Return each file's size in bytes and checksum, by name."""
     return {path.name: [path.stat().st_size, checksum(path)] for path in paths}
 
 
 def write_manifest(checkpoint: Path, files: dict[str, list[int]]) -> None:
-    """What the checkpoint must hold from now on, with a checksum of the list itself."""
-    with (checkpoint / MANIFEST).open("w") as file:
-        json.dump({"files": files, "checksum": _checksum_of(files)}, file, indent=1)
-        _sync(file)
+    """Write the list of a checkpoint's files, with the list's own checksum."""
+    text = json.dumps({"files": files, "checksum": _list_checksum(files)}, indent=1)
+    write_atomically(checkpoint / MANIFEST, [text.encode()])
 
 
-def _checksum_of(files: dict[str, list[int]]) -> int:
+def _list_checksum(files: dict[str, list[int]]) -> int:
     return zlib.crc32(json.dumps(files, sort_keys=True).encode())
 
 
@@ -210,7 +196,7 @@ def _checksum_of(files: dict[str, list[int]]) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     found: dict[int, Path] = {}
     for path in sorted((folder / "checkpoints").glob("step-*")):  # step-8 comes before step-8.replaced
         if path.suffix in ("", ".replaced") and path.stem.removeprefix("step-").isdigit():
@@ -223,49 +209,41 @@ def _step(checkpoint: Path) -> int:
 
 
 def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """What has happened to a checkpoint since it was written, if anything; of several processes each reads a share."""
+    """Return what has changed in a checkpoint since it was written, None if nothing; each rank checks some files."""
+    name = MANIFEST
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files = manifest["files"]
-        if _checksum_of(files) != manifest["checksum"]:
+        if _list_checksum(files) != manifest["checksum"]:
             return f"{MANIFEST} has changed since it was written"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({_reason(error)})"
-    for name, (size, crc) in sorted(files.items())[rank::ranks]:
-        try:
+        for name, (size, crc) in sorted(files.items())[rank::ranks]:
             found = (checkpoint / name).stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes, not {size:,}"
             if checksum(checkpoint / name) != crc:
                 return f"{name} has changed since it was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({_reason(error)})"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{name} cannot be read ({_reason(error)})"
     return None
 
 
 def read_state(
     folder: Path, processes: Processes | None = None, lines: Sequence[int] | None = None
 ) -> tuple[Path, RunState] | None:
-    """The newest checkpoint that is whole, and where the run stood; None when there is none at all.
+    """Return the newest undamaged checkpoint and its RunState, None when there is no checkpoint; restore torch's RNG.
 
-    Every process calls it; without `processes` a single one reads.
-
-    What is passed over, and why, is said. `lines` are the whole lines that metrics.jsonl and rollouts.jsonl hold now: a
-    checkpoint that counts on more of them is passed over too. Raises CheckpointError when none can be used.
+    Every process calls it, or a single one without `processes`. `lines` are the complete lines of metrics.jsonl and
+    rollouts.jsonl: a checkpoint that continues from more of them is skipped as well. Prints which checkpoints are
+    skipped and why. Raises CheckpointError when none can be used.
     """
-    passed_over = []
-    checkpoints = list_checkpoints(folder)[::-1]
-    for checkpoint in processes.broadcast(checkpoints) if processes else checkpoints:
-        if processes:
-            fault = next(
-                filter(None, processes.all_gather(damage(checkpoint, processes.rank, processes.world_size))), None
-            )
-        else:
-            fault = damage(checkpoint)
+    gather, say, share = (lambda value: [value]), print, (0, 1)
+    if processes:
+        gather, say, share = processes.all_gather, processes.say, (processes.rank, processes.world_size)
+    skipped = []
+    for checkpoint in gather(list_checkpoints(folder)[::-1])[0]:
+        fault = next(filter(None, gather(damage(checkpoint, *share))), None)
         if not fault:
             try:
                 packed = torch.load(checkpoint / "run.pt", weights_only=True)
@@ -276,47 +254,42 @@ def read_state(
             else:
                 for name, now, then in zip(FILES, lines or state.metrics_position, state.metrics_position, strict=True):
                     if now < then:
-                        fault = f"{name} holds only {now} of the {then} lines that it goes on from"
+                        fault = f"{name} has only {now} of the {then} lines that it continues from"
         if not fault:
             torch.set_rng_state(random)
             return checkpoint, state
-        passed_over.append(f"{checkpoint.name} ({fault})")
-        (processes.say if processes else print)(f"passed over {checkpoint}: {fault}")
-    if passed_over:
+        skipped.append(f"{checkpoint.name} ({fault})")
+        say(f"skipped {checkpoint}: {fault}")
+    if skipped:
         raise CheckpointError(
-            f"no checkpoint of {folder} can be used: {'; '.join(passed_over)}: put one back, or remove "
-            f"{folder / 'checkpoints'} to begin again from nothing"
+            f"no checkpoint of {folder} can be used: {'; '.join(skipped)}: restore one, or remove "
+            f"{folder / 'checkpoints'} to start over"
         )
     return None
 
 
 def trained_parts(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """The tensors of a checkpoint. A frozen base is left out: it is in the model's folder."""
+    """Return the tensors of a checkpoint, without a frozen base, which is in the model's folder."""
     weights = get_model_state_dict(model)
     if model.lora:
         weights = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
     fresh = not optimizer.state
     moments = get_optimizer_state_dict(model, optimizer)
-    if fresh:  # torch has made the moments by a step with rate 0, and counted it
+    if fresh:  # torch has created the moments with a step at rate 0, and counted it
         for state in [*moments["state"].values(), *optimizer.state.values()]:
             state["step"].zero_()
     return {"model": weights, "optimizer": moments}
 
 
-def adapter_rank(checkpoint: Path) -> int:
-    """The rank of the adapter in a checkpoint; 0 when it holds whole weights."""
-    tensors = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    return next((tensor.size[0] for name, tensor in tensors.items() if name.endswith(".lora_A")), 0)
-
-
 def load_weights_and_optimizer(
     checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer, processes: Processes
 ) -> None:
-    """Fill model and optimizer, on any number of processes. Every process calls it."""
+    """Load a checkpoint into model and optimizer, on any number of processes. Every process calls it."""
     parts = trained_parts(model, optimizer)
     wanted = model.lora.rank if model.lora else 0
     try:
-        saved = adapter_rank(checkpoint)
+        saved_tensors = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        saved = next((tensor.size[0] for name, tensor in saved_tensors.items() if name.endswith(".lora_A")), 0)
         if saved == wanted:
             dcp.load(parts, checkpoint_id=checkpoint, process_group=processes.gloo)
     except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
@@ -325,22 +298,18 @@ def load_weights_and_optimizer(
         ) from None
     if saved != wanted:
         raise CheckpointError(f"{checkpoint} was saved with lora.rank = {saved}, not {wanted}: resume with that rank")
-    # not strict: a frozen base is no part of a checkpoint
+    # not strict: a checkpoint does not contain a frozen base
     set_model_state_dict(model, parts["model"], options=StateDictOptions(strict=not wanted))
     set_optimizer_state_dict(model, optimizer, parts["optimizer"])
 
 
 def _pack(state: RunState) -> dict:
-    """Plain types and tensors only: what torch.load reads without running code."""
-    plain = {key: value for key, value in vars(state).items() if key not in ("history", "sinks")}
+    """Return the state as plain types and tensors, which torch.load reads without running code."""
     sinks = {}
     for problem_id, (rollout, reward) in state.sinks.held.items():
-        arrays = {
-            key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-            for key, value in asdict(rollout).items()
-        }
-        sinks[problem_id] = arrays | {"reward": reward}
-    return plain | {"history": state.history.state_dict(), "sinks": sinks, "torch_rng": torch.get_rng_state()}
+        fields = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in asdict(rollout).items()}
+        sinks[problem_id] = fields | {"reward": reward}
+    return vars(state) | {"history": state.history.state_dict(), "sinks": sinks, "torch_rng": torch.get_rng_state()}
 
 
 def _unpack(packed: dict) -> RunState:

@@ -1,19 +1,21 @@
-"""The one device object: where this process computes, and with which others.
+"""The processes of a run: this one's device and rank, collectives of Python objects, and how a job ends.
 
-torchrun starts as many processes as there are devices and tells each its place through the environment; a plain
-`python train.py` is a group of one. On CUDA the collectives of tensors go over nccl, those of Python objects over
-gloo; on a CPU everything goes over gloo.
+torchrun starts one process per device and sets each one's rank in the environment; a plain `python train.py` is a group
+of one. On CUDA, collectives of tensors use nccl and those of Python objects use gloo; on a CPU both use gloo.
 
-A rank that hangs, dies or raises ends the job with one sentence. Every rank notes the place where it is in torchrun's
-store, so that those who wait in vain can say who is missing and where it was last; whoever has something to say first
-says it, and the others leave quietly, or torchrun ends them.
+A rank that hangs, dies or raises ends the job with one sentence. Every rank writes the place it has reached to
+torchrun's store, so that the ranks that wait in vain can name the missing one and its last place. The first rank with
+an error prints it; the others exit without output, or torchrun ends them.
 """
 
 import os
+import resource
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -25,83 +27,75 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from engine.errors import UserError
 
 # ranks sample responses of very different length, and the first to finish waits for the last
-COLLECTIVE_TIME_LIMIT_SECONDS = 6 * 3600.0  # an environment variable of this name sets another
-NCCL_GRACE = timedelta(minutes=1)  # nccl's own watchdog aborts a process without a word of where it was
+COLLECTIVE_TIME_LIMIT_SECONDS = 6 * 3600.0  # the environment variable of this name overrides it
+NCCL_GRACE = timedelta(minutes=1)  # nccl's own watchdog aborts a process without saying where it was
 
 
 class RankError(UserError):
-    """Another rank is missing from a collective; one sentence that names it, and the place."""
+    """Another rank is missing from a collective; names the rank and the place."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's accelerator and its place among the others."""
+    """This process's device and its rank among the others."""
 
     device: torch.device
     compute_dtype: torch.dtype  # of weights and activations in forward and backward; master weights are float32
     rank: int
     world_size: int
     mesh: DeviceMesh
-    gloo: dist.ProcessGroup  # gloo, for Python objects
+    gloo: dist.ProcessGroup  # for Python objects
 
     @property
     def is_main(self) -> bool:
-        """The process that writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def say(self, *words: object) -> None:
-        """Print once, not once per process."""
+        """Print on the main process only."""
         if self.is_main:
             print(*words, flush=True)
 
     def broadcast(self, value: Any, place: str = "") -> Any:
-        """The main process's value, on every process. The place is for errors: without one, the caller's name."""
+        """Return the main process's value on every process. Errors name the place, by default the calling function."""
         if self.world_size == 1:
             return value
-        box = [value]
-        note_place(place or caller())
-        try:
-            dist.broadcast_object_list(box, src=0, group=self.gloo)
-        except RuntimeError as error:
-            raise_lost(error)
-        return box[0]
+        values = [value]
+        with _collective(place or _caller()):
+            dist.broadcast_object_list(values, src=0, group=self.gloo)
+        return values[0]
 
     def all_gather(self, value: Any, place: str = "") -> list[Any]:
-        """Every process's value, in the order of ranks, on every process. The place is as in `share`."""
+        """Return every process's value, by rank, on every process. The place is as in `broadcast`."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        note_place(place or caller())
-        try:
+        with _collective(place or _caller()):
             dist.all_gather_object(values, value, group=self.gloo)
-        except RuntimeError as error:
-            raise_lost(error)
         return values
 
     def free_memory_bytes(self) -> int:
-        """What this process may take: the GPU's free memory, or its share of half of a CPU's memory."""
+        """Return the GPU's free memory; on a CPU, this process's share of half of the machine's memory."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info()[0]
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))  # ranks on this machine
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // here
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // local_ranks
 
     def peak_memory_gib(self) -> float:
-        """The most memory held so far: on the GPU, or by the process on a CPU."""
+        """Return the most memory allocated so far: on the GPU, or by the process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
-        import resource  # POSIX only, and only here
-
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
         return kilobytes / 2**20
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks, also before `start` and after `stop`."""
+    """Whether this is the process that prints; also valid before `start` and after `stop`."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def collective_time_limit() -> timedelta:
-    """How long a collective may wait for the slowest rank."""
+    """Return how long a collective may wait for the slowest rank. Raises RankError for a bad environment variable."""
     text = os.environ.get("COLLECTIVE_TIME_LIMIT_SECONDS", str(COLLECTIVE_TIME_LIMIT_SECONDS))
     try:
         limit = timedelta(seconds=float(text))
@@ -113,47 +107,43 @@ def collective_time_limit() -> timedelta:
 
 
 def start() -> Processes:
-    """Join the process group that torchrun described, or make one of a single process."""
+    """Join the process group that torchrun describes, or make one of a single process."""
     global _watch
-    cuda, limit = torch.cuda.is_available(), collective_time_limit()
-    # the sampler's cache comes and goes every step: without this, what lives on splits its place for good; the
-    # allocator reads it when CUDA begins
+    cuda, limit, launched = torch.cuda.is_available(), collective_time_limit(), "RANK" in os.environ
+    # the sampler's cache is allocated and freed every step; without this, longer-lived tensors fragment its memory for
+    # good. The allocator reads the variable when CUDA initializes
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(device)
-        store, rank, ranks = next(dist.rendezvous("env://"))
-        # torchrun keeps its store over a restart, and gloo would dial the dead processes' ports
-        store = dist.PrefixStore(f"launch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        grace = NCCL_GRACE if cuda else timedelta()
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit + grace)
-        if ranks > 1:
-            _watch = Watch(store, rank, ranks, limit, alarms=cuda)
-            note_place("starting up", collective=False)
-        if not cuda:  # torchrun gives each process one thread; share the cores instead
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
-    else:
-        device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    device, store, rank, world_size = torch.device("cpu"), dist.HashStore(), 0, 1
     if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
+        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; the work is done in bfloat16
+    if launched:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # torchrun keeps its store over a restart, and gloo would connect to the dead processes' ports
+        store = dist.PrefixStore(f"launch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend, timeout = ("cpu:gloo,cuda:nccl", limit + NCCL_GRACE) if cuda else ("gloo", limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if world_size > 1:
+        _watch = Watch(store, rank, world_size, limit, alarms=cuda)
+        note_place("starting up", collective=False)
+    if launched and not cuda:  # torchrun gives each process one thread; share the cores instead
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     return Processes(
         device=device,
         compute_dtype=torch.bfloat16 if cuda else torch.float32,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        rank=rank,
+        world_size=world_size,
+        mesh=init_device_mesh(device.type, (world_size,)),
         gloo=dist.new_group(backend="gloo", timeout=limit),
     )
 
 
 def stop() -> None:
-    """Leave the process group; where the job fails, others may still wait in it, and only the process can end."""
+    """Leave the process group, except after an error: other ranks may still wait in it, and `exit_process` ends it."""
     global _watch
-    failed = others_spoke()
+    failed = error_reported()
     note_place("leaving", collective=False)
     _watch = None
     if dist.is_initialized() and not failed:
@@ -161,9 +151,9 @@ def stop() -> None:
 
 
 def exit_process(status: int | str) -> None:
-    """End with a status as sys.exit takes it; one of several processes goes without Python's own teardown.
+    """Exit with a status as sys.exit takes it; one of several processes skips the interpreter's shutdown.
 
-    There, a thread of gloo's that lets go of a Python object would abort a process whose work is done and saved.
+    During shutdown, a gloo thread that releases a Python object would abort a process whose work is done and saved.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if status:
@@ -181,31 +171,43 @@ def exit_process(status: int | str) -> None:
 
 @dataclass
 class Watch:
-    """Where this rank is, noted where every rank can read it."""
+    """The place this rank has reached, and the store in which every rank can read it."""
 
     store: dist.Store
     rank: int
-    ranks: int
+    world_size: int
     limit: timedelta
-    alarms: bool  # whether collectives raise nothing by themselves when their time is up, as those of nccl
-    entered: int = 0  # collective places so far: all ranks come to the same ones in the same order
+    alarms: bool  # whether collectives that time out raise nothing, as with nccl, so that an alarm must end the process
+    entered: int = 0  # collective places so far: all ranks enter the same ones in the same order
     place: str = ""
     alarm: threading.Timer | None = None
 
 
-_watch: Watch | None = None  # of this process; None where it is alone
+_watch: Watch | None = None  # None in a group of one
 
 
-def caller() -> str:
-    """The function that called `share` or `gather`, as a place."""
+@contextmanager
+def _collective(place: str) -> Iterator[None]:
+    """Note the place of a collective, and raise RankError when it fails because another rank is missing."""
+    note_place(place)
+    try:
+        yield
+    except RuntimeError as error:
+        if not _lost_contact(error):
+            raise
+        raise RankError(_missing_ranks(str(error))) from None
+
+
+def _caller() -> str:
+    """Return the function that called the method that calls this, as a place."""
     code = sys._getframe(2).f_code
     return f"{code.co_qualname} of {os.path.basename(code.co_filename)}"
 
 
 def note_place(place: str, collective: bool = True) -> None:
-    """Note that this rank is now at a place, for those who may have to say that it never came to the next.
+    """Write to the store that this rank has reached a place, for ranks that may wait for it in vain.
 
-    A collective place is one that all ranks come to, and in which they wait for each other.
+    All ranks enter a collective place, and wait for each other in it.
     """
     if _watch is None:
         return
@@ -215,96 +217,84 @@ def note_place(place: str, collective: bool = True) -> None:
     _watch.place, _watch.entered = place, _watch.entered + collective
     try:
         _watch.store.set(f"place/{_watch.rank}", f"{_watch.entered} {place}")
-    except RuntimeError:  # with the store's process gone the next collective fails, and says so
+    except RuntimeError:  # the store's process is gone: the next collective fails and reports it
         return
     if _watch.alarms and collective:
-        _watch.alarm = threading.Timer(_watch.limit.total_seconds(), give_up)
+        _watch.alarm = threading.Timer(_watch.limit.total_seconds(), _give_up)
         _watch.alarm.daemon = True
         _watch.alarm.start()
 
 
-def give_up() -> NoReturn:
-    """What an alarm does: the main thread waits on the accelerator, where nothing can be raised."""
-    report_error(RankError(who_is_missing("timed out")), "alarm")
+def _give_up() -> NoReturn:
+    """End the process from an alarm: the main thread waits for the GPU, where nothing can be raised."""
+    report_error(RankError(_missing_ranks("timed out")), "alarm")
     os._exit(1)
 
 
-def lost_contact(error: BaseException) -> bool:
-    """Whether a collective failed for want of another rank: its time was up, or the connection was."""
+def _lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because another rank was too late or its connection closed."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def raise_lost(error: RuntimeError) -> NoReturn:
-    """The error of a collective as a RankError; any other as it is."""
-    if not lost_contact(error):
-        raise error
-    raise RankError(who_is_missing(str(error))) from None
-
-
-def who_is_missing(reason: str) -> str:
-    """The sentence of a rank that waited in vain at its place."""
-    hangs = "timed out" in reason.lower() or "timeout" in reason.lower()
+def _missing_ranks(reason: str) -> str:
+    """Return the sentence of a rank that waited in vain: who is missing, and from which collective."""
     behind: list[tuple[int, str]] = []
-    if _watch is not None:
-        try:
-            for rank in range(_watch.ranks):
-                noted = _watch.store.get(f"place/{rank}").decode() if _watch.store.check([f"place/{rank}"]) else "0 -"
-                entered, place = noted.split(" ", 1)
-                if int(entered) < _watch.entered:
-                    behind.append((rank, place))
-        except RuntimeError:
-            behind = []  # the store went with its process
+    try:
+        for rank in range(_watch.world_size):
+            noted = _watch.store.get(f"place/{rank}").decode() if _watch.store.check([f"place/{rank}"]) else "0 -"
+            entered, place = noted.split(" ", 1)
+            if int(entered) < _watch.entered:
+                behind.append((rank, place))
+    except RuntimeError:
+        behind = []  # the store's process is gone
     who = " and ".join(f"rank {rank} (last: {place})" for rank, place in behind[:4]) or "another rank"
     who += f" and {len(behind) - 4} more" * (len(behind) > 4)
-    here = _watch.place if _watch is not None else "a collective"
-    if not hangs:
-        return f"{who} is gone, and was waited for in: {here}; see what it or torchrun said, and resume the run"
-    limit = _watch.limit.total_seconds() if _watch is not None else collective_time_limit().total_seconds()
-    return (
-        f"{who} did not come within {limit:g} seconds to: {here}; it hangs, or needs longer: then set "
-        f"COLLECTIVE_TIME_LIMIT_SECONDS in the environment"
-    )
+    if "timed out" in reason.lower() or "timeout" in reason.lower():
+        return (
+            f"{who} did not arrive within {_watch.limit.total_seconds():g} seconds at: {_watch.place}; it hangs or "
+            f"needs more time: for more time set COLLECTIVE_TIME_LIMIT_SECONDS in the environment"
+        )
+    return f"{who} ended before it arrived at: {_watch.place}; see its output and torchrun's, then resume the run"
 
 
-def others_spoke() -> bool:
-    """Whether a rank has already said why the job ends."""
+def error_reported() -> bool:
+    """Whether a rank has already printed why the job ends."""
     try:
-        return _watch is not None and _watch.store.check(["spoken"])
+        return _watch is not None and _watch.store.check(["error reported"])
     except RuntimeError:
         return False
 
 
 def report_error(error: BaseException, program: str) -> int | str:
-    """Say why this rank ends, unless another already has; returns the status for `exit_process`.
+    """Print why this rank ends, unless another rank has; return the status for `exit_process`.
 
-    What a person can put right is one sentence, and so is a collective that failed; all else comes with its traceback.
+    Errors that a person can put right and failed collectives are one sentence; all others come with their traceback.
     """
-    if _watch is not None and lost_contact(error):
-        error = RankError(who_is_missing(str(error)))
-    sentence = f"{program}: {error}"
-    if not isinstance(error, (UserError, ImportError, OSError)):
-        if _watch is None:
-            raise error
-        sentence = f"{program}: {traceback.format_exc()}"
+    correctable = isinstance(error, (UserError, ImportError, OSError))
     if _watch is None:
-        return sentence if is_main_process() else 1
+        if not correctable:
+            raise error
+        return f"{program}: {error}" if is_main_process() else 1
+    if _lost_contact(error):
+        error, correctable = RankError(_missing_ranks(str(error))), True
     try:
-        first = _watch.store.add("spoken", 1) == 1
-    except RuntimeError:
-        first = True  # nobody can be asked
+        first = _watch.store.add("error reported", 1) == 1
+    except RuntimeError:  # the store's process is gone
+        first = True
     if first:  # before this rank's connections close and the others notice
-        print(f"rank {_watch.rank}: {sentence}", file=sys.stderr, flush=True)
+        text = error if correctable else traceback.format_exc()
+        print(f"rank {_watch.rank}: {program}: {text}", file=sys.stderr, flush=True)
     return 1
 
 
 class Interrupted(Exception):
-    """Sampling was abandoned because the run was asked to stop; every process raises it."""
+    """Work was abandoned because the run was asked to stop; every process raises it."""
 
 
 class StopRequest:
-    """Ctrl-C, or a machine taken away: save what is whole and leave. A second signal is obeyed at once."""
+    """A request to save and exit, made by SIGINT or SIGTERM; a second signal stops the process at once."""
 
-    def __init__(self, saved: str = "the last whole step is being saved") -> None:
+    def __init__(self, saved: str = "the last complete step is being saved") -> None:
         self.asked, self.saved = False, saved
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
@@ -313,10 +303,5 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        if others_spoke():  # torchrun clears up after a rank that failed
-            return
-        print(f"\nstopping: {self.saved}; once more to stop at once", file=sys.stderr, flush=True)
-
-    def agreed(self, processes: Processes) -> bool:
-        """Whether any process was asked to stop: all of them leave at the same step."""
-        return any(processes.all_gather(self.asked))
+        if not error_reported():  # else torchrun is ending the other ranks after one that failed
+            print(f"\nstopping: {self.saved}; signal again to stop at once", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
-"""The one kind of error that a person can put right."""
+"""The base class of all errors that a person can correct."""
 
 
 class UserError(Exception):
-    """Ends a program with one sentence (what, where, what to do) and without a traceback."""
+    """Ends a program without a traceback. The message is one sentence: what is wrong, where, and what to do."""

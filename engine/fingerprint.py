@@ -1,4 +1,4 @@
-"""What a run depends on beside its checkpoint: the identity of model, data, code and recipe."""
+"""Fingerprints of what a run depends on in addition to its checkpoint: model, data, code and recipe."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ import torch
 
 from lab.problems import DataError, Problem
 
-IDENTITY_BYTES = 2**20  # of a weights file's beginning (its header, and the first tensors) and end, to know it by
+IDENTITY_BYTES = 2**20  # hashed at each end of a file: the start of a weights file holds its header
 
 
 def data_identity(rows: Iterable[Problem | list[dict]]) -> str:
-    """A hash of problems (ids, texts, answers, solutions) or chats, in their order."""
+    """Hash problems (ids, texts, answers, solutions) or chats, in their order."""
     found = hashlib.blake2b(digest_size=8)
     for row in rows:
         found.update(json.dumps(vars(row) if isinstance(row, Problem) else row).encode())
@@ -23,9 +23,9 @@ def data_identity(rows: Iterable[Problem | list[dict]]) -> str:
 
 
 def model_identity(folder: Path) -> str:
-    """A hash of a model folder: names and sizes, small files whole, of larger ones the first and the last MiB.
+    """Hash the files of a model folder: name, size, and the first and last MiB.
 
-    Enough to tell models and their fine-tunes apart within a second; a change in the middle of a file is missed.
+    Tells models and their fine-tunes apart within a second, but misses a change in the middle of a large file.
     """
     found = hashlib.blake2b(digest_size=8)
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -39,7 +39,7 @@ def model_identity(folder: Path) -> str:
 
 
 def code_version(folder: Path) -> str:
-    """A hash of the program's files (a commit says nothing of what was edited since), with the commit for people."""
+    """Hash the code's files, which may differ from the commit; the commit is appended for people to read."""
     found = hashlib.blake2b(digest_size=8)
     for path in sorted(path for pattern in ("*.py", "engine/*.py", "lab/*.py") for path in folder.glob(pattern)):
         found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
@@ -47,7 +47,7 @@ def code_version(folder: Path) -> str:
 
 
 def git_commit(folder: Path) -> str:
-    """The commit that a folder is at; "unknown" without git."""
+    """Return the git commit of a folder, "unknown" without git."""
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -56,14 +56,14 @@ def git_commit(folder: Path) -> str:
 
 
 def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str] = ()) -> list[str]:
-    """What differs between two fingerprints, a few words each; `chosen` are recipe keys that were changed on purpose.
+    """Describe the differences between two fingerprints; `chosen` are recipe keys that were changed on purpose.
 
-    A fingerprint holds "recipe" (TOML), "model", "code" and a "data SOURCE" for each. Commits are not compared.
+    A fingerprint has "recipe" (TOML), "model", "code" and "data SOURCE" for each source. Commits are not compared.
     """
     found = []
     values = [dict(_flat(tomllib.loads(fingerprint.get("recipe", "")))) for fingerprint in (then, now)]
     for key in sorted(values[0].keys() | values[1].keys()):
-        old, new = (of.get(key) for of in values)
+        old, new = (table.get(key) for table in values)
         if old != new and not any(f"{key}.".startswith(f"{name}.") for name in chosen):
             found.append(f"recipe: {key} was {old!r}, is {new!r}")
     for name in sorted((then.keys() & now.keys()) - {"recipe"}):
@@ -73,7 +73,7 @@ def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str]
 
 
 def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
-    """Dotted names and values, as --set names them."""
+    """Yield the dotted names, as --set has them, and the values."""
     for key, value in table.items() if isinstance(table, dict) else enumerate(table):
         if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
             yield from _flat(value, f"{where}{key}.")
@@ -82,10 +82,10 @@ def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
 
 
 def require_same(path: Path, held: dict, wanted: dict) -> None:
-    """Raise DataError unless a file or folder that was made with the settings `held` has all that are wanted."""
+    """Raise DataError unless the settings `held`, with which a file or folder was made, agree with `wanted`."""
     for name, value in wanted.items():
         if held.get(name) != value:
             raise DataError(
-                f"{path} was made with {name} = {held.get(name)}, not {value}: use the settings that it was made with, "
-                f"or give another name"
+                f"{path} was made with {name} = {held.get(name)}, not {value}: use the same setting, or give "
+                f"another name"
             )

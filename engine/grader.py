@@ -10,15 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
+from engine.errors import UserError
 from lab import answers as answer_matching
 from lab.answers import text_verdict, tidy
 from reward import Grade, format_reward, last_boxed, step_reward
 
 CACHED_VERDICTS = 20_000  # of pairs of golds and answer
 START_LIMIT_S = 60.0  # for a worker to import math-verify
+LEAST_FAILURES = 5  # fewer grader failures than this never stop a run
 
 
 class _Worker:
@@ -182,3 +184,18 @@ class Grader:
             worker, self._slots[slot] = self._slots[slot], None
         if worker is not None:
             worker.kill()
+
+
+class GraderError(UserError):
+    """The grader fails too often for its verdicts to be trusted."""
+
+
+def check_grader(verdicts: Mapping[str, int], most_failed_share: float) -> None:
+    """Raise GraderError when more than this share of the verdicts are failures of the grader itself."""
+    failed, graded = verdicts.get("grader failed", 0), sum(verdicts.values())
+    if failed >= LEAST_FAILURES and failed > most_failed_share * graded:
+        raise GraderError(
+            f"the grader failed on {failed} of {graded} answers ({failed / graded:.1%}, more than the "
+            f"{most_failed_share:.1%} allowed): check that math-verify imports and that its workers have enough "
+            f"memory, or allow a larger share (reward.most_failed_share in a recipe, --most-failed-share of eval.py)"
+        )

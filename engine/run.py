@@ -1,7 +1,7 @@
-"""A run under way: recipe, model, data and state, and what every stage does with them.
+"""The Run object: recipe, model, data and state, and the operations that every stage shares.
 
-train.py is the recipe; this is what carries it through: sampling settings, updates within the memory there is, the end
-of a step, checkpoints, stopping in order. `engine.start` makes a Run.
+train.py has the recipe; a Run supplies its sampling settings, updates that fit in memory, the end of a step,
+checkpoints and stopping. `engine.start` builds it.
 """
 
 import os
@@ -29,37 +29,37 @@ from lab.run_data import RunData, by_ids
 from model import Transformer, save
 from rollout import Sampling
 
-EVALUATION_DRAW = -1  # evaluations draw from a place that no training step counts from
+EVALUATION_DRAW = -1  # the step from which evaluations draw; training steps are not negative
 
 
 @dataclass
 class Run:
-    """What all parts of a run need."""
+    """Everything that the parts of a run share."""
 
     recipe: Recipe
     folder: Path
     processes: Processes
     model: Transformer
-    model_folder: Path  # the model that the run began with
+    model_folder: Path  # of the model that the run started from
     data: RunData
     worker: RolloutWorker
     metrics: Metrics
     state: RunState
     stop: StopRequest
-    resume_from: Path | None  # a checkpoint whose weights and optimizer the first stage to run loads
-    lock: int | None  # the folder, held as long as this process lives; None in all processes but the main one
-    micro_batch_tokens: int  # the recipe's, until memory runs out; a resumed run tries the recipe's again
-    saved: tuple[int, int, bool] | None  # step, stage, prepared: of the newest checkpoint
-    optimizer: torch.optim.Optimizer | None = None  # of the stage whose steps are under way
+    resume_from: Path | None  # checkpoint whose weights and optimizer the first stage to run loads
+    lock: int | None  # on the folder, until this process ends; None except on the main process
+    micro_batch_tokens: int  # the recipe's, until memory runs out; a resumed run starts with the recipe's again
+    saved: tuple[int, int, bool] | None  # (step, stage, prepared) of the newest checkpoint
+    optimizer: torch.optim.Optimizer | None = None  # of the current stage
     sft_sequences: dict[int, list[TrainingSequence]] = field(default_factory=dict)  # by stage
-    stage_began: float = 0.0  # for the ETA: when, and at which of its steps, the stage began in this launch
+    stage_began: float = 0.0  # for the ETA: time, and step of the stage, at which this launch entered the stage
     stage_first_step: int = 0
     nonfinite_batch: list[TrainingSequence] | None = None  # of the newest update without a finite gradient
 
     # ------------------------------------------------------------------------------------------ data and sampling
 
     def stage_problems(self, index: int) -> list[Problem]:
-        """The rl stage's own data, or what the stage before has left of its data."""
+        """Return the problems of an rl stage: its own data, or the problems that the previous stage has kept."""
         source, state = self.data.rl_source(index), self.state
         problems = self.data.training_problems("rl", source)
         if index == state.stage and state.problem_ids and (state.prepared or not self.recipe.stage[index].data):
@@ -75,7 +75,7 @@ class Run:
         return Sampling(temperature, stage.max_response_tokens, self.worker.stop_tokens, self.recipe.seed, draw)
 
     def evaluation_sampling(self, settings: EvalSettings | FinalSettings) -> Sampling:
-        """Evaluations have a top-k of their own, and draws that training never uses."""
+        """Evaluations use the top-k of their settings, and draws that training never uses."""
         return Sampling(
             temperature=settings.temperature,
             max_new_tokens=settings.max_response_tokens,
@@ -88,7 +88,7 @@ class Run:
     # ---------------------------------------------------------------------------------------------- steps of a stage
 
     def begin_steps(self, stage: SftStage | RlStage) -> None:
-        """A new AdamW for the stage; where the run resumes inside it, with the moments (and weights) it had."""
+        """Make the stage's AdamW. A run that resumes within the stage loads its moments and the weights."""
         betas = (0.9, stage.adam_beta2)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         settings = {"lr": stage.learning_rate, "betas": betas, "weight_decay": stage.weight_decay}
@@ -99,11 +99,11 @@ class Run:
         if self.resume_from is not None:
             load_weights_and_optimizer(self.resume_from, self.model, self.optimizer, self.processes)
             self.resume_from = None
-            for group in self.optimizer.param_groups:  # the recipe's values count, not the checkpoint's
+            for group in self.optimizer.param_groups:  # the recipe's values override the checkpoint's
                 group |= {"betas": betas, "weight_decay": stage.weight_decay}
 
     def steps_left(self, stage: SftStage | RlStage) -> int:
-        """Steps until the stage ends, by number or, at the length of its rollouts so far, by their tokens."""
+        """Return the steps until the stage ends: by count or, at its mean tokens per step, by token budget."""
         state = self.state
         left = stage.steps - state.stage_step
         if isinstance(stage, RlStage) and stage.generated_tokens and state.stage_tokens:
@@ -121,10 +121,10 @@ class Run:
         *,
         learning_rate: float,
     ) -> UpdateStats:
-        """One optimizer step; micro-batches that memory has made smaller stay so for the rest of the run.
+        """Make one optimizer step; micro-batches shrink when memory runs out, for the rest of the run.
 
-        A step whose update was abandoned, between two micro-batches, is done again whole: its visits replace themselves.
-        One whose weights have `begun` to change, by an earlier mini-batch, is not abandoned.
+        A request to stop abandons the update between two micro-batches, unless an earlier mini-batch has `begun` to
+        change the weights. A resumed run repeats the step from its start, and overwrites the visits recorded before.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -142,16 +142,17 @@ class Run:
             self.micro_batch_tokens = update.micro_batch_tokens
         return update
 
-    def record(self, index: int, row: dict) -> None:
-        """Write a row of the stage into metrics.jsonl."""
-        self.metrics.write({"kind": row["kind"], "step": self.state.step, "stage": index} | row)
+    def record(self, index: int, row: dict) -> dict:
+        """Add step and stage to a row, write it to metrics.jsonl and return it."""
+        row = {"kind": row["kind"], "step": self.state.step, "stage": index} | row
+        self.metrics.write(row)
+        return row
 
     def end_step(self, index: int, stage: SftStage | RlStage, row: dict) -> None:
-        """Count the step, write its row, save where the recipe says so, stop when asked."""
+        """Count the step and write its row; save a checkpoint when due; raise Interrupted after a request to stop."""
         state, settings = self.state, self.recipe.run
         state.step, state.stage_step = state.step + 1, state.stage_step + 1
-        row = {"kind": row["kind"], "step": state.step, "stage": index} | row
-        self.metrics.write(row)
+        row = self.record(index, row)
         state.metrics_position = list(self.metrics.position)
         left = self.steps_left(stage)
         per_step = (time.perf_counter() - self.stage_began) / (state.stage_step - self.stage_first_step)
@@ -159,9 +160,7 @@ class Run:
         for sentence in new_alarms(self.metrics.steps) if row["kind"] == "rl" else ():
             self.processes.say(f"warning: step {state.step}: {sentence}")
         if row["nonfinite"]:
-            self.processes.say(
-                f"warning: step {state.step}: the gradient is not finite; the weights were left as they are"
-            )
+            self.processes.say(f"warning: step {state.step}: the gradient is not finite; the weights were not updated")
         if not row.get("skipped"):
             state.nonfinite_steps = (state.nonfinite_steps + 1) * row["nonfinite"]
         if row["nonfinite"] and state.nonfinite_steps >= settings.most_nonfinite_steps:
@@ -172,9 +171,9 @@ class Run:
             self.save()
 
     def _stop_at_nonfinite(self) -> None:
-        """Leave the newest batch where a person can look at it; the weights are those before the first of these steps."""
+        """Save the newest batch and a checkpoint, whose weights are those before these steps; raise UpdateError."""
         state, path = self.state, self.folder / f"nonfinite-step-{self.state.step}.pt"
-        steps, state.nonfinite_steps = state.nonfinite_steps, 0  # a resumed run, perhaps with another rate, tries again
+        steps, state.nonfinite_steps = state.nonfinite_steps, 0  # a resumed run counts from 0
         if self.processes.is_main:
             rows = [asdict(sequence) for sequence in self.nonfinite_batch]
             torch.save(
@@ -182,58 +181,58 @@ class Run:
             )
         self.save()
         raise UpdateError(
-            f"step {state.step}: {steps} updates in a row without a finite gradient (run.most_nonfinite_steps): the "
+            f"step {state.step}: {steps} consecutive updates without a finite gradient (run.most_nonfinite_steps): the "
             f"batch is in {path} (tokens, advantages, old log-probs); lower the learning rate or fix the data, then "
-            f"{self.how_to_go_on()}"
+            f"resume: {self.resume_command()}"
         )
 
     # ----------------------------------------------------------------------------------------------- saving, stopping
 
     def asked_to_stop(self) -> bool:
-        """Whether any process was asked to stop. Every process calls it, and all leave at the same place."""
+        """Whether any process was asked to stop. Every process calls it, so that all stop at the same place."""
         return any(self.processes.all_gather(self.stop.asked))
 
     def save(self) -> None:
-        """A checkpoint of the last whole step, unless there is one already or no stage is under way."""
-        place = self.state.step, self.state.stage, self.state.prepared
-        if self.optimizer is None or self.saved == place:
+        """Save a checkpoint of the last complete step, unless it exists or no stage has begun its steps."""
+        position = self.state.step, self.state.stage, self.state.prepared
+        if self.optimizer is None or self.saved == position:
             return
         self.metrics.sync()
         kept = self.recipe.run.checkpoints_kept
         save_checkpoint(self.folder, self.model, self.optimizer, self.state, self.processes, kept)
-        self.saved = place
+        self.saved = position
 
     def export_model(self, index: int) -> None:
         """Write the model after stage INDEX as a Hugging Face folder, stage-INDEX."""
         export = self.folder / f"stage-{index}"
         if self.processes.is_main and export.exists() and self.state.stage_step > self.stage_first_step:
-            # it includes steps after the checkpoint that this launch goes on from: `save` removes it
+            # it includes steps after the checkpoint that this launch resumed from: `save` removes it
             export.rename(export.with_name(f"{export.name}.unfinished"))
         if not self.processes.broadcast(export.exists()):
             save(self.model, export, self.processes.compute_dtype, tokenizer_from=self.model_folder)
 
     def model_identity(self, index: int) -> str:
-        """The fingerprint of the model that stage INDEX begins with."""
+        """Return the fingerprint of the model that stage INDEX starts from."""
         folder = self.folder / f"stage-{index - 1}" if index else self.model_folder
         return self.processes.broadcast(model_identity(folder) if self.processes.is_main else None)
 
-    def how_to_go_on(self) -> str:
-        """The command for a person."""
+    def resume_command(self) -> str:
+        """Return the command that resumes the run."""
         return f"torchrun train.py --resume {self.folder}"
 
     def mark_finished(self) -> None:
-        """Note in the run's folder that it came to its end."""
+        """Write a file that says that the run has finished."""
         if self.processes.is_main:
             (self.folder / FINISHED).write_text(f"after step {self.state.step}\n")
 
     def mark_stopped(self) -> None:
-        """Note, and say, how to go on: torchrun hides the exit code of its workers."""
+        """Print the command that resumes the run, and write it to a file: torchrun hides its workers' exit codes."""
         if self.processes.is_main:
-            (self.folder / WANTS_RESUMING).write_text(f"{self.how_to_go_on()}\n")
-        self.processes.say(f"stopped after step {self.state.step}; go on with: {self.how_to_go_on()}")
+            (self.folder / WANTS_RESUMING).write_text(f"{self.resume_command()}\n")
+        self.processes.say(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
 
     def close(self) -> None:
-        """Let go of grader and folder."""
+        """Stop the grader and release the folder."""
         self.worker.grader.close()
         if self.lock is not None:
             os.close(self.lock)

@@ -1,4 +1,4 @@
-"""A run's folder, new or found again: held by one process, resumed where it stopped, refused when something differs."""
+"""A run's folder, new or resumed: locked by one process, and refused when something differs from the run so far."""
 
 import argparse
 import fcntl
@@ -7,14 +7,13 @@ import json
 import os
 import platform
 import re
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import torch
 import transformers
 
-from engine.checkpoint import CheckpointError, RunState, read_state, together
+from engine.checkpoint import CheckpointError, RunState, read_state
 from engine.distributed import Processes
 from engine.files import write_atomically
 from engine.fingerprint import code_version, data_identity, differences, git_commit, model_identity
@@ -25,63 +24,59 @@ from lab.recipe import Recipe, RecipeError, load_recipe, to_toml
 from lab.run_data import RunData
 from model import resolve_folder
 
-ROOT = Path(__file__).resolve().parent.parent  # of the program
-FINISHED = "finished"  # a file in a run's folder: the run came to its end
-WANTS_RESUMING = "resume-me"  # and: it was asked to stop and wants to go on
-LAUNCHES = "fingerprints.json"  # and: what every launch that changed something was made with
-
-
-@dataclass(frozen=True)
-class OpenedRun:
-    """A run's folder and the place where the run goes on."""
-
-    folder: Path
-    lock: int | None  # the folder, held as long as this process lives; None in all processes but the main one
-    checkpoint: Path | None  # to go on from
-    state: RunState
+ROOT = Path(__file__).resolve().parent.parent  # of the code
+FINISHED = "finished"  # a file in a run's folder: the run has ended
+WANTS_RESUMING = "resume-me"  # the run was asked to stop and can be resumed
+LAUNCHES = "fingerprints.json"  # the fingerprint of every launch that changed something
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of a new run, or of the run that --resume names."""
+    """Read the recipe of a new run, or of the run that --resume names."""
     if not isinstance(arguments.resume, Path):
         return load_recipe(arguments.recipe, arguments.set)
     path = arguments.resume / "recipe.toml"
     if not path.is_file():
-        raise RecipeError(f"{arguments.resume} is no run: it has no recipe.toml; give a folder that train.py has made")
+        raise RecipeError(f"{arguments.resume} is not a run: it has no recipe.toml; give a folder made by train.py")
     return load_recipe(path, arguments.set)
 
 
-def open_run(arguments: argparse.Namespace, recipe: Recipe, processes: Processes) -> OpenedRun:
-    """A new run's folder, or an old one with the place where it stopped; held by the main process.
+def open_run(
+    arguments: argparse.Namespace, recipe: Recipe, processes: Processes
+) -> tuple[Path, int | None, Path | None, RunState]:
+    """Make a new run's folder, or find an old run and where it stopped. Every process calls it.
 
-    Raises CheckpointError when another process writes the folder, when no checkpoint can be used, or when recipe, data,
-    model or code are not those of the run so far.
+    Returns the folder, its lock (None except on the main process), the checkpoint to continue from (None for a new
+    start) and the state. Raises CheckpointError when another process uses the folder, when no checkpoint can be used,
+    or when recipe, data, model or code differ from those of the run so far.
     """
     folder = arguments.resume if isinstance(arguments.resume, Path) else None
-    # torchrun --max-restarts starts the same command again: it goes on
+    # torchrun --max-restarts starts the same command again, which then resumes
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if folder is None and (arguments.resume or restarted):
-        folder = on_main(processes, lambda: find_unfinished(arguments.out, recipe, arguments.resume_anyway))
+        anyway = arguments.resume_anyway
+        folder = processes.broadcast(find_unfinished(arguments.out, recipe, anyway) if processes.is_main else None)
         if folder is None:
-            processes.say(f"no unfinished run of {recipe.name} in {arguments.out}: beginning")
-    resumed, found = folder is not None, None
+            processes.say(f"no unfinished run of {recipe.name} in {arguments.out}: starting a new one")
+    resumed, lock = folder is not None, None
     if not resumed:
-        folder = on_main(processes, lambda: new_folder(arguments.out, recipe.name))
-    lock = on_main(processes, lambda: hold(folder))
-    lock = lock if processes.is_main else None  # a number that means nothing elsewhere
-    if not resumed and processes.is_main and recipe.world:
-        write_world(recipe.world, folder / "world")
-    processes.broadcast(None)  # nobody reads the world before it is written
+        folder = processes.broadcast(new_folder(arguments.out, recipe.name) if processes.is_main else None)
+    if processes.is_main:
+        lock = hold(folder)
+        if not resumed and recipe.world:
+            write_world(recipe.world, folder / "world")
+    processes.broadcast(None)  # no process reads the world before it is written
     now = run_fingerprint(recipe, folder)
+    checkpoint, state = None, RunState()
     if resumed:
-        found = read_state(folder, processes, processes.broadcast(whole_lines(folder) if processes.is_main else None))
-        processes.say(
-            f"resuming {folder} after step {found[1].step}" if found else f"{folder} has no checkpoint: beginning again"
-        )
-    checkpoint, state = found or (None, RunState())
+        lines = processes.broadcast(whole_lines(folder) if processes.is_main else None)
+        if found := read_state(folder, processes, lines):
+            checkpoint, state = found
+            processes.say(f"resuming {folder} after step {state.step}")
+        else:
+            processes.say(f"{folder} has no checkpoint: starting over")
     launches = json.loads((folder / LAUNCHES).read_text()) if (folder / LAUNCHES).exists() else []
-    if found and launches:
-        # a value set beside the name of a run is changed on purpose; in "the same command" nothing is
+    if checkpoint and launches:
+        # next to the name of a run, --set changes values on purpose; in a repeated command it changes nothing
         chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []
         differing = differences(launches[-1], now, chosen)
         for difference in differing:
@@ -90,24 +85,23 @@ def open_run(arguments: argparse.Namespace, recipe: Recipe, processes: Processes
             if lock is not None:
                 os.close(lock)
             raise CheckpointError(
-                f"{folder} was made otherwise: {'; '.join(differing)}: put it back as it was, or go on all the same "
-                "with --resume-anyway"
+                f"{folder} differs from the run so far: {'; '.join(differing)}: undo the change, or resume with it by "
+                "--resume-anyway"
             )
-    processes.broadcast(None)  # everybody has read what the run was made with
+    processes.broadcast(None)  # every process has read the launches
     if processes.is_main and (not launches or launches[-1] | now != launches[-1]):
-        write_atomically(folder / "recipe.toml", [(versions() + now["recipe"]).encode()])
+        versions = (
+            f"# python {platform.python_version()}, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}, commit {git_commit(ROOT)}\n"
+        )
+        write_atomically(folder / "recipe.toml", [(versions + now["recipe"]).encode()])
         launches.append({"after_step": state.step} | now)
         write_atomically(folder / LAUNCHES, [json.dumps(launches, indent=1).encode()])
-    return OpenedRun(folder, lock, checkpoint, state)
-
-
-def on_main(processes: Processes, work):
-    """What the main process's `work` returned; when it fails, it fails on every process, and none is left waiting."""
-    return together(processes, lambda: work() if processes.is_main else None)[0]
+    return folder, lock, checkpoint, state
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """A new folder runs/NAME, or runs/NAME-2 and so on when that is taken: nothing is ever overwritten."""
+    """Make the folder NAME, or NAME-2 and so on where that exists: nothing is ever overwritten."""
     for number in count(1):
         folder = parent / (f"{name}-{number}" if number > 1 else name)
         try:
@@ -120,43 +114,43 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 def find_unfinished(out: Path, recipe: Recipe, anyway: bool) -> Path | None:
-    """The newest unfinished run of this very recipe in `out`; None where none has its name.
+    """Return the newest unfinished run of exactly this recipe in `out`; None where no unfinished run has its name.
 
-    Raises CheckpointError when those of its name differ, unless that is allowed: none is passed over in silence.
+    Raises CheckpointError when the recipes of all runs of that name differ, unless `anyway` takes the newest.
     """
-    found, told = [], []
+    found, refused = [], []
     for path in out.glob(f"{glob.escape(recipe.name)}*/recipe.toml"):
-        own = re.fullmatch(rf"{re.escape(recipe.name)}(-\d+)?", path.parent.name)
-        if own and not (path.parent / FINISHED).exists():
+        same_name = re.fullmatch(rf"{re.escape(recipe.name)}(-\d+)?", path.parent.name)
+        if same_name and not (path.parent / FINISHED).exists():
             found.append(path)
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         differing = differences({"recipe": path.read_text(encoding="utf-8")}, {"recipe": to_toml(recipe)})
         if anyway or not differing:
             return path.parent
-        told.append(f"{path.parent} ({differing[0]}{f' and {len(differing) - 1} more' * (len(differing) > 1)})")
-    if told:
+        refused.append(f"{path.parent} ({differing[0]}{f' and {len(differing) - 1} more' * (len(differing) > 1)})")
+    if refused:
         raise CheckpointError(
-            f"no unfinished run in {out} has this recipe: {'; '.join(told)}: name one with --resume RUN, leave "
-            "--resume out to begin another, or take the newest as it is with --resume-anyway"
+            f"no unfinished run in {out} has this recipe: {'; '.join(refused)}: name one with --resume RUN, leave out "
+            "--resume to start another, or resume the newest with --resume-anyway"
         )
     return None
 
 
 def hold(folder: Path) -> int:
-    """Lock a run's folder until this process ends, however it ends; CheckpointError when another process holds it."""
+    """Lock a run's folder until this process ends; raise CheckpointError when another process has locked it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise CheckpointError(f"{folder} is being written by another process: wait for its end, or stop it") from None
+        raise CheckpointError(f"{folder} is in use by another process: wait until it ends, or stop it") from None
     except OSError:  # a file system without locks
         pass
     return descriptor
 
 
 def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
-    """What a run depends on beside its checkpoint: see `fingerprint.differences`."""
+    """Return what a run depends on in addition to its checkpoint: see `fingerprint.differences`."""
     found = {"recipe": to_toml(recipe), "code": code_version(ROOT)}
     found["model"] = model_identity(model_source(recipe, folder))
     data = RunData(recipe, folder)
@@ -168,13 +162,5 @@ def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
 
 
 def model_source(recipe: Recipe, folder: Path) -> Path:
-    """The folder of the model that the run begins with."""
+    """Return the folder of the model that the run starts from."""
     return folder / recipe.model if recipe.model.startswith("world/") else resolve_folder(recipe.model)
-
-
-def versions() -> str:
-    """What the run is made with, as a comment in TOML."""
-    libraries = (
-        f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
-    return f"# {libraries}, commit {git_commit(ROOT)}\n"

@@ -1,4 +1,4 @@
-"""The beginning of a run: whatever can be found wrong is found here, before the first step."""
+"""The start of a run: builds everything it needs, and checks its inputs before the first step."""
 
 import argparse
 from dataclasses import replace
@@ -28,15 +28,17 @@ from rollout import CacheLimits, cache_bytes_per_token, check_requests
 
 
 def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
-    """Everything that a run needs, in the order in which it can go wrong."""
+    """Build a run, after the checks that need the least work."""
     recipe = read_recipe(arguments)
     check_recipe(recipe)
-    opened = open_run(arguments, recipe, processes)
-    folder, state = opened.folder, opened.state
+    folder, lock, checkpoint, state = open_run(arguments, recipe, processes)
     model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, processes)
     tokenizer = load_tokenizer(model_folder, model)
     sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
+    stops = stop_tokens(tokenizer, model, model_folder)
+    limits = CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows)
+    grader = Grader(reward.workers, reward.time_limit_seconds, thinking=recipe.thinking)
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -45,54 +47,46 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
         model_folder=model_folder,
         data=RunData(recipe, folder),
         worker=RolloutWorker(
-            model,
-            tokenizer,
-            stop_tokens(tokenizer, model, model_folder),
-            CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows),
-            Grader(reward.workers, reward.time_limit_seconds, thinking=recipe.thinking),
-            processes,
-            recipe.instruction,
-            stop,
-            reward.most_failed_share,
+            model, tokenizer, stops, limits, grader, processes, recipe.instruction, stop, reward.most_failed_share
         ),
         metrics=Metrics(folder, recipe.run.tensorboard, processes.is_main, state.metrics_position),
         state=state,
         stop=stop,
-        resume_from=opened.checkpoint,
-        lock=opened.lock,
+        resume_from=checkpoint,
+        lock=lock,
         micro_batch_tokens=recipe.micro_batch_tokens,
-        saved=(state.step, state.stage, state.prepared) if opened.checkpoint else None,
+        saved=(state.step, state.stage, state.prepared) if checkpoint else None,
     )
     guard_data(run)
     check_inputs(run)
     if processes.is_main:
-        for name in (WANTS_RESUMING, FINISHED):  # it goes on
+        for name in (WANTS_RESUMING, FINISHED):  # of an earlier launch
             (folder / name).unlink(missing_ok=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    of_these = f" ({trained:,} of them trained)" * (trained < parameters)
+    trained_text = f" ({trained:,} of them trained)" * (trained < parameters)
     cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, processes.compute_dtype) / 2**30
     processes.say(
-        f"{recipe.name}: {parameters:,} parameters{of_these}, {processes.world_size} processes, "
+        f"{recipe.name}: {parameters:,} parameters{trained_text}, {processes.world_size} processes, "
         f"at most {cache_gib:.2f} GiB of cache each, {folder}"
     )
     return run
 
 
 def guard_data(run: Run) -> None:
-    """Exclude what [guard] says to, and put what was found on record."""
+    """Apply the [guard] of the recipe to the data, and write what it found to the metrics."""
     found = run.data.guard(run.processes.say)
-    held = [row | {"step": 0} for row in read_metrics(run.folder)] if run.processes.is_main else []
+    known = [row | {"step": 0} for row in read_metrics(run.folder)] if run.processes.is_main else []
     for row in found:
-        if run.processes.is_main and row not in held:  # a resumed run has its rows
+        if run.processes.is_main and row not in known:  # a resumed run has written its rows
             run.metrics.write(row | {"step": run.state.step})
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """What can be found wrong before anything is written or loaded."""
+    """Raise RecipeError or DataError for what can be found wrong before anything is written or loaded."""
     for source in [stage.data for stage in recipe.stage] + [recipe.eval.data, recipe.final.data]:
         if source.startswith("world/") and not recipe.world:
-            raise RecipeError(f"{source}: the recipe has no [world] that would write it; write ./{source} for a file")
+            raise RecipeError(f"{source}: the recipe has no [world] to make it; write ./{source} for a file")
         if source.endswith(DATA_FILES) and not source.startswith("world/"):
             existing_file(Path(source))
     for source in find_data(recipe.guard.benchmarks).values():
@@ -105,7 +99,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_inputs(run: Run) -> None:
-    """Check what a later stage or evaluation would fail on: rows, prompts, lengths."""
+    """Raise now the errors that later stages and evaluations would raise: rows, prompts, lengths."""
     worker, recipe, model = run.worker, run.recipe, run.model
     for index, stage in enumerate(recipe.stage):
         if index < run.state.stage:
@@ -127,11 +121,11 @@ def check_inputs(run: Run) -> None:
 
 
 def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list[TrainingSequence]:
-    """Worked solutions, or chats, as tokens; the loss is on the assistant's part alone, end-of-sequence included."""
+    """Encode worked solutions or chats; the loss is on the assistant's tokens only, end-of-sequence included."""
     tokenizer, sequences = worker.tokenizer, []
     ending = encode(tokenizer, tokenizer.eos_token)
-    for name, asked, reply in data.worked_examples(stage):
-        prompt = worker.prompt(asked, 1).tokens if isinstance(asked, Problem) else encode_chat(tokenizer, asked)
+    for name, source, reply in data.worked_examples(stage):
+        prompt = worker.prompt(source, 1).tokens if isinstance(source, Problem) else encode_chat(tokenizer, source)
         response = encode(tokenizer, reply) + ending
         if len(prompt) + len(response) > stage.max_tokens:
             raise DataError(
@@ -148,7 +142,7 @@ def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list
 
 
 def model_config(folder: Path, recipe: Recipe) -> ModelConfig:
-    """The model's config with the recipe's window, in which every stage must fit."""
+    """Return the model's config with the recipe's window. Raises RecipeError where an rl stage exceeds the window."""
     config = read_config(folder)
     if recipe.max_position_embeddings:
         config = replace(config, max_position_embeddings=recipe.max_position_embeddings)
@@ -164,15 +158,15 @@ def model_config(folder: Path, recipe: Recipe) -> ModelConfig:
 
 
 def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
-    """The config of the last evaluation: YaRN, and a window as long as it makes it."""
+    """Return the config of the final evaluation, with YaRN and the window that it extends."""
     final = recipe.final
     return extend_window(config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor)
 
 
 def build_model(folder: Path, recipe: Recipe, processes: Processes) -> Transformer:
-    """The model, split over all processes before any weight is read, so that no process holds all of it.
+    """Build the model, sharded over all processes before weights are read, so that none holds the full model.
 
-    With an adapter, every process holds the frozen base (see `shard`), and the adapter is split.
+    With an adapter, every process holds the frozen base (see `shard`), and only the adapter is sharded.
     """
     with torch.device("meta"):
         model = Transformer(model_config(folder, recipe))

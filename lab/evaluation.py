@@ -13,8 +13,7 @@ import numpy as np
 from engine.distributed import Processes
 from engine.files import write_atomically
 from engine.fingerprint import data_identity, model_identity, require_same
-from engine.grader import Grader
-from engine.rollout_worker import check_grader
+from engine.grader import Grader, check_grader
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
 from lab import eval_page
 from lab.benchmarks import file_name, find_data, published_table, text_table

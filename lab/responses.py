@@ -13,7 +13,8 @@ from pathlib import Path
 
 from engine.distributed import Interrupted
 from engine.files import read_jsonl, write_atomically
-from engine.rollout_worker import Attempt, RolloutWorker, SamplingStats, check_grader
+from engine.grader import check_grader
+from engine.rollout_worker import Attempt, RolloutWorker, SamplingStats
 from eval import Response, response_of
 from lab.benchmarks import file_name
 from lab.problems import DataError, Problem, read_problems

@@ -142,7 +142,7 @@ def in_processes(function, *arguments, processes=2):
 
 def _call_and_leave(rank, function, arguments):
     function(rank, *arguments)
-    os._exit(0)  # as device.leave does, and for its reason
+    os._exit(0)  # as distributed.exit_process does, for the same reason
 
 
 def _run_script(words, where, environment, cores, paths, own_session):

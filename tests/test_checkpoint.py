@@ -1,4 +1,4 @@
-"""checkpoint.py: what is read is what was written, whole or not at all."""
+"""checkpoint.py and fingerprint.py: a checkpoint is read exactly as it was written, or not at all."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import model as models
 from data_filter import Visit
 from engine import checkpoint as checkpoints
-from engine import distributed, fingerprint, sharding
+from engine import distributed, files, fingerprint, sharding
 from engine.checkpoint import CheckpointError, RunState, list_checkpoints, load_weights_and_optimizer, read_state
 from lab.problems import Problem
 from rollout import Rollout
@@ -31,16 +31,16 @@ SOURCE = {
 
 
 @pytest.fixture(scope="module")
-def here():
+def processes():
     yield distributed.start()
     distributed.stop()
 
 
-def trained(here, seed):
-    """A sharded model and its optimizer, some steps in."""
+def trained(processes, seed):
+    """A sharded model and its optimizer, after two steps."""
     model = models.Transformer(models.parse_config(SOURCE))
     models.initialise(model, seed)
-    sharding.shard(model, here.mesh, here.compute_dtype)
+    sharding.shard(model, processes.mesh, processes.compute_dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * (seed + 1))
     tokens = torch.arange(9) % 17
     for _ in range(2):
@@ -54,8 +54,8 @@ def tensors(model, optimizer):
     moments = {
         f"{i}.{name}": value for i, s in enumerate(optimizer.state.values()) for name, value in s.items()
     }  # in the order of parameters
-    whole = {name: p.detach() for name, p in model.named_parameters()} | moments
-    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for name, t in whole.items()}
+    shards = {name: p.detach() for name, p in model.named_parameters()} | moments
+    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for name, t in shards.items()}
 
 
 def state_of(step):
@@ -79,14 +79,14 @@ def state_of(step):
     return state
 
 
-def save(here, folder, step, kept=2, parts=None):
-    return checkpoints.save_checkpoint(folder, *(parts or trained(here, 0)), state_of(step), here, kept)
+def save(processes, folder, step, kept=2, parts=None):
+    return checkpoints.save_checkpoint(folder, *(parts or trained(processes, 0)), state_of(step), processes, kept)
 
 
-def test_a_run_stands_where_it_stood(here, tmp_path):
-    saved = save(here, tmp_path, 7)
-    torch.manual_seed(123)  # what the run would have drawn next is part of where it stood
-    folder, found = read_state(tmp_path, here)
+def test_the_state_of_a_run_comes_back_exactly(processes, tmp_path):
+    saved = save(processes, tmp_path, 7)
+    torch.manual_seed(123)  # read_state restores the generator
+    folder, found = read_state(tmp_path, processes)
     assert folder == saved == tmp_path / "checkpoints" / "step-7"
     expected = state_of(7)
     plain = [name for name in vars(expected) if name not in ("history", "sinks")]
@@ -103,41 +103,41 @@ def test_a_run_stands_where_it_stood(here, tmp_path):
             assert getattr(rollout, name) == value and type(getattr(rollout, name)) is type(value)
 
 
-def test_the_state_of_a_run_that_has_barely_begun(here, tmp_path):
-    checkpoints.save_checkpoint(tmp_path, *trained(here, 0), RunState(), here, 1)
-    _, found = read_state(tmp_path, here)
+def test_the_state_of_a_run_before_its_first_step_comes_back(processes, tmp_path):
+    checkpoints.save_checkpoint(tmp_path, *trained(processes, 0), RunState(), processes, 1)
+    _, found = read_state(tmp_path, processes)
     assert found.step == 0 and found.diversity is None and found.problem_ids == []
     assert not found.history.by_problem and not found.sinks.held
 
 
-def test_torch_draws_on_where_it_was(here, tmp_path):
-    parts = trained(here, 0)
+def test_torch_continues_to_draw_as_if_uninterrupted(processes, tmp_path):
+    parts = trained(processes, 0)
     torch.manual_seed(5)
-    save(here, tmp_path, 1, parts=parts)
+    save(processes, tmp_path, 1, parts=parts)
     expected = torch.rand(4)
     torch.manual_seed(6)
-    read_state(tmp_path, here)
+    read_state(tmp_path, processes)
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_weights_and_optimizer_come_back_exactly(here, tmp_path):
-    parts = trained(here, 0)
+def test_weights_and_optimizer_come_back_exactly(processes, tmp_path):
+    parts = trained(processes, 0)
     expected, rate = tensors(*parts), parts[1].param_groups[0]["lr"]
-    folder = save(here, tmp_path, 3, parts=parts)
-    model, optimizer = trained(here, 1)
+    folder = save(processes, tmp_path, 3, parts=parts)
+    model, optimizer = trained(processes, 1)
     assert any(not torch.equal(t, expected[name]) for name, t in tensors(model, optimizer).items())
-    load_weights_and_optimizer(folder, model, optimizer, here)
+    load_weights_and_optimizer(folder, model, optimizer, processes)
     found = tensors(model, optimizer)
     assert found.keys() == expected.keys() and len(found) > 20
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert optimizer.param_groups[0]["lr"] == rate
 
 
-def test_saving_and_loading_before_the_first_step_counts_no_step(here, tmp_path):
-    """Guards: torch makes AdamW's moments by a step with rate 0, which then counted in the bias correction."""
+def test_saving_and_loading_before_the_first_step_counts_no_step(processes, tmp_path):
+    """Guards: torch creates AdamW's moments with a step at rate 0, which then counted in the bias correction."""
 
     def fresh():
-        model, _ = trained(here, 0)
+        model, _ = trained(processes, 0)
         return model, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.01)
 
     def step(model, optimizer):
@@ -147,31 +147,31 @@ def test_saving_and_loading_before_the_first_step_counts_no_step(here, tmp_path)
         return tensors(model, optimizer)
 
     expected, parts, others = step(*fresh()), fresh(), fresh()
-    folder = save(here, tmp_path, 3, parts=parts)
-    load_weights_and_optimizer(folder, *others, here)
+    folder = save(processes, tmp_path, 3, parts=parts)
+    load_weights_and_optimizer(folder, *others, processes)
     for found in (step(*parts), step(*others)):
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_last_few_are_kept_in_the_order_of_steps(here, tmp_path):
-    parts = trained(here, 0)
+def test_the_newest_checkpoints_by_step_number_are_kept(processes, tmp_path):
+    parts = trained(processes, 0)
     for step in (8, 9, 10, 100):
-        save(here, tmp_path, step, kept=3, parts=parts)
+        save(processes, tmp_path, step, kept=3, parts=parts)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-9", "step-10", "step-100"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-100", "step-9"]
-    assert read_state(tmp_path, here)[1].step == 100
+    assert read_state(tmp_path, processes)[1].step == 100
 
 
-def test_the_same_step_may_be_saved_again(here, tmp_path):
-    parts = trained(here, 0)
-    save(here, tmp_path, 4, parts=parts)
-    (tmp_path / "checkpoints/step-4/left-over").touch()
-    save(here, tmp_path, 4, parts=parts)
-    assert not (tmp_path / "checkpoints/step-4/left-over").exists() and read_state(tmp_path, here)[1].step == 4
+def test_the_same_step_may_be_saved_again(processes, tmp_path):
+    parts = trained(processes, 0)
+    save(processes, tmp_path, 4, parts=parts)
+    (tmp_path / "checkpoints/step-4/leftover").touch()
+    save(processes, tmp_path, 4, parts=parts)
+    assert not (tmp_path / "checkpoints/step-4/leftover").exists() and read_state(tmp_path, processes)[1].step == 4
 
 
 def fill_up(monkeypatch, what):
-    """From here on the disk is full when `what` is written."""
+    """Make the disk full for the function `what`."""
 
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -183,40 +183,40 @@ def names(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_an_unfinished_checkpoint_is_never_seen(here, tmp_path):
-    parts = trained(here, 0)
-    save(here, tmp_path, 4, parts=parts)
-    shutil.copytree(tmp_path / "checkpoints/step-4", tmp_path / "checkpoints/step-6.unfinished")  # killed there
+def test_an_unfinished_checkpoint_is_never_seen(processes, tmp_path):
+    parts = trained(processes, 0)
+    save(processes, tmp_path, 4, parts=parts)
+    shutil.copytree(tmp_path / "checkpoints/step-4", tmp_path / "checkpoints/step-6.unfinished")  # killed while saving
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-4"]
-    assert read_state(tmp_path, here)[1].step == 4
-    save(here, tmp_path, 6, parts=parts)  # what was left over is in nobody's way
+    assert read_state(tmp_path, processes)[1].step == 4
+    save(processes, tmp_path, 6, parts=parts)  # the leftover is removed
     assert names(tmp_path) == ["step-4", "step-6"]
 
 
 PLACES = [
     (checkpoints.dcp, "save"), (checkpoints, "_pack"), (checkpoints.torch, "save"), (checkpoints, "write_manifest"),
-    (checkpoints.os, "fsync"), (checkpoints, "sync_folder"), (checkpoints.Path, "rename"), (checkpoints.Path, "mkdir"),
+    (os, "fsync"), (files, "sync_folder"), (checkpoints.Path, "rename"), (checkpoints.Path, "mkdir"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
-def test_a_full_disk_costs_no_good_checkpoint(here, tmp_path, monkeypatch, place):
-    parts = trained(here, 0)
-    save(here, tmp_path, 4, kept=1, parts=parts)
-    for step in (6, 4):  # a later step, and the very one that is there
+def test_a_full_disk_loses_no_good_checkpoint(processes, tmp_path, monkeypatch, place):
+    parts = trained(processes, 0)
+    save(processes, tmp_path, 4, kept=1, parts=parts)
+    for step in (6, 4):  # a later step, and the same step again
         with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
             fill_up(patch, place)
-            save(here, tmp_path, step, kept=1, parts=parts)
-        says = str(caught.value)
-        assert f"step-{step} cannot be written (No space left on device" in says and "--resume" in says
-        assert "\n" not in says and names(tmp_path) == ["step-4"]
-        assert read_state(tmp_path, here)[1].step == 4
-    save(here, tmp_path, 6, kept=1, parts=parts)
+            save(processes, tmp_path, step, kept=1, parts=parts)
+        message = str(caught.value)
+        assert f"step-{step} cannot be written ([Errno 28] No space left on device" in message and "--resume" in message
+        assert "\n" not in message and names(tmp_path) == ["step-4"]
+        assert read_state(tmp_path, processes)[1].step == 4
+    save(processes, tmp_path, 6, kept=1, parts=parts)
     assert names(tmp_path) == ["step-6"]
 
 
-def test_torch_reports_a_full_disk_itself(here, tmp_path):
-    """A real limit on the size of a file, in a process of its own: what torch raises then is caught as well."""
+def test_a_file_size_limit_is_reported_as_a_full_disk(processes, tmp_path):
+    """A real limit on the size of a file, in a separate process: torch's own error is caught as well."""
     script = """
 import resource, sys
 from pathlib import Path
@@ -224,20 +224,20 @@ import torch
 import model
 from engine import checkpoint, distributed
 from engine.sharding import shard
-here, folder = distributed.start(), Path(sys.argv[1])
+processes, folder = distributed.start(), Path(sys.argv[1])
 net = model.Transformer(model.parse_config(eval(sys.argv[2])))
 model.initialise(net, 0)
-shard(net, here.mesh, here.compute_dtype)
+shard(net, processes.mesh, processes.compute_dtype)
 optimizer = torch.optim.AdamW(net.parameters())
-checkpoint.save_checkpoint(folder, net, optimizer, checkpoint.RunState(step=1), here, 1)
+checkpoint.save_checkpoint(folder, net, optimizer, checkpoint.RunState(step=1), processes, 1)
 state = checkpoint.RunState(step=2, problem_ids=[f"{i:040}" for i in range(10_000)] if sys.argv[3] == "run.pt" else [])
 limit = 300_000 if sys.argv[3] == "run.pt" else 3_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    checkpoint.save_checkpoint(folder, net, optimizer, state, here, 1)
+    checkpoint.save_checkpoint(folder, net, optimizer, state, processes, 1)
 except checkpoint.CheckpointError as error:
-    print("said:", error)
-assert checkpoint.read_state(folder, here)[1].step == 1
+    print("error:", error)
+assert checkpoint.read_state(folder, processes)[1].step == 1
 print(sorted(path.name for path in (folder / "checkpoints").iterdir()))
 distributed.stop()
 """
@@ -246,64 +246,64 @@ distributed.stop()
         arguments = [sys.executable, tmp_path / "script.py", tmp_path / what, repr(SOURCE), what]
         done = forked.run(arguments, capture_output=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
-        *_, said, left = done.stdout.splitlines()
-        assert said.startswith("said: ") and "step-2 cannot be written (" in said and left == "['step-1']"
+        *_, error, left = done.stdout.splitlines()
+        assert error.startswith("error: ") and "step-2 cannot be written (" in error and left == "['step-1']"
 
 
 @pytest.mark.parametrize("kept", [1, 2])
-def test_what_was_passed_over_is_never_kept_in_place_of_what_is_good(here, tmp_path, kept):
+def test_a_skipped_checkpoint_is_never_kept_in_place_of_a_good_one(processes, tmp_path, kept):
     """Guards: with one kept, a damaged step-8 outlived the good step-6 and step-7 that came after it."""
-    parts = trained(here, 0)
+    parts = trained(processes, 0)
     for step in (6, 8):
-        save(here, tmp_path, step, parts=parts)
+        save(processes, tmp_path, step, parts=parts)
     (tmp_path / "checkpoints/step-8/run.pt").unlink()
-    assert read_state(tmp_path, here)[1].step == 6
-    save(here, tmp_path, 7, kept=kept, parts=parts)
+    assert read_state(tmp_path, processes)[1].step == 6
+    save(processes, tmp_path, 7, kept=kept, parts=parts)
     assert names(tmp_path) == ["step-6", "step-7"][-kept:]
 
 
-def test_the_same_step_is_there_at_every_moment_of_saving_it_again(here, tmp_path, monkeypatch):
-    parts = trained(here, 0)
-    save(here, tmp_path, 4, kept=1, parts=parts)
+def test_a_step_stays_readable_at_every_moment_of_saving_it_again(processes, tmp_path, monkeypatch):
+    parts = trained(processes, 0)
+    save(processes, tmp_path, 4, kept=1, parts=parts)
     rename, seen = checkpoints.Path.rename, []
 
     def watched(path, target):
         rename(path, target)
-        if path.parent.name != "checkpoints":  # inside of one
+        if path.parent.name != "checkpoints":  # a file inside a checkpoint
             return
-        seen.append([(c.name, read_state(tmp_path, here)[1].step) for c in list_checkpoints(tmp_path)])
+        seen.append([(c.name, read_state(tmp_path, processes)[1].step) for c in list_checkpoints(tmp_path)])
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.Path, "rename", watched)
-        save(here, tmp_path, 4, kept=1, parts=parts)
+        save(processes, tmp_path, 4, kept=1, parts=parts)
     assert seen == [[("step-4.replaced", 4)], [("step-4", 4)], [("step-4", 4)]] and names(tmp_path) == ["step-4"]
 
 
-def test_a_checksum_is_the_crc_of_the_blocks_crcs(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "CHECKSUM_BLOCK", 3 * 2**20 + 7)
-    whole = np.random.default_rng(0).bytes(10 * 2**20 + 3)
-    (tmp_path / "file").write_bytes(whole)
-    size = 3 * 2**20 + 7
-    blocks = [zlib.crc32(whole[i : i + size]) for i in range(0, len(whole), size)]
+def test_a_checksum_is_the_crc_of_the_crcs_of_blocks(tmp_path, monkeypatch):
+    size = 3 * checkpoints.CHUNK
+    monkeypatch.setattr(checkpoints, "CHECKSUM_BLOCK", size)
+    data = np.random.default_rng(0).bytes(10 * 2**20 + 3)
+    (tmp_path / "file").write_bytes(data)
+    blocks = [zlib.crc32(data[i : i + size]) for i in range(0, len(data), size)]
     assert checkpoints.checksum(tmp_path / "file") == zlib.crc32(np.array(blocks, dtype="<u4").tobytes())
     (tmp_path / "empty").touch()
     assert checkpoints.checksum(tmp_path / "empty") == 0
 
 
-def test_no_checkpoint_is_none(here, tmp_path):
-    assert list_checkpoints(tmp_path) == [] and read_state(tmp_path, here) is None
+def test_a_run_without_a_checkpoint_reads_as_none(processes, tmp_path):
+    assert list_checkpoints(tmp_path) == [] and read_state(tmp_path, processes) is None
 
 
-def flip(path, place=-1):
-    whole = bytearray(path.read_bytes())
-    whole[place] ^= 1
-    path.write_bytes(whole)
+def flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
 
 
-DAMAGES = {  # what happened, and what is said of it
+DAMAGES = {  # the damage, and the reported fault
     "a flipped byte of the weights": (lambda c: flip(c / "__0_0.distcp", 5000), "__0_0.distcp has changed"),
     "a flipped byte of the state": (lambda c: flip(c / "run.pt", 200), "run.pt has changed"),
-    "a flipped byte of the index": (lambda c: flip(c / ".metadata"), ".metadata has changed"),
+    "a flipped byte of the index": (lambda c: flip(c / ".metadata", -1), ".metadata has changed"),
     "a flipped digit of the manifest": (lambda c: flip(c / "manifest.json", 70), "manifest.json (has changed|cannot)"),
     "a file cut off": (lambda c: os.truncate(c / "run.pt", 100), "run.pt has 100 bytes, not "),
     "an empty file": (lambda c: (c / "run.pt").write_bytes(b""), "run.pt has 0 bytes, not "),
@@ -318,67 +318,66 @@ DAMAGES = {  # what happened, and what is said of it
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_the_last_good_checkpoint_is_used_and_the_damaged_one_named(here, tmp_path, capfd, how):
-    parts = trained(here, 0)
+def test_the_last_good_checkpoint_is_used_and_the_damaged_one_named(processes, tmp_path, capfd, how):
+    parts = trained(processes, 0)
     for step in (4, 6):
-        save(here, tmp_path, step, parts=parts)
-    harm, says = DAMAGES[how]
+        save(processes, tmp_path, step, parts=parts)
+    harm, fault = DAMAGES[how]
     harm(tmp_path / "checkpoints/step-6")
-    found, state = read_state(tmp_path, here)
+    found, state = read_state(tmp_path, processes)
     assert found.name == "step-4" and state.step == 4
-    assert re.search(f"passed over .*step-6: {says}", capfd.readouterr().out)
+    assert re.search(f"skipped .*step-6: {fault}", capfd.readouterr().out)
     harm(tmp_path / "checkpoints/step-4")
-    with pytest.raises(
-        CheckpointError, match=rf"can be used: step-6 \({says}.*\); step-4 \({says}.*\): put one"
-    ) as caught:
-        read_state(tmp_path, here)
+    faults = rf"can be used: step-6 \({fault}.*\); step-4 \({fault}.*\): restore one"
+    with pytest.raises(CheckpointError, match=faults) as caught:
+        read_state(tmp_path, processes)
     assert "\n" not in str(caught.value)
 
 
 BROKEN = {
-    "empty": lambda whole: b"",
-    "text": lambda whole: b"not a checkpoint\n" * 20,
-    "pickle of code": lambda whole: b"cos\nsystem\n(S'true'\ntR.",
+    "empty": b"",
+    "text": b"not a checkpoint\n" * 20,
+    "pickle of code": b"cos\nsystem\n(S'true'\ntR.",
 }
 
 
 def seal(checkpoint):
-    """The manifest of what is there now."""
-    files = [path for path in checkpoint.iterdir() if path.name != "manifest.json"]
-    checkpoints.write_manifest(checkpoint, checkpoints.file_checksums(files))
+    """Write the manifest of the present files."""
+    paths = [path for path in checkpoint.iterdir() if path.name != "manifest.json"]
+    checkpoints.write_manifest(checkpoint, checkpoints.file_checksums(paths))
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_state_is_one_sentence(here, tmp_path, how):
-    """Guards: a file that is no archive raised pickle's own error."""
-    path = save(here, tmp_path, 4) / "run.pt"
-    path.write_bytes(BROKEN[how](path.read_bytes()))
+def test_a_broken_state_is_one_sentence(processes, tmp_path, how):
+    """Guards: a file that is not an archive raised pickle's own error."""
+    path = save(processes, tmp_path, 4) / "run.pt"
+    path.write_bytes(BROKEN[how])
     seal(path.parent)
-    with pytest.raises(CheckpointError, match=r"step-4 \(run.pt cannot be read \(.*\)\): put one back") as caught:
-        read_state(tmp_path, here)
+    with pytest.raises(CheckpointError, match=r"step-4 \(run.pt cannot be read \(.*\)\): restore one") as caught:
+        read_state(tmp_path, processes)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [{"unheard_of": 1}, {"history": {}}, {"sinks": {"p": {"reward": 1.0}}}])
-def test_a_state_of_another_version_is_one_sentence(here, tmp_path, change):
-    path = save(here, tmp_path, 4) / "run.pt"
+def test_a_state_of_another_version_is_one_sentence(processes, tmp_path, change):
+    path = save(processes, tmp_path, 4) / "run.pt"
     torch.save(torch.load(path) | change, path)
     seal(path.parent)
     with pytest.raises(CheckpointError, match="run.pt cannot be read"):
-        read_state(tmp_path, here)
+        read_state(tmp_path, processes)
 
 
-def test_a_checkpoint_that_counts_on_lost_lines_is_passed_over(here, tmp_path, capfd):
-    parts = trained(here, 0)
+def test_a_checkpoint_that_continues_from_lost_lines_is_skipped(processes, tmp_path, capfd):
+    parts = trained(processes, 0)
     for step, lines in ((4, [5, 8]), (6, [7, 12])):
         state = state_of(step)
         state.metrics_position = lines
-        checkpoints.save_checkpoint(tmp_path, *parts, state, here, 2)
-    assert read_state(tmp_path, here, lines=[7, 12])[1].step == 6
-    assert read_state(tmp_path, here, lines=[6, 12])[1].step == 4
-    assert "metrics.jsonl holds only 6 of the 7 lines that it goes on from" in capfd.readouterr().out
-    with pytest.raises(CheckpointError, match="rollouts.jsonl holds only 3 of the 8 lines"):
-        read_state(tmp_path, here, lines=[7, 3])
+        checkpoints.save_checkpoint(tmp_path, *parts, state, processes, 2)
+    assert read_state(tmp_path, processes, lines=[7, 12])[1].step == 6
+    assert read_state(tmp_path, processes, lines=[6, 12])[1].step == 4
+    assert "metrics.jsonl has only 6 of the 7 lines that it continues from" in capfd.readouterr().out
+    with pytest.raises(CheckpointError, match="rollouts.jsonl has only 3 of the 8 lines"):
+        read_state(tmp_path, processes, lines=[7, 3])
 
 
 # -------------------------------------------------------------------------------------------------- fingerprint
@@ -388,7 +387,7 @@ PRINT = {"recipe": RECIPE, "model": "m1", "code": "c1, torch 2, commit f", "data
 
 
 @pytest.mark.parametrize(
-    ("change", "chosen", "says"),
+    ("change", "chosen", "expected"),
     [
         ({}, (), []),
         ({"recipe": RECIPE.replace("steps = 5", "steps = 9")}, (), ["recipe: stage.1.steps was 5, is 9"]),
@@ -399,14 +398,14 @@ PRINT = {"recipe": RECIPE, "model": "m1", "code": "c1, torch 2, commit f", "data
         ({"model": "m2"}, ["model"], ["model was m1, is m2"]),
         ({"data a.jsonl": "d2", "data c": "new"}, (), ["data a.jsonl was d1, is d2"]),
         ({"code": "c2, torch 2, commit f"}, (), ["code was c1, torch 2, commit f, is c2, torch 2, commit f"]),
-        ({"code": "c1, torch 2, commit g"}, (), []),  # the same program, committed since
+        ({"code": "c1, torch 2, commit g"}, (), []),  # the same code in another commit
     ],
 )
-def test_a_difference_names_what_differs(change, chosen, says):
-    assert fingerprint.differences(PRINT, PRINT | change, chosen) == says
+def test_differences_are_named(change, chosen, expected):
+    assert fingerprint.differences(PRINT, PRINT | change, chosen) == expected
 
 
-def test_a_model_is_known_by_its_files(tmp_path):
+def test_a_model_is_identified_by_its_files(tmp_path):
     shape = {"a": torch.zeros(700_000), "b": torch.ones(3)}
     seen = set()
     for change in ("none", "first weight", "last weight", "name", "config"):
@@ -422,25 +421,25 @@ def test_a_model_is_known_by_its_files(tmp_path):
     assert len(seen) == 5
 
 
-def test_data_is_known_by_ids_texts_and_order():
+def test_data_is_identified_by_ids_texts_and_order():
     some = [Problem("a/1", "1 + 1", ("2",)), Problem("a/2", "1 + 2", ("3",))]
     others = [some[::-1], some[:1], [replace(some[0], id="b/1"), some[1]], [replace(some[0], text="1 + 1 "), some[1]]]
     assert fingerprint.data_identity(some) == fingerprint.data_identity(list(some))
     assert len({fingerprint.data_identity(rows) for rows in [some, *others, [[{"role": "user"}]]]}) == 6
 
 
-def test_the_program_is_known_by_its_files(tmp_path):
+def test_the_program_is_identified_by_its_files(tmp_path):
     (tmp_path / "a.py").write_text("1")
     first = fingerprint.code_version(tmp_path)
     assert "torch " + torch.__version__ in first
-    (tmp_path / "notes.md").write_text("no program")
+    (tmp_path / "notes.md").write_text("not code")
     assert fingerprint.code_version(tmp_path) == first
     (tmp_path / "a.py").write_text("2")
     assert fingerprint.code_version(tmp_path) != first
 
 
-def test_nothing_draws_from_a_generator_that_a_checkpoint_does_not_hold():
-    """torch's global state is saved; numpy's and Python's are never drawn from."""
+def test_nothing_draws_from_a_generator_that_checkpoints_do_not_save():
+    """torch's global generator is saved; the code never draws from numpy's or Python's."""
     found = {}
     for path in (path for pattern in ("*.py", "engine/*.py", "lab/*.py") for path in ROOT.glob(pattern)):
         text = path.read_text()
@@ -451,17 +450,17 @@ def test_nothing_draws_from_a_generator_that_a_checkpoint_does_not_hold():
     assert not found
 
 
-def test_broken_weights_are_one_sentence(here, tmp_path):
-    parts = trained(here, 0)
-    folder = save(here, tmp_path, 4, parts=parts)
+def test_broken_weights_are_one_sentence(processes, tmp_path):
+    parts = trained(processes, 0)
+    folder = save(processes, tmp_path, 4, parts=parts)
     (folder / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="step-4 cannot be read") as caught:
-        load_weights_and_optimizer(folder, *parts, here)
+        load_weights_and_optimizer(folder, *parts, processes)
     assert "\n" not in str(caught.value)
 
 
-def test_saving_starts_no_second_team_of_threads(here, tmp_path, monkeypatch):
-    # guards a slowdown: a writer thread's own OpenMP team made every step after the first checkpoint 3 times slower
+def test_saving_starts_no_second_openmp_team(processes, tmp_path, monkeypatch):
+    """Guards: a writer thread's own OpenMP team made every step after the first checkpoint 3 times slower."""
     seen, save_parts = [], checkpoints.dcp.save
 
     def watched(*arguments, **options):
@@ -472,7 +471,7 @@ def test_saving_starts_no_second_team_of_threads(here, tmp_path, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        save(here, tmp_path, 1)
+        save(processes, tmp_path, 1)
         assert seen == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""device.py: a rank that raises, hangs or dies ends the job, with its own sentence or one that names it and where."""
+"""distributed.py: a rank that raises, hangs or dies ends the job with its own sentence or one that names it."""
 
 import os
 import sys
@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def join(rank: int, port: int, ranks: int, seconds: str) -> distributed.Processes:
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in here.items()}
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "COLLECTIVE_TIME_LIMIT_SECONDS": seconds}
     return distributed.start()
 
 
 def wait_in_vain(rank: int, port: int, fault: str) -> None:
-    here = join(rank, port, 3, "3")
-    assert here.all_gather(rank) == [0, 1, 2] and here.broadcast(rank) == 0
+    processes = join(rank, port, 3, "3")
+    assert processes.all_gather(rank) == [0, 1, 2] and processes.broadcast(rank) == 0
     if rank == 1:
         distributed.note_place("sampling", collective=False)
         if fault == "dies":
@@ -36,36 +36,36 @@ def wait_in_vain(rank: int, port: int, fault: str) -> None:
         return
     begun = time.monotonic()
     with pytest.raises(RankError) as caught:
-        here.all_gather(rank, "the exchange of attempts")
-    told, waited = str(caught.value), time.monotonic() - begun
-    assert "\n" not in told
+        processes.all_gather(rank, "the exchange of attempts")
+    message, waited = str(caught.value), time.monotonic() - begun
+    assert "\n" not in message
     if fault == "hangs":
-        assert "did not come within 3 seconds to: the exchange of attempts" in told and 2 < waited < 5.5
+        assert "did not arrive within 3 seconds at: the exchange of attempts" in message and 2 < waited < 5.5
     else:
-        assert "is gone, and was waited for in: the exchange of attempts" in told and waited < 3
-    if rank == 0:  # its neighbour may have noticed first, and left
-        assert told.startswith("rank 1 (last: sampling) ")
+        assert "ended before it arrived at: the exchange of attempts" in message and waited < 3
+    if rank == 0:  # rank 2 may have noticed first, and ended
+        assert message.startswith("rank 1 (last: sampling) ")
 
 
 @pytest.mark.parametrize("fault", ["hangs", "dies"])
-def test_who_waits_in_vain_names_the_missing_rank_and_the_place(fault):
+def test_a_rank_that_waits_in_vain_names_the_missing_rank_and_the_place(fault):
     in_processes(wait_in_vain, free_port(), fault, processes=3)
 
 
-def meet(rank: int, port: int, launch: int) -> None:
+def join_and_gather(rank: int, port: int, launch: int) -> None:
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(launch)}
     assert join(rank, port, 2, "20").all_gather(rank) == [0, 1]
 
 
-def test_a_restarted_job_does_not_dial_the_processes_that_died():
-    """Guards: torchrun's store outlives a restart; gloo dialled the dead ones' ports."""
+def test_a_restarted_job_does_not_connect_to_the_dead_processes():
+    """Guards: torchrun's store outlives a restart; gloo connected to the ports of the dead processes."""
     store = dist.TCPStore("localhost", free_port(), is_master=True, wait_for_workers=False)
     for launch in range(4):
-        in_processes(meet, store.port, launch)
+        in_processes(join_and_gather, store.port, launch)
 
 
-def speak(rank: int, port: int, folder: Path, kind: type[Exception]) -> None:
-    here = join(rank, port, 2, "60")
+def fail(rank: int, port: int, folder: Path, kind: type[Exception]) -> None:
+    processes = join(rank, port, 2, "60")
     sys.stderr = (folder / str(rank)).open("w")
     if rank == 1:
         try:
@@ -74,34 +74,34 @@ def speak(rank: int, port: int, folder: Path, kind: type[Exception]) -> None:
             assert distributed.report_error(error, "train.py") == 1
         os._exit(0)
     try:
-        here.all_gather(rank)
+        processes.all_gather(rank)
     except RankError as error:
-        assert "speak of test_distributed.py" in str(error)  # a place without a name is its caller's
-        assert distributed.report_error(error, "train.py") == 1  # to which there is nothing to add
+        assert "fail of test_distributed.py" in str(error)  # without a place, the calling function
+        assert distributed.report_error(error, "train.py") == 1  # and prints nothing
         sys.stderr.flush()
         return
-    raise AssertionError("the other rank is still there")
+    raise AssertionError("the other rank has not ended")
 
 
 @pytest.mark.parametrize("kind", [DataError, ValueError])
-def test_the_rank_that_raises_speaks_first_and_the_others_are_quiet(tmp_path, kind):
-    in_processes(speak, free_port(), tmp_path, kind)
-    said = (tmp_path / "1").read_text()
+def test_the_rank_that_raises_prints_its_error_and_the_others_nothing(tmp_path, kind):
+    in_processes(fail, free_port(), tmp_path, kind)
+    printed = (tmp_path / "1").read_text()
     if kind is DataError:
-        assert said == "rank 1: train.py: one sentence\n"
-    else:  # a bug comes with the place where it is
-        assert said.startswith("rank 1: train.py: Traceback") and "ValueError: one sentence" in said
+        assert printed == "rank 1: train.py: one sentence\n"
+    else:  # a bug comes with its traceback
+        assert printed.startswith("rank 1: train.py: Traceback") and "ValueError: one sentence" in printed
     assert (tmp_path / "0").read_text() == ""
 
 
-def test_alone_an_expected_error_is_a_sentence_and_any_other_is_raised():
+def test_a_single_process_reports_a_user_error_as_a_sentence_and_raises_any_other():
     assert distributed.report_error(DataError("no"), "train.py") == "train.py: no"
     with pytest.raises(KeyError):
         distributed.report_error(KeyError("a bug"), "train.py")
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-3", "nan", "1e300"])
-def test_a_time_limit_that_is_none_is_refused(monkeypatch, given):
+def test_an_invalid_time_limit_is_refused(monkeypatch, given):
     monkeypatch.setenv("COLLECTIVE_TIME_LIMIT_SECONDS", given)
     with pytest.raises(RankError, match="give a number of seconds above 0"):
         distributed.collective_time_limit()
@@ -109,8 +109,8 @@ def test_a_time_limit_that_is_none_is_refused(monkeypatch, given):
     assert distributed.collective_time_limit() == timedelta(seconds=90)
 
 
-def test_an_alarm_ends_a_process_that_nothing_can_be_raised_in(tmp_path):
-    """nccl raises nothing where the main thread waits for the accelerator; here it sleeps."""
+def test_an_alarm_ends_a_process_in_which_nothing_can_be_raised(tmp_path):
+    """nccl raises nothing while the main thread waits for the GPU; in this test it sleeps."""
     script = f"""
 import sys, time, datetime
 sys.path.insert(0, {str(ROOT)!r})
@@ -122,20 +122,20 @@ distributed._watch = distributed.Watch(store, 0, 2, datetime.timedelta(seconds=0
 distributed.note_place("a collective that ends in time")
 distributed.note_place("sampling", collective=False)
 time.sleep(1)
-print("still here", flush=True)
+print("still running", flush=True)
 store.set("place/1", "1 sampling")
 distributed.note_place("the update")
 time.sleep(60)
 """
     (tmp_path / "script.py").write_text(script)
     done = forked.run([sys.executable, tmp_path / "script.py"], capture_output=True, timeout=60)
-    assert done.returncode == 1 and done.stdout == "still here\n"
+    assert done.returncode == 1 and done.stdout == "still running\n"
     assert done.stderr.splitlines()[-1].startswith(
-        "rank 0: alarm: rank 1 (last: sampling) did not come within 0.5 seconds to: the update; it hangs"
+        "rank 0: alarm: rank 1 (last: sampling) did not arrive within 0.5 seconds at: the update; it hangs"
     )
 
 
-# --------------------------------------------------------------------------------------- as torchrun starts them
+# ------------------------------------------------------------------------------------------------ under torchrun
 
 FAULTS = {
     "raises": "raise OSError('the disk of this rank is full')",
@@ -184,14 +184,14 @@ train.main(training_arguments(None))
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("rank ")]
     assert len(said) == 1, done.stderr[-3000:]
-    assert said[0].startswith(
-        {
-            "raises": "rank 1: train.py: the disk of this rank is full",
-            "hangs": "rank 0: train.py: rank 1 (last: sampling) did not come within 8 seconds to: the end of sampling",
-            "dies": "rank 0: train.py: rank 1 (last: sampling) is gone, and was waited for in: the end of sampling",
-        }[fault]
-    )
-    # torchrun's own account comes after, and nothing else claims to be stopping in order
+    missing, place = "rank 0: train.py: rank 1 (last: sampling)", "at: the end of sampling"
+    expected = {
+        "raises": "rank 1: train.py: the disk of this rank is full",
+        "hangs": f"{missing} did not arrive within 8 seconds {place}",
+        "dies": f"{missing} ended before it arrived {place}",
+    }
+    assert said[0].startswith(expected[fault])
+    # torchrun's own report comes after it, and no rank claims to be stopping on request
     assert done.stderr.index(said[0]) < done.stderr.index("FAILED")
     if fault == "raises":
         assert "stopping:" not in done.stderr

@@ -1,4 +1,4 @@
-"""The whole recipe in miniature, as a user starts it: one process, two, interrupted and resumed, and refused."""
+"""train.py on a miniature recipe: in one process and in several, interrupted and resumed, and refused."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ from lab.recipe import RecipeError, load_recipe
 from lab.run_data import RunData
 
 ROOT = Path(__file__).resolve().parent.parent
-# a model of 0.1M parameters that learns in seconds to write the format, and now and then a right answer
+# a model of 0.1M parameters that learns the format in seconds, and sometimes a right answer
 MINIATURE = [
     "world.sft_problems=2400", "world.sft_terms=[2, 3]", "world.train_terms=[3, 3]", "world.beyond_terms=[3, 3]",
     "world.train_problems=32", "world.held_out_problems=16", "world.beyond_problems=8", "world.hidden_size=64",
@@ -75,14 +75,14 @@ def deterministic(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A whole run in one process, started with plain python."""
+    """A finished run in one process, started with plain python."""
     out = tmp_path_factory.mktemp("runs")
     done = run_unforked(command(out))
     assert done.returncode == 0, done.stderr[-3000:]
     return out / "tiny", done.stdout
 
 
-def test_one_command_goes_from_a_raw_model_to_a_report(finished):
+def test_one_command_goes_from_an_untrained_model_to_a_report(finished):
     folder, output = finished
     assert output.rstrip().endswith("report.html")
     for name in (
@@ -114,7 +114,7 @@ def test_sampler_and_trainer_agree_in_float32_at_every_step(finished):
     assert all(abs(row["ratio_mean"] - 1) < 1e-4 for row in rows if row["rescued_ratio_mean"] is None)
 
 
-def test_temperature_never_falls_and_is_what_the_step_sampled_at(finished):
+def test_temperature_never_falls_and_every_step_samples_at_the_chosen_one(finished):
     rows = metrics(finished[0])
     chosen = [row["chosen"] for row in rows if row["kind"] == "temperature"]
     assert chosen == sorted(chosen)
@@ -122,7 +122,7 @@ def test_temperature_never_falls_and_is_what_the_step_sampled_at(finished):
         assert {row["temperature"] for row in rows if row["kind"] == "rl" and row["stage"] == stage} == {temperature}
 
 
-def test_exported_model_is_loaded_by_transformers(finished):
+def test_transformers_loads_the_exported_model(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = finished[0] / "stage-3"
@@ -136,15 +136,15 @@ def test_exported_model_is_loaded_by_transformers(finished):
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path):
     folder = tmp_path / "tiny"
     with forked.Popen(command(tmp_path), stdout=forked.PIPE) as process:
-        while process.poll() is None:  # the notice of a machine that is taken away, in the second step of RL
+        while process.poll() is None:  # SIGTERM, as from a preempted machine, in the second step of RL
             time.sleep(0.01)
             if (folder / "metrics.jsonl").exists() and '"step": 151,' in (folder / "metrics.jsonl").read_text():
                 process.send_signal(signal.SIGTERM)
                 break
         output = process.communicate(timeout=200)[0]
-    assert process.returncode == 0 and "go on with" in output, output[-2000:]
+    assert process.returncode == 0 and "resume with" in output, output[-2000:]
     assert not (folder / "report.html").exists() and not (folder / "finished").exists()
-    assert str(folder) in (folder / "resume-me").read_text()  # what torchrun hides: it was asked to stop
+    assert str(folder) in (folder / "resume-me").read_text()  # torchrun hides that it was asked to stop
     done = run(command(None, "--resume", str(folder)))
     assert (folder / "finished").exists() and not (folder / "resume-me").exists()
     assert done.returncode == 0, done.stderr[-3000:]
@@ -154,7 +154,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_
 
 
 def test_killed_and_damaged_at_random_moments_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch):
-    """The same command with --resume until it ends; bench/interrupt.py does so with more kills and of every kind."""
+    """The same command with --resume until it ends; bench/interrupt.py does this with more kills, of every kind."""
     monkeypatch.setattr(interrupt, "subprocess", forked)
     out, draw = tmp_path / "out", random.Random(4)
     for step in (1, 60, 152):  # in fine-tuning before and after the first checkpoint, in RL
@@ -167,22 +167,22 @@ def test_killed_and_damaged_at_random_moments_equals_uninterrupted_bit_for_bit(f
             interrupt.flip_a_byte(out, draw)
         if step == 152:
             interrupt.cut_a_line(out, draw)
-    says = (tmp_path / "out.log").read_text()
-    assert "no unfinished run of tiny" in says  # the first launch
+    log = (tmp_path / "out.log").read_text()
+    assert "no unfinished run of tiny" in log  # the first launch
     assert interrupt.finish(interrupt.launch(out, MINIATURE))
-    says = (tmp_path / "out.log").read_text()
-    assert says.count(f"resuming {out / 'tiny'} after step ") >= 2 and "passed over" in says
+    log = (tmp_path / "out.log").read_text()
+    assert log.count(f"resuming {out / 'tiny'} after step ") >= 2 and "skipped" in log
     assert [path.name for path in out.iterdir()] == ["tiny"]
     assert interrupt.same(out / "tiny", finished[0])
 
 
-def test_torchrun_restarts_a_dead_worker_and_it_goes_on_by_itself(finished, tmp_path):
-    """Fine-tuning alone, as one worker on one core: its model is the one that the finished run has after stage 0."""
+def test_a_worker_that_torchrun_restarts_resumes_the_run(finished, tmp_path):
+    """Only the sft stage, by one worker on one core: it ends with the same model as stage 0 of the finished run."""
     tables = (finished[0] / "recipe.toml").read_text().split("[[stage]]")
     recipe = tmp_path / "sft.toml"
     recipe.write_text("[[stage]]".join(tables[:2]).replace('name = "tiny"', 'name = "sft"'))
     out, cores = tmp_path / "out", os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})  # as many threads as the finished run had
+    os.sched_setaffinity(0, {min(cores)})  # the same number of threads as the finished run
     try:
         words = [str(recipe), "--set", "eval.data=", "--set", "final.data="]
         process = interrupt.launch(out, (), resume=False, starter=interrupt.torchrun(1, restarts=2), words=words)
@@ -197,9 +197,9 @@ def test_torchrun_restarts_a_dead_worker_and_it_goes_on_by_itself(finished, tmp_
             process, lambda killed=killed: interrupt.workers_of(process) != killed
         )
     assert interrupt.finish(process)
-    says = (tmp_path / "out.log").read_text()
-    assert f"{out / 'sft'} has no checkpoint: beginning again" in says
-    assert f"resuming {out / 'sft'} after step " in says and [path.name for path in out.iterdir()] == ["sft"]
+    log = (tmp_path / "out.log").read_text()
+    assert f"{out / 'sft'} has no checkpoint: starting over" in log
+    assert f"resuming {out / 'sft'} after step " in log and [path.name for path in out.iterdir()] == ["sft"]
     again, straight = (load_file(f / "stage-0" / "model.safetensors") for f in (out / "sft", finished[0]))
     assert all(torch.equal(again[name], straight[name]) for name in straight)
     rows = ([row for row in deterministic(f) if row["kind"] == "sft"] for f in (out / "sft", finished[0]))
@@ -208,7 +208,7 @@ def test_torchrun_restarts_a_dead_worker_and_it_goes_on_by_itself(finished, tmp_
 
 @pytest.fixture
 def last_stage(finished, tmp_path):
-    """The finished run, put back to where its last stage of two steps began."""
+    """A copy of the finished run, reset to the start of its last stage of two steps."""
     folder = tmp_path / "tiny"
     shutil.copytree(finished[0], folder)
     shutil.rmtree(folder / "checkpoints" / "step-158")
@@ -217,7 +217,7 @@ def last_stage(finished, tmp_path):
 
 
 def main(monkeypatch, *arguments):
-    """train.py in this process, which saves the imports; what it exits with, None at its end."""
+    """Run train.py in this process, which saves the imports; return its exit status, None at its end."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     try:
@@ -229,7 +229,7 @@ def main(monkeypatch, *arguments):
             signal.signal(number, handler)
 
 
-def test_asked_to_stop_in_the_update_saves_the_step_before_it(finished, last_stage, monkeypatch, capsys):
+def test_a_request_to_stop_during_the_update_saves_the_step_before_it(finished, last_stage, monkeypatch, capsys):
     step = grpo.optimizer_step
 
     def asked(*arguments, **more):
@@ -256,60 +256,60 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_resume_that_does_not_match_says_what_differs_and_wants_a_flag(last_stage, monkeypatch, what):
-    name, change, says = CHANGES[what]
+def test_a_resume_that_does_not_match_names_the_difference_and_needs_a_flag(last_stage, monkeypatch, what):
+    name, change, difference = CHANGES[what]
     text = (last_stage / name).read_text()
     (last_stage / name).write_text(change(text))
     assert change(text) != text
     before = sorted(path.name for path in last_stage.iterdir())
     refusal = main(monkeypatch, "--resume", last_stage)
-    assert refusal.startswith(f"train.py: {last_stage} was made otherwise: ") and says in refusal
+    assert refusal.startswith(f"train.py: {last_stage} differs from the run so far: ") and difference in refusal
     assert refusal.endswith("--resume-anyway") and "\n" not in refusal
     assert sorted(path.name for path in last_stage.iterdir()) == before  # nothing was touched
-    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("it goes on")))
-    assert main(monkeypatch, "--resume", last_stage, "--resume-anyway") == "train.py: it goes on"
+    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("resumed")))
+    assert main(monkeypatch, "--resume", last_stage, "--resume-anyway") == "train.py: resumed"
 
 
-def test_another_program_wants_a_flag_and_a_value_set_on_purpose_does_not(last_stage, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("it goes on")))
+def test_changed_code_needs_a_flag_and_a_value_set_on_purpose_does_not(last_stage, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("resumed")))
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "code_version", lambda folder: "another, torch 9, commit 0")
-        assert "otherwise: code was " in main(patch, "--resume", last_stage)
+        assert "so far: code was " in main(patch, "--resume", last_stage)
     rate = ("--set", "stage.3.learning_rate=1e-5")
-    assert main(monkeypatch, "--resume", last_stage, *rate) == "train.py: it goes on"
+    assert main(monkeypatch, "--resume", last_stage, *rate) == "train.py: resumed"
     assert load_recipe(last_stage / "recipe.toml").stage[3].learning_rate == 1e-5
     before, since = json.loads((last_stage / "fingerprints.json").read_text())
     assert before["after_step"] == 0 and since["after_step"] == 156 and "learning_rate = 1e-05" in since["recipe"]
-    # from now on that is the recipe, although no checkpoint has been written with it yet
-    assert main(monkeypatch, "--resume", last_stage) == "train.py: it goes on"
+    # this is now the recipe, although no checkpoint has been written with it yet
+    assert main(monkeypatch, "--resume", last_stage) == "train.py: resumed"
 
 
-def test_a_damaged_only_checkpoint_is_no_beginning_from_nothing(last_stage, monkeypatch):
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_over(last_stage, monkeypatch):
     interrupt.flip_a_byte(last_stage.parent, random.Random(0))
     for path in (last_stage / "checkpoints").iterdir():
         (path / "run.pt").unlink()
     rows = (last_stage / "metrics.jsonl").read_bytes()
-    says = main(monkeypatch, "--resume", last_stage)
-    assert says.startswith(f"train.py: no checkpoint of {last_stage} can be used: step-156 (") and "\n" not in says
+    error = main(monkeypatch, "--resume", last_stage)
+    assert error.startswith(f"train.py: no checkpoint of {last_stage} can be used: step-156 (") and "\n" not in error
     assert (last_stage / "metrics.jsonl").read_bytes() == rows
 
 
-def test_a_run_in_progress_is_not_resumed_beside_itself(last_stage, monkeypatch):
+def test_a_run_in_progress_is_not_resumed_by_a_second_process(last_stage, monkeypatch):
     held = run_folder.hold(last_stage)
-    assert "is being written by another process" in main(monkeypatch, "--resume", last_stage)
+    assert "is in use by another process" in main(monkeypatch, "--resume", last_stage)
     os.close(held)
     os.close(run_folder.hold(last_stage))
 
 
-def test_resume_without_a_name_takes_the_newest_unfinished_run_of_the_very_recipe(finished, tmp_path):
+def test_resume_without_a_name_takes_the_newest_unfinished_run_of_exactly_this_recipe(finished, tmp_path):
     text = (finished[0] / "recipe.toml").read_text()
     recipe = load_recipe(finished[0] / "recipe.toml")
     assert run_folder.find_unfinished(tmp_path, recipe, False) is None
-    for age, (name, said) in enumerate(
+    for age, (name, recipe_text) in enumerate(
         {"tiny": text, "tiny-2": text, "tiny-3": text.replace("\nseed = 0", "\nseed = 1", 1), "tiny-new": text}.items()
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "recipe.toml").write_text(said)
+        (tmp_path / name / "recipe.toml").write_text(recipe_text)
         os.utime(tmp_path / name / "recipe.toml", (1e9 + age, 1e9 + age))
     assert run_folder.find_unfinished(tmp_path, recipe, False) == tmp_path / "tiny-2"
     assert run_folder.find_unfinished(tmp_path, recipe, True) == tmp_path / "tiny-3"
@@ -323,15 +323,15 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run_of_the_very_recip
 
 
 def test_gradients_that_stay_nonfinite_stop_the_run_with_the_batch(tmp_path, monkeypatch, capsys):
-    """A rate that throws the weights out of float32 with the first step: from then on nothing is finite."""
+    """A learning rate so high that the weights overflow float32 in the first step, and no later gradient is finite."""
     arguments = [*command(tmp_path)[2:], "--set", "stage.0.learning_rate=1e38", "--set", "stage.0.warmup_steps=0"]
-    says = main(monkeypatch, *arguments)
+    error = main(monkeypatch, *arguments)
     folder = tmp_path / "tiny"
-    assert "step 4: 3 updates in a row without a finite gradient" in says and "nonfinite-step-4.pt" in says
+    assert "step 4: 3 consecutive updates without a finite gradient" in error and "nonfinite-step-4.pt" in error
     batch = torch.load(folder / "nonfinite-step-4.pt", weights_only=True)
     assert len(batch) == 16 and {"tokens", "prompt_length", "advantage", "old_logprobs"} <= batch[0].keys()
     assert [row["nonfinite"] for row in metrics(folder) if row["kind"] == "sft"] == [0, 1, 1, 1]
-    assert (folder / "checkpoints" / "step-4").is_dir()  # nothing of the run is lost
+    assert (folder / "checkpoints" / "step-4").is_dir()  # the run can be resumed
 
 
 def test_a_read_only_folder_is_one_sentence(tmp_path, monkeypatch):
@@ -340,18 +340,18 @@ def test_a_read_only_folder_is_one_sentence(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refuse)
-        says = main(patch, *command(tmp_path)[2:])
-    assert "Read-only file system" in says and str(tmp_path) in says and "\n" not in says
+        error = main(patch, *command(tmp_path)[2:])
+    assert "Read-only file system" in error and str(tmp_path) in error and "\n" not in error
 
 
 def two_nodes(arguments):
-    """Two agents of torchrun, each as if on a machine of its own, that find each other by its own rendezvous."""
+    """Run two torchrun agents, as if on two machines, which find each other by torchrun's rendezvous."""
     place = f"localhost:{free_port()}"
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", place]
     agent = [sys.executable, forked.TORCHRUN, *nodes, "--local-addr", "localhost", *arguments]
 
     def run_on(core):
-        os.sched_setaffinity(0, {core})  # of this thread: two machines do not share their cores
+        os.sched_setaffinity(0, {core})  # of this thread: two machines share no cores
         return run(agent)
 
     with ThreadPoolExecutor(2) as pool:
@@ -360,8 +360,8 @@ def two_nodes(arguments):
 
 
 def test_the_layout_changes_no_problem_no_token_no_loss_and_no_gradient(finished, tmp_path):
-    # all begin RL from the very same weights: those that the finished run had after fine-tuning; 7 problems divide by
-    # no number of processes, so that groups are spread over them
+    # all start RL from the weights of the finished run after fine-tuning; no number of processes divides 7 problems, so
+    # that groups are split
     folder = finished[0]
     recipe = tmp_path / "rl.toml"
     recipe.write_text(
@@ -409,7 +409,7 @@ learning_rate = 1e-3
     assert rows["one"][0]["tokens_hash"] != rows["one"][1]["tokens_hash"]
 
 
-def test_a_stage_ends_with_its_budget_of_tokens_however_it_was_interrupted(finished, tmp_path):
+def test_a_stage_ends_with_its_token_budget_also_after_a_resume(finished, tmp_path):
     folder, recipe = finished[0], tmp_path / "budget.toml"
     stage = "steps = 40\ngenerated_tokens = 2500\nbatch_problems = 8\nmax_prompt_tokens = 64\nmax_response_tokens = 48"
     stage = f'[[stage]]\nkind = "rl"\ntemperature = 1.0\nfilter_before = true\n{stage}\n'
@@ -425,28 +425,28 @@ search = {{ problems = 8, samples = 2 }}
     )
     done = run([*command(None), str(recipe), "--out", str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
-    whole = [row for row in metrics(tmp_path / "budget") if row["kind"] == "rl"]
+    expected = [row for row in metrics(tmp_path / "budget") if row["kind"] == "rl"]
     for stage in (0, 1):
-        tokens = [row["tokens"] for row in whole if row["stage"] == stage]
+        tokens = [row["tokens"] for row in expected if row["stage"] == stage]
         assert 2 <= len(tokens) < 40 and sum(tokens[:-1]) < 2500 <= sum(tokens)
-    # what estimates and searches generated is told apart: 8 rollouts of each problem, 2 of each probe, two tokens least
+    # estimates and searches report their own tokens: 8 rollouts of each problem, 2 of each probe, of 2 tokens or more
     rows = metrics(tmp_path / "budget")
     spent = [row["tokens"] for row in rows if row["kind"] == "filter" and row["label"].startswith("before")]
     assert len(spent) == 2 and all(2 * 8 * 16 < tokens < 48 * 8 * 32 for tokens in spent)
     assert all(2 * 16 <= row["tokens"] <= 48 * 16 for row in rows if row["kind"] == "temperature")
-    # from the first step of the second stage, whose tokens the checkpoint holds
-    first = next(row["step"] for row in whole if row["stage"] == 1)
+    # resume after the first step of the second stage, whose tokens are in the checkpoint
+    first = next(row["step"] for row in expected if row["stage"] == 1)
     for path in (tmp_path / "budget" / "checkpoints").iterdir():
         if int(path.name.removeprefix("step-")) > first:
             shutil.rmtree(path)
     again = run(command(None, "--resume", str(tmp_path / "budget")))
     assert again.returncode == 0 and f"after step {first}" in again.stdout, again.stderr[-3000:]
     assert [row["tokens"] for row in metrics(tmp_path / "budget") if row["kind"] == "rl"] == [
-        r["tokens"] for r in whole
+        r["tokens"] for r in expected
     ]
 
 
-def test_the_tools_filter_and_drop_as_the_run_did(finished, tmp_path, monkeypatch):
+def test_data_filter_commands_filter_and_drop_as_the_run_did(finished, tmp_path, monkeypatch):
     folder = finished[0]
     filters = {row["label"]: row for row in metrics(folder) if row["kind"] == "filter"}
     data = folder / "world" / "train.jsonl"
@@ -458,18 +458,18 @@ def test_the_tools_filter_and_drop_as_the_run_did(finished, tmp_path, monkeypatc
         out = tmp_path / f"{label.replace(' ', '-')}.jsonl"
         monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, [*words, data, out]), *option])
         difficulty.main(difficulty_arguments(None))
-        # the run dropped from what the filter before it had left, the tool from all
+        # the run dropped from the problems that its filter had kept, the command drops from all
         assert len(out.read_text().splitlines()) == filters[label]["kept"], label
     first = json.loads((folder / "pass-rates-1.jsonl").read_text().splitlines()[0])["settings"]
     assert first["weights"] == fingerprint.model_identity(folder / "stage-0") and first["n"] == 8
 
 
-# --------------------------------------------------------------------------- twice in the data, or in a benchmark
+# --------------------------------------------------------------------------- duplicates and benchmark problems
 
 
 @dataclass
 class OneProcess:
-    """As much of a device as guard_data asks for."""
+    """The part of Processes that guard_data uses."""
 
     is_main: bool = True
     said: list = field(default_factory=list)
@@ -480,7 +480,7 @@ class OneProcess:
 
 @pytest.fixture
 def guarded(tmp_path):
-    """A function that looks at data of which rows are copies, as a process of a run does: new or resumed."""
+    """Return a function that runs guard_data on data with copied rows, in a new or a resumed run."""
 
     def write(name, texts, **more):
         rows = [{"id": n, "problem": text, "answer": str(n)} | more for n, text in enumerate(texts)]
@@ -512,20 +512,20 @@ batch_problems = 1
 """
     )
 
-    def look(*overrides, is_main=True):
+    def guard(*overrides, is_main=True):
         folder, processes = tmp_path / "run", OneProcess(is_main)
         made = Metrics(folder, enabled=is_main)
         recipe = load_recipe(tmp_path / "r.toml", overrides)
         unused = dict.fromkeys(["model", "model_folder", "worker", "stop", "resume_from", "lock", "saved"])
         run = runs.Run(
-            recipe=recipe, folder=folder, processes=processes, data=RunData(recipe, folder), metrics=made, state=RunState(),
-            micro_batch_tokens=1, **unused,
+            recipe=recipe, folder=folder, processes=processes, data=RunData(recipe, folder), metrics=made,
+            state=RunState(), micro_batch_tokens=1, **unused,
         )  # fmt: skip
         start.guard_data(run)
         made.close()
         return run
 
-    return look
+    return guard
 
 
 def ids(run, index):
@@ -537,9 +537,7 @@ def test_copies_are_reported_and_trained_on_unless_the_recipe_excludes_them(guar
     assert ids(run, 1) == [f"one/{n}" for n in range(5)] and ids(run, 2) == ["two/0", "two/1"]
     said = "\n".join(run.processes.said).replace(f"{tmp_path}/", "")
     assert "held.jsonl: 1 problems repeat an earlier one's text (held/1 is held/0)" in said
-    assert (
-        "chat.jsonl: 1 of 4 repeat an earlier one's text (row 3 is row 2): kept in training (guard.dup" in said
-    )
+    assert "chat.jsonl: 1 of 4 repeat an earlier one's text (row 3 is row 2): kept in training (guard.dup" in said
     assert "chat.jsonl: 1 of 4 are a benchmark's (row 1 is held/0): kept in training" in said
     assert "one.jsonl: 1 of 5 repeat an earlier one's text (one/2 is one/0)" in said
     assert "one.jsonl: 2 of 5 are a benchmark's (one/3 is held/0, one/4 is more/0)" in said
@@ -549,23 +547,23 @@ def test_copies_are_reported_and_trained_on_unless_the_recipe_excludes_them(guar
     ]  # fmt: skip
 
 
-def test_what_is_excluded_is_counted_and_on_record_once_and_the_same_for_all(guarded):
-    asked = "guard.duplicates=exclude", "guard.contamination=exclude"
-    run = guarded(*asked)
+def test_exclusions_are_recorded_once_and_are_the_same_on_every_process(guarded):
+    rules = "guard.duplicates=exclude", "guard.contamination=exclude"
+    run = guarded(*rules)
     assert ids(run, 1) == ["one/0", "one/1"] and ids(run, 2) == ["two/0"]
     assert run.data.excluded["sft", run.recipe.stage[0].data] == {"row 1", "row 3"}
     assert sum(line.endswith(": excluded") for line in run.processes.said) == 5
     record = metrics(run.folder)
     assert [row["excluded_ids"] for row in record] == [["row 1", "row 3"], ["one/2", "one/3", "one/4"], ["two/1"]]
     assert all(row["excluded"] == len(row["excluded_ids"]) and row["kind"] == "guard" for row in record)
-    other = guarded(*asked, is_main=False)
+    other = guarded(*rules, is_main=False)
     assert other.data.excluded == run.data.excluded and ids(other, 1) == ids(run, 1)
-    assert guarded(*asked).data.excluded == run.data.excluded and metrics(run.folder) == record  # resumed
-    assert len(metrics(guarded(asked[0]).folder)) == 6  # resumed with another guard: that is on record too
-    assert ids(guarded(asked[1]), 1) == ["one/0", "one/1", "one/2"]
+    assert guarded(*rules).data.excluded == run.data.excluded and metrics(run.folder) == record  # resumed
+    assert len(metrics(guarded(rules[0]).folder)) == 6  # resumed with another guard: recorded too
+    assert ids(guarded(rules[1]), 1) == ["one/0", "one/1", "one/2"]
 
 
-def test_a_run_does_not_go_on_without_problems_that_it_counts_on(guarded):
+def test_a_run_does_not_resume_without_problems_that_it_needs(guarded):
     run = guarded("guard.duplicates=exclude")
     run.state.stage, run.state.prepared, run.state.problem_ids = 1, True, ["one/1", "one/2"]
     with pytest.raises(DataError, match=r"1 of the 2 problems that this run goes on with are not there \(first: one/2"):
@@ -576,14 +574,14 @@ def test_a_run_does_not_go_on_without_problems_that_it_counts_on(guarded):
 
 
 def refused(monkeypatch, arguments):
-    """The exit status of a run that must not start: its error."""
+    """Return the error of a run that must not start."""
     status = main(monkeypatch, *arguments[1:])
     assert status is not None
     return status
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["no-such.toml"], "no such recipe file"),
         (["--set", "model=no-such-model"], "no such model folder"),
@@ -594,10 +592,10 @@ def refused(monkeypatch, arguments):
         (["--set", "stage.1.batch_problems=999"], "cannot fill a batch of 999"),
     ],
 )
-def test_bad_input_is_one_sentence(monkeypatch, tmp_path, arguments, says):
-    says_this = refused(monkeypatch, [*command(tmp_path)[1:], *arguments])
-    assert says_this.startswith("train.py: ") and says in says_this
-    assert "\n" not in says_this
+def test_bad_input_is_one_sentence(monkeypatch, tmp_path, arguments, message):
+    error = refused(monkeypatch, [*command(tmp_path)[1:], *arguments])
+    assert error.startswith("train.py: ") and message in error
+    assert "\n" not in error
 
 
 def test_a_row_without_an_answer_names_the_row(monkeypatch, tmp_path):
