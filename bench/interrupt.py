@@ -113,7 +113,7 @@ def fork(command: list[str], log: int) -> int:
     os.dup2(log, 2)
     sys.argv, status = command, 0
     try:
-        train.main()
+        train.main(training_arguments(None))
     except SystemExit as stopped:
         status = stopped.code if isinstance(stopped.code, int) else 1
         print(stopped.code, file=sys.stderr)

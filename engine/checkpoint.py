@@ -13,7 +13,6 @@ hash of the standard library is as fast (4 GB/s on one core; SHA-256 1.8, BLAKE2
 saves 48 GB, which take 12 core seconds; each process reads its own files, which are still in the page cache.
 """
 
-import io
 import json
 import pickle
 import shutil
@@ -38,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from data_filter import History
 from engine.distributed import Processes
 from engine.errors import UserError
-from engine.files import sync_folder, write_atomically
+from engine.files import atomic_file, sync_folder, write_atomically
 from grpo import Sinks
 from lab.metrics import FILES
 from model import Transformer
@@ -109,9 +108,8 @@ def save_checkpoint(
     def complete() -> None:
         if not processes.is_main:
             return
-        packed = io.BytesIO()
-        torch.save(_pack(state), packed)
-        write_atomically(unfinished / "run.pt", [packed.getbuffer()])
+        with atomic_file(unfinished / "run.pt") as file:  # sinks may be gigabytes: not twice in memory
+            torch.save(_pack(state), file)
         write_manifest(unfinished, checksums | file_checksums([unfinished / "run.pt", unfinished / ".metadata"]))
         if final.exists():  # the same step again: the old one counts until the new one has its name
             final.rename(replaced)

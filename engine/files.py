@@ -4,18 +4,27 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write under another name, then rename: the path holds the old bytes or all of the new ones."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write under another name, renamed when it is on disk: the path holds the old bytes or all new ones."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        file.writelines(chunks)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a whole file, or none."""
+    with atomic_file(path) as file:
+        file.writelines(chunks)
 
 
 def sync_folder(folder: Path) -> None:
