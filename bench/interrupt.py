@@ -103,6 +103,7 @@ def fork(command: list[str], log: int) -> int:
     import torch
 
     import train
+    from lab.options import training_arguments
 
     torch.set_num_threads(1)
     pid = os.fork()
