@@ -101,11 +101,11 @@ def test_a_line_that_is_no_visit_is_named(tmp_path, change):
     path.write_text(json.dumps(row) + "\n")
     assert History.load(path).log == [Visit("a", -0.5, 0, (1,), 9)]
     path.write_text(f"{json.dumps(row)}\n{json.dumps(row | change)}\n")
-    with pytest.raises(DataError, match="h.jsonl, row 2 is no visit"):
+    with pytest.raises(DataError, match="h.jsonl, row 2 is not a visit"):
         History.load(path)
     for broken in ('{"problem_id": "a"}', "3", "[]", '{"settings": 3}'):
         path.write_text(f"{broken}\n{json.dumps(row)}\n")
-        with pytest.raises(DataError, match="h.jsonl, row 1 is no visit"):
+        with pytest.raises(DataError, match="h.jsonl, row 1 is not a visit"):
             History.load(path)
     path.write_text(f"oops\n{json.dumps(row)}\n")
     with pytest.raises(DataError, match="h.jsonl, line 1: .* fix or remove that line"):
