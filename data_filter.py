@@ -157,8 +157,8 @@ def estimate(
     """Estimate every problem's pass rate over n rollouts; problems that `path` holds already are not sampled again.
 
     `weights` is the model's fingerprint; visits are recorded under `stage` and `step`. Every process calls this and
-    gets the same history. `restart` replaces a file made with other settings. Raises Interrupted on a stop request, after
-    saving the finished problems; DataError for a file made with other settings; GraderError when grading often fails.
+    gets the same history. `restart` replaces a file of other settings, which is a DataError otherwise. Raises
+    Interrupted on a stop request, after saving the finished problems; GraderError when grading often fails.
     """
     processes = worker.processes
     settings = {
@@ -344,9 +344,10 @@ def split_by(problems: list[Problem], keep: set[str], rates: dict[str, float | N
 def require_batch(filtered: Filtered, batch_size: int) -> None:
     """Raise DataError, with the histograms, if the kept problems cannot fill a batch."""
     if len(filtered.kept) < batch_size:
+        left = f"{len(filtered.kept)} of {len(filtered.rates)} problems are left"
         raise DataError(
-            f"{len(filtered.kept)} of {len(filtered.rates)} problems are left, fewer than a batch of {batch_size}; lower "
-            f"the batch size, drop fewer or add harder problems.\n{draw_histogram(filtered.before, filtered.after)}"
+            f"{left}, fewer than a batch of {batch_size}; lower the batch size, drop fewer or add harder problems.\n"
+            f"{draw_histogram(filtered.before, filtered.after)}"
         )
 
 
