@@ -567,7 +567,7 @@ def test_what_is_excluded_is_counted_and_on_record_once_and_the_same_for_all(gua
 def test_a_run_does_not_go_on_without_problems_that_it_counts_on(guarded):
     run = guarded("guard.duplicates=exclude")
     run.state.stage, run.state.prepared, run.state.problem_ids = 1, True, ["one/1", "one/2"]
-    with pytest.raises(DataError, match=r"1 of the 2 problems that this run goes on with are not there \(first: one/2"):
+    with pytest.raises(DataError, match=r"1 of the 2 problems that this run trains on are missing \(first: one/2"):
         ids(run, 1)
 
 
