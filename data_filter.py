@@ -1,18 +1,18 @@
-"""How hard problems are for the model in hand, and which of them to train on.
+"""Estimate how hard problems are for the current model, and choose which of them to train on.
 
-    python data_filter.py estimate MODEL DATA -n 8 --out pass-rates.jsonl    # under torchrun on many processes
+    python data_filter.py estimate MODEL DATA -n 8 --out pass-rates.jsonl    # under torchrun for several processes
     python data_filter.py filter pass-rates.jsonl DATA train.jsonl           # before training: drop the always solved
-    python data_filter.py drop RUN DATA next.jsonl                           # after a stage: drop what RUN has learnt
+    python data_filter.py drop RUN DATA next.jsonl                           # after a stage: drop what RUN has learned
 
 Difficulty is relative: the pass rate of the model about to be trained, over a group of rollouts (RECIPE section 1).
-Before training, the problems that it always solves are dropped (the J shape becomes its mirror image); at the end of
-each stage, those that it has meanwhile learnt. train.py calls the same functions between its stages.
+Before training, problems that it always solves are dropped (the J shape becomes its mirror image); after each stage,
+those that it has learned. train.py calls the same functions between its stages.
 
-Each command writes a table (.txt) and a picture (.png) beside its output. An estimate that was interrupted goes on with
-the same command; its file says in its first line which model, problems and sampling it is of, and takes no others.
+Each command also writes a table (.txt) and a chart (.png) next to its output. The same command resumes an interrupted
+estimate; the first line of its file records the model, problems and sampling settings, and no others are accepted.
 """
 
-if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+if __name__ == "__main__":  # answer --help and usage errors before importing torch
     from lab.options import difficulty_arguments
 
     ARGUMENTS = difficulty_arguments(__doc__)
@@ -36,76 +36,78 @@ from engine.rollout_worker import Attempt, RolloutWorker
 from lab.problems import DataError, Problem
 from rollout import Sampling
 
-GROUP_SIZE = 8  # the recipe's rollouts of a problem
-ESTIMATE_DRAW = -2  # the place that estimates sample from, which is no training step's
-ESTIMATE_SLICE = 512  # problems whose pass rates are estimated, and saved, at a time
-BEFORE_STAGE = -0.5  # an estimate before stage k is filed between the visits of stages k - 1 and k
+GROUP_SIZE = 8  # the recipe's rollouts per problem
+ESTIMATE_DRAW = -2  # the draw number of estimates; training steps count from 0
+ESTIMATE_SLICE = 512  # problems sampled between two saves
+BEFORE_STAGE = -0.5  # relative to stage k: an estimate sorts between the visits of stages k - 1 and k
 
 # ---- the history of pass rates -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One group of rollouts of one problem, as it was graded."""
+    """One graded group of rollouts of one problem."""
 
     problem_id: str
     stage: float  # k - 0.5: the estimate before stage k
     step: int
-    rewards: tuple[float, ...]  # the originals, before rescue and substitution (RECIPE section 1)
-    tokens: int = 0  # generated, by all rollouts together
+    rewards: tuple[float, ...]  # before rescue and substitution (RECIPE section 1)
+    tokens: int = 0  # generated, over all rollouts
 
 
 class History:
-    """Every visit to every problem. A visit of the same problem, stage and step replaces the earlier
-    one, so that steps replayed after a resume are not counted twice."""
+    """All visits. A visit replaces an earlier one of the same problem, stage and step, so that steps replayed after a
+    resume are not counted twice."""
 
     def __init__(self):
         self.by_problem: dict[str, dict[tuple[float, int], Visit]] = {}
-        self.log: list[Visit] = []
-        self.settings: dict | None = None  # the first line of its file: which model, problems and sampling it is of
+        self.settings: dict | None = None  # first line of an estimate's file: its model, problems and sampling
+
+    @property
+    def log(self) -> list[Visit]:
+        """All visits, problem by problem."""
+        return [visit for visits in self.by_problem.values() for visit in visits.values()]
 
     def append(self, visit: Visit) -> None:
         if not visit.rewards:
             raise DataError(f"the visit to {visit.problem_id} at step {visit.step} has no rewards; grade it first.")
         self.by_problem.setdefault(visit.problem_id, {})[visit.stage, visit.step] = visit
-        self.log.append(visit)
 
     def visits(self, problem_id: str) -> list[Visit]:
         return [visit for _, visit in sorted(self.by_problem.get(problem_id, {}).items())]
 
     def pass_rate(self, problem_id: str) -> float | None:
-        """Mean reward over all rollouts ever, or None if it was not visited."""
+        """Return the mean reward over all rollouts, or None without a visit."""
         return mean_reward(self.visits(problem_id))
 
     def estimate(self, problem_id: str, stage: int | None = None) -> float | None:
-        """Mean reward within the last stage, up to the given one, that visited the problem, or None."""
+        """Return the mean reward within the last stage (up to the given one) that visited the problem, or None."""
         visits = [v for v in self.visits(problem_id) if stage is None or v.stage <= stage]
         return mean_reward(v for v in visits if v.stage == visits[-1].stage)
 
     def response_tokens(self, problem_id: str) -> float | None:
-        """The mean length of its newest responses, or None if it was never visited."""
+        """Return the mean response length of the latest visit, or None without a visit."""
         visits = self.visits(problem_id)
         return visits[-1].tokens / len(visits[-1].rewards) if visits else None
 
     def state_dict(self) -> dict:
-        """JSON-able, for checkpoints."""
-        rows = [v for visits in self.by_problem.values() for v in visits.values()]
-        return {"visits": [[v.problem_id, v.stage, v.step, list(v.rewards), v.tokens] for v in rows]}
+        """Return the visits as JSON values, for checkpoints."""
+        return {"visits": [[v.problem_id, v.stage, v.step, list(v.rewards), v.tokens] for v in self.log]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.by_problem, self.log = {}, []
+        self.by_problem = {}
         for problem_id, stage, step, rewards, tokens in state["visits"]:
             self.append(Visit(problem_id, stage, step, tuple(rewards), tokens))
 
     def save(self, path: str | Path) -> None:
-        """Write a JSONL file, whole or not at all: one visit per line, below the settings, if any."""
+        """Write JSON lines atomically: the settings, if any, then one visit per line."""
         rows = [{"settings": self.settings}] if self.settings is not None else []
         rows += [asdict(visit) for visit in self.log]
         write_atomically(Path(path), (f"{json.dumps(row)}\n".encode() for row in rows))
 
     @classmethod
     def load(cls, path: str | Path) -> "History":
-        """Read what save wrote. Raises DataError where there is no such file, or where a line is no visit."""
+        """Read what `save` wrote. Raises DataError for a missing file or a line that is not a visit."""
         path, history = Path(path), cls()
         if not path.is_file():
             raise DataError(f"{path} does not exist, so there are no pass rates to read; estimate them first.")
@@ -114,7 +116,7 @@ class History:
                 if number == 1 and isinstance(row, dict) and isinstance(row.get("settings"), dict):
                     history.settings = row["settings"]
                 elif (visit := visit_of(row)) is None:
-                    raise ValueError(f"{path}, row {number} is no visit: problem_id, stage, step, rewards, tokens")
+                    raise ValueError(f"{path}, row {number} is not a visit: problem_id, stage, step, rewards, tokens")
                 else:
                     history.append(visit)
         except ValueError as error:
@@ -123,7 +125,7 @@ class History:
 
 
 def visit_of(row: object) -> Visit | None:
-    """A line of a history's file as a Visit, or None where it is none."""
+    """Return the Visit in one line of a history file, or None if it is not one."""
     match row:
         case {"problem_id": str(), "stage": stage, "step": int(), "rewards": [_, *_] as rewards, "tokens": int(tokens)}:
             numbers = {*map(type, [stage, row["step"], tokens, *rewards])} <= {int, float}  # bool is an int to `match`
@@ -133,12 +135,12 @@ def visit_of(row: object) -> Visit | None:
 
 
 def mean_reward(visits: Iterable[Visit]) -> float | None:
-    """Mean over all rollouts of these visits, or None without any."""
+    """Return the mean over all rollouts of these visits, or None without any."""
     rewards = [reward for visit in visits for reward in visit.rewards]
     return sum(rewards) / len(rewards) if rewards else None
 
 
-# ---- estimating them -----------------------------------------------------------------------------
+# ---- estimating pass rates -----------------------------------------------------------------------
 
 
 def estimate(
@@ -152,11 +154,11 @@ def estimate(
     step: int = 0,
     restart: bool = False,
 ) -> History:
-    """The pass rate over n rollouts of every problem, one line of `path` each; what is there is not sampled again.
+    """Estimate every problem's pass rate over n rollouts; problems that `path` holds already are not sampled again.
 
-    `weights` is the model's fingerprint; stage and step are those under which the visits are filed. Every process calls
-    it and gets the same. Raises Interrupted when asked to stop, with every problem that was finished saved; DataError
-    for a file of another model, other problems or other sampling; GraderError when the grader fails often.
+    `weights` is the model's fingerprint; visits are recorded under `stage` and `step`. Every process calls this and
+    gets the same history. `restart` replaces a file of other settings, which is a DataError otherwise. Raises
+    Interrupted on a stop request, after saving the finished problems; GraderError when grading often fails.
     """
     processes = worker.processes
     settings = {
@@ -173,17 +175,14 @@ def estimate(
     }
     known = History.load(path) if path.exists() else History()
     if restart and known.settings not in (None, settings):
-        processes.broadcast(None)  # everybody has read
         known = History()
-        if processes.is_main:
-            path.unlink()
-    if known.settings is None and not known.log:
+    if known.settings is None and not known.by_problem:
         known.settings = settings
-    require_settings(known, path, settings)
-    left, begun = [problem for problem in problems if not known.visits(problem.id)], time.perf_counter()
-    processes.broadcast(None)  # everybody has read
+    require_same(path, known.settings, settings)
+    left, begun = [problem for problem in problems if problem.id not in known.by_problem], time.perf_counter()
+    processes.broadcast(None)  # every process has read the file before the main process replaces it
     if processes.is_main and left:
-        known.save(path)  # a file that cannot be written is no surprise for later
+        known.save(path)  # fail before sampling if the file cannot be written
     if left and len(left) < len(problems):
         processes.say(f"pass rates: {len(problems) - len(left):,} problems are in {path} already")
 
@@ -196,11 +195,11 @@ def estimate(
         prompts = [worker.prompt(problem, n) for problem in part]
         label = f"pass rates, slice {start // ESTIMATE_SLICE + 1} of {math.ceil(len(left) / ESTIMATE_SLICE)}"
         mine, _, stopped = worker.sample(part, prompts, sampling, keep, label)
-        groups = defaultdict(list)  # by problem: reward and tokens of each rollout, in order
+        groups = defaultdict(list)  # problem id -> [reward, tokens] of each rollout, in order
         for problem_id, _, *rollout in sorted(kept for own in processes.all_gather(mine) for kept in own):
             groups[problem_id].append(rollout)
         for problem in part:
-            if len(groups[problem.id]) == n:  # an interruption leaves some unfinished
+            if len(groups[problem.id]) == n:  # a stop request leaves some incomplete
                 rewards, tokens = zip(*groups[problem.id], strict=True)
                 known.append(Visit(problem.id, stage, step, rewards, sum(tokens)))
         if processes.is_main:
@@ -210,35 +209,25 @@ def estimate(
         done, seconds = start + len(part), time.perf_counter() - begun
         eta = timedelta(seconds=round(seconds * (len(left) - done) / done))
         processes.say(f"pass rates: {len(problems) - len(left) + done:,}/{len(problems):,} problems  ETA {eta}")
-    in_order = [visit for problem in problems for visit in known.visits(problem.id)]
-    if known.log != in_order:  # as if nothing had interrupted it
-        known.log = in_order
+    in_order = {problem.id: known.by_problem[problem.id] for problem in problems}
+    if list(known.by_problem) != list(in_order):  # an interrupted estimate ends with the same file as any other
+        known.by_problem = in_order
         if processes.is_main:
             known.save(path)
     return known
 
 
 def problems_fingerprint(problems: Iterable[Problem]) -> str:
-    """A hash of what decides the pass rates of problems, whatever their order: ids, texts and answers."""
+    """Hash what decides the pass rates of problems, in any order: ids, texts and answers."""
     bare = [replace(problem, type="", difficulty=None, solution="") for problem in problems]
     return data_identity(sorted(bare, key=lambda problem: problem.id))
-
-
-def require_settings(history: History, path: Path, wanted: dict) -> None:
-    """Raise DataError unless the file that a history comes from was made with these settings."""
-    if history.settings is None:
-        raise DataError(
-            f"{path} does not say in its first line which model and problems its pass rates are of; move it away and "
-            f"estimate them again."
-        )
-    require_same(path, history.settings, wanted)
 
 
 # ---- the shape of the data -----------------------------------------------------------------------
 
 
 def histogram(rates: Iterable[float], group_size: int = GROUP_SIZE) -> list[int]:
-    """How many problems are solved 0, 1, ... group_size times in group_size (to the nearest)."""
+    """Count the problems solved 0, 1, ... group_size times in group_size (rounded to the nearest)."""
     counts = [0] * (group_size + 1)
     for rate in rates:
         counts[math.floor(rate * group_size + 0.5)] += 1
@@ -246,10 +235,10 @@ def histogram(rates: Iterable[float], group_size: int = GROUP_SIZE) -> list[int]
 
 
 def verdict(counts: list[int]) -> str:
-    """The histogram's shape in a word: training wants "mirrored J" (RECIPE section 1).
+    """Name the histogram's shape; training wants "mirrored J" (RECIPE section 1).
 
-    "too hard": more than half of the problems are never solved; "J" / "mirrored J": at least half lie
-    on the easy / hard side of the middle; "U": two thirds lie at the two ends; else "level".
+    "too hard": more than half of the problems are never solved; "J" / "mirrored J": at least half are
+    on the easy / hard side of the middle; "U": two thirds are at the two ends; else "level".
     """
     total, half = sum(counts), len(counts) // 2
     if total == 0:
@@ -264,13 +253,13 @@ def verdict(counts: list[int]) -> str:
 
 
 def zero_variance_share(rates: Iterable[float], group_size: int = GROUP_SIZE) -> float:
-    """Expected share of groups whose rewards are all equal and teach nothing: the mean of p^G + (1 - p)^G."""
+    """Return the expected share of groups with equal rewards, which teach nothing: the mean of p^G + (1 - p)^G."""
     p = np.asarray(list(rates), dtype=float)
     return float(np.mean(p**group_size + (1 - p) ** group_size)) if p.size else 0.0
 
 
 def draw_histogram(before: list[int], after: list[int] | None = None, width: int = 28) -> str:
-    """One histogram, or two side by side, as text for the console."""
+    """Draw one histogram, or two side by side, as text."""
     shapes = {"problems": before} if after is None else {"before": before, "after": after}
     most = max(1, *(max(counts) for counts in shapes.values()))
     rows = [("solved", [f" {name} ({verdict(counts)})" for name, counts in shapes.items()])]
@@ -286,16 +275,16 @@ def draw_histogram(before: list[int], after: list[int] | None = None, width: int
 
 @dataclass(frozen=True)
 class Filtered:
-    """What a filter kept and dropped, with the histograms before and after."""
+    """The problems that a filter kept and dropped, with the histograms before and after."""
 
     kept: list[Problem]
     dropped: list[Problem]
-    before: list[int]  # histograms of pass rates; problems without any estimate are in neither
+    before: list[int]  # histograms of the known pass rates
     after: list[int]
-    rates: dict[str, float | None]  # by problem id; None is a problem without any estimate
+    rates: dict[str, float | None]  # by problem id; None: no estimate
 
     def known_rates(self, problems: Sequence[Problem]) -> list[float]:
-        """The pass rates of some of its problems, those without any estimate left out."""
+        """Return the pass rates of some of its problems, without those that have no estimate."""
         return [rate for problem in problems if (rate := self.rates[problem.id]) is not None]
 
 
@@ -308,24 +297,20 @@ def filter_mirrored_j(
     seed: int = 0,
     group_size: int = GROUP_SIZE,
 ) -> Filtered:
-    """Drops the problems that the model always solves and keeps the rest, 0/8 too (RECIPE section 1).
+    """Drop the problems that the model always solves and keep the rest, 0/8 too (RECIPE section 1).
 
-    Kept: keep_above <= pass rate < drop_at, by the latest estimate. max_unsolved_share: at most this
-    share of what is kept may be unsolved; a random part, set by the seed, of the unsolved is kept.
-    Raises DataError if a problem has no estimate.
+    Kept: keep_above <= pass rate < drop_at, by the latest estimate. max_unsolved_share: the largest share of the kept
+    problems that may be unsolved; the seed selects which stay. Raises DataError if a problem has no estimate.
     """
     rates = {p.id: history.estimate(p.id) for p in problems}
-    missing = [problem_id for problem_id, rate in rates.items() if rate is None]
-    if missing:
-        raise DataError(
-            f"{len(missing)} problems have no pass rate (first: {missing[0]}); estimate them before filtering."
-        )
+    if missing := [problem_id for problem_id, rate in rates.items() if rate is None]:
+        raise DataError(f"{len(missing)} problems have no pass rate (first: {missing[0]}); estimate them first.")
     keep = {problem_id for problem_id, rate in rates.items() if keep_above <= rate < drop_at}
     if max_unsolved_share is not None and max_unsolved_share < 1:
         unsolved = sorted(problem_id for problem_id in keep if rates[problem_id] == 0)
         solved = len(keep) - len(unsolved)
-        room = math.floor(solved * max_unsolved_share / (1 - max_unsolved_share) + 1e-9)
-        keep -= {unsolved[i] for i in np.random.default_rng(seed).permutation(len(unsolved))[room:]}
+        allowed = math.floor(solved * max_unsolved_share / (1 - max_unsolved_share) + 1e-9)
+        keep -= {unsolved[i] for i in np.random.default_rng(seed).permutation(len(unsolved))[allowed:]}
     return split_by(problems, keep, rates, group_size)
 
 
@@ -337,10 +322,10 @@ def drop_easy(
     window: str = "stage",
     group_size: int = GROUP_SIZE,
 ) -> Filtered:
-    """Drops the problems whose accuracy is above the threshold, at the end of a stage (RECIPE section 1).
+    """Drop the problems whose accuracy is above the threshold, at the end of a stage (RECIPE section 1).
 
-    window: "stage" looks at the visits within the stage just ended (a problem not visited in it keeps
-    its earlier estimate), "all" at every visit ever. A problem never visited is kept.
+    window: "stage" counts the visits of the stage just ended (a problem not visited in it keeps its earlier estimate),
+    "all" counts all visits. A problem never visited is kept.
     """
     if window not in ("stage", "all"):
         raise DataError(f'the window of the drop is {window!r}; it must be "stage" or "all".')
@@ -350,19 +335,19 @@ def drop_easy(
 
 
 def split_by(problems: list[Problem], keep: set[str], rates: dict[str, float | None], group_size: int) -> Filtered:
-    """Divide problems by id, with both histograms of their pass rates."""
+    """Split problems into the ids to keep and the others, with both histograms of their pass rates."""
     kept, dropped = [p for p in problems if p.id in keep], [p for p in problems if p.id not in keep]
     before, after = ([rates[p.id] for p in some if rates[p.id] is not None] for some in (problems, kept))
     return Filtered(kept, dropped, histogram(before, group_size), histogram(after, group_size), rates)
 
 
 def require_batch(filtered: Filtered, batch_size: int) -> None:
-    """Raises DataError, with the histograms, if what is left cannot fill a batch."""
+    """Raise DataError, with the histograms, if the kept problems cannot fill a batch."""
     if len(filtered.kept) < batch_size:
-        total = len(filtered.kept) + len(filtered.dropped)
+        left = f"{len(filtered.kept)} of {len(filtered.rates)} problems are left"
         raise DataError(
-            f"{len(filtered.kept)} of {total} problems are left, fewer than a batch of {batch_size}; lower the "
-            f"batch size, drop fewer or add harder problems.\n{draw_histogram(filtered.before, filtered.after)}"
+            f"{left}, fewer than a batch of {batch_size}; lower the batch size, drop fewer or add harder problems.\n"
+            f"{draw_histogram(filtered.before, filtered.after)}"
         )
 
 
@@ -372,20 +357,20 @@ def require_batch(filtered: Filtered, batch_size: int) -> None:
 class DataOrder:
     """Endless epochs over the problems, each a permutation drawn from (seed, stage, epoch).
 
-    The position (problems handed out so far) is the only state. Any batch_size problems in a row are all
-    different, across epochs too; so the seams between epochs depend on the batch size.
+    The position (number of problems used so far) is the only state. Any batch_size consecutive problems are distinct,
+    across epochs too, so the start of an epoch depends on the batch size.
     """
 
     def __init__(self, problems: list[Problem], batch_size: int, seed: int, stage: int):
         self.problems = sorted(problems, key=lambda p: p.id)
         self.batch_size, self.seed, self.stage = batch_size, seed, stage
         self.epochs: list[list[int]] = []
-        twins = [a.id for a, b in pairwise(self.problems) if a.id == b.id]
-        if twins:
-            raise DataError(f"several problems have the id {twins[0]}; give each problem its own.")
+        if repeated := [a.id for a, b in pairwise(self.problems) if a.id == b.id]:
+            raise DataError(f"several problems have the id {repeated[0]}; make the ids unique.")
         if len(problems) < batch_size:
-            short = f"{len(problems)} problems cannot fill a batch of {batch_size}"
-            raise DataError(f"{short}; lower the batch size or add problems.")
+            raise DataError(
+                f"{len(problems)} problems cannot fill a batch of {batch_size}; lower the batch size or add problems."
+            )
 
     def batch(self, position: int) -> list[Problem]:
         places = range(position, position + self.batch_size)
@@ -397,10 +382,10 @@ class DataOrder:
             key = [self.seed, self.stage, len(self.epochs)]
             drawn = np.random.Generator(np.random.PCG64(key)).permutation(len(self.problems)).tolist()
             last = self.epochs[-1][1 - self.batch_size :] if self.epochs and self.batch_size > 1 else []
-            # what ended the last epoch waits until it is a batch ago
+            # a problem from the end of the last epoch is used again only a full batch later
             for slot in range(len(last)):
-                barred = set(last[slot:])
-                pick = next(i for i in range(slot, len(drawn)) if drawn[i] not in barred)
+                recent = set(last[slot:])
+                pick = next(i for i in range(slot, len(drawn)) if drawn[i] not in recent)
                 drawn.insert(slot, drawn.pop(pick))
             self.epochs.append(drawn)
         return self.epochs[epoch]

@@ -1,11 +1,8 @@
-r"""What a response earns: is its answer right, is it well formed, and do its written steps hold?
+r"""Reward a response: find its answer, check its format, and check its written steps.
 
 The answer is the content of the last complete \boxed{...} (or \fbox{...}) after `</think>`; no closing tag, no answer.
-Of several accepted answers any may match. Whether two answers match is decided in lab/answers.py, whose first lines
-state the policy: most are settled by their text, in the calling process; the rest goes to a worker process that lives
-under a memory limit, and is killed and replaced when it is late. A hard answer costs its own verdict, never the run;
-no answer is ever evaluated as code. A failure of the grader is a verdict of its own, so that it can be counted, not a
-silent "wrong".
+It may match any of the accepted answers. lab/answers.py states and decides which answers match; engine/grader.py grades
+in the background, under limits of time and memory:
 
     with Grader(workers=2) as grader:
         grader.grade([(r"<think>...</think> \boxed{\frac{1}{2}}", ["0.5"])])
@@ -17,20 +14,20 @@ from dataclasses import dataclass
 
 from lab.answers import OPERAND, SIDE, evaluate
 
-VERDICTS = ("right", "wrong", "no answer", "timed out", "grader failed")  # timed out: of its time or its memory
-
+# timed out: the answer exceeded the time or memory limit; grader failed: counted apart, never a silent "wrong"
+VERDICTS = ("right", "wrong", "no answer", "timed out", "grader failed")
 MAX_SIDE_LENGTH = 200  # characters of one side of a written step
 
 
 @dataclass(frozen=True)
 class Grade:
-    """What one response earned. A reward is a choice among (or a mixture of) its three numbers."""
+    """The grade of one response. The reward is a weighted sum of its three numbers."""
 
     verdict: str  # one of VERDICTS
     correct: float  # 1.0 if the verdict is "right", else 0.0
     format: float  # see format_reward
     steps: float  # see step_reward
-    answer: str | None  # content of the last box, None when there is none
+    answer: str | None  # content of the last box, None without one
 
 
 # ---------------------------------------------------------------------------------------------
@@ -44,7 +41,7 @@ AFTER_BOX = re.compile(r"(?:[\s$.*]|\\[\])])*")
 
 
 def _response_body(text: str, thinking: bool) -> str | None:
-    """What follows the thinking block (only its closing tag is required); None while it is open."""
+    """Return what follows the thinking block's closing tag; None if the tag is missing."""
     if not thinking:
         return text
     _, tag, body = text.rpartition("</think>")
@@ -52,7 +49,7 @@ def _response_body(text: str, thinking: bool) -> str | None:
 
 
 def _last_box(text: str) -> tuple[int, int] | None:
-    """Where the content of the last complete box starts and ends; in a nest, the innermost counts."""
+    """Return the start and end of the last complete box's content; of nested boxes, the innermost."""
     last, open_braces = None, []
     for token in BRACES.finditer(text):
         if token["box"]:
@@ -67,9 +64,9 @@ def _last_box(text: str) -> tuple[int, int] | None:
 
 
 def last_boxed(text: str, thinking: bool) -> str | None:
-    r"""Content of the last complete \boxed{...} or \fbox{...}, braces balanced, in linear time.
+    r"""Return the content of the last complete \boxed{...} or \fbox{...}, braces balanced, in linear time.
 
-    With `thinking`, only what follows the last `</think>` counts: no closing tag, no answer.
+    With `thinking`, only the text after the last `</think>` counts: no closing tag, no answer.
     """
     body = _response_body(text, thinking)
     box = _last_box(body) if body is not None else None
@@ -77,7 +74,7 @@ def last_boxed(text: str, thinking: bool) -> str | None:
 
 
 def format_reward(text: str, thinking: bool) -> float:
-    """1.0 if the thinking block is closed (when thinking) and the response ends in its only box.
+    """Return 1.0 if the thinking block is closed (when thinking) and the response ends in its only box, else 0.0.
 
     Whitespace, closing math delimiters, asterisks and a full stop may follow the box.
     """
@@ -91,9 +88,9 @@ def format_reward(text: str, thinking: bool) -> float:
 # ---------------------------------------------------------------------------------------------
 # The steps
 
-# Possessive, as its parts are: each character is read once, whatever a model writes.
+# Possessive, like its parts: each character is read once, whatever a model writes.
 CHAIN = re.compile(rf"{SIDE.pattern}(?:[ \t]*+&?+=[ \t]*+{SIDE.pattern})*+")
-# What makes a side part of something larger, `2x + 3 = 7` or `3 = 7y`.
+# Text next to a side that makes it part of a longer expression: `2x + 3 = 7`, `3 = 7y`.
 ADJACENT_BEFORE = re.compile(r"[\w.)}\]^\\]$")
 SIGN_BEFORE = ("-", "−", "+", "*", "/", "×", "÷", "·", "^", r"\times", r"\cdot", r"\div")
 MINUS_BEFORE = re.compile(r"(?:\b[A-Za-z]|[0-9][A-Za-z]|[)}\]])[ \t]*$")  # x -3 is a difference
@@ -104,22 +101,22 @@ CUT_AFTER = re.compile(
 
 
 def _is_cut_before(line: str, chain: str) -> bool:
-    """Whether `chain` goes on an expression that began in `line`, the text before it."""
+    """Return whether `chain` continues an expression that began in `line`, the text before it."""
     head = line.rstrip(" \t")
     if head.endswith("**"):  # a power after a number or a name, else bold type
         return head[-3:-2].isalnum() or head[-3:-2] in (")", "}")
     if chain[0] in "-−" and MINUS_BEFORE.search(line):
         return True
-    # A sign that opens a line is a bullet.
+    # A sign at the start of a line is a bullet.
     return ADJACENT_BEFORE.search(line) is not None or (head.endswith(SIGN_BEFORE) and len(head.strip()) > 1)
 
 
 def step_reward(text: str) -> float:
-    """Share of the written steps `a op b = c` that hold exactly; 0.0 when none is written.
+    """Return the share of the written steps `a op b = c` that hold exactly; 0.0 without any step.
 
     Every `=` between two expressions of plain numbers, at least one with an operator, is a step, so
-    that `3 + 5 - 2 = 8 - 2 = 6` has two. A side that is cut off (by a variable, a parenthesis, a
-    power) is left out, as is one longer than MAX_SIDE_LENGTH.
+    `3 + 5 - 2 = 8 - 2 = 6` has two. A side that is part of a longer expression (a variable, a parenthesis,
+    a power) is left out, as is one longer than MAX_SIDE_LENGTH.
     """
     steps = held = 0
     for chain in CHAIN.finditer(text):

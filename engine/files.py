@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and JSON lines whose last one may have been cut off."""
+"""Write files atomically; read JSON lines whose last line may be cut off."""
 
 import json
 import os
@@ -28,20 +28,20 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk: a rename that the machine's end must not undo."""
+    """Flush a folder's entries to disk, so that a rename survives a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:  # some file systems cannot do it for folders, and need not
+    except OSError:  # some file systems cannot sync folders, and need not
         pass
     finally:
         os.close(descriptor)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, bytes, object]]:
-    """(line number from 1, line, its value) of each line; a last line without its line end is dropped, on stderr.
+    """Yield (line number from 1, line, value). A last line without a newline is dropped, with a note on stderr.
 
-    Raises ValueError "PATH, line N: REASON" where a whole line is not JSON.
+    Raises ValueError "PATH, line N: REASON" for a complete line that is not JSON.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

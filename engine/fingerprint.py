@@ -81,8 +81,13 @@ def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
             yield f"{where}{key}", value
 
 
-def require_same(path: Path, held: dict, wanted: dict) -> None:
-    """Raise DataError unless the settings `held`, with which a file or folder was made, agree with `wanted`."""
+def require_same(path: Path, held: dict | None, wanted: dict) -> None:
+    """Raise DataError unless a file or folder that was made with the settings `held` has all that are wanted."""
+    if held is None:
+        raise DataError(
+            f"{path} does not say in its first line which model and problems it was made with; move it away and "
+            f"estimate again"
+        )
     for name, value in wanted.items():
         if held.get(name) != value:
             raise DataError(

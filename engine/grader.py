@@ -1,4 +1,5 @@
-"""Grading in the background: workers that can be killed, under limits of time and memory."""
+"""Grade responses in the background: most answers are settled by their text, in the calling process; worker processes
+under limits of time and memory decide the rest. A late worker is killed and replaced, and costs only that verdict."""
 
 import atexit
 import itertools
@@ -18,7 +19,7 @@ from lab import answers as answer_matching
 from lab.answers import text_verdict, tidy
 from reward import Grade, format_reward, last_boxed, step_reward
 
-CACHED_VERDICTS = 20_000  # of pairs of golds and answer
+CACHED_VERDICTS = 20_000  # one per pair of golds and answer
 START_LIMIT_S = 60.0  # for a worker to import math-verify
 LEAST_FAILURES = 5  # fewer grader failures than this never stop a run
 
@@ -27,16 +28,16 @@ class _Worker:
     """One worker process and the pipe to it."""
 
     def __init__(self, memory_limit_bytes: int, time_limit_s: float):
-        # -P: the names of this directory's files must not shadow what math-verify imports.
+        # -P: files in lab/ must not shadow the modules that math-verify imports
         command = [sys.executable, "-P", os.path.abspath(answer_matching.__file__)]
         command += [str(memory_limit_bytes), str(time_limit_s)]
-        # a session of its own: a signal to the whole run must not turn answers in flight into grader failures
+        # a new session: a signal to the run's process group must not turn pending answers into grader failures
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         self.process = subprocess.Popen(command, start_new_session=True, **pipes)
         self.ready = False
 
     def read(self, limit_s: float) -> dict:
-        """The next reply. Raises TimeoutError when it is late, ValueError when it is none."""
+        """Return the next reply. Raises TimeoutError if it is late, ValueError if it is not a reply."""
         deadline, line = time.monotonic() + limit_s, b""
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -49,7 +50,7 @@ class _Worker:
                 line += chunk
         reply = json.loads(line)
         if not isinstance(reply, dict):
-            raise ValueError(f"the worker said {reply!r}")
+            raise ValueError(f"the worker replied {reply!r}")
         return reply
 
     def kill(self) -> None:
@@ -60,12 +61,12 @@ class _Worker:
 
 
 class Grader:
-    """Grades responses in the background: submit while sampling goes on, collect when it is done.
+    """Grades responses in the background: `submit` during sampling, `collect` afterwards.
 
-    workers: processes for what the exact path cannot decide; each starts with the first such answer.
-    time_limit_s: for one answer in a worker, all accepted answers together, start-up not included.
+    workers: processes for answers that the text does not settle; they start with the first such answer.
+    time_limit_s: per answer in a worker, for all its accepted answers together, without start-up.
     memory_limit_bytes: address space of one worker.
-    thinking: whether responses must close a thinking block before they answer.
+    thinking: whether responses must close a thinking block before the answer.
     """
 
     def __init__(
@@ -76,14 +77,14 @@ class Grader:
         self.time_limit_s, self.memory_limit_bytes, self.thinking = time_limit_s, memory_limit_bytes, thinking
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._tickets, self._results = itertools.count(), {}
-        self._verdicts: dict[tuple, str] = {}  # of (*golds, answer), oldest first
+        self._verdicts: dict[tuple, str] = {}  # by (*golds, answer), oldest first
         self._slots: list[_Worker | None] = [None] * workers
         self._threads: list[threading.Thread] = []
         self._lock, self._closed = threading.Lock(), False
         atexit.register(self.close)
 
     def submit(self, response: str, answers: Sequence[str]) -> int:
-        """Start grading `response` against its accepted answers; returns a ticket for `collect`."""
+        """Start grading `response` against its accepted answers; return a ticket for `collect`."""
         if isinstance(answers, str):
             raise TypeError("answers is a sequence of accepted answers, not one string")
         if self._closed:
@@ -105,11 +106,11 @@ class Grader:
         return ticket
 
     def ready(self, ticket: int) -> bool:
-        """Whether collect would return this ticket's grade at once. KeyError once it is collected."""
+        """Return whether `collect` would return this ticket's grade at once. KeyError once it is collected."""
         return self._results[ticket][0].done()
 
     def collect(self, tickets: Sequence[int]) -> list[Grade]:
-        """Wait for these tickets, in their order. A ticket is collected once; KeyError after that."""
+        """Wait for these tickets' grades and return them in order. KeyError for a ticket collected before."""
         grades = []
         for ticket in tickets:
             result, (form, steps), answer = self._results.pop(ticket)
@@ -118,11 +119,11 @@ class Grader:
         return grades
 
     def grade(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[Grade]:
-        """Grade (response, accepted answers) pairs, in their order."""
+        """Grade (response, accepted answers) pairs, in order."""
         return self.collect([self.submit(response, answers) for response, answers in items])
 
     def close(self) -> None:
-        """End the workers. What was not graded yet becomes "grader failed". May be called twice."""
+        """Stop the workers; pending answers become "grader failed". May be called twice."""
         atexit.unregister(self.close)
         with self._lock:
             self._closed = True
@@ -142,12 +143,12 @@ class Grader:
         self.close()
 
     def _serve(self, slot: int) -> None:
-        """A thread's life: hand jobs to the worker in `slot`, replacing the worker when it fails."""
+        """Run in a thread: pass jobs to the worker in `slot`, replacing the worker when it fails."""
         while (job := self._jobs.get()) is not None:
             ticket, golds, answer, result = job
             key = (*golds, answer)
             verdict = self._verdicts.get(key) or self._ask(slot, ticket, golds, answer)
-            if verdict in ("right", "wrong"):  # what failed or was late may not be so again
+            if verdict in ("right", "wrong"):  # a failure or a time-out may not repeat
                 with self._lock:
                     self._verdicts[key] = verdict
                     if len(self._verdicts) > CACHED_VERDICTS:
@@ -174,7 +175,7 @@ class Grader:
                 return {True: "right", False: "wrong", None: "grader failed"}[reply["right"]]
         except TimeoutError:
             verdict = "timed out" if worker.ready else "grader failed"
-        except (OSError, ValueError):  # it cannot start, it died, or what it said is no reply
+        except (OSError, ValueError):  # the worker cannot start, died, or sent nonsense
             pass
         self._drop(slot)
         return verdict

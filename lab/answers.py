@@ -1,4 +1,4 @@
-r"""Is one written answer another? The text settles what it can, math-verify the rest, in a process of its own.
+r"""Decide whether two written answers match: by their text where possible, else by math-verify in a worker process.
 
 The policy:
   1. Plain numbers are compared exactly, as fractions: 142.0 is 142, 0.333 is not 1/3. A percentage
@@ -18,13 +18,13 @@ The policy:
      none is converted. A bare letter in the gold (`2t`) is a variable.
   7. Words (of two letters or more) match as text, in any case. A choice (`A`) may stand in parentheses and
      be followed by its text. What has a colon (05:00, 1:2) matches part by part.
-  8. Everything else is math-verify's to say (0.9, gold first), in a worker process that lives under a memory
+  8. math-verify (0.9, gold first) decides everything else, in a worker process that runs under a memory
      limit, and is killed and replaced when it is late: a hard answer costs its own verdict, never the run.
-     No answer is ever evaluated as code. Guarded, as it would: fold upper case, take small numbers for 0,
+     No answer is evaluated as code. Guards prevent what it would do: fold upper case, take small numbers for 0,
      2(3) and 5 6 for mixed numbers, y' for y, gamma for a function, the letters of a word for factors.
 
-What the text does not settle is asked of a worker, which is this file as a program: `python answers.py BYTES SECONDS`,
-a JSON line in, a JSON line out. reward.py owns the workers.
+A worker runs this file as a program, `python answers.py BYTES SECONDS`: a JSON line in, a JSON line out.
+engine/grader.py owns the workers.
 """
 
 import cmath

@@ -1,19 +1,17 @@
-"""The laptop world: sums to solve step by step, a tokenizer for them, and a raw model to start from.
+"""The laptop world: sums to solve step by step, their tokenizer, and an untrained model.
 
     python -m lab.arithmetic OUT            # model/, sft.jsonl, train.jsonl, held-out.jsonl, beyond-window.jsonl
 
-A problem is a sum of small numbers, perhaps behind some filler; its worked solution takes one term at a time, so that
-the response grows with the number of terms:
+A problem is a sum of small numbers, sometimes after filler; its worked solution adds one term at a time, so that the
+response grows with the number of terms:
 
     problem     7 + 5 - 3
     response    7 + 5 = 12 ; 12 - 3 = 9</think> \boxed{9}
 
-The solutions that supervised fine-tuning sees are noisy: a share of the steps is wrong, and what follows goes on
-from the wrong number. A model that has learned them imitates the noise as well, which is what reinforcement
-learning from the answer alone can remove. Fine-tuning stops at fewer terms than the problems of RL have, so
-that some of these are solved always, some sometimes and some never.
-
-Everything is written to disk in the ordinary formats, so that nothing downstream knows of this file.
+The solutions for supervised fine-tuning are noisy: a share of the steps is wrong, and later steps continue from the
+wrong number. The model learns the noise too, and reinforcement learning from the answer alone can remove it.
+Fine-tuning has fewer terms than the problems of RL, so that some of these are solved always, some sometimes and some
+never. All files have the usual formats, so that no other file depends on this one.
 """
 
 import argparse
@@ -30,13 +28,13 @@ from lab.recipe import World
 from model import Transformer, initialise, parse_config, save
 
 FILLER = " ."
-MOST_MISSES = 10_000  # draws in a row that found no new sum
+MAX_MISSES = 10_000  # consecutive draws without a new sum
 
 # --------------------------------------------------------------------------------------------------- problems
 
 
 def make_terms(random: np.random.Generator, count: int) -> list[int]:
-    """`count` summands of 1 to 9 with signs, the first positive; the running sum stays within 0 and 19."""
+    """Draw `count` signed summands of 1 to 9, the first positive; the running sum stays within 0 and 19."""
     terms = [int(random.integers(1, 10))]
     while len(terms) < count:
         term = int(random.integers(1, 10)) * (1 if random.random() < 0.5 else -1)
@@ -46,13 +44,13 @@ def make_terms(random: np.random.Generator, count: int) -> list[int]:
 
 
 def write_sum(terms: Sequence[int]) -> str:
-    """[7, 5, -3] -> ' 7 + 5 - 3'."""
+    """Write [7, 5, -3] as ' 7 + 5 - 3'."""
     first, *rest = terms
     return f" {first}" + "".join(f" {'-' if term < 0 else '+'} {abs(term)}" for term in rest)
 
 
 def solve(terms: Sequence[int], random: np.random.Generator, noise: float) -> str:
-    """The worked response; each step is off by 1 to 9 with probability `noise`, and later steps go on from there."""
+    """Write the worked response; each step is off by 1 to 9 with probability `noise`; later steps continue from it."""
     steps, total = [], terms[0]
     for term in terms[1:]:
         step = write_sum([total, term])
@@ -72,9 +70,9 @@ def make_problems(
     noise: float = 0.0,
     repeats: bool = False,
 ) -> list[Problem]:
-    """`count` problems, their numbers of terms in turn, none of a sum in `taken`, which grows unless they may repeat.
+    """Draw `count` problems that cycle through the numbers of terms, none with a sum in `taken`.
 
-    Raises DataError when there are not so many sums.
+    Unless sums may repeat, `taken` grows by them. Raises DataError when too few sums are left.
     """
     random = np.random.default_rng([world.seed, *name.encode()])
     problems: list[Problem] = []
@@ -84,10 +82,10 @@ def make_problems(
         summands = make_terms(random, size)
         if tuple(summands) in taken:
             misses += 1
-            if misses == MOST_MISSES:
+            if misses == MAX_MISSES:
                 raise DataError(
                     f"{name}: no sum of {size} terms is left after {len(problems)} of {count} problems: "
-                    "ask for fewer, or for more terms"
+                    "request fewer problems, or more terms"
                 )
             continue
         misses = 0
@@ -106,7 +104,7 @@ def make_problems(
     return problems
 
 
-# -------------------------------------------------------------------------------------- tokenizer and raw model
+# -------------------------------------------------------------------------------------- tokenizer and model
 
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>")
 CHAT_TEMPLATE = (
@@ -119,7 +117,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per number up to 99 and per sign, with the space before it; any other character is a token too."""
+    """Make a tokenizer with a token per number up to 99 and per sign, with its space, and per other character."""
     words = [*map(str, range(100)), *"+-=;."]
     others = [chr(code) for code in range(32, 127) if chr(code) not in words]
     words = [*SPECIAL, *words, *(f" {word}" for word in words), " \\boxed{", *others, "\n", "<|unknown|>"]
@@ -127,7 +125,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[1-9]?[0-9]| ?[+\-=;.]| \\boxed\{|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    # as Qwen3 has them: one token each, and kept when special tokens are skipped, for the reward looks for </think>
+    # as in Qwen3: one token each, not special, so that decoding keeps </think> for the reward
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -136,12 +134,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<|unknown|>",
         additional_special_tokens=list(SPECIAL[1:3]),
         chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,  # the space before a full stop is part of a token
+        clean_up_tokenization_spaces=False,  # a token may contain the space before a full stop
     )
 
 
 def make_model(world: World, vocabulary: int) -> Transformer:
-    """A Qwen3-shaped model with fresh weights."""
+    """Make a Qwen3-shaped model with freshly initialised weights."""
     source = {
         "model_type": "qwen3",
         "vocab_size": vocabulary,
@@ -164,7 +162,7 @@ def make_model(world: World, vocabulary: int) -> Transformer:
 
 
 def write_world(world: World, folder: Path) -> None:
-    """Write the raw model with its tokenizer, and the four sets of problems; no sum of one set is in another."""
+    """Write the untrained model with its tokenizer, and four sets of problems that share no sum."""
     folder.mkdir(parents=True)
     taken: set[tuple[int, ...]] = set()
     late = replace(world, filler_share=0.0)
@@ -173,7 +171,7 @@ def write_world(world: World, folder: Path) -> None:
         "train": make_problems("train", world.train_problems, world.train_terms, world, taken),
         "beyond-window": make_problems("beyond-window", world.beyond_problems, world.beyond_terms, late, taken),
     }
-    # last and with repeats: it keeps off all others, and there are fewer sums of two terms than it wants
+    # last, to avoid the sums of all other sets; with repeats, since there are too few sums of two terms
     sets["sft"] = make_problems("sft", world.sft_problems, world.sft_terms, world, taken, world.sft_noise, repeats=True)
     low, high = world.beyond_tokens
     random = np.random.default_rng([world.seed, low, high])
@@ -189,7 +187,7 @@ def write_world(world: World, folder: Path) -> None:
 
 def main() -> None:
     """Write the default world."""
-    parser = argparse.ArgumentParser(description="Write the laptop world: problems, tokenizer and raw model.")
+    parser = argparse.ArgumentParser(description="Write the laptop world: problems, tokenizer and model.")
     parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -15,14 +15,13 @@ from data_filter import (
     histogram,
     problems_fingerprint,
     require_batch,
-    require_settings,
     verdict,
     zero_variance_share,
 )
 from engine import distributed
 from engine.checkpoint import read_state
 from engine.files import write_atomically
-from engine.fingerprint import model_identity
+from engine.fingerprint import model_identity, require_same
 from lab import charts
 from lab.benchmarks import text_table
 from lab.command import load_worker, run_command
@@ -62,7 +61,7 @@ def estimate_command(arguments: argparse.Namespace) -> None:
 def filter_command(arguments: argparse.Namespace) -> None:
     """Drop the problems that are always solved, by the pass rates of a file."""
     problems, history = read_data(arguments), History.load(arguments.pass_rates)
-    require_settings(history, arguments.pass_rates, {"problems": problems_fingerprint(problems)})
+    require_same(arguments.pass_rates, history.settings, {"problems": problems_fingerprint(problems)})
     n = history.settings["n"]
     bounds = arguments.drop_at, arguments.keep_above, arguments.max_unsolved_share
     write_filtered(arguments, filter_mirrored_j(problems, history, *bounds, arguments.seed, n), n)

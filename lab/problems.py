@@ -1,7 +1,4 @@
-"""Problems: reading them from the formats in use, writing them, and telling two copies of one apart.
-
-Ids survive shuffling, filtering and resuming; a row that cannot be used stops at once or is counted, as asked.
-"""
+"""Problems: read them from the common formats, write them, and find copies of the same one."""
 
 import difflib
 import hashlib
@@ -21,24 +18,24 @@ from engine.files import write_atomically
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 DATA_FILES = (".parquet", ".jsonl", ".json")
-MOST_SHOWN = 300  # characters of what a file holds, in an error
-TOO_MUCH = "holds a number of too many digits, or too deep a nesting"
+MAX_SHOWN = 300  # characters of a file's content in an error
+TOO_LARGE = "holds a number of too many digits, or too deep a nesting"
 HUB_ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(:(?P<split>[\w./-]+))?")
 
 
 class DataError(UserError):
-    """Something in the data that a person has to put right; the message says what, where and how."""
+    """A fault in the data; the message says what, where and how to fix it."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem to solve: its text, what counts as right, and what the data says about it."""
+    """One problem: its text, the accepted answers, and what the data says about it."""
 
     id: str  # "source/name"; survives shuffling, filtering and resuming
-    text: str  # the user's message as the data has it, before prompt_text
-    answers: tuple[str, ...]  # accepted answers; any match counts
-    type: str = ""  # the data's own kind of problem, where it has one
-    difficulty: float | None = None  # the data's own figure, on the data's own scale
+    text: str  # the user's message in the data, without the instruction that prompt_text adds
+    answers: tuple[str, ...]  # any of them is right
+    type: str = ""  # the kind of problem, as the data names it
+    difficulty: float | None = None  # on the data's own scale
     solution: str = ""  # worked solution, for sft stages
 
 
@@ -46,12 +43,12 @@ class Problem:
 
 
 def read_problems(source: str | Path, on_bad_row: str = "stop") -> list[Problem]:
-    """The problems of a local .parquet, .json or .jsonl file, or of a Hugging Face dataset "owner/name[:split]".
+    """Read a local .parquet, .json or .jsonl file, or a Hugging Face dataset "owner/name[:split]".
 
-    on_bad_row: "stop" raises at the first row that cannot be used; "skip" leaves such rows out and says how many;
-    "keep" keeps problems without an answer, says how many, and stops at other faults: an evaluation may have to count
-    them. Of rows with the same id and text the first is kept, and the count is printed.
-    Ids begin with the file's stem (the dataset's name), so that sources can be mixed. Raises DataError.
+    on_bad_row: "stop" raises at the first unusable row; "skip" leaves such rows out and prints how many; "keep" keeps
+    problems without an answer (an evaluation may have to count them), prints how many, and stops at other faults. Of
+    rows with the same id and text only the first is kept, and the count is printed. Ids begin with the file's stem (the
+    dataset's name), so that sources can be mixed. Raises DataError.
     """
     if on_bad_row not in ("stop", "skip", "keep"):
         raise DataError(f'on_bad_row is {on_bad_row!r}; it must be "stop", "skip" or "keep".')
@@ -67,32 +64,30 @@ def read_problems(source: str | Path, on_bad_row: str = "stop") -> list[Problem]
 
 
 def read_chats(source: str | Path) -> list[list[dict]]:
-    """The chats of a .jsonl, .json or .parquet file whose rows have `messages`: role and content, an assistant's last.
+    """Read fine-tuning chats: rows whose `messages` have a role and a content, and end with the assistant's.
 
-    Fine-tuning data alone; raises DataError with the row's number. `has_chats` says whether a file is one.
+    Raises DataError with the row's number. `has_chats` says whether a file holds chats.
     """
     path, chats = existing_file(Path(source)), []
-    for number, row in parquet_rows(path) if path.suffix == ".parquet" else json_rows(path):
+    for number, row in rows_of(path):
         messages = row.get("messages") if isinstance(row, dict) else None
         turns = [m if isinstance(m, dict) else {} for m in messages] if isinstance(messages, list) else []
-        whole = all(isinstance(m.get(key), str) for m in turns for key in ("role", "content"))
-        if not turns or not whole or turns[-1]["role"] != "assistant":
-            raise DataError(f"{path}, row {number} is no chat that ends with the assistant's message; fix the row.")
+        complete = all(isinstance(m.get(key), str) for m in turns for key in ("role", "content"))
+        if not turns or not complete or turns[-1]["role"] != "assistant":
+            raise DataError(f"{path}, row {number} is not a chat that ends with the assistant's message; fix the row.")
         chats.append(messages)
     return chats
 
 
 def has_chats(source: str | Path) -> bool:
-    """Whether a local file's first row has `messages`."""
+    """Return whether a local file's first row has `messages`."""
     path = Path(source)
-    if not path.is_file():
-        return False
-    _, row = next(iter(parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)), (0, {}))
+    _, row = next(iter(rows_of(path)), (0, {})) if path.is_file() else (0, {})
     return isinstance(row, dict) and "messages" in row
 
 
 def existing_file(path: Path) -> Path:
-    """The path itself; where there is no such file, DataError with the nearest name in its folder."""
+    """Return the path, or raise DataError with the nearest name in its folder if there is no such data file."""
     if path.is_file() and path.suffix in DATA_FILES:
         return path
     kinds = ", ".join(DATA_FILES)
@@ -101,40 +96,38 @@ def existing_file(path: Path) -> Path:
     folder = path if path.is_dir() else path.parent
     if not folder.is_dir():
         raise DataError(f"{path} cannot be read: the folder {folder} does not exist; check the path.")
-    here = sorted(p.name for p in folder.iterdir() if p.suffix in DATA_FILES)
-    near = difflib.get_close_matches(path.name, here, n=1, cutoff=0.0)
-    hint = f"did you mean {folder / near[0]}?" if near else f"nor does {folder} hold any of {kinds}."
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in DATA_FILES)
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)
+    hint = f"did you mean {folder / near[0]}?" if near else f"{folder} holds no {kinds} file."
     raise DataError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; {hint}")
 
 
 def download(repo: str, split: str | None) -> list[Path]:
-    """The data files of a hub dataset: those of the split (default: train where there is one, else all)."""
-    try:
-        from huggingface_hub import HfApi, hf_hub_download
-        from huggingface_hub.errors import HTTPError
-    except ImportError as error:
-        raise DataError(f"{repo} is no local file, and the hub needs: pip install huggingface_hub") from error
+    """Download the data files of a hub dataset: those of the split (default: train if it exists, else all)."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
     try:
         names = HfApi().list_repo_files(repo, repo_type="dataset")
         data = sorted(n for n in names if n.endswith(DATA_FILES) and not n.endswith("dataset_infos.json"))
         of_split = [n for n in data if re.search(rf"(^|[/_-]){re.escape(split or 'train')}([-_./]|$)", n)]
         chosen = of_split or ([] if split else data)
         if not chosen:
-            has = ", ".join(data) or "none"
-            raise DataError(f"the dataset {repo} has no data file for {split or 'any split'}; it has: {has}.")
+            found = ", ".join(data) or "none"
+            raise DataError(f"the dataset {repo} has no data file for {split or 'any split'}; it has: {found}.")
         return [Path(hf_hub_download(repo, name, repo_type="dataset")) for name in chosen]
     except (HTTPError, OSError, ValueError) as error:
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise DataError(
-            f"{repo} is no local file and not available from the hub ({why}); check name and network."
+            f"{repo} is not a local file and not available from the hub ({why}); check name and network."
         ) from error
 
 
 def read_file(path: Path, stem: str, on_bad_row: str) -> list[Problem]:
-    """The usable rows of one file; id is "stem/own id", or "" where a row states none."""
-    rows = list(parquet_rows(path) if path.suffix == ".parquet" else json_rows(path))
+    """Read the usable rows of one file; the id is "stem/own id", or "" in a row without one."""
+    rows = list(rows_of(path))
     if not rows:
-        raise DataError(f"{path} holds no rows; put at least one problem into it.")
+        raise DataError(f"{path} holds no rows; add at least one problem.")
     schema = schema_of([row for _, row in rows if isinstance(row, dict)], path)
     problems, bad = [], []
     for number, row in rows:
@@ -147,167 +140,170 @@ def read_file(path: Path, stem: str, on_bad_row: str) -> list[Problem]:
             bad.append(f"row {number} {reason}")
         if reason and not kept:
             continue
-        # an id that names its source already was written by write_problems, and stays
+        # write_problems wrote an id that already names its source: keep it
         settled = not problem.id or (schema.name == "own" and "/" in problem.id)
         problems.append(problem if settled else replace(problem, id=f"{stem}/{problem.id}"))
     if not problems:
-        raise DataError(f"{path} holds no usable row: {bad[0]}, and so on for all {len(bad)}; fix the file.")
+        raise DataError(f"{path} holds no usable row: {bad[0]}, and {len(bad)} bad rows in all; fix the file.")
     if bad:
         what = "kept, as problems that nothing can solve," if on_bad_row == "keep" else "left out"
-        some = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
-        print(f"{path}: {what} {len(bad)} unusable rows ({some})", file=sys.stderr)
+        examples = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
+        print(f"{path}: {what} {len(bad)} unusable rows ({examples})", file=sys.stderr)
     return problems
 
 
+def rows_of(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """Yield (row number from 1, row) of a file; an unusable row is a string that says what is wrong with it."""
+    return parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
+
+
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(row number, row) of a parquet file."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         return enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # by what is broken
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} is no readable parquet file ({reason}); fetch it again.") from error
+        raise DataError(f"{path} is not a readable parquet file ({reason}); download it again.") from error
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
-    """(row number, row) of a JSON array or of JSON lines; in place of a row that is none, what is wrong with it."""
+    """Yield the rows of a JSON array or of JSON lines."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         array = json.loads(text) if text.lstrip().startswith("[") else None
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno} is malformed JSON ({error.msg}); fix the file there.") from error
+        raise DataError(f"{path}, line {error.lineno} is malformed JSON ({error.msg}); fix that line.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (at byte {error.start}); convert it to UTF-8.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
-    except (ValueError, RecursionError):  # numbers and nestings that Python refuses
-        raise DataError(f"{path} {TOO_MUCH}; fix the file.") from None
+    except (ValueError, RecursionError):  # a number or a nesting that Python refuses
+        raise DataError(f"{path} {TOO_LARGE}; fix the file.") from None
     if array is not None:
-        yield from enumerate((usable(row, "\\u" in text) for row in array), start=1)
+        yield from enumerate((checked_row(row, "\\u" in text) for row in array), start=1)
         return
-    # not splitlines(): U+2028 may stand inside a JSON string
+    # not splitlines(): a JSON string may contain U+2028
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield number, usable(json.loads(line), "\\u" in line)
+            yield number, checked_row(json.loads(line), "\\u" in line)
         except json.JSONDecodeError as error:
             yield number, f"is malformed JSON ({error.msg}, column {error.colno})"
         except (ValueError, RecursionError):
-            yield number, TOO_MUCH
+            yield number, TOO_LARGE
 
 
-def usable(row: object, escaped: bool) -> dict | str:
-    """The row, or what is wrong with it. Only in text with \\u escapes may half of a surrogate pair hide."""
+def checked_row(row: object, escaped: bool) -> dict | str:
+    """Return the row, or what is wrong with it. Only text with \\u escapes can hold half of a surrogate pair."""
     if not isinstance(row, dict):
-        return "is no JSON object"
+        return "is not a JSON object"
     try:
         if escaped:
             json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # it can be neither written nor tokenized
+    except UnicodeEncodeError:  # half a pair can be neither written nor tokenized
         return "holds half of a surrogate pair"
     return row
 
 
-# ---- schemas: row -> Problem, whose id is the row's own, or "" -----------------------------------
+# ---- schemas: row -> Problem with the row's own id, or "" ----------------------------------------
 
 
 class Schema(NamedTuple):
-    """Where a row has what a Problem needs; it is known by the columns of its text and its answers."""
+    """The columns that hold a Problem; the text and answers columns identify the schema."""
 
     name: str
     text: str
     answers: str
-    ids: tuple[str, ...]  # the first of them that is there
+    ids: tuple[str, ...]  # the first one present counts
 
 
 SCHEMAS = (
-    Schema("own", "problem", "answers", ("id",)),  # what write_problems wrote
-    Schema("verl", "prompt", "reward_model", ("index", "id")),  # and POLARIS: messages; ids are in extra_info
-    Schema("math", "problem", "answer", ("id", "unique_id")),  # and DeepScaleR
+    Schema("own", "problem", "answers", ("id",)),  # written by write_problems
+    Schema("verl", "prompt", "reward_model", ("index", "id")),  # also POLARIS: messages; ids are in extra_info
+    Schema("math", "problem", "answer", ("id", "unique_id")),  # also DeepScaleR
     Schema("olympiad", "question", "final_answer", ("id",)),  # a list of accepted answers
     Schema("minerva", "question", "answer", ("id",)),  # or "gsm8k": steps with marks (<<48/2=24>>), then "#### 1,080"
 )
 
 
 def schema_of(rows: Sequence[dict], path: Path) -> Schema:
-    """The schema of rows with these columns; DataError shows the columns where none is known."""
+    """Return the schema of these rows, or raise DataError with their columns."""
     first = rows[0] if rows else {}
     for schema in SCHEMAS:
         if first.keys() >= {schema.text, schema.answers} or not first:
-            # one marked solution makes a GSM8K file, in which a row without the mark has no answer
-            marked = schema.name == "minerva" and any("####" in word(row.get("answer")) for row in rows)
+            # one "####" makes it a GSM8K file, in which a row without the mark has no answer
+            marked = schema.name == "minerva" and any("####" in as_text(row.get("answer")) for row in rows)
             return schema._replace(name="gsm8k") if marked else schema
     known = ", or ".join(f"{schema.text} + {schema.answers}" for schema in SCHEMAS)
-    columns = ", ".join(name if name.isprintable() else repr(name) for name in first)[:MOST_SHOWN] or "none"
+    columns = ", ".join(name if name.isprintable() else repr(name) for name in first)[:MAX_SHOWN] or "none"
     raise DataError(f"{path} has the columns {columns}, which is no known schema; rename them to {known}.")
 
 
 def problem_of(row: dict, schema: Schema) -> Problem:
-    """A Problem from a row; what the row lacks stays empty."""
+    """Make a Problem from a row; missing fields stay empty."""
     text, answers, solution, ids = row.get(schema.text), row.get(schema.answers), row.get("solution"), row
     if schema.name == "verl":
-        # a system message is the chat template's business; an earlier turn would change the problem
+        # the chat template writes its own system message; a problem with earlier turns is unusable
         messages = [m for m in text if isinstance(m, dict)] if isinstance(text, list) else []
         turns = [m.get("content") for m in messages if m.get("role") != "system"]
         text = turns[0] if len(turns) == 1 else None
         answers = answers.get("ground_truth") if isinstance(answers, dict) else None
         ids = row["extra_info"] if isinstance(row.get("extra_info"), dict) else {}
     elif schema.name == "gsm8k":
-        steps, _, answers = word(answers).partition("####")
+        steps, _, answers = as_text(answers).partition("####")
         answers = answers.strip().replace(",", "")
         solution = re.sub(r"<<[^<>]*>>", "", steps).strip() + f"\nThe final answer is \\boxed{{{answers}}}."
     return Problem(
-        id=word(next((ids[column] for column in schema.ids if ids.get(column) is not None), None)),
+        id=as_text(next((ids[column] for column in schema.ids if ids.get(column) is not None), None)),
         text=text if isinstance(text, str) else "",
-        answers=accepted(answers),
-        type=word(row.get("type")) or word(row.get("subject")),
-        difficulty=figure(row["difficulty"] if row.get("difficulty") is not None else row.get("level")),
+        answers=accepted_answers(answers),
+        type=as_text(row.get("type")) or as_text(row.get("subject")),
+        difficulty=as_number(row["difficulty"] if row.get("difficulty") is not None else row.get("level")),
         solution=solution.strip() if isinstance(solution, str) else "",
     )
 
 
-def word(value) -> str:
-    """A text or a number as text; empty for anything else, and for nan: a table's way to have none."""
+def as_text(value) -> str:
+    """Return a string or a number as text; anything else, and nan (a missing value of a table), is ""."""
     return str(value) if isinstance(value, str | int | float | Decimal) and value == value else ""
 
 
-def accepted(value) -> tuple[str, ...]:
-    """A ground truth as the distinct answers that it accepts; () where there is none."""
+def accepted_answers(value) -> tuple[str, ...]:
+    """Return the distinct answers that a ground truth accepts; () if it has none."""
     if isinstance(value, str) and value.startswith('["'):  # only strings: "[-9, 9]" is a closed interval
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            pass  # then it is an answer that happens to begin so
+            pass  # an answer that happens to begin like a list
     values = value if isinstance(value, list) else [value]
-    # nan and infinity are no answers, nor are lists and mappings
+    # nan, infinity, lists and mappings are not answers
     values = [v for v in values if isinstance(v, str | int | Decimal) or (isinstance(v, float) and math.isfinite(v))]
-    known = [str(v).strip() for v in values]
-    return tuple(dict.fromkeys(a for a in known if a))
+    return tuple(dict.fromkeys(filter(None, (str(v).strip() for v in values))))
 
 
-def figure(value) -> float | None:
-    """A difficulty as a number ("3/8", as POLARIS writes it, is 0.375; "Level 5", as MATH does, is 5), or None."""
+def as_number(value) -> float | None:
+    """Return a difficulty as a number ("3/8" in POLARIS is 0.375, "Level 5" in MATH is 5), or None."""
     if type(value) in (int, float):
         return float(value) if abs(value) < 1e300 else None  # neither nan nor infinite
-    match = re.fullmatch(r"(?:Level )?(-?\d+(?:\.\d+)?)(?:/([1-9]\d*))?", word(value))
+    match = re.fullmatch(r"(?:Level )?(-?\d+(?:\.\d+)?)(?:/([1-9]\d*))?", as_text(value))
     number = float(match[1]) / float(match[2] or 1) if match else math.inf
     return number if math.isfinite(number) else None
 
 
 def fault(problem: Problem) -> str:
-    """What makes a problem unusable, in words; empty when nothing does."""
+    """Say what makes a problem unusable; "" if nothing does."""
     if not problem.text.strip():
         return "has no problem text"
     return "" if problem.answers else "has no answer"
 
 
 def settle_ids(problems: list[Problem], stem: str) -> tuple[list[Problem], list[str]]:
-    """Problems with unique ids, and the ids of the duplicates left out.
+    """Return problems with unique ids, and the ids of the duplicates left out.
 
-    An id that stands for several texts, or is missing, gives way to a hash of the text.
+    A hash of the text replaces an id that is missing or that several texts share.
     """
     keys = [normalised(p.text) for p in problems]
     texts = defaultdict(set)
@@ -325,7 +321,7 @@ def settle_ids(problems: list[Problem], stem: str) -> tuple[list[Problem], list[
 
 
 def write_problems(problems: Iterable[Problem], path: str | Path) -> None:
-    """One JSON object per line, as read_problems reads it; atomic. Raises DataError rather than overwrite."""
+    """Write a JSON lines file for read_problems, atomically. Raises DataError if the file exists."""
     path = Path(path)
     if path.exists():
         raise DataError(f"{path} exists already; choose another name, or remove it first.")
@@ -338,21 +334,21 @@ def write_problems(problems: Iterable[Problem], path: str | Path) -> None:
 
 
 def prompt_text(problem: Problem, instruction: str = INSTRUCTION) -> str:
-    """The user's message with the instruction, which benchmark files carry already (RECIPE section 1)."""
+    """Return the user's message with the instruction, which benchmark files already carry (RECIPE section 1)."""
     if not instruction or instruction in problem.text or INSTRUCTION in problem.text:
         return problem.text
     return f"{problem.text.rstrip()} {instruction}"
 
 
 def normalised(text: str) -> str:
-    """The text without the instruction, letter case, white space and dollar signs: what two copies share."""
+    """Return the text without the instruction, letter case, white space and dollar signs: copies share it."""
     return "".join(text.replace(INSTRUCTION, "").replace("$", "").lower().split())
 
 
 def duplicated(problems: Iterable[Problem], seen: dict[str, Problem] | None = None) -> list[tuple[Problem, Problem]]:
-    """(problem, the first with that text) for every problem whose text, normalised, an earlier one with another id has.
+    """Return (problem, earlier problem) for each problem whose normalised text an earlier one with another id has.
 
-    `seen`, the first problem of every text, grows: given again with the next file, it finds copies across files.
+    `seen` collects the first problem of each text: pass it again with the next file to find copies across files.
     """
     seen = {} if seen is None else seen
     pairs = [(problem, seen.setdefault(normalised(problem.text), problem)) for problem in problems]
@@ -360,9 +356,9 @@ def duplicated(problems: Iterable[Problem], seen: dict[str, Problem] | None = No
 
 
 def benchmark_copies(train: Iterable[Problem], benchmark: Iterable[Problem]) -> list[tuple[Problem, Problem]]:
-    """(training problem, benchmark problem) for every training problem whose text, normalised, is a benchmark's."""
+    """Return (training problem, first benchmark problem) for each pair with the same normalised text."""
     held_out: dict[str, Problem] = {}
     for problem in benchmark:
         held_out.setdefault(normalised(problem.text), problem)
     pairs = [(problem, held_out.get(normalised(problem.text))) for problem in train]
-    return [(problem, twin) for problem, twin in pairs if twin is not None]
+    return [(problem, copy) for problem, copy in pairs if copy is not None]

@@ -1,10 +1,10 @@
-"""Every number of a run: typed dataclasses, read from TOML.
+"""All settings of a run: typed dataclasses, read from TOML.
 
     load_recipe("recipes/tiny.toml", ["stage.1.temperature=1.2"])
-    python -m lab.recipe                   # every key, its default, what it may be and what it is
+    python -m lab.recipe                   # list every key with its default, meaning and bounds
 
-An unknown key is an error that names the nearest known one; a value of the wrong type or out of bounds is an error
-too. What a recipe leaves out has the default below, and what was resolved is written into the run's folder.
+An unknown key is an error that names the nearest known one, and so is a value of the wrong type or out of bounds. A key
+that a recipe leaves out has the default below; the resolved recipe is written into the run's folder.
 """
 
 import difflib
@@ -12,7 +12,6 @@ import json
 import math
 import operator
 import tomllib
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from engine.errors import UserError
 from lab.problems import INSTRUCTION
 
-MOST_SHOWN = 200  # characters of what a recipe holds, in an error
+MAX_SHOWN = 200  # characters of a recipe's content in an error
 BOUNDS = {
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -32,11 +31,11 @@ BOUNDS = {
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be run, in one sentence: what, where, what to do."""
+    """A recipe that cannot be run; the message says what, where and what to do."""
 
 
 def key(default: typing.Any, help: str = "", **bounds: typing.Any) -> typing.Any:
-    """A field with its help and its bounds: `least`, `above`, `most`, `below` (numbers), `one_of` (a tuple)."""
+    """Declare a field with its help and bounds: `least`, `above`, `most`, `below` (numbers), `one_of` (a tuple)."""
     return field(default=default, metadata={"help": help, **bounds})
 
 
@@ -45,18 +44,18 @@ def key(default: typing.Any, help: str = "", **bounds: typing.Any) -> typing.Any
 
 @dataclass(frozen=True)
 class World:
-    """The laptop world of arithmetic.py: sums to solve. Terms are inclusive ranges of the number of summands."""
+    """The sums of lab/arithmetic.py. `*_terms` are inclusive ranges of the number of summands."""
 
     seed: int = key(0, least=0)
     sft_problems: int = key(32_000, least=1)
     sft_terms: tuple[int, int] = (2, 6)
-    sft_noise: float = key(0.15, "share of wrong steps in the solutions of fine-tuning", least=0, most=1)
+    sft_noise: float = key(0.15, "share of wrong steps in the fine-tuning solutions", least=0, most=1)
     train_problems: int = key(640, least=1)
     train_terms: tuple[int, int] = (3, 7)
     held_out_problems: int = key(240, least=1)
-    filler_share: float = key(0.2, "of problems behind filler, so that late positions are not new", least=0, most=1)
-    filler_tokens: int = key(40, "at most", least=1)
-    beyond_tokens: tuple[int, int] = key((104, 128), "filler of the problems beyond the trained window")
+    filler_share: float = key(0.2, "of problems start with filler, to train late positions", least=0, most=1)
+    filler_tokens: int = key(40, "most tokens of filler", least=1)
+    beyond_tokens: tuple[int, int] = key((104, 128), "filler tokens of the problems beyond the trained window")
     beyond_problems: int = key(128, least=1)
     beyond_terms: tuple[int, int] = (3, 6)
     hidden_size: int = key(128, "a multiple of 32", least=32)
@@ -69,20 +68,20 @@ class SamplerSettings:
     """The KV cache of one process."""
 
     rows: int = key(64, "sequences decoded at once", least=1)
-    page_tokens: int = key(256, "of one page; a CPU wants pages as long as a whole sequence", least=1)
+    page_tokens: int = key(256, "per page; on a CPU best as long as a full sequence", least=1)
     cache_tokens: int = key(1_000_000, "of all sequences together", least=1)
 
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """The reward is the weighted sum of its parts; POLARIS uses the right answer alone."""
+    """The weights of the reward's parts, and the grader's limits; POLARIS rewards the right answer alone."""
 
     correct: float = 1.0
     format: float = 0.0
     steps: float = 0.0
     workers: int = key(2, "processes for symbolic answers", least=1)
     time_limit_seconds: float = key(5.0, "for one symbolic answer", least=1e-3)
-    most_failed_share: float = key(0.02, "of answers on which the grader may fail; more stop the run", least=0, most=1)
+    most_failed_share: float = key(0.02, "of answers on which the grader may fail; more: stop", least=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,9 @@ class EvalSettings:
     temperature: float = key(1.0, "0: greedy", least=0)
     top_k: int = key(0, "0: all tokens", least=0)
     max_response_tokens: int = key(1024, least=1)
-    problems: int = key(0, "the first so many; 0: all", least=0)
+    problems: int = key(0, "only the first N; 0: all", least=0)
     every_steps: int = key(0, "within rl stages; 0: only between stages", least=0)
-    problems_within_stage: int = key(0, "the first so many; 0: as many as between stages", least=0)
+    problems_within_stage: int = key(0, "only the first N; 0: as between stages", least=0)
 
 
 @dataclass(frozen=True)
@@ -110,52 +109,51 @@ class FinalSettings:
     max_response_tokens: int = key(90_000, least=1)
     yarn_factor: float = key(1.5, least=1)
     yarn_original_window: int = key(65_536, "a choice: POLARIS does not state it", least=1)
-    yarn_attention_factor: float = key(1.0, "off, as the recipe has it", least=0)
+    yarn_attention_factor: float = key(1.0, "1: off, as in POLARIS", least=0)
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """What is looked for in the training data before the first step; `exclude` leaves it out, counted and on record.
+    """Checks of the training data before the first step; "exclude" leaves out what they find, and records it.
 
-    Two texts are the same without letter case, white space, dollar signs and the instruction.
+    Texts are compared without letter case, white space, dollar signs and the instruction.
     """
 
     duplicates: str = key("report", "one text under several ids; exclude keeps the first", one_of=("report", "exclude"))
     contamination: str = key("report", "problems of eval.data, final.data, benchmarks", one_of=("report", "exclude"))
-    benchmarks: tuple[str, ...] = key((), "more to compare with: aime24 and the like, files, folders of files, hub ids")
+    benchmarks: tuple[str, ...] = key((), "further benchmarks: names such as aime24, files, folders, hub ids")
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """The search upward for the temperature that restores the diversity score of the stage before."""
+    """The upward search for the temperature that restores the diversity score of the previous stage."""
 
     step: float = key(0.05, least=1e-3)
-    most: float = key(2.0, "where the search ends")
+    most: float = key(2.0, "highest temperature tried")
     problems: int = key(64, "at most", least=1)
     samples: int = key(8, "responses per problem", least=1)
-    margin: float = key(0.0, "half width of distinct-4's 95% interval at which to stop; 0: all problems", least=0)
+    margin: float = key(0.0, "stop at this half width of distinct-4's 95% interval; 0: never", least=0)
 
 
 @dataclass(frozen=True)
 class LoraSettings:
     """A low-rank adapter, trained instead of the weights (arXiv 2106.09685).
 
-    It wants about 10 times the learning rate of full training ("LoRA Without Regret", Schulman et al. 2025): see each
-    stage's `learning_rate`.
+    It needs about 10 times the learning rate of full training ("LoRA Without Regret", Schulman et al. 2025).
     """
 
-    rank: int = key(0, "of every projection of every layer; 0: no adapter, all weights are trained", least=0)
-    alpha: float = key(32.0, "what the adapter adds is multiplied by alpha / rank", above=0)
+    rank: int = key(0, "of every projection of every layer; 0: train all weights", least=0)
+    alpha: float = key(32.0, "the adapter's output is scaled by alpha / rank", above=0)
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What is kept of a run."""
+    """What a run writes, and when it gives up."""
 
     checkpoint_every_steps: int = key(20, least=1)
     checkpoints_kept: int = key(2, least=1)
-    most_nonfinite_steps: int = key(3, "updates in a row without a finite gradient that stop the run", least=1)
-    rollouts_written: int = key(4, "whole rollouts per step, for people to read", least=0)
+    most_nonfinite_steps: int = key(3, "consecutive non-finite updates that stop the run", least=1)
+    rollouts_written: int = key(4, "rollouts written per step, for people to read", least=0)
     tensorboard: bool = False
 
 
@@ -167,7 +165,7 @@ class SftStage:
     data: str = ""
     steps: int = key(0, least=1)
     batch_sequences: int = key(64, least=1)
-    max_tokens: int = key(1024, "of one sequence; a longer one is an error", least=2)
+    max_tokens: int = key(1024, "per sequence; a longer one is an error", least=2)
     learning_rate: float = key(1e-5, least=0)
     warmup_steps: int = key(0, least=0)
     decay_share: float = key(0.0, "of the steps, at the end, over which the rate falls to a tenth", least=0, most=1)
@@ -178,41 +176,41 @@ class SftStage:
 
 @dataclass(frozen=True)
 class VariantSettings:
-    """What else the field does, one at a time or together; the defaults are POLARIS. Sources are in variants.py."""
+    """Alternatives from other papers, alone or combined; the defaults are POLARIS. Sources are in lab/variants.py."""
 
-    loss: str = key("polaris", "gspo: clips by response; cispo: as a weight", one_of=("polaris", "gspo", "cispo"))
+    loss: str = key("polaris", "gspo clips per response; cispo clips a weight", one_of=("polaris", "gspo", "cispo"))
     gspo_clip_low: float = key(3e-4, least=0)
     gspo_clip_high: float = key(4e-4, least=0)
     cispo_cap: float = key(5.0, "the largest ratio, 1 + epsilon", least=1)
-    divide_by_std: bool = key(True, "false: an advantage is reward - mean (Dr. GRPO)")
-    average: str = key("", "empty: as the loss's paper has it", one_of=("", "tokens", "sequences", "constant"))
-    drop_zero_variance: bool = key(False, "groups of equal rewards are left out; `substitute` must be false")
-    drop_truncated: bool = key(False, "overlong filtering: responses cut at the limit are not learned from")
+    divide_by_std: bool = key(True, "false: the advantage is reward - mean (Dr. GRPO)")
+    average: str = key("", "empty: as in the loss's paper", one_of=("", "tokens", "sequences", "constant"))
+    drop_zero_variance: bool = key(False, "leave out groups of equal rewards; `substitute` must be false")
+    drop_truncated: bool = key(False, "overlong filtering: no loss on responses cut at the limit")
     punish_last_tokens: int = key(0, "before the limit: soft overlong punishment; 0: none", least=0)
-    importance_cap: float = key(0.0, "truncated importance sampling: a token's largest weight; 0: none", least=0)
+    importance_cap: float = key(0.0, "truncated importance sampling: largest token weight; 0: none", least=0)
     optimizer_steps: int = key(1, "per batch, each on its share of the problems", least=1)
 
 
 @dataclass(frozen=True)
 class RlStage:
-    """One stage of reinforcement learning. The defaults are the POLARIS recipe's."""
+    """One stage of reinforcement learning. The defaults are those of POLARIS."""
 
     kind: str = "rl"
-    data: str = key("", "empty: what the stage before has left")
+    data: str = key("", "empty: the problems that the previous stage kept")
     steps: int = key(0, least=1)
-    generated_tokens: int = key(0, "of training rollouts that end the stage before `steps`; 0: no limit", least=0)
+    generated_tokens: int = key(0, "training rollout tokens after which the stage ends; 0: no limit", least=0)
     batch_problems: int = key(128, least=1)
     group_size: int = key(8, "rollouts per problem", least=2)
-    temperature: float | str = key(1.4, 'a number, or "match": restore the diversity of the stage before')
+    temperature: float | str = key(1.4, 'a number, or "match": restore the diversity of the previous stage')
     max_prompt_tokens: int = key(1024, least=1)
     max_response_tokens: int = key(39_936, least=1)
-    filter_before: bool = key(False, "sample every problem and drop the always solved (RECIPE section 1)")
-    drop_at: float = key(1.0, "pass rate, in that filter", least=0)
-    drop_above: float = key(0.9, "pass rate, after the stage", least=0)
-    drop_window: str = key("stage", "by the visits of the stage just ended, or of all stages", one_of=("stage", "all"))
+    filter_before: bool = key(False, "sample every problem, drop the always solved (RECIPE section 1)")
+    drop_at: float = key(1.0, "that filter drops this pass rate and above", least=0)
+    drop_above: float = key(0.9, "pass rates dropped after the stage", least=0)
+    drop_window: str = key("stage", "count the visits of that stage, or of all", one_of=("stage", "all"))
     rescue: bool = True
     substitute: bool = True
-    informative_share: float = key(1 / 3, "fewer informative groups than this: no update", least=0, most=1)
+    informative_share: float = key(1 / 3, "no update unless more groups are informative", least=0, most=1)
     clip_low: float = key(0.2, least=0, most=1)
     clip_high: float = key(0.28, least=0)
     dual_clip: float = key(3.0, least=1)
@@ -226,20 +224,20 @@ class RlStage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run."""
+    """All settings of a run."""
 
     name: str
-    model: str  # a folder or a hub id; world/... is what `world` writes into the run's folder
+    model: str  # a folder or a hub id; `world` writes world/... into the run's folder
     stage: tuple[SftStage | RlStage, ...]
     seed: int = key(0, least=0)
-    max_position_embeddings: int = key(0, "the model's window; 0: as its config says", least=0)
+    max_position_embeddings: int = key(0, "the model's window; 0: as in its config", least=0)
     thinking: bool = key(True, "whether a response must close its thinking block")
-    instruction: str = key(INSTRUCTION, "appended to a problem that does not carry it")
-    micro_batch_tokens: int = key(65_536, "of one forward and backward; a longer sequence goes alone", least=1)
+    instruction: str = key(INSTRUCTION, "appended to a problem that does not contain it")
+    micro_batch_tokens: int = key(65_536, "per forward and backward; a longer sequence goes alone", least=1)
     recompute_activations: bool = True
-    offload_activations: bool = key(False, "what recomputation starts from waits in host memory")
-    offload_optimizer: bool = key(False, "AdamW's moments live in host memory")
-    float32_head: bool = key(True, "logits of a bfloat16 model are float32, in sampler and trainer alike")
+    offload_activations: bool = key(False, "keep the layers' saved inputs in host memory")
+    offload_optimizer: bool = key(False, "keep AdamW's moments in host memory")
+    float32_head: bool = key(True, "float32 logits of a bfloat16 model, in sampler and trainer")
     world: World | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
@@ -252,7 +250,7 @@ class Recipe:
 
 
 def describe_keys(kind: type = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every key with its default, what it is and its bounds, a line each."""
+    """Yield a line for every key: its default, meaning and bounds."""
     tables = {"world": (World,), "stage": (SftStage, RlStage)}
     for f in fields(kind):
         inner = tables.get(f.name, (f.default_factory,))
@@ -274,11 +272,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(str(p) for p in Path(__file__).parent.parent.glob("recipes/*.toml")))
-        raise RecipeError(f"{path}: no such recipe file (there are {known})") from None
+        raise RecipeError(f"{path}: no such recipe file; the shipped ones are {known}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # TOML's own, not UTF-8, and what Python refuses to read
-        raise RecipeError(f"{path}: not valid TOML ({str(error).splitlines()[0][:MOST_SHOWN]})") from None
+    except (ValueError, RecursionError) as error:  # bad TOML or UTF-8, or a number that Python refuses
+        raise RecipeError(f"{path}: not valid TOML ({str(error).splitlines()[0][:MAX_SHOWN]})") from None
     for override in overrides:
         _apply(table, override)
     recipe = _build(Recipe, table, "")
@@ -287,7 +285,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _apply(table: dict, override: str) -> None:
-    """Set one value in the parsed TOML; what it names is checked with everything else."""
+    """Set one value in the parsed TOML; `_build` checks the name and the value."""
     name, equals, text = override.partition("=")
     shown = _plain(override)
     if not equals:
@@ -297,35 +295,35 @@ def _apply(table: dict, override: str) -> None:
     except (ValueError, RecursionError):
         value = text  # a bare word is a string
     *path, last = name.split(".")
-    here: object = table
+    target: object = table
     for part in path:
-        if isinstance(here, list):
-            if part not in map(str, range(len(here))):
-                raise RecipeError(f"--set {shown}: there is no number {_plain(part)}; the recipe has {len(here)}")
-            here = here[int(part)]
-        elif isinstance(here, dict):
-            here = here.setdefault(part, {})
-    if not isinstance(here, dict):
+        if isinstance(target, list):
+            if part not in map(str, range(len(target))):
+                raise RecipeError(f"--set {shown}: there is no number {_plain(part)}; the recipe has {len(target)}")
+            target = target[int(part)]
+        elif isinstance(target, dict):
+            target = target.setdefault(part, {})
+    if not isinstance(target, dict):
         raise RecipeError(f"--set {shown}: {_plain('.'.join(path))} is not a table")
-    here[last] = value
+    target[last] = value
 
 
 def _plain(text: str) -> str:
-    """A name or an override as it may stand in an error: one line, printable, not endless."""
+    """Make text fit for an error: printable, one line, not too long."""
     text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _shown(value: object) -> str:
-    """A value as it may stand in an error."""
+    """Write a value for an error."""
     try:
         return _plain(repr(value))
     except (ValueError, RecursionError):
-        return "what Python cannot write out"
+        return "a value that is too long or too deep to print"
 
 
 def _build(kind: type, table: object, where: str) -> typing.Any:
-    """A dataclass from a TOML table; `where` is its dotted name, for errors."""
+    """Make a dataclass from a TOML table; `where` is its dotted name, for errors."""
     if not isinstance(table, dict):
         raise RecipeError(f"{where}: expected a table, not {_shown(table)}")
     known = {f.name: f for f in fields(kind)}
@@ -336,11 +334,11 @@ def _build(kind: type, table: object, where: str) -> typing.Any:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
             raise RecipeError(f"unknown key {prefix}{_plain(name)}: {hint}")
-    for f in fields(kind):
-        if f.name not in table and f.default is f.default_factory is MISSING:
-            raise RecipeError(f"the key {prefix}{f.name} is missing")
+    for name, f in known.items():
+        if name not in table and f.default is f.default_factory is MISSING:
+            raise RecipeError(f"the key {prefix}{name} is missing")
     settings = kind(**{name: _convert(value, types_of[name], prefix + name) for name, value in table.items()})
-    for f in fields(kind):  # the defaults too: a stage without steps
+    for f in known.values():  # defaults may be out of bounds too: a stage needs `steps`
         value = getattr(settings, f.name)
         for name, (words, holds) in BOUNDS.items():
             if name in f.metadata and not holds(value, f.metadata[name]):
@@ -349,9 +347,8 @@ def _build(kind: type, table: object, where: str) -> typing.Any:
 
 
 def _convert(value: object, kind: typing.Any, where: str) -> typing.Any:
-    """A TOML value as the type that the field has."""
+    """Convert a TOML value to the field's type."""
     _check_value(value, where)
-    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if kind == tuple[SftStage | RlStage, ...]:
         if not isinstance(value, list) or not value:
             raise RecipeError("a recipe needs at least one [[stage]]")
@@ -366,6 +363,7 @@ def _convert(value: object, kind: typing.Any, where: str) -> typing.Any:
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
             raise RecipeError(f"{where} must be a list of texts, not {_shown(value)}")
         return tuple(value)
+    options = typing.get_args(kind) or (kind,)  # of a union
     for option in options:
         if is_dataclass(option):
             return _build(option, value, where)
@@ -376,7 +374,7 @@ def _convert(value: object, kind: typing.Any, where: str) -> typing.Any:
 
 
 def _check_value(value: object, where: str) -> None:
-    """No number that is none or that 64 bits cannot hold, no text that cannot be written into a file or be a path."""
+    """Refuse nan, infinity, numbers beyond 64 bits, and text that a file or a path cannot hold."""
     for x in value if isinstance(value, list) else (value,):
         if isinstance(x, float) and not math.isfinite(x) or type(x) is int and not -(2**63) <= x < 2**63:
             raise RecipeError(f"{where} must be a finite number of at most 64 bits, not {_shown(x)}")
@@ -385,22 +383,21 @@ def _check_value(value: object, where: str) -> None:
 
 
 def _build_stage(table: object, where: str) -> SftStage | RlStage:
-    kinds = {"sft": SftStage, "rl": RlStage}
     kind = table.get("kind") if isinstance(table, dict) else None
-    if not isinstance(kind, str) or kind not in kinds:
+    if kind not in ("sft", "rl"):
         raise RecipeError(f"{where}.kind must be sft or rl, not {_shown(kind)}")
-    return _build(kinds[kind], table, where)
+    return _build(SftStage if kind == "sft" else RlStage, table, where)
 
 
 def _check(recipe: Recipe) -> None:
-    """What one key cannot say alone."""
+    """Check rules that involve several keys or a name."""
     if recipe.offload_activations and not recipe.recompute_activations:
         raise RecipeError("offload_activations moves what recompute_activations keeps: set recompute_activations too")
     if recipe.name in ("", ".", "..") or "/" in recipe.name:
         raise RecipeError(f"name must be the name of a folder without a path, not {_shown(recipe.name)}")
     if recipe.world and recipe.world.hidden_size % 32:
         raise RecipeError(f"world.hidden_size must be a multiple of 32, not {recipe.world.hidden_size}")
-    first_rl = True
+    first_rl = next((i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage)), None)
     for i, stage in enumerate(recipe.stage):
         where = f"stage.{i}"
         if isinstance(stage, SftStage):
@@ -408,33 +405,33 @@ def _check(recipe: Recipe) -> None:
                 raise RecipeError(f"{where}.data is missing: a file of worked solutions")
             continue
         _check_variant(stage, where)
-        if isinstance(stage.temperature, str) and (stage.temperature != "match" or first_rl):
-            what = "the first rl stage needs a number" if first_rl else "write a number or match"
+        if isinstance(stage.temperature, str) and (stage.temperature != "match" or i == first_rl):
+            what = "the first rl stage needs a number" if i == first_rl else "write a number or match"
             raise RecipeError(f"{where}.temperature is {stage.temperature!r}: {what}")
         if not isinstance(stage.temperature, str) and stage.temperature <= 0:
             raise RecipeError(f"{where}.temperature must be above 0: training samples the policy itself")
-        if first_rl and not stage.data:
+        if i == first_rl and not stage.data:
             raise RecipeError(f"{where}.data is missing: the first rl stage needs problems")
         prompt, response, window = stage.max_prompt_tokens, stage.max_response_tokens, recipe.max_position_embeddings
         if 0 < window < prompt + response:
             raise RecipeError(f"{where}: {prompt} + {response} tokens exceed max_position_embeddings = {window}")
-        first_rl = False
 
 
 def _check_variant(stage: RlStage, where: str) -> None:
-    """Nothing in a variant that contradicts its stage."""
-    variant, name, problems = stage.variant, f"{where}.variant", stage.batch_problems
-    steps, cap, last = variant.optimizer_steps, variant.importance_cap, variant.punish_last_tokens
+    """Refuse a variant that contradicts its stage."""
+    variant, name = stage.variant, f"{where}.variant"
     if variant.drop_zero_variance and stage.substitute:
         raise RecipeError(
             f"{name}.drop_zero_variance leaves out the groups that {where}.substitute overwrites: "
             f"set {where}.substitute = false as well"
         )
-    if 0 < cap < 1:
-        raise RecipeError(f"{name}.importance_cap must be 0 (none) or at least 1, not {cap}")
+    if 0 < variant.importance_cap < 1:
+        raise RecipeError(f"{name}.importance_cap must be 0 (none) or at least 1, not {variant.importance_cap}")
+    steps, problems = variant.optimizer_steps, stage.batch_problems
     if problems % steps:
         raise RecipeError(f"{name}.optimizer_steps = {steps} does not divide the {problems} problems of a batch")
-    if last > (limit := stage.max_response_tokens):
+    last, limit = variant.punish_last_tokens, stage.max_response_tokens
+    if last > limit:
         raise RecipeError(f"{name}.punish_last_tokens = {last} exceeds max_response_tokens = {limit}")
 
 
@@ -442,7 +439,7 @@ def _check_variant(stage: RlStage, where: str) -> None:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The resolved recipe as TOML, every value spelt out; reading it back gives the same recipe."""
+    """Write the resolved recipe as TOML with every value; reading it back gives the same recipe."""
     table = asdict(recipe)
     stages = table.pop("stage")
     tables = {key: value for key, value in table.items() if isinstance(value, dict)}

@@ -1,6 +1,6 @@
-"""The data that a recipe names: where it lies, what the guard leaves out of it, and the worked solutions of sft stages.
+"""The data of a recipe: its problems, what the guard excludes, and the worked solutions of sft stages.
 
-Nothing here depends on where a run stands: it is the same on every process and after a resume.
+All of it is the same on every process and after a resume.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,49 +12,51 @@ from lab.benchmarks import find_data
 from lab.problems import DataError, Problem, benchmark_copies, duplicated, has_chats, read_chats, read_problems
 from lab.recipe import Recipe, RlStage, SftStage
 
-PAIRS_NAMED = 3  # of the copies that the guard finds
+PAIRS_NAMED = 3  # copies named in messages and metrics
 
 
 @cache
 def problems_of(path: str) -> list[Problem]:
-    """The problems of a file or hub data set, read once per process."""
+    """Read a file or hub dataset once per process."""
     return read_problems(path)
 
 
 @dataclass
 class RunData:
-    """The data of one run of a recipe; `folder` is the run's."""
+    """The data of one run; `folder` is the run's folder."""
 
     recipe: Recipe
     folder: Path
-    excluded: dict[tuple[str, str], set[str]] = field(default_factory=dict)  # ids by (kind of stage, data): see `guard`
+    excluded: dict[tuple[str, str], set[str]] = field(
+        default_factory=dict
+    )  # ids by (kind of stage, data), set by `guard`
 
     def path(self, source: str) -> str:
-        """world/... is what this run has written; anything else is a file or a hub data set."""
+        """Return world/... as a path in the run's folder, and anything else (a file or a hub dataset) unchanged."""
         return str(self.folder / source) if source.startswith("world/") else source
 
     def problems(self, source: str) -> list[Problem]:
-        """All problems of a source."""
+        """Return all problems of a source."""
         return problems_of(self.path(source))
 
     def training_problems(self, kind: str, source: str) -> list[Problem]:
-        """A stage's data without what the guard excludes."""
+        """Return a source's problems without those that the guard excludes."""
         excluded = self.excluded.get((kind, source), ())
         return [problem for problem in self.problems(source) if problem.id not in excluded]
 
     def rl_source(self, index: int) -> str:
-        """The data of an rl stage: its own, or that of the newest rl stage before it that names any."""
+        """Return the data of an rl stage: its own, or of the last rl stage before it that has some."""
         return next(s.data for s in self.recipe.stage[index::-1] if isinstance(s, RlStage) and s.data)
 
     def all_rl_problems(self) -> list[Problem]:
-        """The problems of all rl stages."""
+        """Return the problems of all rl stages."""
         sources = [stage.data for stage in self.recipe.stage if isinstance(stage, RlStage) and stage.data]
         return [problem for source in sources for problem in self.training_problems("rl", source)]
 
     def worked_examples(self, stage: SftStage) -> Iterator[tuple[str, list[dict] | Problem, str]]:
-        """What an sft stage learns: a name for errors, the prompt as a chat or a problem, the reply.
+        """Yield the examples of an sft stage: a name for errors, the prompt as a chat or a problem, the reply.
 
-        Every reply of a chat is an example of its own, after everything that came before it.
+        Every reply of a chat is an example, with all messages before it as its prompt.
         """
         if has_chats(path := self.path(stage.data)):
             excluded = self.excluded.get(("sft", stage.data), ())
@@ -71,14 +73,14 @@ class RunData:
     # ------------------------------------------------------------------------------------------------- the guard
 
     def guard(self, say: Callable[[str], None]) -> list[dict]:
-        """Find training problems that repeat another or a benchmark's; exclude what [guard] says. Returns metrics rows."""
+        """Find training problems that copy another or a benchmark's; exclude what [guard] says. Return metrics rows."""
         guard, benchmark, rows = self.recipe.guard, [], []
         for source in dict.fromkeys(filter(None, [self.recipe.eval.data, self.recipe.final.data])):
             benchmark += self.problems(source)
             if pairs := duplicated(self.problems(source)):
                 say(f"{source}: {len(pairs):,} problems repeat an earlier one's text ({_name_pairs(pairs)})")
         for source in find_data(guard.benchmarks).values():
-            benchmark += read_problems(source, "keep")  # to compare with, a problem needs no answer
+            benchmark += read_problems(source, "keep")  # a comparison needs no answer
         seen: dict[str, dict[str, Problem]] = {"sft": {}, "rl": {}}
         for index, stage in enumerate(self.recipe.stage):
             place = stage.kind, stage.data
@@ -104,9 +106,9 @@ class RunData:
         return rows
 
     def _texts(self, stage: SftStage | RlStage) -> tuple[list[Problem], list[Problem]]:
-        """What a stage's data asks, to compare with benchmarks, and what it teaches, where once is enough.
+        """Return a stage's data as problems to compare with benchmarks, and as problems to compare with one another.
 
-        Fine-tuning may learn a problem from several solutions, so that there a copy has the same solution.
+        Fine-tuning may use several solutions of a problem, so two of its rows are copies only with the same solution.
         """
         if isinstance(stage, SftStage) and has_chats(path := self.path(stage.data)):
             chats = [(f"row {number}", messages) for number, messages in enumerate(read_chats(path), 1)]
@@ -117,12 +119,12 @@ class RunData:
 
 
 def by_ids(problems: list[Problem], ids: list[str], source: str) -> list[Problem]:
-    """The problems that a run noted, in that order; DataError where some are no longer there."""
+    """Return the problems with these ids, in order; raise DataError if some are missing."""
     by_id = {problem.id: problem for problem in problems}
-    if gone := [problem_id for problem_id in ids if problem_id not in by_id]:
+    if missing := [problem_id for problem_id in ids if problem_id not in by_id]:
         raise DataError(
-            f"{source}: {len(gone):,} of the {len(ids):,} problems that this run goes on with are not there "
-            f"(first: {gone[0]}): resume with the data and the [guard] that it began with"
+            f"{source}: {len(missing):,} of the {len(ids):,} problems that this run trains on are missing "
+            f"(first: {missing[0]}): resume with the data and the [guard] that it began with"
         )
     return [by_id[problem_id] for problem_id in ids]
 

@@ -536,7 +536,7 @@ def test_golden(grader, kind, gold, answer, right, why):
     assert grade.correct == float(right) and grade.answer == answer
 
 
-def test_there_are_enough_cases_and_each_says_why():
+def test_there_are_enough_cases_and_each_has_a_reason():
     assert len(CASES) >= 250 and len({(case[0], case[4]) for case in CASES}) == len(CASES)
 
 
@@ -614,7 +614,7 @@ def test_reformatted_golds_are_right_and_perturbed_ones_wrong_without_string_equ
 # ---- answers that are built to be wrong ------------------------------------------------------------
 
 
-def test_nothing_built_to_be_wrong_is_right(tmp_path, monkeypatch):
+def test_answers_built_to_be_wrong_are_wrong(tmp_path, monkeypatch):
     """1,500 generated answers and every hostile one, in an empty directory; bench/grader.py --fuzz takes 20,000."""
     monkeypatch.chdir(tmp_path)
     golds = [gold for _, gold, *_ in CASES if isinstance(gold, str)]
@@ -629,7 +629,7 @@ def test_nothing_built_to_be_wrong_is_right(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hostile_text_takes_the_caller_no_time():
+def test_hostile_text_does_not_delay_the_caller():
     """What runs outside the workers: linear in the text, whatever it is."""
     started = time.monotonic()
     for answer in bench.HOSTILE:
@@ -650,7 +650,7 @@ def test_hostile_text_takes_the_caller_no_time():
     assert all(len(normal_form(answer)) <= 2 * answers.MAX_ANSWER_LENGTH for answer in bench.HOSTILE)
 
 
-def test_what_text_settles_needs_no_worker():
+def test_answers_settled_by_text_need_no_worker():
     settled = [("5", "x>5"), ("5", "1,2"), (r"12 \text{ cm}", "12 m"), ("(1,2)", "(1,3)"), ("A", "B"), ("5:00", "6:00")]
     settled += [("5", r"\text{five}"), ("5", r"\{5\}")]
     assert [answers.text_verdict(answer, [gold]) for gold, answer in settled] == [("wrong", [])] * len(settled)

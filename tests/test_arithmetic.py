@@ -1,4 +1,4 @@
-"""arithmetic.py: the problems are right, the sets are apart, the tokenizer loses nothing, the model is ordinary."""
+"""lab/arithmetic.py: answers are right, sets share no sum, the tokenizer is lossless, transformers loads the model."""
 
 import json
 import re
@@ -24,7 +24,7 @@ SMALL = World(
 
 
 def expression(text):
-    """The sum behind the filler."""
+    """Return the sum after the filler."""
     return text.replace(FILLER, "").strip()
 
 
@@ -47,7 +47,7 @@ def sets(world):
 # ----------------------------------------------------------------------------------------------- problems
 
 
-def test_the_sets_are_as_large_as_asked_and_their_terms_in_turn(sets):
+def test_the_sets_have_their_sizes_and_cycle_through_the_terms(sets):
     assert [len(sets[name]) for name in SETS] == [200, 80, 60, 3000]
     terms = {"train": (3, 7), "held-out": (3, 7), "beyond-window": (3, 6), "sft": (2, 6)}
     for name, (low, high) in terms.items():
@@ -57,7 +57,7 @@ def test_the_sets_are_as_large_as_asked_and_their_terms_in_turn(sets):
         assert [problem.id for problem in sets[name]] == [f"{name}/{i}" for i in range(len(sizes))]
 
 
-def test_every_answer_is_what_python_computes(sets):
+def test_every_answer_is_the_sum_of_its_problem(sets):
     for problems in sets.values():
         for problem in problems:
             assert re.fullmatch(r"[1-9]( [+-] [1-9])+", expression(problem.text))
@@ -75,7 +75,7 @@ def test_running_sums_stay_between_0_and_19():
     assert seen == set(range(20))  # within the bounds, and up to both of them
 
 
-def test_a_sum_and_its_solution_by_hand():
+def test_a_sum_and_its_solution():
     assert write_sum([7, 5, -3]) == " 7 + 5 - 3"
     assert solve([7, 5, -3], np.random.default_rng(0), 0.0) == " 7 + 5 = 12 ; 12 - 3 = 9</think> \\boxed{9}"
 
@@ -88,7 +88,7 @@ def test_a_solution_without_noise_is_right_in_every_step(sets):
             assert problem.solution.count("=") == int(problem.type.split()[0]) - 1
 
 
-def test_noise_makes_its_share_of_steps_wrong_and_the_rest_goes_on_from_there(sets):
+def test_noise_makes_its_share_of_steps_wrong_and_later_steps_continue_from_them(sets):
     wrong = steps = 0
     for problem in sets["sft"]:
         written = re.findall(r"(-?\d+) ([+-]) (\d+) = (-?\d+)", problem.solution)
@@ -106,7 +106,7 @@ def test_noise_makes_its_share_of_steps_wrong_and_the_rest_goes_on_from_there(se
 
 
 def test_no_sum_of_one_set_is_in_another(sets):
-    """Guards: problems beyond the window were drawn after fine-tuning's, and most of their sums were among them."""
+    """Guards: problems beyond the window were drawn after those of fine-tuning and shared most of their sums."""
     sums = {name: [expression(problem.text) for problem in problems] for name, problems in sets.items()}
     for name in set(SETS) - {"sft"}:
         assert len(set(sums[name])) == len(sums[name])
@@ -114,7 +114,7 @@ def test_no_sum_of_one_set_is_in_another(sets):
             assert not set(sums[name]) & set(sums[other]), (name, other)
 
 
-def test_filler_stands_before_its_share_of_problems(sets):
+def test_filler_precedes_its_share_of_problems(sets):
     for name in ("train", "held-out", "sft"):
         filler = [problem.text.count(FILLER) for problem in sets[name]]
         share, error = SMALL.filler_share, (SMALL.filler_share * (1 - SMALL.filler_share) / len(filler)) ** 0.5
@@ -125,14 +125,14 @@ def test_filler_stands_before_its_share_of_problems(sets):
     assert (min(beyond), max(beyond)) == SMALL.beyond_tokens
 
 
-def test_solutions_for_fine_tuning_may_be_without_noise(tmp_path):
-    """Guards: the sums of two terms ran out, and the world was never finished."""
+def test_fine_tuning_solutions_without_noise(tmp_path):
+    """Guards: the sums of two terms ran out, and write_world never ended."""
     write_world(replace(SMALL, sft_problems=600, sft_noise=0.0), tmp_path / "world")
     assert all(step_reward(problem.solution) == 1.0 for problem in read_problems(tmp_path / "world/sft.jsonl"))
 
 
 def test_more_problems_than_there_are_sums_are_refused():
-    """Guards: asked for more than there are, it looked for ever."""
+    """Guards: the search for another sum never ended."""
     with pytest.raises(DataError, match="train"):
         make_problems("train", 200, (2, 2), SMALL, set())
 
@@ -176,12 +176,12 @@ def test_any_ascii_text_survives_the_tokenizer(tokenizer):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_the_end_of_sequence_is_the_padding(tokenizer):
+def test_eos_is_the_padding_token(tokenizer):
     assert tokenizer.eos_token == tokenizer.pad_token == "<|end|>"
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
 
 
-def test_the_closing_tag_is_one_token_and_is_kept(tokenizer):
+def test_the_closing_tag_is_one_token_that_decoding_keeps(tokenizer):
     tokens = tokenizer(" 9</think> \\boxed{9}<|end|>", add_special_tokens=False).input_ids
     assert tokens.count(tokenizer.convert_tokens_to_ids("</think>")) == 1
     assert tokenizer.decode(tokens, skip_special_tokens=True) == " 9</think> \\boxed{9}"
@@ -198,7 +198,7 @@ def test_the_chat_template_opens_the_thinking_block(tokenizer):
 # -------------------------------------------------------------------------------------------------- model
 
 
-def test_the_model_is_one_that_transformers_loads(world):
+def test_transformers_loads_the_model(world):
     ours = models.load(world / "model")
     theirs = AutoModelForCausalLM.from_pretrained(world / "model").eval()
     tokens = torch.tensor([1, 20, 70, 30, 0, 2, 3])

@@ -64,7 +64,7 @@ def test_history_survives_a_checkpoint_and_a_file(tmp_path):
         History.load(tmp_path / "none.jsonl")
 
 
-def test_a_file_holds_what_was_saved_last_and_is_whole_at_any_time(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_earlier_file_complete(tmp_path, monkeypatch):
     path, history = tmp_path / "h.jsonl", history_of(("a", 0, 0, solved(3)))
     for _ in range(2):
         history.save(path)
@@ -72,7 +72,7 @@ def test_a_file_holds_what_was_saved_last_and_is_whole_at_any_time(tmp_path, mon
     history.append(Visit("b", 0, 1, solved(4)))
     history.settings = {"n": 8}
     with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: 1 / 0)  # the machine goes down
+        patch.setattr("os.fsync", lambda _: 1 / 0)  # the machine crashes
         with pytest.raises(ZeroDivisionError):
             history.save(path)
     assert path.read_text() == before and len(before.splitlines()) == 1
@@ -81,7 +81,7 @@ def test_a_file_holds_what_was_saved_last_and_is_whole_at_any_time(tmp_path, mon
     assert first == {"settings": {"n": 8}} and [row["problem_id"] for row in rows] == ["a", "b"]
 
 
-def test_a_half_written_last_line_is_dropped_and_said(tmp_path, capsys):
+def test_a_half_written_last_line_is_dropped_and_reported(tmp_path, capsys):
     path = tmp_path / "h.jsonl"
     history_of(("a", 0, 0, solved(3)), ("b", 0, 0, solved(4))).save(path)
     path.write_text(path.read_text()[:-9])
@@ -96,16 +96,16 @@ def test_a_half_written_last_line_is_dropped_and_said(tmp_path, capsys):
      {"rewards": "1"}, {"rewards": [2]}, {"rewards": [False]}, {"rewards": [math.nan]}, {"tokens": -1},
      {"tokens": 2.5}, {"tokens": None}],
 )  # fmt: skip
-def test_a_line_that_is_no_visit_is_named(tmp_path, change):
+def test_a_line_that_is_not_a_visit_is_reported(tmp_path, change):
     path, row = tmp_path / "h.jsonl", {"problem_id": "a", "stage": -0.5, "step": 0, "rewards": [1], "tokens": 9}
     path.write_text(json.dumps(row) + "\n")
     assert History.load(path).log == [Visit("a", -0.5, 0, (1,), 9)]
     path.write_text(f"{json.dumps(row)}\n{json.dumps(row | change)}\n")
-    with pytest.raises(DataError, match="h.jsonl, row 2 is no visit"):
+    with pytest.raises(DataError, match="h.jsonl, row 2 is not a visit"):
         History.load(path)
     for broken in ('{"problem_id": "a"}', "3", "[]", '{"settings": 3}'):
         path.write_text(f"{broken}\n{json.dumps(row)}\n")
-        with pytest.raises(DataError, match="h.jsonl, row 1 is no visit"):
+        with pytest.raises(DataError, match="h.jsonl, row 1 is not a visit"):
             History.load(path)
     path.write_text(f"oops\n{json.dumps(row)}\n")
     with pytest.raises(DataError, match="h.jsonl, line 1: .* fix or remove that line"):
@@ -144,7 +144,7 @@ def test_draw_histogram_shows_both_sides():
     ]
 
 
-def test_draw_histogram_shows_one_alone():
+def test_draw_histogram_shows_a_single_one():
     lines = draw_histogram([1, 0, 2], width=4).splitlines()
     assert [line.split() for line in lines] == [
         ["solved", "problems", "(J)"],
@@ -162,7 +162,7 @@ def ids(problems):
     return "".join(p.id for p in problems)
 
 
-def test_filter_drops_the_perfect():
+def test_filter_drops_the_always_solved():
     history = history_of(("a", -1, 0, solved(8)), ("b", -1, 0, solved(7)), ("c", -1, 0, solved(1)))
     filtered = filter_mirrored_j([problem(i) for i in "abc"], history)
     assert ids(filtered.kept) == "bc" and ids(filtered.dropped) == "a"
@@ -178,7 +178,7 @@ def test_filter_keeps_the_unsolved():
     assert ids(filter_mirrored_j(problems, history, drop_at=0.5).kept) == "a"
 
 
-def test_filter_caps_the_share_of_the_unsolved_whatever_the_order():
+def test_filter_caps_the_share_of_the_unsolved_in_any_order():
     names = "abcdefghijklmnop"
     history = history_of(*[(i, -1, 0, solved(4 if i in "abcd" else 0)) for i in names])
     problems = [problem(i) for i in names]
@@ -196,7 +196,7 @@ def test_filter_refuses_a_problem_without_an_estimate():
         filter_mirrored_j([problem("a"), problem("b")], history_of(("a", -1, 0, solved(4))))
 
 
-def test_drop_uses_only_the_stage_just_ended():
+def test_drop_uses_only_the_visits_of_the_stage_that_ended():
     # the released script averages the whole history: 8/8 now would be diluted to 0.5
     history = history_of(
         ("a", -1, 0, solved(0)), ("a", 0, 1, solved(8)), ("b", -1, 0, solved(8)), ("b", 0, 1, solved(7))
@@ -204,7 +204,7 @@ def test_drop_uses_only_the_stage_just_ended():
     problems = [problem(i) for i in "ab"]
     assert ids(drop_easy(problems, history, stage=0).dropped) == "a"
     assert ids(drop_easy(problems, history, stage=0, window="all").dropped) == "b"
-    # what a later stage saw does not count either
+    # visits of a later stage do not count either
     history.append(Visit("a", 1, 2, solved(0)))
     assert ids(drop_easy(problems, history, stage=0).dropped) == "a"
     with pytest.raises(DataError, match="window of the drop is 'last'"):
@@ -245,23 +245,23 @@ def test_too_few_problems_left_shows_the_histogram():
 # ---- order ---------------------------------------------------------------------------------------
 
 
-def handed_out(order, batches, start=0):
+def drawn_ids(order, batches, start=0):
     return [p.id for b in range(batches) for p in order.batch(start + b * order.batch_size)]
 
 
 def test_order_depends_on_seed_and_stage_but_not_on_the_files_order():
     problems = [problem(f"{i:02d}") for i in range(20)]
-    first = handed_out(DataOrder(problems, 4, seed=1, stage=0), 15)
-    assert first == handed_out(DataOrder(problems[::-1], 4, seed=1, stage=0), 15)
-    assert first != handed_out(DataOrder(problems, 4, seed=2, stage=0), 15)
-    assert first != handed_out(DataOrder(problems, 4, seed=1, stage=1), 15)
+    first = drawn_ids(DataOrder(problems, 4, seed=1, stage=0), 15)
+    assert first == drawn_ids(DataOrder(problems[::-1], 4, seed=1, stage=0), 15)
+    assert first != drawn_ids(DataOrder(problems, 4, seed=2, stage=0), 15)
+    assert first != drawn_ids(DataOrder(problems, 4, seed=1, stage=1), 15)
     assert first[:20] != first[20:40] != first[40:]
 
 
 def test_resume_from_a_position_is_exact():
     problems = [problem(f"{i:02d}") for i in range(7)]
-    whole = handed_out(DataOrder(problems, 3, seed=1, stage=0), 40)
-    assert handed_out(DataOrder(problems, 3, seed=1, stage=0), 20, start=60) == whole[60:]
+    whole = drawn_ids(DataOrder(problems, 3, seed=1, stage=0), 40)
+    assert drawn_ids(DataOrder(problems, 3, seed=1, stage=0), 20, start=60) == whole[60:]
 
 
 @pytest.mark.parametrize("size, batch_size", [(7, 3), (7, 5), (5, 5), (6, 5), (8, 4), (3, 1), (1, 1)])
@@ -270,7 +270,7 @@ def test_a_batch_that_straddles_epochs_repeats_no_problem(size, batch_size):
     order = DataOrder(problems, batch_size, seed=3, stage=0)
     for position in range(20 * size):
         assert len({p.id for p in order.batch(position)}) == batch_size
-    everything = handed_out(order, 20 * size)
+    everything = drawn_ids(order, 20 * size)
     for epoch in range(20):
         assert sorted(everything[epoch * size : (epoch + 1) * size]) == [p.id for p in problems]
 

@@ -378,7 +378,7 @@ def test_the_first_line_is_written_once_and_again_after_a_cut(tmp_path):
     again.save(path)
     assert path.read_text() == whole.splitlines(keepends=True)[0]
     path.write_text('{"settings": 3}\n')
-    with pytest.raises(DataError, match="row 1 is no visit"):
+    with pytest.raises(DataError, match="row 1 is not a visit"):
         History.load(path)
 
 

@@ -1,6 +1,5 @@
-"""Every reader, and the recipe parser, against made-up junk: a sentence of its own error class or a right result.
-
-`bench/fuzz.py` runs the same targets with many more examples, and counts what each got.
+"""Feed generated junk to every reader and the recipe parser: each returns a right result or raises its own error class
+with one sentence. `bench/fuzz.py` runs the same targets with many more examples.
 """
 
 import contextlib
@@ -29,22 +28,22 @@ from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe, to_t
 from lab.responses import read_responses
 from lab.scores import Response
 
-EXAMPLES = 150  # of each target, in the test suite
-MOST_SECONDS = 5.0  # of one example: more is a hang
+EXAMPLES = 150  # per target, in the test suite
+MAX_SECONDS = 5.0  # per example: more is a hang
 STAND_INS = {'"@digits"': "9" * 5000, '"@hex"': "0x" + "f" * 5000, '"@deep"': "[" * 20_000 + "]" * 20_000}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A reader under test. `read` takes a folder and an example, and says whether it was read or refused."""
+    """A reader under test. `read` takes a folder and an example, and asserts that the result is right."""
 
     name: str
     examples: st.SearchStrategy
-    read: Callable[[Path, object], bool]
-    error: type[Exception] | tuple[()]  # (): none may be refused
+    read: Callable[[Path, object], None]
+    error: type[Exception] | tuple[()]  # (): no example may be refused
 
     def attempt(self, folder: Path, example: object) -> str:
-        """What the example got: "read", with everything `read` asserts of it, or "refused", with a sentence."""
+        """Return "read" or "refused" (with one sentence)."""
         begun = time.process_time()
         try:
             with contextlib.redirect_stderr(io.StringIO()):
@@ -55,11 +54,11 @@ class Target:
             said.encode()  # it can be printed
             assert said.strip() and "\n" not in said and len(said) < 2000, said
             got = "refused"
-        assert time.process_time() - begun < MOST_SECONDS
+        assert time.process_time() - begun < MAX_SECONDS
         return got
 
 
-# ------------------------------------------------------------------------------------------------ junk and its spelling
+# ------------------------------------------------------------------------------------------ junk and how it is written
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=12)  # with lone surrogates
 plain_text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(str.strip)
@@ -70,12 +69,12 @@ junk = st.recursive(scalar, lambda x: st.lists(x, max_size=3) | st.dictionaries(
 
 
 def mostly(good: st.SearchStrategy, odd: st.SearchStrategy = junk) -> st.SearchStrategy:
-    """Nine times in ten what belongs there, so that a whole file may be right."""
+    """Draw a valid value nine times in ten, so that a whole file may be valid."""
     return st.integers(0, 9).flatmap(lambda i: odd if i == 9 else good)
 
 
-def spelt(value: object) -> str:
-    """As JSON, not always valid: NaN, lone surrogates, thousands of digits or brackets."""
+def as_json(value: object) -> str:
+    """Write JSON, not always valid: NaN, lone surrogates, thousands of digits or brackets."""
     text = json.dumps(value)
     for stand_in, thing in STAND_INS.items():
         text = text.replace(stand_in, thing)
@@ -84,7 +83,7 @@ def spelt(value: object) -> str:
 
 @st.composite
 def damaged(draw, whole: st.SearchStrategy[bytes]) -> bytes:
-    """What a disk, an editor or a killed process may make of a file; mostly nothing."""
+    """Damage a file as a disk, an editor or a killed process may; mostly leave it whole."""
     data = draw(whole)
     kind = draw(st.sampled_from(["whole"] * 3 + ["cut", "changed", "grown"]))
     if kind == "whole" or not data:
@@ -96,9 +95,9 @@ def damaged(draw, whole: st.SearchStrategy[bytes]) -> bytes:
 
 
 def lines(row: st.SearchStrategy) -> st.SearchStrategy[bytes]:
-    """JSON lines, some of them no object at all."""
+    """JSON lines, some of them not objects."""
     rows = st.lists(mostly(row), min_size=1, max_size=4)
-    return damaged(rows.map(lambda rows: "".join(spelt(row) + "\n" for row in rows).encode()))
+    return damaged(rows.map(lambda rows: "".join(as_json(row) + "\n" for row in rows).encode()))
 
 
 # ------------------------------------------------------------------------------------------------------- problems
@@ -128,7 +127,7 @@ def problem_file(draw) -> tuple[str, bytes, str]:
     if draw(st.booleans()):
         return ".jsonl", draw(lines(row)), rule
     rows = mostly(st.lists(row, min_size=1, max_size=3))
-    return ".json", draw(damaged(rows.map(lambda rows: spelt(rows).encode()))), rule
+    return ".json", draw(damaged(rows.map(lambda rows: as_json(rows).encode()))), rule
 
 
 of_user = st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": plain_text}), min_size=1, max_size=1)
@@ -142,7 +141,7 @@ arrow_odd = [
 
 @st.composite
 def parquet_file(draw) -> tuple[str, bytes, str]:
-    """The same as parquet: every column has one type, and nulls."""
+    """The same as parquet: every column has one type, with nulls."""
     needed = draw(st.sampled_from(SCHEMAS))
     names = [*needed, *draw(st.lists(st.sampled_from(sorted(columns)), max_size=3, unique=True))]
     good = {name: st.just(arrow_columns.get(name, plain_text)) for name in names}
@@ -167,7 +166,7 @@ def read_a_problem_file(folder: Path, example: tuple[str, bytes, str]) -> None:
         assert not {"nan", "inf", "-inf"} & set(p.answers) or b"nan" in content.lower() or b"inf" in content.lower()
         assert p.difficulty is None or math.isfinite(p.difficulty)
         assert all(type(text) is str for text in (p.id, p.text, p.type, p.solution))
-    # what was read can be written, and is then read the same
+    # written and read again, the problems are the same
     (copy := folder / "copy.jsonl").unlink(missing_ok=True)
     write_problems(found, copy)
     again = read_problems(copy, rule)
@@ -178,16 +177,16 @@ def read_a_problem_file(folder: Path, example: tuple[str, bytes, str]) -> None:
 
 @st.composite
 def right_rows(draw) -> tuple[list[tuple[str, str]], str, bool]:
-    """Texts with answers, the schema to spell them in, and whether as one array."""
+    """Texts with answers, the schema to write them in, and whether to write one array."""
     texts = st.lists(st.tuples(plain_text, plain_text), min_size=1, max_size=4, unique_by=lambda pair: "".join(
         pair[0].replace("$", "").lower().split()))  # fmt: skip
     return draw(texts), draw(st.sampled_from(["own", "math", "questions", "verl", "olympiad"])), draw(st.booleans())
 
 
 def read_right_rows(folder: Path, example: tuple[list[tuple[str, str]], str, bool]) -> None:
-    """The oracle is what was written."""
+    """Compare with what was written."""
     pairs, schema, array = example
-    # these two spellings of an answer mean something else
+    # these answers have another meaning
     assume(not any(a.startswith('["') or "####" in a for _, a in pairs))
     spell = {
         "own": lambda t, a: {"problem": t, "answers": [a]},
@@ -262,7 +261,7 @@ def read_a_metrics_file(folder: Path, content: bytes) -> None:
     (folder / "metrics.jsonl").write_bytes(content)
     rows = read_metrics(folder)
     assert all(type(row["step"]) is int and type(row.get("kind", "")) is str for row in rows)
-    Metrics(folder).close()  # as a resumed run opens it; what is whole stays
+    Metrics(folder).close()  # as a resumed run opens it; complete lines stay
     assert repr(read_metrics(folder)) == repr(rows)
 
 
@@ -288,7 +287,7 @@ value = st.recursive(
 
 
 def toml(value: object) -> str:
-    """As a TOML value, not always valid."""
+    """Write a TOML value, not always valid."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -304,7 +303,7 @@ def toml(value: object) -> str:
 
 
 def of_its_type(default: object) -> st.SearchStrategy:
-    """Values such as the default, sensible or not."""
+    """Values of the default's type, sensible or not."""
     if isinstance(default, str):
         return st.sampled_from(["match", "exclude", "all", "sft", "a.jsonl"])
     kinds = {bool: st.booleans(), int: st.integers(-1, 64), float: st.floats(-0.5, 2) | st.integers(0, 2)}
@@ -327,7 +326,7 @@ recipe_text = st.one_of(
 
 
 def is_sound(settings_: object) -> None:
-    """Every value of a recipe has the type that it says, and is a number where it should be one."""
+    """Assert that every value of a recipe has its type and every number is finite."""
     for f in fields(settings_):
         v = getattr(settings_, f.name)
         if is_dataclass(v):
@@ -383,7 +382,7 @@ TARGETS = [
 
 
 def fuzz(target: Target, folder: Path, examples: int, seed: int | None = None) -> Counter:
-    """How often the target read and refused; whatever else happens is raised, with the smallest example."""
+    """Count what the target read and refused; raise any other result with the smallest example."""
     got: Counter = Counter()
 
     @settings(
@@ -399,6 +398,6 @@ def fuzz(target: Target, folder: Path, examples: int, seed: int | None = None) -
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_junk_gets_a_sentence_and_sense_is_read(target, tmp_path):
+def test_junk_is_refused_with_a_sentence_and_valid_input_is_read(target, tmp_path):
     got = fuzz(target, tmp_path, EXAMPLES)
     assert got["read"] > 0 and (got["refused"] > 0 or not target.error), got

@@ -1,4 +1,4 @@
-"""engine/grader.py: nothing that a model writes can hang or break the grader, and no worker outlives its use."""
+"""engine/grader.py: no response can hang or break the grader, and no worker outlives it."""
 
 import os
 import re
@@ -30,11 +30,11 @@ def grader():
 @pytest.fixture(scope="module")
 def hasty_grader(tmp_path_factory):
     """Its worker runs in an empty directory, which must stay empty."""
-    home, here = tmp_path_factory.mktemp("empty"), os.getcwd()
+    home, previous = tmp_path_factory.mktemp("empty"), os.getcwd()
     os.chdir(home)
     with Grader(time_limit_s=1.0) as grader:
         yield grader
-    os.chdir(here)
+    os.chdir(previous)
 
 
 def test_any_accepted_answer_counts(grader):
@@ -64,7 +64,7 @@ def test_any_accepted_answer_counts(grader):
     ids=lambda a: a[:12].replace("\0", "NUL"),
 )
 def test_hostile_answer_is_not_right_within_the_limit(hasty_grader, answer):
-    hasty_grader.grade([(boxed("y"), ["x"])])  # the start-up of a worker is not part of the limit
+    hasty_grader.grade([(boxed("y"), ["x"])])  # the limit excludes the start-up of a worker
     started = time.monotonic()
     (grade,) = hasty_grader.grade([(boxed(answer), ["5"])])
     assert grade.verdict != "right" and grade.correct == 0.0
@@ -73,7 +73,7 @@ def test_hostile_answer_is_not_right_within_the_limit(hasty_grader, answer):
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process still runs (or is a zombie: its parent has not waited for it)."""
+    """Return whether a process runs or is a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -99,7 +99,7 @@ def test_a_dead_worker_is_replaced():
         assert verdicts == ["grader failed", "right"]
 
 
-def test_a_worker_that_talks_nonsense_is_replaced(monkeypatch):
+def test_a_worker_that_sends_nonsense_is_replaced(monkeypatch):
     with Grader() as grader:
         real, told = graders._Worker.read, []
 
@@ -115,7 +115,7 @@ def test_a_worker_that_talks_nonsense_is_replaced(monkeypatch):
         assert verdicts == ["grader failed", "right"]
 
 
-def test_a_gold_that_math_verify_cannot_compare_is_the_graders_failure(grader):
+def test_a_gold_that_math_verify_cannot_compare_is_a_grader_failure(grader):
     assert grader.grade([(boxed(r"\frac{2}{0}"), ["1/0"])])[0].verdict == "grader failed"
     assert grader.grade([(boxed("1+x"), ["x+1"])])[0].verdict == "right"
 
@@ -125,7 +125,7 @@ def test_the_memory_limit_holds():
         grader.grade([(boxed("y"), ["x"])])
         limits = Path(f"/proc/{grader._slots[0].process.pid}/limits")
         if not limits.exists():
-            pytest.skip("no /proc here")
+            pytest.skip("there is no /proc")
         assert re.search(r"Max address space\s+(\d+)", limits.read_text())[1] == str(2 << 30)
 
 
@@ -145,11 +145,11 @@ def test_order_is_kept_and_plain_numbers_start_no_worker():
 
 
 def test_the_worker_loads_no_torch(grader):
-    """Neither itself nor through math-verify; a mapped library shows whatever imported it."""
+    """Neither directly nor through math-verify: a loaded library would appear in its memory map."""
     assert grader.grade([(boxed("1+x"), ["x+1"])])[0].verdict == "right"
     maps = Path(f"/proc/{grader._slots[0].process.pid}/maps")
     if not maps.exists():
-        pytest.skip("no /proc here")
+        pytest.skip("there is no /proc")
     assert "python" in maps.read_text() and "torch" not in maps.read_text()
 
 
@@ -184,7 +184,7 @@ def test_a_killed_parent_leaves_no_worker():
     assert not worker.exists() or not worker.read_bytes()  # a zombie has no command line
 
 
-def test_closing_fails_what_is_left_rather_than_hang():
+def test_closing_fails_pending_answers_instead_of_hanging():
     grader = Grader()
     tickets = [grader.submit(boxed(f"y+{i}"), ["x"]) for i in range(50)]
     grader.close()
@@ -202,10 +202,10 @@ def test_exact_path_grades_2000_answers_a_second():
         assert sum(g.correct for g in grades) == 2000 and not grader._threads
 
 
-# ---- the verdicts that are kept ----------------------------------------------------------------------
+# ---- cached verdicts ----------------------------------------------------------------------
 
 
-def test_a_verdict_is_kept_for_the_next_same_answer_but_no_failure_is(monkeypatch):
+def test_verdicts_are_cached_but_failures_are_not(monkeypatch):
     with Grader() as grader:
         grader.grade([(boxed("1+y"), ["y+1"])])
         asked, ask = [], grader._ask
@@ -225,14 +225,14 @@ def test_a_verdict_is_kept_for_the_next_same_answer_but_no_failure_is(monkeypatc
         assert grader.grade([(boxed("1+z"), ["z+1"])])[0].verdict == "right"
 
 
-def test_few_verdicts_are_kept(monkeypatch):
+def test_the_cache_of_verdicts_is_bounded(monkeypatch):
     monkeypatch.setattr(graders, "CACHED_VERDICTS", 3)
     with Grader() as grader:
         assert all(g.correct for g in grader.grade([(boxed(f"{i}+y"), [f"y+{i}"]) for i in range(6)]))
         assert [key[-1] for key in grader._verdicts] == ["3+y", "4+y", "5+y"]
 
 
-def test_ready_says_whether_collect_would_wait(monkeypatch):
+def test_ready_tells_whether_collect_would_wait(monkeypatch):
     with Grader() as grader:
         gate = threading.Event()
         monkeypatch.setattr(grader, "_ask", lambda *job: gate.wait(20) and "wrong")
@@ -248,15 +248,15 @@ def test_ready_says_whether_collect_would_wait(monkeypatch):
             grader.ready(plain)
 
 
-def test_an_answer_that_exhausts_memory_is_its_own_fault_not_the_graders():
-    """Else a model could stop its training by writing such answers."""
+def test_an_answer_that_exhausts_memory_is_not_a_grader_failure():
+    """Otherwise a model could stop its training by writing such answers."""
     with Grader() as grader:
         pairs = [(boxed("10^{10^{10}}!"), ["5"]), (boxed("1+x"), ["x+1"])]
         assert [grade.verdict for grade in grader.grade(pairs)] == ["timed out", "right"]
 
 
-def test_a_gold_that_cannot_be_read_is_the_graders_failure():
-    """Not a silent wrong: no answer but its own text could ever be right."""
+def test_an_unreadable_gold_is_a_grader_failure():
+    """Not a silent "wrong": only the same text could ever be right."""
     with Grader() as grader:
         pairs = [(boxed("5x"), ["$t(0,4]$"]), (boxed("t(0,4]"), ["$t(0,4]$"]), (boxed("x+"), ["1+x"])]
         assert [grade.verdict for grade in grader.grade(pairs)] == ["grader failed", "right", "wrong"]

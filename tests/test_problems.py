@@ -1,4 +1,4 @@
-"""Reading and writing problems: every format, every fault, the hub, and real files."""
+"""lab/problems.py: every format, every fault, the hub, and real files."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from lab.problems import (
 )
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real problems are not here")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="shared/data is not available")
 
 
 def write_rows(path, rows):
@@ -52,7 +52,7 @@ def verl(content, truth, extra):
     return {"prompt": prompt, "reward_model": {"ground_truth": truth}, "extra_info": extra}
 
 
-def test_verl_ground_truths_are_strings_floats_or_lists_with_stray_newlines(tmp_path):
+def test_verl_ground_truths_may_be_strings_floats_or_lists_with_newlines(tmp_path):
     rows = [
         verl("a?", "025", {"index": 0}),
         verl("b?", 142.0, {"id": 1}),
@@ -65,14 +65,14 @@ def test_verl_ground_truths_are_strings_floats_or_lists_with_stray_newlines(tmp_
     assert [p.text for p in read] == ["a?", "b?", "c?", "d?"]
 
 
-def test_verl_parquet_reads_as_json_does(tmp_path):
+def test_verl_parquet_reads_like_json(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [verl("a?", ["1\n", "2"], {"index": 7})]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
     assert read_problems(tmp_path / "set.parquet") == read_problems(write_rows(tmp_path / "set.jsonl", rows))
 
 
-def test_earlier_turns_of_a_conversation_are_not_dropped_in_silence(tmp_path):
+def test_a_conversation_with_earlier_turns_is_refused(tmp_path):
     row = verl("and b?", "1", {"index": 0})
     row["prompt"][1:1] = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "1"}]
     with pytest.raises(DataError, match="row 1 has no problem text"):
@@ -87,7 +87,7 @@ def test_math_json_array_keeps_type_difficulty_and_solution(tmp_path):
     path = tmp_path / "math.json"
     path.write_text(json.dumps(rows, indent=2))
     first, second = read_problems(path)
-    # a closed interval is JSON too, but no list of answers
+    # a closed interval is JSON too, but not a list of answers
     assert (first.answers, first.type, first.difficulty, first.solution) == (("[-9, 9]",), "Algebra", 4.5, "so")
     assert (second.answers, second.difficulty, second.id) == (("3",), 0.375, "math/test/algebra/1.json")
 
@@ -104,7 +104,7 @@ def test_own_file_round_trip_is_exact_and_ids_survive_a_change_of_file(tmp_path)
         write_problems(problems[:1], tmp_path / "new" / "filtered.jsonl")
 
 
-def test_json_is_told_from_json_lines_by_content(tmp_path):
+def test_json_and_json_lines_are_distinguished_by_content(tmp_path):
     lines = write_rows(tmp_path / "a.json", [{"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2"}])
     array = tmp_path / "a.jsonl"
     array.write_text(json.dumps([{"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2"}]))
@@ -114,11 +114,11 @@ def test_json_is_told_from_json_lines_by_content(tmp_path):
 # ---- ids and duplicates --------------------------------------------------------------------------
 
 
-def test_an_id_used_for_different_problems_gives_way_to_a_hash(tmp_path):
+def test_a_hash_replaces_an_id_that_several_problems_share(tmp_path):
     rows = [{"id": 1, **good(1)}, {"id": 1, **good(2)}, {"id": 2, **good(3)}]
     read = read_problems(write_rows(tmp_path / "s.jsonl", rows))
     again = read_problems(write_rows(tmp_path / "s.jsonl", rows[::-1]))[::-1]
-    assert read == again  # a hash does not depend on the place in the file
+    assert read == again  # a hash does not depend on the position in the file
     assert len({p.id for p in read}) == 3 and read[2].id == "s/2" and "s/1" not in {p.id for p in read}
 
 
@@ -134,7 +134,7 @@ def test_duplicates_are_dropped_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     "id_of", [lambda n: {}, lambda n: {"id": n}, lambda n: {"id": n % 7}, lambda n: {"id": "same"}]
 )
-def test_ids_do_not_depend_on_the_order_of_the_rows_nor_on_which_are_left(tmp_path, id_of):
+def test_ids_do_not_depend_on_the_order_of_the_rows_or_on_a_filter(tmp_path, id_of):
     rows = [id_of(n) | good(n) for n in range(40)]
     read = {p.text: p.id for p in read_problems(write_rows(tmp_path / "s.jsonl", rows))}
     assert len(set(read.values())) == 40
@@ -149,7 +149,7 @@ def test_ids_do_not_depend_on_the_order_of_the_rows_nor_on_which_are_left(tmp_pa
         }
 
 
-def test_one_text_under_two_ids_is_found_within_a_file_and_in_the_next():
+def test_one_text_under_two_ids_is_found_within_and_across_files():
     first = [problem("a/0", "Find $x$."), problem("a/1", "Find $y$."), problem("a/2", "find x .", ("2",))]
     later = [problem("b/0", f"FIND $y$. {INSTRUCTION}"), problem("a/0", "Find $x$."), problem("b/1", "Find $z$.")]
     seen = {}
@@ -165,8 +165,8 @@ def test_one_text_under_two_ids_is_found_within_a_file_and_in_the_next():
     "row, message",
     [
         ('{"problem": "p", ', "row 2 is malformed JSON"),
-        ("[1, 2]", "row 2 is no JSON object"),
-        ('"p"', "row 2 is no JSON object"),
+        ("[1, 2]", "row 2 is not a JSON object"),
+        ('"p"', "row 2 is not a JSON object"),
         ({"problem": "  ", "answer": "1"}, "row 2 has no problem text"),
         ({"problem": "p", "answer": None}, "row 2 has no answer"),
         ({"problem": "p", "answer": " \n"}, "row 2 has no answer"),
@@ -193,7 +193,7 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, capsys, row, messag
     assert "left out 1 unusable rows" in said and message in said
 
 
-def test_a_difficulty_that_json_writes_with_an_exponent_is_read_again(tmp_path):
+def test_a_difficulty_with_an_exponent_survives_writing_and_reading(tmp_path):
     for difficulty in (1e16, 1e-7, 0.3, 5.0):
         write_problems([Problem("a/1", "p", ("1",), difficulty=difficulty)], tmp_path / f"{difficulty}.jsonl")
         assert read_problems(tmp_path / f"{difficulty}.jsonl")[0].difficulty == difficulty
@@ -202,7 +202,7 @@ def test_a_difficulty_that_json_writes_with_an_exponent_is_read_again(tmp_path):
         assert read.difficulty is None
 
 
-def test_a_prompt_that_is_no_list_has_no_problem_text(tmp_path):
+def test_a_prompt_that_is_not_a_list_has_no_problem_text(tmp_path):
     row = {"prompt": 5, "reward_model": {"ground_truth": "1"}}
     with pytest.raises(DataError, match="row 1 has no problem text"):
         read_problems(write_rows(tmp_path / "s.jsonl", [row]))
@@ -214,7 +214,7 @@ def test_gsm8k_row_without_its_mark_has_no_answer(tmp_path):
         read_problems(write_rows(tmp_path / "s.jsonl", rows))
 
 
-def test_benchmarks_of_the_hub_have_plain_or_several_answers_and_levels(tmp_path):
+def test_minerva_olympiad_and_math_rows_are_read(tmp_path):
     minerva = write_rows(tmp_path / "minerva.jsonl", [{"question": "q", "answer": r"\frac{1}{2}"}])
     assert read_problems(minerva)[0].answers == (r"\frac{1}{2}",)
     olympiad = write_rows(tmp_path / "olympiad.jsonl", [{"question": "q", "final_answer": ["2", "3"], "answer": "x"}])
@@ -224,7 +224,7 @@ def test_benchmarks_of_the_hub_have_plain_or_several_answers_and_levels(tmp_path
     assert (problem.difficulty, problem.type) == (5.0, "Algebra")
 
 
-def test_a_problem_without_an_answer_is_kept_only_when_asked(tmp_path, capsys):
+def test_a_problem_without_an_answer_is_kept_only_on_request(tmp_path, capsys):
     rows = [good(1), {"problem": "p2", "answer": ""}, {"problem": "p3", "answer": None}, good(4)]
     path = write_rows(tmp_path / "s.jsonl", rows)
     assert [p.answers for p in read_problems(path, on_bad_row="keep")] == [("1",), (), (), ("4",)]
@@ -236,7 +236,7 @@ def test_a_problem_without_an_answer_is_kept_only_when_asked(tmp_path, capsys):
         read_problems(write_rows(tmp_path / "t.jsonl", rows), on_bad_row="keep")
 
 
-def test_missing_file_names_the_nearest(tmp_path):
+def test_a_missing_file_is_reported_with_the_nearest_name(tmp_path):
     write_rows(tmp_path / "train.jsonl", [good(1)])
     write_rows(tmp_path / "other.jsonl", [good(1)])
     with pytest.raises(DataError, match=r"trian\.jsonl does not exist; did you mean .*train\.jsonl"):
@@ -252,7 +252,7 @@ def test_unknown_columns_are_shown(tmp_path):
         read_problems(write_rows(tmp_path / "s.jsonl", [{"prob": "p", "ans": "1"}]), on_bad_row="skip")
 
 
-def test_unreadable_files_say_so(tmp_path):
+def test_unreadable_files_are_reported(tmp_path):
     (tmp_path / "a.json").write_text('[{"problem": "p",\n oops]')
     with pytest.raises(DataError, match=r"a\.json, line 2 is malformed JSON"):
         read_problems(tmp_path / "a.json")
@@ -272,7 +272,7 @@ def test_unreadable_files_say_so(tmp_path):
         read_problems(tmp_path / "e.jsonl", on_bad_row="ignore")
     pytest.importorskip("pyarrow")
     (tmp_path / "p.parquet").write_text("not parquet at all")
-    with pytest.raises(DataError, match="is no readable parquet file"):
+    with pytest.raises(DataError, match="is not a readable parquet file"):
         read_problems(tmp_path / "p.parquet")
 
 
@@ -281,7 +281,7 @@ def test_unreadable_files_say_so(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A stand-in for the hub: the files of a dataset, and those that were asked for."""
+    """Replace the hub with local files; returns the list of requested file names."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     files = {
         "README.md": [],
@@ -289,11 +289,11 @@ def hub(tmp_path, monkeypatch):
         "data/train-00001-of-00002.jsonl": [{**good(3), "id": "b"}],
         "data/test-00000-of-00001.jsonl": [{**good(4), "id": "t"}],
     }
-    asked = []
+    requested = []
 
     def hf_hub_download(repo_id, filename, *, repo_type):
         assert repo_type == "dataset"
-        asked.append(filename)
+        requested.append(filename)
         return str(write_rows(tmp_path / filename.replace("/", "-"), files[filename]))
 
     def list_repo_files(self, repo_id, *, repo_type):
@@ -301,7 +301,7 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    return asked
+    return requested
 
 
 def test_hub_dataset_reads_all_shards_of_its_split(hub):
@@ -329,16 +329,16 @@ def test_hub_errors_become_one_sentence(hub, monkeypatch):
             raise error
 
         monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fails)
-        with pytest.raises(DataError, match=f"owner/set is no local file.*{str(error)[:7]}") as raised:
+        with pytest.raises(DataError, match=f"owner/set is not a local file.*{str(error)[:7]}") as raised:
             read_problems("owner/set")
         assert "\n" not in str(raised.value)
 
 
-def test_a_path_is_never_taken_for_the_hub(hub, tmp_path, monkeypatch):
+def test_a_path_is_never_looked_up_on_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for source in ("data/train", "nowhere/train.jsonl"):
-        with pytest.raises(DataError, match="nor does data hold|folder nowhere does not exist"):
+        with pytest.raises(DataError, match="data holds no .parquet, .jsonl, .json file|folder nowhere does not exist"):
             read_problems(source)
     assert hub == []
 
@@ -353,14 +353,14 @@ def test_instruction_is_appended_once():
     assert prompt_text(carries) == carries.text
 
 
-def test_contamination_sees_through_instruction_case_and_spacing():
+def test_contamination_ignores_instruction_case_and_spacing():
     train = [problem("a", "Find $x+1$."), problem("b", "Find $x-1$.")]
-    twin = problem("c", f"find $ x + 1 $. {INSTRUCTION}")
-    assert benchmark_copies(train, [twin]) == [(train[0], twin)]
+    copy = problem("c", f"find $ x + 1 $. {INSTRUCTION}")
+    assert benchmark_copies(train, [copy]) == [(train[0], copy)]
     assert benchmark_copies(train, [problem("c", "Find $x+12$.")]) == []
-    twin = problem("c", "find x+1.")
-    assert benchmark_copies(train, [problem("d"), twin, problem("e", "find x+1.")]) == [(train[0], twin)]
-    assert benchmark_copies(train, train) == list(zip(train, train, strict=True))  # also its own benchmark
+    copy = problem("c", "find x+1.")
+    assert benchmark_copies(train, [problem("d"), copy, problem("e", "find x+1.")]) == [(train[0], copy)]
+    assert benchmark_copies(train, train) == list(zip(train, train, strict=True))  # training data that is the benchmark
 
 
 # ---- real files, real sizes ----------------------------------------------------------------------
@@ -381,7 +381,7 @@ REAL = [  # rows, rows without an answer, duplicates
 
 @needs_data
 @pytest.mark.parametrize("name, rows, unanswered, repeated", REAL)
-def test_real_file_reads_whole(name, rows, unanswered, repeated, capsys):
+def test_a_real_file_is_read_completely(name, rows, unanswered, repeated, capsys):
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
     read = read_problems(DATA / name, on_bad_row="skip" if unanswered else "stop")
@@ -397,14 +397,14 @@ def test_real_file_reads_whole(name, rows, unanswered, repeated, capsys):
 
 
 @needs_data
-def test_real_minerva_lists_lose_their_stray_newlines_and_repeats():
+def test_real_minerva_answers_lose_their_newlines_and_repeats():
     pytest.importorskip("pyarrow")
     read = read_problems(DATA / "benchmarks" / "minerva.parquet")
     assert Counter(len(p.answers) for p in read) == {1: 232, 2: 38, 3: 2}
     assert read[0].answers == ("9.6",) and read[0].id == "minerva/0"
 
 
-def test_53_000_problems_open_in_seconds(tmp_path):
+def test_53_000_problems_are_read_in_seconds(tmp_path):
     text = "Let $x_{%d}$ be the number of ways to tile a board. " * 6
     row = json.dumps(verl(text + "Find it.", "%d", {"index": "%d"}))
     path = tmp_path / "polaris.jsonl"

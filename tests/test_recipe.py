@@ -1,4 +1,4 @@
-"""recipe.py: what a recipe file may say, what it is told when it may not, and the published numbers."""
+"""lab/recipe.py: valid recipes are read, invalid ones are refused, and the shipped ones have the published numbers."""
 
 import re
 import subprocess
@@ -60,7 +60,7 @@ def load(tmp_path, text=SMALL, overrides=()):
 
 
 def refusal(tmp_path, text=SMALL, overrides=()):
-    """The sentence with which a recipe is refused."""
+    """Return the error message for a recipe."""
     with pytest.raises(RecipeError) as caught:
         load(tmp_path, text, overrides)
     assert "\n" not in str(caught.value)
@@ -70,7 +70,7 @@ def refusal(tmp_path, text=SMALL, overrides=()):
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def test_values_arrive_in_their_places_and_the_rest_has_defaults(tmp_path):
+def test_values_are_read_and_the_rest_has_defaults(tmp_path):
     recipe = load(tmp_path)
     assert (recipe.name, recipe.seed, recipe.eval.data, recipe.eval.samples) == ("small", 0, "held-out.jsonl", 8)
     assert recipe.world is None
@@ -81,13 +81,13 @@ def test_values_arrive_in_their_places_and_the_rest_has_defaults(tmp_path):
     )
 
 
-def test_a_whole_number_where_a_float_belongs_becomes_one(tmp_path):
+def test_an_integer_becomes_a_float_where_one_is_expected(tmp_path):
     recipe = load(tmp_path, overrides=["eval.temperature=1", "stage.1.clip_low=1"])
     for value in (recipe.stage[1].temperature, recipe.eval.temperature, recipe.stage[1].clip_low):
         assert type(value) is float and value == 1.0
 
 
-def test_a_pair_of_numbers_in_the_world(tmp_path):
+def test_a_range_in_the_world_must_be_two_integers(tmp_path):
     assert load(tmp_path, overrides=["world.sft_terms=[2, 4]"]).world == World(sft_terms=(2, 4))
     for wrong in ("[2]", "[2, 3, 4]", "[2, 3.5]", "3", "[2, true]"):
         assert refusal(tmp_path, overrides=[f"world.sft_terms={wrong}"]).startswith(
@@ -95,13 +95,13 @@ def test_a_pair_of_numbers_in_the_world(tmp_path):
         )
 
 
-def test_a_list_of_texts_in_the_guard_survives_being_written_and_read(tmp_path):
+def test_a_list_of_texts_in_the_guard_survives_a_round_trip(tmp_path):
     recipe = load(tmp_path, overrides=['guard.benchmarks=["aime24", "a b.jsonl"]', "guard.duplicates=exclude"])
     assert recipe.guard.benchmarks == ("aime24", "a b.jsonl") and recipe.guard.contamination == "report"
     assert load(tmp_path, to_toml(recipe)) == recipe
 
 
-def test_inputs_can_only_be_offloaded_where_they_are_kept(tmp_path):
+def test_offload_activations_needs_recompute_activations(tmp_path):
     assert load(tmp_path, overrides=["offload_activations=true"]).offload_activations
     message = refusal(tmp_path, overrides=["offload_activations=true", "recompute_activations=false"])
     assert message.startswith("offload_activations moves what recompute_activations keeps")
@@ -122,7 +122,7 @@ def test_an_unknown_key_names_itself_and_the_nearest(tmp_path, override, message
     assert refusal(tmp_path, overrides=[override]).startswith(message)
 
 
-def test_an_unknown_key_like_none_lists_the_known(tmp_path):
+def test_an_unknown_key_without_a_near_match_lists_the_known_keys(tmp_path):
     message = refusal(tmp_path, overrides=["run.zzzz=1"])
     assert "unknown key run.zzzz: known are " in message and "checkpoint_every_steps" in message
 
@@ -156,14 +156,14 @@ def test_a_missing_key_is_named(tmp_path, key):
     assert refusal(tmp_path, text) == f"the key {key} is missing"
 
 
-def test_a_missing_file_lists_the_recipes_there_are(tmp_path):
+def test_a_missing_file_lists_the_shipped_recipes(tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "absent.toml")
     assert str(caught.value).startswith(f"{tmp_path / 'absent.toml'}: no such recipe file")
     assert SHIPPED and all(path.name in str(caught.value) for path in SHIPPED)
 
 
-def test_what_is_no_toml_file_is_refused(tmp_path):
+def test_a_file_that_is_not_toml_is_refused(tmp_path):
     message = refusal(tmp_path, 'name = "unfinished')
     assert message.startswith(f"{tmp_path / 'recipe.toml'}: not valid TOML (")
     (tmp_path / "weights").write_bytes(b"\xff\xfe\x00")
@@ -187,7 +187,7 @@ def test_set_reaches_scalars_tables_and_stages(tmp_path):
     assert recipe.stage[0].data == "elsewhere/a=b.jsonl"
 
 
-def test_the_later_of_two_sets_holds(tmp_path):
+def test_the_later_of_two_overrides_wins(tmp_path):
     assert load(tmp_path, overrides=["seed=1", "seed=2"]).seed == 2
 
 
@@ -203,11 +203,11 @@ def test_the_later_of_two_sets_holds(tmp_path):
         ("stage.1.temperature.a.b=1", "--set stage.1.temperature.a.b=1: stage.1.temperature.a is not a table"),
     ],
 )
-def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
+def test_an_override_of_a_missing_place_is_refused(tmp_path, override, message):
     assert refusal(tmp_path, overrides=[override]) == message
 
 
-# ------------------------------------------------------------------------------------- what types cannot say
+# ------------------------------------------------------------------------------------- rules beyond types
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
         ("final.temperature=-inf", "final.temperature must be a finite number of at most 64 bits, not -inf"),
         ("stage.1.temperature=0x" + "f" * 9999, "stage.1.temperature must be a finite number of at most 64 bits"),
         ("seed=9223372036854775808", "seed must be a finite number of at most 64 bits, not 9223372036854775808"),
-        ("seed=" + "9" * 9999, "seed must be of type int, not '999"),  # Python reads no such number: a word
+        ("seed=" + "9" * 9999, "seed must be of type int, not '999"),  # too long for Python: a string
         ("stage.²=1", "--set stage.²=1: stage is not a table"),
         ("stage.².steps=1", "--set stage.².steps=1: there is no number ²"),
         ("stage.1.kind=[1]", "stage.1.kind must be sft or rl, not [1]"),
@@ -259,11 +259,11 @@ def test_a_set_that_leads_nowhere_is_refused(tmp_path, override, message):
         ("stage.1.max_response_tokens=4001", "stage.1: 96 + 4001 tokens exceed max_position_embeddings = 4096"),
     ],
 )
-def test_a_run_that_cannot_be_is_refused(tmp_path, override, message):
+def test_an_impossible_setting_is_refused(tmp_path, override, message):
     assert refusal(tmp_path, overrides=[override]).startswith(message)
 
 
-def test_a_variant_is_a_table_of_its_stage_and_survives_being_written_and_read(tmp_path):
+def test_a_variant_is_a_table_of_its_stage_and_survives_a_round_trip(tmp_path):
     text = SMALL + '[stage.variant]\nloss = "gspo"\noptimizer_steps = 4\n'
     recipe = load(tmp_path, text, ["stage.1.variant.importance_cap=2", "stage.1.variant.punish_last_tokens=64"])
     assert recipe.stage[2].variant == VariantSettings(loss="gspo", optimizer_steps=4)
@@ -271,13 +271,13 @@ def test_a_variant_is_a_table_of_its_stage_and_survives_being_written_and_read(t
     assert load(tmp_path, to_toml(recipe)) == recipe
 
 
-def test_a_window_of_zero_is_the_models_own(tmp_path):
+def test_a_window_of_zero_means_the_models_own(tmp_path):
     load(tmp_path, overrides=["max_position_embeddings=0", "stage.1.max_response_tokens=1000000"])
 
 
 def test_every_key_is_described_with_its_default_and_its_bounds():
     lines = list(describe_keys())
-    assert len(lines) == len({*lines}) + 4  # what both kinds of stages have
+    assert len(lines) == len({*lines}) + 4  # keys that both kinds of stages have
     assert any(line.split() == "stage.group_size = 8 rollouts per problem, at least 2".split() for line in lines)
     for key in ("name", "seed = 0", "world.layers = 4", "stage.variant.loss = 'polaris'", "run.tensorboard = False"):
         assert any(line.startswith(key) for line in lines), key
@@ -292,13 +292,13 @@ def test_reading_a_recipe_needs_no_heavy_library():
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_recipe_survives_being_written_and_read(path, tmp_path):
+def test_a_shipped_recipe_survives_a_round_trip(path, tmp_path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert load(tmp_path, to_toml(recipe)) == recipe
 
 
-def test_what_is_written_spells_out_every_key(tmp_path):
+def test_every_key_is_written(tmp_path):
     recipe = load(tmp_path, overrides=["world.seed=3"])
     written = to_toml(recipe)
     for table in (recipe, recipe.eval, recipe.final, recipe.run, recipe.world, *recipe.stage):
@@ -307,13 +307,13 @@ def test_what_is_written_spells_out_every_key(tmp_path):
 
 
 @pytest.mark.parametrize("text", ['say "\\boxed{}"', "two\nlines\r\n\ttab", "delete \x7f, bell \x07", "écrit ∑ 🙂", ""])
-def test_any_text_survives_being_written_and_read(tmp_path, text):
+def test_any_text_survives_a_round_trip(tmp_path, text):
     recipe = replace(load(tmp_path), instruction=text)
     assert load(tmp_path, to_toml(recipe)) == recipe
 
 
 @pytest.mark.parametrize("number", [1e-6, 1e22, 0.1 + 0.2, 5e-324, 1.0])
-def test_any_number_survives_being_written_and_read(tmp_path, number):
+def test_any_number_survives_a_round_trip(tmp_path, number):
     recipe = load(tmp_path)
     recipe = replace(recipe, stage=(replace(recipe.stage[0], learning_rate=number), *recipe.stage[1:]))
     assert load(tmp_path, to_toml(recipe)) == recipe
@@ -346,7 +346,7 @@ def test_the_polaris_recipes_have_the_published_numbers(name):
         assert (stage.drop_at, stage.drop_above) == (1.0, 0.9)
         assert (stage.rescue, stage.substitute, stage.informative_share) == (rescue, True, 1 / 3)
     assert [stage.filter_before for stage in recipe.stage] == [True, False, False]
-    assert [bool(stage.data) for stage in recipe.stage] == [True, False, False]  # later ones take what is left
+    assert [bool(stage.data) for stage in recipe.stage] == [True, False, False]  # later ones use what is left
     assert (recipe.reward.correct, recipe.reward.format, recipe.reward.steps) == (1.0, 0.0, 0.0)
     assert recipe.search.step == 0.05
 
@@ -361,7 +361,7 @@ def test_the_polaris_recipes_evaluate_as_published(name):
     assert (recipe.eval.temperature, recipe.eval.top_k) == (1.4, 20)
 
 
-OF_EVERY_RECIPE = {  # RECIPE.md's numbers, by their place in the file
+OF_EVERY_RECIPE = {  # RECIPE.md's numbers by dotted key
     "thinking": True,  # section 5: the closing tag is required
     "reward.correct": 1.0, "reward.format": 0.0, "reward.steps": 0.0,  # sections 5 and 7: the outcome alone
     "eval.temperature": 1.4, "eval.top_k": 20,  # section 2
@@ -385,7 +385,7 @@ MODELS = {
 
 
 def published_numbers(name):
-    """Every number of RECIPE.md for one recipe, by its dotted name in the file."""
+    """Return RECIPE.md's numbers for one recipe, by dotted key."""
     temperatures, lengths, window, rescue = PUBLISHED[name]
     found = (
         OF_EVERY_RECIPE
@@ -396,12 +396,12 @@ def published_numbers(name):
         of_stage = OF_EVERY_STAGE | {"temperature": temperature, "max_response_tokens": length, "rescue": rescue}
         found |= {f"stage.{i}.{key}": value for key, value in of_stage.items()}
     if name == "polaris-1.7b":
-        del found["stage.2.temperature"]  # two are published
+        del found["stage.2.temperature"]  # only two are published
     return found
 
 
 def written_lines(name):
-    """The lines of a recipe file by the dotted names of what they set, and the values."""
+    """Return {dotted key: (line, value)} of a recipe file."""
     text, prefix, stages, found = (ROOT / f"recipes/{name}.toml").read_text(), "", 0, {}
     for line in text.splitlines():
         if line.startswith("[["):
@@ -422,7 +422,7 @@ def test_every_published_number_is_written_and_everything_else_is_marked_as_a_ch
 
 
 def test_training_samples_the_policy_itself_as_published():
-    """top_p 1 and no top_k are not in the recipes: there is no key that could make it otherwise."""
+    """A recipe has no key for top_p and top_k of training: they are always 1 and 0."""
     run = SimpleNamespace(worker=SimpleNamespace(stop_tokens=(2,)), recipe=SimpleNamespace(seed=5))
     sampling = Run.sampling(run, load_recipe(ROOT / "recipes/polaris-4b.toml").stage[1], 1.45, draw=7)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens) == (1.45, 1.0, 0, 48_128)
@@ -450,8 +450,7 @@ def test_the_4b_takes_700_steps():
     assert sum(stage.steps for stage in load_recipe(ROOT / "recipes/polaris-4b.toml").stage) == 700
 
 
-def test_the_defaults_are_the_recipes():
-    """A recipe that leaves a number out gets the published one."""
+def test_the_defaults_are_the_published_numbers():
     stage, final = RlStage(), Recipe("a", "b", ()).final
     written = load_recipe(ROOT / "recipes/polaris-4b.toml")
     same = {f.name for f in fields(RlStage)} - {"data", "steps", "filter_before", "rescue"}

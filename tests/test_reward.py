@@ -1,4 +1,4 @@
-"""reward.py: the box is found, the form and the written steps earn what they should, hostile text takes no time."""
+"""reward.py: the last box, the rewards of format and steps, and hostile text."""
 
 import time
 
@@ -76,12 +76,12 @@ def test_steps(text, earned):
     "equation",
     ["2x + 3 = 7", "x - 3 + 5 = 8", "2^3 + 5 = 14", "(3+5)*2 - 6 = 11", "3 + 5 = 9x", "2**3 = 9", "2 x -3 = 7"],
 )
-def test_an_equation_is_no_step(equation):
-    """A part of it, read alone, would be a false step: beside a true one the share shows it."""
+def test_an_equation_is_not_a_step(equation):
+    """Part of the equation would be a false step and lower the share of the true one."""
     assert step_reward(f"{equation}\n1 + 1 = 2") == 1.0
 
 
-def test_hostile_text_takes_no_time():
+def test_hostile_text_is_read_in_linear_time():
     started = time.monotonic()
     for text in ("9" * 1_000_000, "1e999999999", r"10^{999999999}", "9" * 300 + "e399999"):
         assert number(text) is None

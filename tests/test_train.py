@@ -566,7 +566,7 @@ def test_exclusions_are_recorded_once_and_are_the_same_on_every_process(guarded)
 def test_a_run_does_not_resume_without_problems_that_it_needs(guarded):
     run = guarded("guard.duplicates=exclude")
     run.state.stage, run.state.prepared, run.state.problem_ids = 1, True, ["one/1", "one/2"]
-    with pytest.raises(DataError, match=r"1 of the 2 problems that this run goes on with are not there \(first: one/2"):
+    with pytest.raises(DataError, match=r"1 of the 2 problems that this run trains on are missing \(first: one/2"):
         ids(run, 1)
 
 
