@@ -16,9 +16,10 @@ import torch
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
 from engine.distributed import Interrupted, Processes, StopRequest
+from engine.memory import UpdateError
 from engine.offload import HostAdamW
 from engine.rollout_worker import RolloutWorker
-from grpo import TokenLoss, UpdateError, UpdateStats, optimizer_step
+from grpo import TokenLoss, UpdateStats, optimizer_step
 from lab.alarms import new_alarms
 from lab.console import console_line
 from lab.metrics import Metrics

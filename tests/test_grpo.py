@@ -199,9 +199,9 @@ class Recorder(torch.optim.SGD):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def update(model, sequences, most_tokens, loss=None, norm=1e9):
+def update(model, sequences, max_tokens, loss=None, norm=1e9):
     optimizer = Recorder(model.parameters(), lr=0.0)
-    stats = grpo.optimizer_step(model, optimizer, sequences, loss or PolicyLoss(), most_tokens, norm)
+    stats = grpo.optimizer_step(model, optimizer, sequences, loss or PolicyLoss(), max_tokens, norm)
     return stats, optimizer
 
 
@@ -209,17 +209,17 @@ def test_loss_and_gradient_equal_the_naive_per_token_mean(tiny):
     sequences = ragged_sequences()
     expected = naive_loss(tiny, sequences, PolicyLoss())
     gradients = torch.autograd.grad(expected, list(tiny.parameters()))
-    stats, optimizer = update(tiny, sequences, most_tokens=10_000)
+    stats, optimizer = update(tiny, sequences, max_tokens=10_000)
     assert stats.loss == pytest.approx(expected.item(), abs=1e-6)
     for found, wanted in zip(optimizer.seen, gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("most_tokens", [1, 15, 40])
-def test_gradient_does_not_depend_on_how_the_batch_is_cut(tiny, most_tokens):
+@pytest.mark.parametrize("max_tokens", [1, 15, 40])
+def test_gradient_does_not_depend_on_how_the_batch_is_cut(tiny, max_tokens):
     sequences = ragged_sequences()
-    whole, whole_optimizer = update(tiny, sequences, most_tokens=10_000)
-    cut, cut_optimizer = update(tiny, sequences, most_tokens)
+    whole, whole_optimizer = update(tiny, sequences, max_tokens=10_000)
+    cut, cut_optimizer = update(tiny, sequences, max_tokens)
     assert cut.loss == pytest.approx(whole.loss, abs=1e-6) and cut.tokens == whole.tokens
     for found, wanted in zip(cut_optimizer.seen, whole_optimizer.seen, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
@@ -250,14 +250,14 @@ def grouped_sequences(prompts=(7, 1, 4, 7), seed=3):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("most_tokens", [1, 12, 25, 60, 10_000])
-def test_a_prompt_shared_by_its_group_gives_the_naive_loss_and_gradient(tiny, most_tokens, recompute):
+@pytest.mark.parametrize("max_tokens", [1, 12, 25, 60, 10_000])
+def test_a_prompt_shared_by_its_group_gives_the_naive_loss_and_gradient(tiny, max_tokens, recompute):
     sequences = grouped_sequences()
     expected = naive_loss(tiny, sequences, PolicyLoss())
     gradients = torch.autograd.grad(expected, list(tiny.parameters()))
     for layer in tiny.model.layers:
         layer.recompute = recompute
-    stats, optimizer = update(tiny, sequences, most_tokens)
+    stats, optimizer = update(tiny, sequences, max_tokens)
     assert stats.loss == pytest.approx(expected.item(), abs=1e-6)
     for found, wanted in zip(optimizer.seen, gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

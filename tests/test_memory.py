@@ -14,9 +14,9 @@ from engine import distributed
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState
 from engine.errors import UserError
-from engine.memory import out_of_memory
+from engine.memory import UpdateError, out_of_memory
 from engine.run import Run
-from grpo import PolicyLoss, UpdateError
+from grpo import PolicyLoss
 from lab.recipe import RlStage
 
 
@@ -87,9 +87,9 @@ def run_out(monkeypatch, where, at, error=None):
     return held
 
 
-def update(model, most_tokens, sequences=None):
+def update(model, max_tokens, sequences=None):
     optimizer = Recorder(model.parameters(), lr=0.0)
-    stats = grpo.optimizer_step(model, optimizer, sequences or ragged_sequences(), PolicyLoss(), most_tokens, 1e9)
+    stats = grpo.optimizer_step(model, optimizer, sequences or ragged_sequences(), PolicyLoss(), max_tokens, 1e9)
     return stats, optimizer.seen
 
 

@@ -136,22 +136,22 @@ def ragged_groups(seed, count=6, size=None, drift=0.8):
     return groups, logprobs
 
 
-def fast_update(sequences, logprobs, loss, most_tokens, divisor=None):
+def fast_update(sequences, logprobs, loss, max_tokens, divisor=None):
     """What grpo.optimizer_step makes of it: its statistics, and the gradient by every log-prob."""
     table = Table(logprobs)
     optimizer = Recorder(table.parameters(), lr=0.0)
-    stats = grpo.optimizer_step(table, optimizer, sequences, loss, most_tokens, 1e9, divisor)
+    stats = grpo.optimizer_step(table, optimizer, sequences, loss, max_tokens, 1e9, divisor)
     return stats, optimizer.seen[0].tolist()
 
 
-@pytest.mark.parametrize("most_tokens", [1, 20, 10_000])
+@pytest.mark.parametrize("max_tokens", [1, 20, 10_000])
 @pytest.mark.parametrize("seed", range(5))
-def test_loss_and_gradient_by_the_log_probs_equal_the_slow_per_token_mean(seed, most_tokens):
+def test_loss_and_gradient_by_the_log_probs_equal_the_slow_per_token_mean(seed, max_tokens):
     # the mean is over the global batch: not per micro-batch, not per sequence
     groups, logprobs = ragged_groups(seed)
     groups.append(groups[0])  # as substitution does: the same tokens twice
     loss, gradient = slow_update(groups, logprobs)
-    stats, found = fast_update(grpo.training_sequences(groups), logprobs, PolicyLoss(), most_tokens)
+    stats, found = fast_update(grpo.training_sequences(groups), logprobs, PolicyLoss(), max_tokens)
     assert stats.loss == pytest.approx(loss, abs=1e-6)
     np.testing.assert_allclose(found, gradient, rtol=0, atol=1e-6)
     assert any(d == 0 for d in gradient) and any(abs(d) > 1e-4 for d in gradient)
@@ -200,7 +200,7 @@ def test_gradient_by_the_weights_equals_the_slow_one(seed):
     model, sequences = tiny_model(), ragged_sequences(seed)
     loss, gradient = slow_gradient(model, sequences)
     optimizer = Recorder(model.parameters(), lr=0.0)
-    stats = grpo.optimizer_step(model, optimizer, sequences, PolicyLoss(), most_tokens=30, max_grad_norm=1e9)
+    stats = grpo.optimizer_step(model, optimizer, sequences, PolicyLoss(), max_tokens=30, max_grad_norm=1e9)
     assert stats.loss == pytest.approx(loss, abs=1e-6)
     for found, expected in zip(optimizer.seen, gradient, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -222,9 +222,9 @@ def in_two_processes(rank, folder):
         optimizer = Recorder(model.parameters(), lr=0.0)
         grpo.optimizer_step(model, optimizer, ragged_sequences(count=5), PolicyLoss(), 1, 1e9, None, abandon)
     assert len(asked) == 2
-    for most_tokens in (1, 12, 10_000):
+    for max_tokens in (1, 12, 10_000):
         optimizer = Recorder(model.parameters(), lr=0.0)
-        stats = grpo.optimizer_step(model, optimizer, ragged_sequences(count=5), PolicyLoss(), most_tokens, 1e9)
+        stats = grpo.optimizer_step(model, optimizer, ragged_sequences(count=5), PolicyLoss(), max_tokens, 1e9)
         results.append((stats.loss, stats.tokens, optimizer.seen))
     if rank == 0:
         torch.save(results, folder / "found.pt")

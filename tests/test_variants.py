@@ -11,7 +11,7 @@ from test_traps import Table, fast_update, group, ragged_groups, run_stage, slow
 import grpo
 from grpo import PolicyLoss, RatioStats, UpdateStats
 from lab.recipe import RlStage, VariantSettings
-from lab.variants import GspoLoss, centred, choose_loss, mini_batches, over_steps, punish_overlong, update
+from lab.variants import GspoLoss, centred_advantages, choose_loss, merge_updates, mini_batches, punish_overlong, update
 
 LIMIT = 12  # max_response_tokens
 SIZE = 6  # of a group
@@ -24,10 +24,10 @@ def stage_of(problems=6, **settings):
     )
 
 
-def updates_of(stage, groups, logprobs, most_tokens=40):
+def updates_of(stage, groups, logprobs, max_tokens=40):
     """Statistics and gradient by every log-prob of each optimizer step, none of which moves anything."""
     parts = mini_batches(punish_overlong(groups, stage), stage)
-    return [fast_update(sequences, logprobs, choose_loss(stage), most_tokens, divisor) for sequences, divisor in parts]
+    return [fast_update(sequences, logprobs, choose_loss(stage), max_tokens, divisor) for sequences, divisor in parts]
 
 
 def responses(groups, logprobs, advantages_of=slow_advantages, shaped=lambda reward, response: reward):
@@ -54,9 +54,9 @@ def batch(request):
 # ----------------------------------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("most_tokens", [1, 40, 10_000])
+@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 @pytest.mark.parametrize("drift, low, high", [(0.8, 0.1, 0.15), (1e-3, 3e-4, 4e-4)])
-def test_gspo(drift, low, high, most_tokens):
+def test_gspo(drift, low, high, max_tokens):
     """Equations 5 and 7: mean over responses of min(s A, clip(s) A), s the geometric mean of the tokens' ratios."""
     groups, logprobs = ragged_groups(1, size=SIZE, drift=drift)
     groups.append(groups[0])  # as after substitution: the same response twice in a batch is two responses
@@ -73,7 +73,7 @@ def test_gspo(drift, low, high, most_tokens):
             acts = ratio * advantage <= bounded * advantage
             gradient[name] -= acts * advantage * ratio / len(names) / count
     [found] = updates_of(
-        stage_of(problems=7, loss="gspo", gspo_clip_low=low, gspo_clip_high=high), groups, logprobs, most_tokens
+        stage_of(problems=7, loss="gspo", gspo_clip_low=low, gspo_clip_high=high), groups, logprobs, max_tokens
     )
     assert_same(found, loss, gradient)
     assert cut["low"] and cut["high"]
@@ -175,7 +175,7 @@ def test_mean_over_sequences(batch):
 
 
 def test_centred_advantages_by_hand():
-    assert centred(np.array([1.0, 0, 0, 0])).tolist() == [0.75, -0.25, -0.25, -0.25]
+    assert centred_advantages(np.array([1.0, 0, 0, 0])).tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
 # ------------------------------------------------------------------------------------- what is learned from at all
@@ -241,7 +241,7 @@ def test_zero_variance_filtering(batch):
 
 def test_nothing_left_is_no_update(batch):
     stage = stage_of(drop_zero_variance=True)
-    assert mini_batches([group("p", [0, 0])], stage) == [] and over_steps([]) is None
+    assert mini_batches([group("p", [0, 0])], stage) == [] and merge_updates([]) is None
     for one in batch[0]:
         for rollout in one.rollouts:
             rollout.finish_reason = "length"
@@ -280,8 +280,8 @@ def test_metrics_of_several_steps_by_hand():
     first = UpdateStats(0.1, 2.0, 30, True, 64, 1, RatioStats(0.0, 0.0, 0.0, 1.0, 1e-7, 1e-6, None), 0.0, 1)
     second = UpdateStats(0.3, 4.0, 10, False, 32, 0, RatioStats(0.2, 0.4, 0.1, 1.5, 0.5, 0.9, 3.0), 0.0, 0)
     ratios = RatioStats(0.1, 0.2, 0.05, 1.25, 1e-7, 1e-6, 3.0)  # the mismatch is the first step's
-    assert over_steps([first, second]) == UpdateStats(0.2, 3.0, 40, False, 32, 1, ratios, 0.0, 1)
-    assert over_steps([second]) is second
+    assert merge_updates([first, second]) == UpdateStats(0.2, 3.0, 40, False, 32, 1, ratios, 0.0, 1)
+    assert merge_updates([second]) is second
 
 
 def test_update_makes_every_step_and_says_whether_an_earlier_one_has_begun():
