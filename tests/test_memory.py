@@ -1,4 +1,4 @@
-"""engine/memory.py: an update that runs out of memory is retried with smaller micro-batches, or fails in one sentence."""
+"""engine/memory.py: an update that runs out of memory is retried with smaller micro-batches, or stops with an error."""
 
 import types
 
