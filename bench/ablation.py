@@ -1,19 +1,18 @@
-"""What does each mechanism of the recipe add? The laptop world with one removed at a time, over several seeds.
+"""What does each mechanism of the recipe add? Runs in the laptop world without one mechanism each, on several seeds.
 
-    python bench/ablation.py                                # 5 seeds, 9 settings; go on with the same command
+    python bench/ablation.py                                # 5 seeds, 9 settings; resume with the same command
     python bench/ablation.py --seeds 0 1 --settings full vanilla --steps 10 --out runs/short
-    python bench/ablation.py --tables                       # tables and figure of what is finished, nothing run
+    python bench/ablation.py --tables                       # only tables and figure of the finished runs
     python bench/ablation.py --recipe sums/recipe.toml --settings full vanilla     # a real model: see bench/sums.py
 
-recipes/tiny.toml is fine-tuned once per seed (a seed is a world of its own); every setting goes on from that model with
-its stages of reinforcement learning. Any recipe will do that begins with an sft stage. All stages of all settings end
-after the same number of generated tokens, those of training rollouts; what filter and temperature search generate
-besides is the mechanisms' cost, in a column of its own. Runs go side by side, --jobs at a time, with the cores divided
-among them. Ctrl-C stops them in order, and the same command goes on where they stopped. Of every finished full run of
-the laptop world bench/extrapolation.py measures lengths beyond training.
+recipes/tiny.toml is fine-tuned once per seed (each seed has its own world); every setting continues from it with
+its RL stages. Any recipe that begins with an sft stage works. All stages of all settings end after the same number of
+tokens generated for training; a separate column shows the tokens that the filter and the temperature search add.
+--jobs runs go in parallel and share the cores. Ctrl-C stops them cleanly, and the same command resumes them. For every
+finished full run of the laptop world, bench/extrapolation.py measures lengths beyond training.
 
-OUT gets seed-S/SETTING (runs of train.py, with their recipes and logs beside), ablation.md, ablation.json and
-ablation.svg. Differences to the full recipe are paired by seed; their 95% intervals are Student's over seeds.
+OUT gets seed-S/SETTING (runs of train.py, next to their recipes and logs), ablation.md, ablation.json and
+ablation.svg. Differences to the full recipe are paired by seed, with Student's 95% intervals over seeds.
 """
 
 import argparse
@@ -41,25 +40,19 @@ from engine.files import write_atomically  # noqa: E402
 from lab import charts  # noqa: E402
 from lab.console import format_eta  # noqa: E402
 from lab.metrics import read_metrics  # noqa: E402
-from lab.recipe import (  # noqa: E402
-    Recipe,  # noqa: E402
-    RecipeError,  # noqa: E402
-    RlStage,  # noqa: E402
-    load_recipe,  # noqa: E402
-    to_toml,  # noqa: E402
-)
+from lab.recipe import Recipe, RecipeError, RlStage, load_recipe, to_toml  # noqa: E402
 
 TINY = ROOT / "recipes" / "tiny.toml"
-MOST_STEPS = 2  # times --steps: room for shorter responses, never reached otherwise
-# half the world and two thirds of a batch: a run in about two minutes on one core, a problem seen as often as before
+MOST_STEPS = 2  # times --steps: reached only if responses are shorter than expected
+# half the world and two thirds of a batch: a run takes two minutes on one core, with as many visits per problem
 SHRUNK = ["world.train_problems=320", "search.problems=32", *(f"stage.{i}.batch_problems=32" for i in (1, 2, 3))]
 STATIC = {"filter_before": False, "drop_above": 1.0}
-SETTINGS: dict[str, dict] = {  # what differs from the full recipe in every rl stage
+SETTINGS: dict[str, dict] = {  # differences from the full recipe, in every rl stage
     "full": {},
     "no-filter": {"filter_before": False},
     "no-refresh": {"drop_above": 1.0},
     "constant-temperature": {"temperature": 1.0},
-    "one-length": {},  # the last stage's in all: see `recipes_of`
+    "one-length": {},  # the last stage's length in all: see `recipes_of`
     "no-rescue": {"rescue": False},
     "no-substitution": {"substitute": False},
     "no-clip-higher": {"clip_high": 0.2},
@@ -79,15 +72,15 @@ GRID = 25  # points of the drawn curves
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs have in common."""
+    """The settings shared by all runs."""
 
     recipe: Path
     steps: int  # of an rl stage
-    response_tokens: int  # in the mean; with the steps, the budget of generated tokens that ends a stage
+    response_tokens: int  # expected mean; times the steps, a stage's budget of generated tokens
 
 
 def recipe_of(plan: Plan, setting: str, seed: int, seed_folder: Path) -> Recipe:
-    """The recipe of one run; "sft" is the fine-tuning that a seed's settings share."""
+    """Return the recipe of one run; "sft" is the fine-tuning shared by a seed's settings."""
     own = [f"seed={seed}", f"name={setting}", "final.data="]
     base = load_recipe(plan.recipe, [*own, f"world.seed={seed}", *SHRUNK] if plan.recipe == TINY else own)
     if setting == "sft":
@@ -104,14 +97,14 @@ def recipe_of(plan: Plan, setting: str, seed: int, seed_folder: Path) -> Recipe:
         if setting == "one-length":
             stage = replace(stage, max_response_tokens=last.max_response_tokens)
         stages.append(replace(stage, data=path(stage.data)))
-    # all held-out problems every time, so that the points of a curve differ by the model alone
+    # all held-out problems every time, so that the points of a curve differ only by the model
     held_out = replace(base.eval, data=path(base.eval.data), every_steps=max(1, steps // 2), problems_within_stage=0)
     return replace(base, model=str(shared / "stage-0"), world=None, stage=tuple(stages), eval=held_out)
 
 
 @dataclass(eq=False)
 class Job:
-    """A process to run to its end, in a folder of its own."""
+    """A process to run to its end, with its own folder."""
 
     folder: Path
     recipe: Recipe | None  # None: measure the run in `folder` at other lengths
@@ -128,7 +121,7 @@ class Job:
         return self.folder.with_name(f"{name}.log")
 
     def finished(self) -> bool:
-        """Whether its last result is there."""
+        """Whether its last result exists."""
         return is_finished(self.folder) if self.recipe else (self.folder / "extrapolation.json").exists()
 
     def steps_done(self) -> int:
@@ -137,13 +130,13 @@ class Job:
         return sum('"kind": "rl"' in x or '"kind": "sft"' in x for x in path.open()) if path.exists() else 0
 
     def start(self, threads: int) -> None:
-        """Begin, or go on. Its own session: Ctrl-C reaches this script alone, which then tells it once."""
+        """Start or resume, in a new session: Ctrl-C reaches only this script, which forwards it once."""
         if self.recipe is None:
             command = ["bench/extrapolation.py", str(self.folder)]
         elif (self.folder / "recipe.toml").exists():
             command = ["train.py", "--resume", str(self.folder)]
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)  # a run that was stopped before its recipe was written
+            shutil.rmtree(self.folder, ignore_errors=True)  # stopped before its recipe was written
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             path = self.folder.with_name(f"{self.folder.name}.toml")
             path.write_text(to_toml(self.recipe))
@@ -163,7 +156,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def make_jobs(out: Path, seeds: Sequence[int], settings: Sequence[str], plan: Plan) -> list[Job]:
-    """Everything to run, seed by seed. Raises RecipeError where OUT holds a run of another recipe."""
+    """Return all jobs, seed by seed; raise RecipeError if OUT contains a run of another recipe."""
     jobs = []
     for seed in seeds:
         folder = out / f"seed-{seed}"
@@ -171,7 +164,7 @@ def make_jobs(out: Path, seeds: Sequence[int], settings: Sequence[str], plan: Pl
         runs = [Job(folder / setting, recipe_of(plan, setting, seed, folder), sft) for setting in settings]
         measured = [
             job for job in runs if job.folder.name == "full" and plan.recipe == TINY
-        ]  # lengths are that world's
+        ]  # the lengths are those of the laptop world
         jobs += [sft, *runs, *(Job(job.folder, None, job) for job in measured)]
     for job in jobs:
         begun = job.folder / "recipe.toml"
@@ -181,13 +174,13 @@ def make_jobs(out: Path, seeds: Sequence[int], settings: Sequence[str], plan: Pl
 
 
 def run_jobs(jobs: list[Job], side_by_side: int) -> None:
-    """Run what is not finished, some at a time, and say how far it is."""
+    """Run the unfinished jobs, `side_by_side` at a time, and print progress."""
     done = [job for job in jobs if job.finished()]
     waiting, running, failed = [job for job in jobs if job not in done], [], []
     threads = max(1, len(os.sched_getaffinity(0)) // side_by_side)
     begun, last_line, before = time.perf_counter(), 0.0, len(done)
     print(f"{len(done)} of {len(jobs)} runs are done; {side_by_side} at a time, {threads} threads each", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a machine taken away is Ctrl-C, which a shell's "&" ignores
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM stops like Ctrl-C, which a shell's "&" ignores
         signal.signal(number, signal.default_int_handler)
     try:
         while waiting or running:
@@ -197,7 +190,7 @@ def run_jobs(jobs: list[Job], side_by_side: int) -> None:
                 running.append(job)
                 job.start(threads)
             if not running:
-                break  # what is left needs a run that failed
+                break  # the remaining jobs need a run that failed
             time.sleep(1.0)
             ended = [job for job in running if job.process.poll() is not None]
             for job in ended:
@@ -221,15 +214,15 @@ def run_jobs(jobs: list[Job], side_by_side: int) -> None:
                     flush=True,
                 )
     except KeyboardInterrupt:
-        print(f"stopping {len(running)} runs; the same command goes on", flush=True)
+        print(f"stopping {len(running)} runs; the same command resumes them", flush=True)
         stop(running)
         raise
     if failed:
-        print(f"{len(failed)} runs failed, and {len(waiting)} that need them were not begun", flush=True)
+        print(f"{len(failed)} runs failed, and {len(waiting)} that need them were not started", flush=True)
 
 
 def stop(running: list[Job]) -> None:
-    """Ask every run to save and leave, and wait for it; a second Ctrl-C ends them at once."""
+    """Ask every run to save and stop, and wait for it; a second Ctrl-C kills them."""
     for job in running:
         job.process.terminate()
     try:
@@ -240,16 +233,16 @@ def stop(running: list[Job]) -> None:
             job.process.kill()
 
 
-# --------------------------------------------------------------------------------------------------- what came out
+# --------------------------------------------------------------------------------------------------- outcomes
 
 
 @dataclass
 class Outcome:
-    """One finished run in numbers; counts are of the whole run, tokens are generated ones."""
+    """The figures of one finished run; counts are over the run, tokens are generated tokens."""
 
     scores: list[tuple[int, int, float]]  # step, training tokens until then, held-out avg@8
     filtered: int  # problems
-    dropped: int  # where a stage followed
+    dropped: int  # between stages
     temperatures: list[float]  # by stage
     steps: int
     groups: int
@@ -257,11 +250,11 @@ class Outcome:
     substituted: int
     skipped: int  # updates
     signal_before: float  # share of rollouts whose group had a signal as sampled
-    signal_after: float  # and as learned from
+    signal_after: float  # and in the update
     distinct4: float  # mean of the last stage's steps
     truncated: float  # share of rollouts, mean over steps
     tokens: int
-    overhead_tokens: int | None  # of pass rates and temperature search; None where a resumed run lost count
+    overhead_tokens: int | None  # of pass rates and temperature search; None if a resumed run lost the count
     seconds: float = 0.0  # in steps
 
     @property
@@ -270,7 +263,7 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """The outcome of a finished run."""
+    """Return the outcome of a finished run."""
     rows = read_metrics(folder)
     rl = [row for row in rows if row["kind"] == "rl"]
     filters, searches = ([row for row in rows if row["kind"] == kind] for kind in ("filter", "temperature"))
@@ -280,7 +273,7 @@ def read_outcome(folder: Path) -> Outcome:
         if row["kind"] == "eval" and row["name"] == "held-out":
             scores.append((row["step"], sum(r["tokens"] for r in rl if r["step"] <= row["step"]), row["avg"]))
     groups, silent = sum(row["groups"] for row in rl), sum(row["zero_variance"] for row in rl)
-    # a skipped update learns from nothing; a rescued or overwritten group had no signal before
+    # a skipped update has no signal; a rescued or substituted group had none before
     heard = sum(
         row["groups"] - row["zero_variance"] + row["rescued"] + row["substituted"] for row in rl if not row["skipped"]
     )
@@ -308,7 +301,7 @@ def read_outcome(folder: Path) -> Outcome:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95% interval by Student's t; the half is infinite for one value."""
+    """Return the mean and the half width of its 95% interval by Student's t, infinite for one value."""
     n = len(values)
     if n < 2:
         return float(np.mean(values)), math.inf
@@ -317,7 +310,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def steps_to(scores: Sequence[tuple[int, int, float]], target: float) -> float:
-    """The step at which the evaluations, joined by straight lines, first reach a score; infinite when they never do."""
+    """Return the step at which the linearly interpolated evaluations first reach a score, or infinity."""
     for (step, _, score), (next_step, _, next_score) in zip(scores, scores[1:], strict=False):
         if score >= target:
             return float(step)
@@ -328,16 +321,16 @@ def steps_to(scores: Sequence[tuple[int, int, float]], target: float) -> float:
 
 @dataclass
 class Results:
-    """All that is finished."""
+    """The outcomes of all finished runs."""
 
     outcomes: dict[str, dict[int, Outcome]]  # by setting and seed
     lengths: dict[int, dict[tuple[str, float], float]]  # avg@8 by seed, then scaling and ratio
-    target: float | None = None  # the score of the steps-to column: half way from fine-tuning to the full recipe
+    target: float | None = None  # score of the steps-to column: half way from fine-tuning to full
     differences: dict[str, list[float]] = field(default_factory=dict)  # to full, by setting, one per seed
 
 
 def read_results(out: Path, seeds: Sequence[int], settings: Sequence[str]) -> Results:
-    """What is finished in OUT."""
+    """Read the finished runs in OUT."""
     outcomes: dict[str, dict[int, Outcome]] = {}
     lengths = {}
     for setting in settings:
@@ -361,12 +354,12 @@ def read_results(out: Path, seeds: Sequence[int], settings: Sequence[str]) -> Re
 
 
 def points(value: float) -> str:
-    """A share in percent."""
+    """Format a share in percent."""
     return f"{100 * value:.1f}"
 
 
 def with_interval(values: Sequence[float], signed: bool = False) -> str:
-    """Mean of shares in percent with its t interval."""
+    """Format the mean of shares in percent with its t interval."""
     mean, half = t_interval(values)
     sign = "+" if signed else ""
     if half == math.inf:
@@ -375,19 +368,19 @@ def with_interval(values: Sequence[float], signed: bool = False) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Rows of cells, the first a head."""
+    """Return rows of cells, the first a header, as Markdown."""
     rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def mean_of(found: dict[int, Outcome], value: Callable[[Outcome], float | None], form: str = ",.0f") -> str:
-    """The mean over the seeds in which it is known."""
+    """Return the mean over the seeds in which the value is known."""
     known = [value(outcome) for outcome in found.values() if value(outcome) is not None]
     return format(float(np.mean(known)), form) if known else "?"
 
 
 def tables(results: Results) -> str:
-    """Three Markdown tables: the scores, what the mechanisms did, and the lengths."""
+    """Return three Markdown tables: the scores, the effects of the mechanisms, and the lengths."""
     target = results.target
     scores = [["setting", "seeds", "held-out avg@k", "difference to full", f"steps to {points(target or 0)}", "steps",
                "training tokens", "further tokens"]]  # fmt: skip
@@ -427,7 +420,7 @@ def tables(results: Results) -> str:
 
 
 def curve(found: dict[int, Outcome]) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
-    """Mean score against training tokens in thousands, and its interval, over the seeds, between their evaluations."""
+    """Return the mean score over seeds, with its interval, by thousands of training tokens (interpolated)."""
     ends = min(outcome.scores[-1][1] for outcome in found.values())
     grid = np.linspace(0, ends, GRID)
     heights = [np.interp(grid, *zip(*((tokens, s) for _, tokens, s in o.scores), strict=True)) for o in found.values()]
@@ -440,7 +433,7 @@ def curve(found: dict[int, Outcome]) -> tuple[list[tuple[float, float]], list[tu
 
 
 def draw(results: Results, path: Path) -> None:
-    """Paired differences with intervals; the curves of full and vanilla; accuracy against length."""
+    """Draw paired differences with intervals, the curves of full and vanilla, and accuracy by length."""
     panels = []
     boxes, spans = {}, {}
     for place, (setting, values) in enumerate(results.differences.items(), 1):
@@ -472,16 +465,16 @@ def draw(results: Results, path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is missing, then the tables, the figure and one line of JSON."""
+    """Run the missing jobs, then print the tables and one line of JSON, and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--recipe", type=Path, default=TINY, help="an sft stage, then rl stages")
-    parser.add_argument("--response-tokens", type=int, default=27, help="in the mean, for a stage's budget of tokens")
-    parser.add_argument("--steps", type=int, default=15, help="of each rl stage, by which its tokens are reckoned")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--tables", action="store_true", help="of what is finished; run nothing")
+    parser.add_argument("--response-tokens", type=int, default=27, help="expected mean, for a stage's token budget")
+    parser.add_argument("--steps", type=int, default=15, help="of each rl stage, for its token budget")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
+    parser.add_argument("--tables", action="store_true", help="only print the tables of finished runs")
     arguments = parser.parse_args()
     if min(arguments.steps, arguments.jobs, arguments.response_tokens) < 1:
         parser.error("--steps, --jobs and --response-tokens must be at least 1")

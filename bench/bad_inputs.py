@@ -1,11 +1,11 @@
-"""Bad inputs, and what each gets: train.py, eval.py and page.py must stop with one sentence and a status above 0.
+"""Try bad inputs: train.py, eval.py and page.py must stop with one sentence and a nonzero exit status.
 
     python bench/bad_inputs.py                  # about a minute on a CPU, nothing is downloaded
     python bench/bad_inputs.py --only resume
 
-Each input is given to the script as the shell would, in a process of its own (a fork that has the imports behind it).
-The world they start from, a model of one layer with a few problems and a finished run of one step, is made first, and
-the good recipe must pass. The last column holds the checks: exit status, no traceback, exactly one sentence, in time.
+Each command runs as from a shell, in a separate process (a fork, so that imports are done once). A world with a model
+of one layer, a few problems and a finished run of one step is made first, and the good recipe must pass. The last
+column shows the checks: exit status, no traceback, exactly one sentence, within the time limit.
 """
 
 import argparse
@@ -23,17 +23,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # no input may be looked up elsewhere
+os.environ["HF_HUB_OFFLINE"] = "1"  # no input may be looked up on the hub
 
 import torch  # noqa: E402
 
 import eval as evaluation  # noqa: E402, F401
 import train  # noqa: E402, F401
 from lab import page  # noqa: E402, F401
-from lab.arithmetic import (  # noqa: E402
-    World,  # noqa: E402
-    write_world,  # noqa: E402
-)
+from lab.arithmetic import World, write_world  # noqa: E402
 
 MOST_SECONDS = 60
 RECIPE = """name = "small"
@@ -65,7 +62,7 @@ RL, SFT, EVAL, RESUME = (
     "--resume runs/small",
 )
 EXCLUDE = "--set guard.contamination=exclude"
-# what is wrong, and the command that meets it; runs/small is a finished run, the rest is made by make_inputs
+# the fault and its command; runs/small is a finished run, make_inputs writes the rest
 CASES = [
     ("no such recipe", "train.py absent.toml"),
     ("a folder for a recipe", "train.py world"),
@@ -141,7 +138,7 @@ CASES = [
 
 
 def make_inputs() -> None:
-    """The world, the finished run and the broken files, in the current folder."""
+    """Write the world, the finished run and the broken files into the current folder."""
     sizes = {"sft_problems": 4, "train_problems": 6, "held_out_problems": 3, "beyond_problems": 1, "filler_tokens": 3}
     write_world(World(**sizes, hidden_size=32, layers=1, window=96), Path("world"))
     write_world(World(**sizes, hidden_size=64, layers=1, window=96), Path("wide"))
@@ -171,12 +168,12 @@ def make_inputs() -> None:
 
 
 def break_runs() -> None:
-    """Copies of the finished run, each with something broken."""
+    """Copy the finished run, and break one thing in each copy."""
     for name in ("broken-metrics", "broken-state", "broken-part"):
         copy(Path("runs/small"), Path("runs") / name)
     broken = Path("runs/broken-metrics/metrics.jsonl")
     broken.write_text("{broken\n" + broken.read_text())
-    for state in Path("runs/broken-state/checkpoints").glob("*/run.pt"):  # an older whole one would be used instead
+    for state in Path("runs/broken-state/checkpoints").glob("*/run.pt"):  # otherwise an older intact one would be used
         state.write_bytes(state.read_bytes()[:100])
     for part in Path("runs/broken-part/checkpoints").glob("*/*.distcp"):
         part.unlink()
@@ -190,7 +187,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def start(script: str, *arguments: str) -> tuple[int, str]:
-    """The exit status and stderr of a script, run by a fork of this process; status 124 when it hangs."""
+    """Run a script in a fork of this process; return its exit status (124 on a timeout) and stderr."""
     with tempfile.TemporaryFile("w+", errors="replace") as errors, open(os.devnull, "w") as nothing:
         child = os.fork()
         if child == 0:
@@ -216,7 +213,7 @@ def start(script: str, *arguments: str) -> tuple[int, str]:
 
 
 def judge(script: str, status: int, errors: str) -> tuple[str, str]:
-    """The sentence, and what is wrong with the answer: "ok" when nothing is."""
+    """Return the sentence, and the failed checks or "ok"."""
     said = [line for line in errors.splitlines() if re.match(rf"{script}: |usage: python {script}", line)]
     faults = ["exit 0"] * (status == 0) + ["hangs"] * (status == 124) + ["traceback"] * ("Traceback" in errors)
     if len(said) != 1 or errors.rstrip().splitlines()[-1:] != said:
@@ -226,9 +223,9 @@ def judge(script: str, status: int, errors: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Try them all and print the table."""
+    """Try all inputs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="inputs whose description or command has this in it")
+    parser.add_argument("--only", default="", help="inputs whose description or command contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a fork must not wait for threads that it does not have
     begun, failed, tried = time.perf_counter(), [], 0
@@ -239,7 +236,7 @@ def main() -> None:
         os.wait()
         status, errors = start("train.py", "small.toml")
         if status:
-            sys.exit(f"bad_inputs.py: the good recipe failed too:\n{errors[-2000:]}")
+            sys.exit(f"bad_inputs.py: the good recipe failed:\n{errors[-2000:]}")
         break_runs()
         print("| input | command | status | what it says | checks |\n|---|---|---|---|---|")
         for name, command in CASES:

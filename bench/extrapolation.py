@@ -1,15 +1,15 @@
-"""Does YaRN help beyond the trained window? The same problems, later and later in a longer text.
+"""Does YaRN help beyond the trained window? The same problems at later positions of longer prompts.
 
     python bench/extrapolation.py runs/tiny                      # a finished run of recipes/tiny.toml
     python bench/extrapolation.py runs/tiny --window 128 --ratios 1 1.5 2
 
 Difficulty must not grow with length, or a floor hides the effect. So the sums stay the same (the run's world/
-beyond-window set without its filler), and only the filler before each changes, one token at a time, until prompt and
-right response end at RATIO x the trained window. Each ratio is answered without scaling, with YaRN and its attention
-temperature (0.1 ln s + 1, arXiv 2309.00071) and with YaRN alone, as the recipe has it; s is the ratio. Where nothing
-has to be extended, s is 1.5 all the same: that shows what scaling costs inside the window.
+beyond-window set without its filler), and filler tokens are added before each until prompt and correct response end at
+RATIO x the trained window. Each ratio is evaluated without scaling, with YaRN and its attention temperature
+(0.1 ln s + 1, arXiv 2309.00071), and with YaRN alone, as in the recipe; s is the ratio. Inside the window s is 1.5, to
+show what scaling costs there.
 
-avg@8 with 95% intervals, problems being the sampling unit. The figures also go to RUN/extrapolation.json.
+The scores are avg@8 with 95% intervals over problems. The figures are also written to RUN/extrapolation.json.
 """
 
 import argparse
@@ -27,43 +27,29 @@ from engine.files import write_atomically  # noqa: E402
 from engine.grader import Grader  # noqa: E402
 from engine.rollout_worker import RolloutWorker  # noqa: E402
 from engine.run import EVALUATION_DRAW  # noqa: E402
-from engine.tokenizer import (  # noqa: E402
-    encode,  # noqa: E402
-    load_tokenizer,  # noqa: E402
-    stop_tokens,  # noqa: E402
-)
+from engine.tokenizer import encode, load_tokenizer, stop_tokens  # noqa: E402
 from eval import evaluate  # noqa: E402
 from lab.arithmetic import FILLER  # noqa: E402
-from lab.problems import (  # noqa: E402
-    Problem,  # noqa: E402
-    read_problems,  # noqa: E402
-)
+from lab.problems import Problem, read_problems  # noqa: E402
 from lab.recipe import load_recipe  # noqa: E402
 from lab.scores import summarise  # noqa: E402
-from model import (  # noqa: E402
-    ModelConfig,  # noqa: E402
-    extend_window,  # noqa: E402
-    load,  # noqa: E402
-)
-from rollout import (  # noqa: E402
-    CacheLimits,  # noqa: E402
-    Sampling,  # noqa: E402
-)
+from model import ModelConfig, extend_window, load  # noqa: E402
+from rollout import CacheLimits, Sampling  # noqa: E402
 
-WINDOW, RATIOS = 128, (0.75, 1.0, 1.25, 1.5, 2.0)  # tokens; at 0.75 the end lies where training had been
+WINDOW, RATIOS = 128, (0.75, 1.0, 1.25, 1.5, 2.0)  # tokens; 0.75 ends inside the trained positions
 INSIDE_FACTOR, SAMPLES, ROWS, SPARE_ROWS = 1.5, 8, 256, 64
 SETTINGS = ("no scaling", "YaRN, attention temperature", "YaRN alone")
 
 
 def lengthen(problem: Problem, worker: RolloutWorker, end: int) -> Problem:
-    """The same sum behind as much filler as lets prompt and right response end at token `end`, not before its own."""
+    """Return the sum after enough filler for prompt and correct response to end at token `end`, or without filler."""
     bare = replace(problem, text=problem.text.replace(FILLER, ""))
     own = len(worker.prompt(bare, 1).tokens) + len(encode(worker.tokenizer, problem.solution)) + 1  # the stop
     return replace(bare, text=FILLER * max(0, end - own) + bare.text)
 
 
 def scaled(config: ModelConfig, setting: str, ratio: float, window: int, longest: int) -> ModelConfig:
-    """The config of a setting at a ratio, with room for `longest` tokens: only frequencies and their factor differ."""
+    """Return the config of a setting at a ratio, with a window of `longest` tokens; only rotary scaling differs."""
     if setting != SETTINGS[0]:
         factor = ratio if ratio > 1 else INSIDE_FACTOR
         config = extend_window(config, factor, window, 0.1 * math.log(factor) + 1 if setting == SETTINGS[1] else 1.0)
@@ -71,18 +57,18 @@ def scaled(config: ModelConfig, setting: str, ratio: float, window: int, longest
 
 
 def measure(folder: Path, window: int, ratios: list[float]) -> list[dict]:
-    """One row for each ratio and setting."""
-    recipe, here = load_recipe(folder / "recipe.toml"), distributed.start()
+    """Return one row for each ratio and setting."""
+    recipe, processes = load_recipe(folder / "recipe.toml"), distributed.start()
     trained = folder / f"stage-{len(recipe.stage) - 1}"
     held_out = folder / recipe.eval.data if recipe.eval.data.startswith("world/") else Path(recipe.eval.data)
     problems = read_problems(held_out.with_name("beyond-window.jsonl"))
-    model = load(trained, here.device, here.compute_dtype)
+    model = load(trained, processes.device, processes.compute_dtype)
     plain, tokenizer = model.config, load_tokenizer(trained, model)
     stops, rows = stop_tokens(tokenizer, model, trained), []
     sampling = Sampling(1.0, recipe.eval.max_response_tokens, stops, recipe.seed, EVALUATION_DRAW)
     with Grader(1, thinking=recipe.thinking) as grader:
         for ratio in ratios:
-            worker = RolloutWorker(model, tokenizer, stops, None, grader, here, recipe.instruction)
+            worker = RolloutWorker(model, tokenizer, stops, None, grader, processes, recipe.instruction)
             later = [lengthen(problem, worker, round(ratio * window)) for problem in problems]
             longest = max(len(worker.prompt(problem, 1).tokens) for problem in later) + sampling.max_new_tokens
             worker.limits = CacheLimits((ROWS + SPARE_ROWS) * longest, longest, ROWS)
@@ -99,12 +85,12 @@ def measure(folder: Path, window: int, ratios: list[float]) -> list[dict]:
 
 
 def cell(row: dict) -> str:
-    """Accuracy in percent with its interval."""
+    """Return accuracy in percent with its interval."""
     return f"{100 * row['avg']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
 
 
 def table(rows: list[dict], window: int) -> str:
-    """Settings down, lengths across, as Markdown."""
+    """Return a Markdown table with a row per setting and a column per length."""
     ratios = list(dict.fromkeys(row["ratio"] for row in rows))
     cells = {(row["ratio"], row["setting"]): cell(row) for row in rows}
     lines = [["avg@8, ending at", *(f"{ratio:g}x = {ratio * window:.0f} tokens" for ratio in ratios)]]
@@ -113,7 +99,7 @@ def table(rows: list[dict], window: int) -> str:
 
 
 def main() -> None:
-    """Measure one run, print its table and one line of JSON."""
+    """Measure a run and print its table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a finished run in the laptop world")
     parser.add_argument("--window", type=int, default=WINDOW, help="the trained window, in tokens")

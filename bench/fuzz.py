@@ -1,10 +1,10 @@
-"""Every reader, and the recipe parser, against made-up junk: how much was read, how much refused with a sentence?
+"""Fuzz every reader and the recipe parser: how many inputs are read, and how many refused with a sentence?
 
     python bench/fuzz.py                            # 2,000 examples of each target; a few minutes
     python bench/fuzz.py --examples 20000 --seed 7 --only recipe
 
-The targets are those of tests/test_fuzz.py, which runs a few examples of each. Whatever is neither a right result nor
-one sentence of the reader's own error class (another exception, a wrong value, more than 5 seconds) is a failure: it is
+The targets are those of tests/test_fuzz.py, which runs a few examples of each. Anything but a correct result or
+one sentence of the reader's error class (another exception, a wrong value, more than 5 seconds) is a failure: it is
 shown with its smallest example, and the exit status is 1. Needs `hypothesis` and `pytest` (requirements.txt).
 """
 
@@ -24,11 +24,11 @@ from lab.benchmarks import text_table  # noqa: E402
 
 
 def main() -> None:
-    """Fuzz the targets asked for and print the table."""
+    """Fuzz the selected targets and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=2000, help="of each target")
+    parser.add_argument("--examples", type=int, default=2000, help="examples of each target")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="targets whose name has this in it")
+    parser.add_argument("--only", default="", help="targets whose name contains this")
     arguments = parser.parse_args()
     rows, record, failures = [["target", "tried", "read", "refused", "neither", "s"]], {}, 0
     for target in (target for target in TARGETS if arguments.only in target.name):
@@ -36,7 +36,7 @@ def main() -> None:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 got = fuzz(target, Path(folder), arguments.examples, arguments.seed)
-        except Exception as error:  # whatever it is, it is what is looked for
+        except Exception as error:  # any exception is a finding
             failed = 1
             causes = error.exceptions if isinstance(error, ExceptionGroup) else [error]
             for cause in causes:

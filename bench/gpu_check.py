@@ -1,14 +1,14 @@
-"""Every figure of the GPU, in one command: do the CUDA paths agree, and how near are they to the machine's limits?
+"""All GPU figures in one command: do the CUDA paths agree, and how close are they to the machine's limits?
 
-    python bench/gpu_check.py                            # on a GPU: random weights in the shape of Qwen3-4B, bfloat16
+    python bench/gpu_check.py                            # on a GPU: the shape of Qwen3-4B, random bfloat16 weights
     python bench/gpu_check.py --shape qwen3-0.6b --part decode
-    python bench/gpu_check.py --part agree --model Qwen/Qwen3-0.6B    # trained weights: random ones are too flat
-    python bench/gpu_check.py --small                    # anywhere: a shape that a CPU can do, in float32
+    python bench/gpu_check.py --part agree --model Qwen/Qwen3-0.6B    # trained weights: random logits are too flat
+    python bench/gpu_check.py --small                    # anywhere: a small shape for CPUs, in float32
 
     agree     log-prob difference between sampler and trainer, with a float32 head and without; greedy tokens of the
-              paged kernel beside plain SDPA, and of graphs beside single steps
+              paged kernel against plain SDPA, and of graphs against single steps
     decode    64 rows at a context of 2K to 4K tokens: share of the bandwidth roofline
-    generate  the ragged case of bench/sampler.py, longer, beside transformers' generate and continuous batching
+    generate  a longer ragged case of bench/sampler.py, against transformers' generate and continuous batching
     update    bench/update.py at 16K and 40K tokens: model-FLOPs utilisation and peak memory
 
 Ends with a table and one line of JSON.
@@ -32,29 +32,12 @@ from bench.machine import measure_machine  # noqa: E402
 from bench.sampler import Case, run_continuous, run_generate, run_ours  # noqa: E402
 from bench.update import SHAPES  # noqa: E402
 from engine import decode  # noqa: E402
-from engine.batches import (  # noqa: E402
-    TrainingSequence,  # noqa: E402
-    pack,  # noqa: E402
-)
+from engine.batches import TrainingSequence, pack  # noqa: E402
 from engine.sharding import gathered  # noqa: E402
 from grpo import PolicyLoss  # noqa: E402
 from lab.benchmarks import text_table  # noqa: E402
-from model import (  # noqa: E402
-    Transformer,  # noqa: E402
-    initialise,  # noqa: E402
-    load,  # noqa: E402
-    parse_config,  # noqa: E402
-    save,  # noqa: E402
-)
-from rollout import (  # noqa: E402
-    CacheLimits,  # noqa: E402
-    Prompt,  # noqa: E402
-    Rollout,  # noqa: E402
-    SamplerStats,  # noqa: E402
-    Sampling,  # noqa: E402
-    cache_bytes_per_token,  # noqa: E402
-    generate,  # noqa: E402
-)
+from model import Transformer, initialise, load, parse_config, save  # noqa: E402
+from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, cache_bytes_per_token, generate  # noqa: E402
 
 SMALL = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -64,7 +47,7 @@ PARTS = ("agree", "decode", "generate", "update")
 
 
 def sample(model: Transformer, temperature: float, new_tokens: int) -> list[Rollout]:
-    """8 responses to each of 8 prompts, in order."""
+    """Sample 8 responses to each of 8 prompts; return them in order."""
     random = np.random.default_rng(0)
     prompts = [Prompt(str(i), random.integers(0, 500, 20 + 40 * i).tolist(), 8) for i in range(8)]
     limits = CacheLimits(tokens=64 * 1024, page_size=256, rows=64)
@@ -74,12 +57,12 @@ def sample(model: Transformer, temperature: float, new_tokens: int) -> list[Roll
 
 
 def equal_share(one: list[Rollout], other: list[Rollout]) -> float:
-    """Share of equal tokens, position by position."""
+    """Return the share of positions with equal tokens."""
     return float(np.mean([np.mean(a.tokens == b.tokens) for a, b in zip(one, other, strict=True)]))
 
 
 def check_agreement(model: Transformer, new_tokens: int) -> dict[str, float]:
-    """Sampler beside trainer; paged kernel beside SDPA; graphs beside single steps."""
+    """Compare sampler with trainer, paged kernel with SDPA, and graphs with single steps."""
     found = {}
     for float32_head in (True, False):
         model.float32_head = float32_head
@@ -91,8 +74,8 @@ def check_agreement(model: Transformer, new_tokens: int) -> dict[str, float]:
         with torch.no_grad():
             logprobs = model(batch.tokens, batch.context, batch.predict, batch.targets, batch.temperature)
         sums, head = PolicyLoss().sums(logprobs, batch), "float32 head" if float32_head else "rounded head"
-        found[f"mean log-prob difference, {head}"] = float(sums["own_difference"]) / len(logprobs)
-        found[f"largest log-prob difference, {head}"] = float(sums["largest_difference"])
+        found[f"mean log-prob difference, {head}"] = float(sums["difference"]) / len(logprobs)
+        found[f"largest log-prob difference, {head}"] = float(sums["max_difference"])
     model.float32_head = True
     greedy = sample(model, 0.0, new_tokens)
     graphs, rollout.step_graphs = rollout.step_graphs, lambda *_: None
@@ -106,7 +89,7 @@ def check_agreement(model: Transformer, new_tokens: int) -> dict[str, float]:
 
 
 def check_decode(model: Transformer, rows: int, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
-    """Tokens per second of decoding alone, and the share of what the bandwidth allows."""
+    """Return tokens per second of decoding alone, and the share of the bandwidth roofline."""
     random, dtype = np.random.default_rng(0), model.lm_head.weight.dtype
     prompts = [Prompt(str(i), random.integers(0, 500, prompt_tokens).tolist(), 1) for i in range(rows)]
     pages = -(-(prompt_tokens + new_tokens) // 256) + 1
@@ -117,7 +100,7 @@ def check_decode(model: Transformer, rows: int, prompt_tokens: int, new_tokens: 
             list(generate(model, prompts, Sampling(1.0, new, (), 0), CacheLimits(rows * pages * 256, 256, rows), stats))
         return time.perf_counter() - begun, stats
 
-    seconds(16)  # kernels are loaded, graphs' first use is behind
+    seconds(16)  # loads kernels and captures graphs
     short = min(seconds(16)[0] for _ in range(2))
     long, stats = seconds(new_tokens)
     decoded, took = rows * (new_tokens - 16), long - short
@@ -136,7 +119,7 @@ def check_decode(model: Transformer, rows: int, prompt_tokens: int, new_tokens: 
 
 
 def check_generate(model: Transformer, mean_tokens: int) -> dict[str, float]:
-    """The ragged case beside transformers on the same weights."""
+    """Compare the ragged case with transformers on the same weights."""
     from transformers import AutoModelForCausalLM
 
     random = np.random.default_rng(0)
@@ -158,7 +141,7 @@ def check_generate(model: Transformer, mean_tokens: int) -> dict[str, float]:
 
 
 def check_update(shape: str, lengths: list[int], sequence: int) -> dict[str, float]:
-    """bench/update.py with recomputation, in processes of its own."""
+    """Run bench/update.py with recomputation, which starts a process per case."""
     command = [sys.executable, Path(__file__).with_name("update.py"), "--shape", shape, "--sequence", str(sequence)]
     features = ["recompute", "lora, recompute"]
     command += ["--features", *features, "--lengths", *map(str, lengths), "--rounds", "2"]
@@ -180,11 +163,11 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
     parser.add_argument("--shape", choices=[name for name in SHAPES if "qwen3" in name], default="qwen3-4b")
     parser.add_argument("--model", help="a model folder or hub id instead of random weights")
-    parser.add_argument("--small", action="store_true", help="a shape that a CPU can do, at lengths that it can do")
+    parser.add_argument("--small", action="store_true", help="a small shape and short lengths, for a CPU")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda and not arguments.small:
-        sys.exit("gpu_check.py: no CUDA device here; use --small to try the script on a CPU")
+        sys.exit("gpu_check.py: no CUDA device found; use --small to try the script on a CPU")
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     parts, found = arguments.part or PARTS, {}
     if set(parts) - {"update"}:
@@ -200,7 +183,7 @@ def main() -> None:
             found |= check_decode(model, *((8, 64, 48) if arguments.small else (64, 2048, 2048)))
         if "generate" in parts:
             found |= check_generate(model, 12 if arguments.small else 512)
-        del model  # the update's processes need its place
+        del model  # the update's processes need its memory
         if cuda:
             torch.cuda.empty_cache()
     if "update" in parts:

@@ -1,10 +1,10 @@
-r"""How right and how fast the grader is: on the gold answers of the benchmarks, and under generated hostile answers.
+r"""Accuracy and speed of the grader, on the gold answers of the benchmarks and on generated hostile answers.
 
     python bench/grader.py DATA              # DATA: a folder with the five benchmark files (aime24.parquet, ...)
-    python bench/grader.py DATA --fuzz 20000 # the same, then that many answers that are built to be wrong
+    python bench/grader.py DATA --fuzz 20000 # also grade this many wrong answers
 
-Needs two cores and no GPU; minutes without --fuzz. Everything random is seeded. The generators and the reformattings
-below are also what tests/test_answers.py draws its samples from.
+Needs two cores and no GPU; minutes without --fuzz. Everything random is seeded. tests/test_answers.py uses the
+generators and reformattings of this file too.
 """
 
 import argparse
@@ -30,20 +30,20 @@ FILES = ("aime24", "aime25", "amc23", "minerva", "olympiad")
 
 
 def boxed(answer: str) -> str:
-    """A response that is its answer alone."""
+    """Return a response that contains only its answer."""
     return rf"\boxed{{{answer}}}"
 
 
 def golds_of(folder: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """(file, accepted answers) of every problem in the five benchmark files."""
+    """Return (file, accepted answers) of every problem in the five benchmark files."""
     return [(name, p.answers) for name in FILES for p in read_problems(folder / f"{name}.parquet", "skip")]
 
 
-# ---- the same answer written otherwise, and another answer that looks like it ----------------------
+# ---- the same answer in another form, and a wrong answer that looks similar ----------------------
 
 
 def reformatted_number(value: Fraction, rng: random.Random) -> str:
-    """One of the ways to write a plain number."""
+    """Return a plain number in another form."""
     sign, size = ("-" if value < 0 else ""), abs(value)
     digits = 0
     while (size * 10**digits).denominator != 1 and digits < 40:
@@ -72,7 +72,7 @@ def reformatted_number(value: Fraction, rng: random.Random) -> str:
 
 
 def reformatted(gold: str, rng: random.Random) -> str | None:
-    """The gold written in another way that has to be right, None where no other is known."""
+    """Return the gold in another correct form, or None if there is none."""
     value = answers.number(gold)
     if value is not None:
         return reformatted_number(value, rng)
@@ -96,7 +96,7 @@ def reformatted(gold: str, rng: random.Random) -> str | None:
 
 
 def perturbed(gold: str, rng: random.Random) -> str | None:
-    """An answer that looks like the gold and is wrong: a digit, a sign, a term or an entry is another."""
+    """Return a wrong answer similar to the gold: with another digit, sign, term or entry."""
     text = gold.strip().strip("$").rstrip(".")
     if "where" in gold or gold.count("$") % 2:
         return None
@@ -118,7 +118,7 @@ def perturbed(gold: str, rng: random.Random) -> str | None:
     return rng.choice(ways) if ways else None
 
 
-# ---- answers that are built to be wrong -------------------------------------------------------------
+# ---- answers built to be wrong -------------------------------------------------------------
 
 HOSTILE = [
     "9**9**9**9",
@@ -187,7 +187,7 @@ ARITHMETIC, HEDGES = (
 
 
 def hostile_and_wrong(golds: list[str], count: int, seed: int, kinds: dict = KINDS) -> Iterator[tuple[str, str, str]]:
-    """`count` triples (kind, gold, answer), each answer built to be wrong for its gold."""
+    """Yield `count` triples (kind, gold, answer), each answer built to be wrong for its gold."""
     rng = random.Random(seed)
     while count > 0:
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
@@ -206,7 +206,7 @@ def hostile_and_wrong(golds: list[str], count: int, seed: int, kinds: dict = KIN
             if rng.random() < 0.3:  # as one entry among others
                 gold, answer = (f"({text},{less})" for text in (gold, answer))
         elif kind == "garbage":
-            gold = str(whole * 1_000_003 + 17)  # far from what the pieces can make
+            gold = str(whole * 1_000_003 + 17)  # larger than any combination of the pieces
             answer = " ".join(rng.choices(PIECES, k=rng.randrange(1, 25)))
         elif kind == "truncated":
             text = gold.strip().strip("$")
@@ -226,18 +226,18 @@ def hostile_and_wrong(golds: list[str], count: int, seed: int, kinds: dict = KIN
 
 
 def by_engine(gold: str, answer: str) -> bool:
-    """The comparison with string equality switched off, in this process: for golds and what is made of them alone."""
+    """Compare without string equality, in this process; only for golds and answers made from them."""
     real, answers.same_text = answers.same_text, lambda gold, answer: False
     try:
         return answers.compare(answers.tidy(gold), answers.tidy(answer), answers.ask_math_verify)
-    except ValueError:  # a gold that cannot be read, a grader failure elsewhere
+    except ValueError:  # an unreadable gold; the grader counts it as a failure
         return False
     finally:
         answers.same_text = real
 
 
 def reformatted_and_perturbed(golds: list[str], seed: int = 0) -> tuple[Counter, list[tuple]]:
-    """How many reformatted golds are right and perturbed ones wrong without string equality, and the exceptions."""
+    """Return how many reformatted golds are right and perturbed ones wrong without string equality, and the rest."""
     rng, counts, exceptions = random.Random(seed), Counter(), []
     for gold in golds:
         for kind, change in (("reformatted right", reformatted), ("perturbed wrong", perturbed)):
@@ -252,13 +252,13 @@ def reformatted_and_perturbed(golds: list[str], seed: int = 0) -> tuple[Counter,
 
 
 def wrong_answers(golds: list[tuple[str, ...]], count: int, rng: random.Random) -> list[tuple[str, tuple[str, ...]]]:
-    """(answer, accepted answers), up to `count` distinct wrong ones for each problem, a problem's together."""
+    """Return (answer, accepted answers) for up to `count` distinct wrong answers to each problem, in order."""
     pairs = [(perturbed(accepted[0], rng), accepted) for accepted in golds for _ in range(count)]
     return [pair for pair in dict.fromkeys(pairs) if pair[0]]
 
 
 def seconds_for(grader: graders.Grader, pairs: list[tuple[str, tuple[str, ...]]]) -> float:
-    """Time to grade (answer, golds) pairs."""
+    """Return the seconds to grade (answer, golds) pairs."""
     started = time.perf_counter()
     grader.grade([(boxed(answer), golds) for answer, golds in pairs])
     return time.perf_counter() - started
@@ -274,10 +274,10 @@ def main() -> None:
     """Measure everything and print the table."""
     parser = argparse.ArgumentParser(description="Measure the grader on the benchmarks' gold answers.")
     parser.add_argument("data", type=Path, help="folder with the five benchmark files")
-    parser.add_argument("--fuzz", type=int, default=0, help="answers built to be wrong to grade at the end")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--fuzz", type=int, default=0, help="number of wrong answers to grade at the end")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     arguments = parser.parse_args()
-    logging.disable()  # math-verify warns once that this process keeps no time
+    logging.disable()  # math-verify warns that it has no timeout in this process
     problems = golds_of(arguments.data)
     rng, table = random.Random(arguments.seed), []
 
@@ -322,13 +322,13 @@ def main() -> None:
 
 
 def false_rights(cases: list[tuple[str, str, str]], grades: list[reward.Grade]) -> list[tuple[str, str, str]]:
-    """Those judged right, but for answers with a brace that ends the box early, which may be anything."""
+    """Return those judged right, except answers with a brace that ends the box early, which may be anything."""
     pairs = zip(cases, grades, strict=True)
     return [case for case, grade in pairs if grade.verdict == "right" and grade.answer == case[2]]
 
 
 def fuzz(golds: list[str], count: int, seed: int) -> tuple[Counter, list[tuple[str, str, str]]]:
-    """The verdicts on generated answers, and those judged right; progress goes to stderr."""
+    """Return the verdicts on generated answers and those judged right; print progress to stderr."""
     verdicts, false_right, started, done = Counter(), [], time.monotonic(), 0
     cases = list(hostile_and_wrong(golds, count, seed))
     with graders.Grader(workers=2, time_limit_s=2.0, thinking=False) as grader:

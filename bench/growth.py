@@ -1,9 +1,9 @@
-"""Cost per token as batch, length, group size and model width grow: where is it no longer linear, and why?
+"""Cost per token as batch, length, group size and model width grow: where is it not linear, and why?
 
     python bench/growth.py                        # needs no download; about ten minutes on two cores
     python bench/growth.py --axis group --model SMOLLM2
 
-The very functions that train.py calls: `rollout.generate` with log-probs, `grpo.optimizer_step` on what it returned.
+It times `rollout.generate` with log-probs, and `grpo.optimizer_step` on its rollouts, as train.py calls them.
 Each axis varies one thing about a base case of 64 prompts of 64 tokens, 64 new tokens each, on a 4-layer Qwen3 of
 width 128 (or the folder given); the group axis has 4 prompts of 512 tokens. The best of the rounds counts.
 """
@@ -30,16 +30,16 @@ from model import Transformer, initialise, load, parse_config  # noqa: E402
 from rollout import CacheLimits, Prompt, SamplerStats, Sampling, generate  # noqa: E402
 
 WHY = {
-    "batch": "falls while every step reads the same weights for more rows, and rests once matrix work sets its pace",
+    "batch": "falls while every step reads the same weights for more rows, constant once matrix products dominate",
     "length": "rises with the context that each new token reads and, in the update, with causal attention's square",
-    "group": "falls: the prompt is prefilled once for its group (the counts), the rest is the batch growing",
-    "width": "weights grow with the square of the width; at small widths it is each operation's overhead that is seen",
+    "group": "falls: the prompt is prefilled once for its group (the counts), the rest is the effect of a larger batch",
+    "width": "weights grow with the square of the width; at small widths the overhead of each operation dominates",
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is sampled and then learned from."""
+    """The size of a batch that is sampled and then learned from."""
 
     prompts: int = 64
     prompt_tokens: int = 64
@@ -57,7 +57,7 @@ AXES = {
 
 
 def make_model(width: int) -> Transformer:
-    """Random weights in the shape of the 128-wide model, at another width."""
+    """Return the 128-wide model at another width, with random weights."""
     shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": width // 32}
     shape |= {"num_key_value_heads": width // 32, "max_position_embeddings": 4096, "model_type": "qwen3"}
     model = Transformer(parse_config(WIDE128 | shape))
@@ -66,7 +66,7 @@ def make_model(width: int) -> Transformer:
 
 
 def measure(model: Transformer, case: Case) -> tuple[float, float, int]:
-    """Seconds to sample, seconds to learn, and tokens prefilled."""
+    """Return seconds of sampling, seconds of the update, and tokens prefilled."""
     random, longest = np.random.default_rng(0), case.prompt_tokens + case.new_tokens
     vocabulary = min(model.config.vocab_size, 40_000)
     prompts = [
@@ -83,14 +83,14 @@ def measure(model: Transformer, case: Case) -> tuple[float, float, int]:
     # groups of at least two, so that there are advantages
     rewards = np.arange(len(rollouts)) % 2.0 if len(rollouts) > 1 else np.array([0.0, 1.0])
     group = Group(Problem("all", "?", ("1",)), (rollouts * 2)[: len(rewards)], rewards, rewards > 0)
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)  # the optimizer's own cost does not depend on tokens
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)  # a cheap step: its cost does not depend on tokens
     update_begun = time.perf_counter()
     optimizer_step(model, optimizer, training_sequences([group]), PolicyLoss(), 16_384)
     return sampled - begun, time.perf_counter() - update_begun, stats.prefilled_tokens
 
 
 def main() -> None:
-    """Walk along the axes and print a table for each, then one line of JSON."""
+    """Measure each axis and print its table, then one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axis", action="append", choices=list(AXES), help="default: all")
     parser.add_argument("--model", type=Path, help="a model folder instead of the 128-wide model; not for width")

@@ -1,17 +1,17 @@
-"""What a run survives: it is killed, stopped and damaged at random moments, and must end as if nothing had happened.
+"""Kill, stop and damage a run at random moments; it must end with the same result as an uninterrupted run.
 
     python bench/interrupt.py --out /tmp/interrupt                       # all kinds, 20 SIGKILLs at random moments
     python bench/interrupt.py --out /tmp/interrupt --only stop worker    # some of them
-    python bench/interrupt.py --out /tmp/interrupt --forked              # without the seconds that imports take
-    python bench/interrupt.py --saving                                   # what saving and checking a checkpoint take
+    python bench/interrupt.py --out /tmp/interrupt --forked              # without the time of imports
+    python bench/interrupt.py --saving                                   # time of saving and checking a checkpoint
     python bench/interrupt.py --same runs/tiny other/runs/tiny           # are two finished runs equal, bit for bit?
 
-A small world is trained once without interruption. Then the same command with --resume is started again and again, and
-this process, another one than the run, ends it: by SIGKILL at a moment drawn from the seed, by SIGKILL while a
-checkpoint is being written, by SIGTERM or SIGINT, by killing one of two workers under torchrun --max-restarts; or it
-flips a byte of the newest checkpoint, or cuts a metrics line, after a SIGKILL. A run has survived when it came to its
-end; it is equal when every tensor of its last model and every deterministic key of its metrics (glossary.DETERMINISTIC)
-and every byte of rollouts.jsonl are those of the uninterrupted run.
+A small world is trained once without interruption. Then the same command with --resume is started repeatedly, and this
+script ends it: by SIGKILL at a moment drawn from the seed, by SIGKILL while a checkpoint is written, by SIGTERM or
+SIGINT, or by killing one of two workers under torchrun --max-restarts; or it flips a bit of the newest checkpoint, or
+truncates a metrics line, after a SIGKILL. A run has survived if it finished; it is equal if every tensor of its last
+model, every deterministic key of its metrics (glossary.DETERMINISTIC) and every byte of rollouts.jsonl are those of the
+uninterrupted run.
 """
 
 import argparse
@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 from lab.glossary import DETERMINISTIC  # noqa: E402
 from lab.metrics import read_metrics  # noqa: E402
 
-# the whole recipe in seconds: 0.1M parameters, 150 steps of fine-tuning, 7 of RL in three stages, a checkpoint every
+# the full recipe in seconds: 0.1M parameters, 150 steps of fine-tuning, 7 of RL in three stages, a checkpoint every
 # other step
 SMALL = [
     "name=small", "world.sft_problems=2400", "world.sft_terms=[2, 3]", "world.train_terms=[3, 3]",
@@ -48,25 +48,25 @@ SMALL = [
     "stage.1.informative_share=0.0", "stage.2.informative_share=0.0", "stage.3.informative_share=0.0",
 ]  # fmt: skip
 KINDS = ("kill", "saving", "stop", "damage", "worker")
-MOST_SECONDS = 900.0  # of one launch, then it counts as lost
+MOST_SECONDS = 900.0  # of one launch; after that it counts as lost
 
 
 @dataclass
 class Forked:
-    """A run that began as a copy of this process, all imports done; what subprocess.Popen has, as far as needed."""
+    """A run forked from this process, with imports done; the part of subprocess.Popen's interface that is used."""
 
     pid: int
     returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit status, None while it runs."""
+        """Return the exit status, or None while the run is alive."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
     def wait(self, timeout: float = math.inf) -> int:
-        """The exit status, when it is there."""
+        """Wait for the end and return the exit status."""
         limit = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > limit:
@@ -86,7 +86,7 @@ def launch(
     words: Sequence[str] = (),
     forked: bool = False,
 ) -> Process:
-    """The one command, in a process group of its own so that nobody else is hit; what it says goes to OUT.log."""
+    """Start the command in a new process group, so that signals reach only it; its output goes to OUT.log."""
     words = [*words, *(word for override in overrides for word in ("--set", override)), "--out", str(out)]
     command = [str(ROOT / "train.py"), *words, *["--resume"] * resume]
     with (out.parent / f"{out.name}.log").open("ab") as log:
@@ -99,7 +99,7 @@ def launch(
 
 
 def fork(command: list[str], log: int) -> int:
-    """train.main in a copy of this process; its id."""
+    """Fork, run train.main in the child, and return its process id."""
     import torch
 
     import train
@@ -124,7 +124,7 @@ def fork(command: list[str], log: int) -> int:
 
 
 def end(process: Process, number: int) -> None:
-    """A signal to the run and all that it started."""
+    """Send a signal to the run and its children."""
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
@@ -132,7 +132,7 @@ def end(process: Process, number: int) -> None:
 
 
 def finish(process: Process) -> bool:
-    """Whether a launch came to its end by itself, and in order."""
+    """Whether a launch ended without interference and with success."""
     try:
         return process.wait(MOST_SECONDS) == 0
     except subprocess.TimeoutExpired:
@@ -142,7 +142,7 @@ def finish(process: Process) -> bool:
 
 
 def wait_for(process: Process, happened: Callable[[], bool], seconds: float = MOST_SECONDS) -> bool:
-    """Whether it happened before the launch ended."""
+    """Wait for an event; return whether it happened before the launch ended."""
     limit = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < limit:
         if happened():
@@ -152,7 +152,7 @@ def wait_for(process: Process, happened: Callable[[], bool], seconds: float = MO
 
 
 def same(folder: Path, expected: Path, last: str = "stage-3") -> bool:
-    """Whether two runs ended alike, bit for bit."""
+    """Whether two runs ended with the same result, bit for bit."""
     import torch
     from safetensors.torch import load_file
 
@@ -170,13 +170,13 @@ def same(folder: Path, expected: Path, last: str = "stage-3") -> bool:
 
 
 def newest(out: Path) -> Path | None:
-    """The run's newest checkpoint."""
+    """Return the run's newest checkpoint."""
     found = list(out.glob("*/checkpoints/step-*[0-9]"))
     return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def flip_a_byte(out: Path, draw: random.Random) -> None:
-    """A damaged disk: one bit of one file of the newest checkpoint."""
+    """Flip one bit of one file of the newest checkpoint."""
     if checkpoint := newest(out):
         path = draw.choice(sorted(path for path in checkpoint.iterdir() if path.stat().st_size))
         place = draw.randrange(path.stat().st_size)
@@ -188,7 +188,7 @@ def flip_a_byte(out: Path, draw: random.Random) -> None:
 
 
 def cut_a_line(out: Path, draw: random.Random) -> None:
-    """Killed while a metrics line is half written; or a line, not yet on the disk, lost with the machine."""
+    """Truncate the metrics in a line, as if killed while writing it, or drop a line that had not reached the disk."""
     for path in out.glob("*/metrics.jsonl"):
         size = path.stat().st_size
         os.truncate(path, max(0, size - draw.randrange(1, 200)))
@@ -203,7 +203,7 @@ Start = Callable[..., Process]
 def killed(
     start: Start, out: Path, kills: int, first: float, last: float, draw: random.Random, harms: Sequence = ()
 ) -> tuple[int, bool]:
-    """SIGKILL at random moments between two ages of a launch; how often, and whether the run then came to its end.
+    """SIGKILL at random moments between two ages of a launch; return how often, and whether the run then finished.
 
     Harm is done while it is down. A run that ends before its killer comes is not killed again.
     """
@@ -220,11 +220,11 @@ def killed(
 
 
 def killed_while_saving(start: Start, out: Path, kills: int, draw: random.Random) -> tuple[int, bool]:
-    """SIGKILL within the milliseconds of a checkpoint's writing; how often it was hit, and whether the run survived."""
+    """SIGKILL while a checkpoint is written; return how often it was hit, and whether the run survived."""
     hit = 0
     for _ in range(kills):
         process = start(out)
-        skipped = draw.randrange(3)  # checkpoints that are left in peace
+        skipped = draw.randrange(3)  # checkpoints left undisturbed
         seen: set[Path] = set()
 
         def writing(skipped: int = skipped, seen: set[Path] = seen) -> bool:
@@ -243,12 +243,12 @@ def killed_while_saving(start: Start, out: Path, kills: int, draw: random.Random
 def stopped(
     start: Start, out: Path, number: int, stops: int, first: float, last: float, draw: random.Random
 ) -> tuple[float, bool]:
-    """SIGTERM or SIGINT at random moments: the longest time to the end in order, and whether the run survived."""
+    """SIGTERM or SIGINT at random moments; return the longest time to a clean exit, and whether the run survived."""
     slowest = 0.0
     for _ in range(stops):
         launched, process = time.time(), start(out)
 
-        def begins(launched: float = launched) -> bool:  # before that nothing is lost, and the end is at once
+        def begins(launched: float = launched) -> bool:  # before that a run exits at once and loses nothing
             return any(path.stat().st_mtime > launched for path in out.glob("*/metrics.jsonl"))
 
         wait_for(process, begins)
@@ -264,7 +264,7 @@ def stopped(
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
-    """The processes that torchrun runs train.py in."""
+    """Return the ids of torchrun's worker processes."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -278,7 +278,7 @@ def workers_of(process: subprocess.Popen) -> list[int]:
 
 
 def torchrun(processes: int, restarts: int = 0) -> list[str]:
-    """What starts train.py on several processes of this machine."""
+    """Return the command that starts train.py on several processes of this machine."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [*words, "--max-restarts", str(restarts), "--monitor-interval", "0.1"]
 
@@ -287,12 +287,12 @@ def worker_killed(
     out: Path, moments: Sequence[Callable[[], bool]], draw: random.Random, processes: int = 2,
     overrides: Sequence[str] = SMALL,
 ) -> bool:  # fmt: skip
-    """One launch, one worker killed at each moment: torchrun starts them again, and they go on by themselves."""
+    """Kill one worker at each moment of a launch; torchrun restarts the workers, which resume the run."""
     process = launch(out, overrides, resume=False, starter=torchrun(processes, len(moments)))
     for moment in moments:
         if wait_for(process, moment):
             os.kill(draw.choice(workers_of(process)), signal.SIGKILL)
-            time.sleep(2.0)  # until torchrun has seen it
+            time.sleep(2.0)  # until torchrun has noticed
     return finish(process)
 
 
@@ -300,12 +300,12 @@ def worker_killed(
 
 
 def step_reached(out: Path, step: int) -> Callable[[], bool]:
-    """Whether a run's metrics hold a step."""
+    """Whether a run's metrics contain a step."""
     return lambda: any(f'"step": {step},' in path.read_text(errors="replace") for path in out.glob("*/metrics.jsonl"))
 
 
 def interrupt(out: Path, kills: int, kinds: Sequence[str], seed: int, forked: bool) -> list[dict]:
-    """Every kind, each against the uninterrupted run; one row of the table each."""
+    """Try every kind and compare with the uninterrupted run; return a row of the table for each attempt."""
     rows: list[dict] = []
     start = partial(launch, forked=forked)
     if forked:
@@ -363,7 +363,7 @@ def interrupt(out: Path, kills: int, kinds: Sequence[str], seed: int, forked: bo
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Markdown, one line for each kind."""
+    """Return a Markdown table with one line per kind."""
     lines = ["| kind | tried | survived | equal, bit for bit |", "|---|---|---|---|"]
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of_kind = [row for row in rows if row["kind"] == kind]
@@ -374,7 +374,7 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def saving() -> None:
-    """Seconds to save and to check a checkpoint, beside a step of the same model, for two sizes."""
+    """Print the seconds to save and check a checkpoint, and of a step of the same model, for two sizes."""
     import torch
 
     from engine import distributed
@@ -384,7 +384,7 @@ def saving() -> None:
     from grpo import optimizer_step, supervised_loss
     from model import Transformer, initialise, parse_config
 
-    here, tokens = distributed.start(), torch.arange(512).numpy().astype("int32")
+    processes, tokens = distributed.start(), torch.arange(512).numpy().astype("int32")
     print("| parameters | checkpoint, MB | a step of 4,096 tokens, s | saving, s | checking, s | loading, s |")
     print("|---|---|---|---|---|---|")
     for hidden, layers in ((128, 4), (512, 8)):
@@ -395,7 +395,7 @@ def saving() -> None:
         }  # fmt: skip
         model = Transformer(parse_config(source))
         initialise(model, 0)
-        shard(model, here.mesh, here.compute_dtype)
+        shard(model, processes.mesh, processes.compute_dtype)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         batch = [TrainingSequence(tokens, 1)] * 8
 
@@ -412,7 +412,7 @@ def saving() -> None:
 
             def save(run: Path = run, state: RunState = state, of: tuple = (model, optimizer)) -> None:
                 state.step += 1
-                save_checkpoint(run, *of, state, here, 1)
+                save_checkpoint(run, *of, state, processes, 1)
 
             step = seconds(lambda of=(model, optimizer), batch=batch: optimizer_step(*of, batch, supervised_loss, 4096))
             saved = seconds(save)
@@ -420,7 +420,7 @@ def saving() -> None:
             size = sum(path.stat().st_size for path in where.iterdir())
             checked = seconds(lambda where=where: damage(where))
             loaded = seconds(
-                lambda where=where, of=(model, optimizer): load_weights_and_optimizer(where, *of, here), times=1
+                lambda where=where, of=(model, optimizer): load_weights_and_optimizer(where, *of, processes), times=1
             )
         count = sum(parameter.numel() for parameter in model.parameters())
         print(
@@ -430,13 +430,13 @@ def saving() -> None:
 
 
 def main() -> None:
-    """Interrupt, or time the saving."""
+    """Interrupt runs, or time checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="a new folder for the runs (default: one that is removed)")
+    parser.add_argument("--out", type=Path, help="a new folder for the runs (default: a temporary folder)")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs at random moments")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--forked", action="store_true", help="start runs as copies of this process, imports done")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--forked", action="store_true", help="fork runs from this process, with imports done")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--saving", action="store_true", help="time checkpoints instead")
     parser.add_argument("--same", nargs=2, type=Path, metavar=("A", "B"), help="compare two finished runs instead")
     arguments = parser.parse_args()

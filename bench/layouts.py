@@ -1,13 +1,12 @@
-"""Does the layout change the result? The first steps of RL on several numbers of processes, in small and large pieces.
+"""Does the layout change the result? The first RL steps with several world sizes and micro-batch sizes.
 
     python bench/layouts.py                          # 5 minutes on two idle cores
     python bench/layouts.py --steps 4 --processes 1 2 --out runs/layouts
 
-A short fine-tuning makes a model of 0.1M parameters, from which every layout begins, in float32. What must not differ
-from the first layout: the problems of every step, every sampled token, the loss and the norm of the gradient. A batch
-of 6 problems is whole groups on 2 processes as long as no length is known; on 4, groups are spread over them. What does
-differ is how long processes wait: `idle` is the share of their time in which they wait for the slowest, measured in
-sampling, reckoned in the update.
+Every layout starts from the same model of 0.1M parameters, made by a short fine-tuning in float32. The problems of each
+step, every sampled token, the loss and the gradient norm must equal those of the first layout. 2 processes split a
+batch of 6 problems into complete groups as long as no length is known; 4 processes split groups. Only waiting differs:
+`idle` is the share of the processes' time spent waiting for the slowest, measured in sampling, estimated in the update.
 """
 
 import argparse
@@ -69,7 +68,7 @@ learning_rate = 1e-3
 
 @dataclass(frozen=True)
 class Layout:
-    """How the same work is laid out."""
+    """How the work is divided."""
 
     processes: int
     micro_batch_tokens: int
@@ -81,7 +80,7 @@ LAYOUTS = [Layout(1, *LARGE), Layout(1, *SMALL), Layout(2, *LARGE), Layout(2, *S
 
 
 def launch(recipe: Path, out: Path, processes: int, *settings: str) -> list[dict]:
-    """The metrics of a run; a single process is started without torchrun."""
+    """Run train.py and return its metrics; a single process is started without torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "train.py"), str(recipe)]
     command += ["--out", str(out), *(word for setting in settings for word in ("--set", setting))]
@@ -93,7 +92,7 @@ def launch(recipe: Path, out: Path, processes: int, *settings: str) -> list[dict
 
 
 def compare(layout: Layout, rows: list[dict], reference: list[dict]) -> dict:
-    """One line of the table: a layout's steps beside those of the first."""
+    """Return one line of the table: a layout's steps compared with the first layout's."""
 
     def largest(key: str) -> float:
         pairs = [(row[key], other[key]) for row, other in zip(rows, reference, strict=True) if not other["skipped"]]
@@ -117,7 +116,7 @@ def main() -> None:
     """Run the layouts one after the other and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], help="layouts of these alone")
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], help="world sizes to run")
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""What the machine under a benchmark can do, and what a piece of work takes of it, measured in this very process."""
+"""Measure the speed of the machine, and the time and memory of a piece of work, in this process."""
 
 import gc
 import time
@@ -11,13 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Clock = Callable[[], float]  # seconds: time.perf_counter, or time.process_time where others share the cores
+Clock = Callable[[], float]  # seconds: time.perf_counter, or time.process_time on a shared machine
 
 
 def seconds_of(
     work: Callable[[], object], device: torch.device | str = "cpu", clock: Clock = time.perf_counter
 ) -> float:
-    """How long some work takes, with what it leaves queued on a GPU."""
+    """Return how long `work` takes, including the work that it queues on a GPU."""
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -34,7 +34,7 @@ def measure_machine(
     rounds: int = 5,
     clock: Clock = time.perf_counter,
 ) -> tuple[float, float]:
-    """The best of several rounds: bandwidth in bytes/s (reading a large array) and matrix rate in FLOP/s."""
+    """Return the best of several rounds: bandwidth in bytes/s (reading a large array) and matrix rate in FLOP/s."""
     size = 8192 if torch.device(device).type == "cuda" else 2048
     array = torch.ones(1 << 27, dtype=dtype, device=device)  # 512 MiB in float32, beyond any cache
     matrix = torch.randn(size, size, dtype=dtype, device=device)
@@ -44,16 +44,16 @@ def measure_machine(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that is made inside and still alive: exact, and blind to the allocator.
+    """Count the bytes of every live storage created inside, exactly and without the allocator's rounding.
 
-    `most` is their largest sum. What was there before is not counted, unless `count` was called with it; what FSDP
-    frees and allocates by resizing a storage is followed.
+    `most` is the peak. Earlier tensors are not counted unless passed to `count`; storages that FSDP resizes are
+    followed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.most = 0
-        self.sizes: dict[int, tuple[int, weakref.ref]] = {}  # by id; a storage is gone before its id is given again
+        self.sizes: dict[int, tuple[int, weakref.ref]] = {}  # by id; a storage is removed before its id is reused
         self.resize = torch.UntypedStorage.resize_
 
     def count(self, tensor: torch.Tensor) -> None:
@@ -68,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
             self.sizes[key] = size, weakref.ref(owner, lambda _: self._forget(key))
 
     def _measure(self, owner: object) -> None:
-        """Note what a storage that is known takes now."""
+        """Update the size of a known storage."""
         key = id(owner)
         before, reference = self.sizes[key]
         size = owner.nbytes() if isinstance(owner, torch.UntypedStorage) else owner.numel() * owner.itemsize
@@ -81,10 +81,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its parts come by themselves
+            return NotImplemented  # its local tensors are dispatched separately
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor) and isinstance(owner := memory_of(leaf), torch.UntypedStorage):
-                self._know(owner, owner.nbytes())  # it was there before, and counts for nothing until it is resized
+                self._know(owner, owner.nbytes())  # older than this block: counts 0 until resized
         found = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, torch.Tensor):
@@ -107,21 +107,21 @@ class LiveBytes(TorchDispatchMode):
 
 
 def memory_of(tensor: torch.Tensor) -> torch.UntypedStorage | torch.Tensor:
-    """What owns a tensor's memory: its storage, or the tensor itself where the layout is a library's own."""
+    """Return the owner of a tensor's memory: its storage, or the tensor itself if its layout is oneDNN's."""
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     return local if local.layout == torch._mkldnn else local.untyped_storage()
 
 
 @dataclass
 class Peak:
-    """The most memory that some work held above what was held before it, in bytes."""
+    """The peak memory of a piece of work, in bytes above the memory in use before."""
 
     live: int  # of tensors: exact
     resident: int | None  # of the process (Linux), or None; as the operating system sees it, rounded by the allocator
 
 
 def peak_of(work: Callable[[], object], device: torch.device | str = "cpu") -> Peak:
-    """Run some work once and say what it took. For `resident`, run it in a process of its own."""
+    """Run `work` once and return its peak memory. `resident` needs a separate process."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -136,7 +136,7 @@ def peak_of(work: Callable[[], object], device: torch.device | str = "cpu") -> P
 
 
 def _resident(reset: bool = False) -> int | None:
-    """The process's resident high-water mark in bytes; `reset` lowers the mark to what is held now."""
+    """Return the process's peak resident memory in bytes; `reset` sets it to the current value first."""
     try:
         if reset:
             with open("/proc/self/clear_refs", "w") as file:

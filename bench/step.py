@@ -1,21 +1,20 @@
-"""One whole GRPO step (sample, grade, update) of train.py beside TRL's GRPOTrainer, on the same weights and prompts.
+"""One GRPO step (sample, grade, update) of train.py and of TRL's GRPOTrainer, on the same weights and prompts.
 
     pip install -r bench/requirements.txt
-    python bench/step.py --model SMOLLM2              # both cases; SMOLLM2 is what bench/smollm2.py wrote
+    python bench/step.py --model SMOLLM2              # both cases; SMOLLM2: the folder that bench/smollm2.py wrote
     python bench/step.py --case wide128               # needs no download: the 128-wide model with random weights
 
 Cases: `smollm2` (4 prompts x 8 rollouts of at most 64 tokens), `wide128` (32 x 8, at most 64 tokens, 47 on average, of
-a 4-layer Qwen3 with 64 tokens of vocabulary). Ours is train.rl_stage itself, log-probs returned, and the figures are
-those of its metrics. Both: float32 on a CPU, temperature 1, no top-k or top-p, clip 0.2 and 0.28, the mean over all
-tokens, advantages over the group's deviation, AdamW, gradients clipped to 1, no KL term, no gradient checkpointing.
+a 4-layer Qwen3 with 64 tokens of vocabulary). Ours is train.rl_stage, with log-probs, and the figures are from its
+metrics. Both: float32 on a CPU, temperature 1, no top-k or top-p, clip 0.2 and 0.28, the mean over all
+tokens, advantages divided by the group's std, AdamW, gradients clipped to 1, no KL term, no gradient checkpointing.
 TRL generates with transformers' `generate`; `--batch`, repeated, tries other micro-batches and takes the fastest.
 
-These models earn nothing in 64 tokens, and a batch without a signal would skip our update. So the reward of both is the
-parity of the response's bytes; ours has the grader judge every response first, TRL has no such work.
+These models solve nothing in 64 tokens, and a batch without a signal would skip our update. So the reward of both is
+the parity of the response's bytes; ours also has the grader judge every response, which TRL does not.
 
-Each side is a process of its own, for its peak memory, and makes a step when told to: they take turns, one warm-up step
-and then the rounds, and the best round counts. Absolute times mean nothing on a shared machine, ratios do; where other
-work slows or pauses a side, its seconds of CPU say so.
+Each side runs in a separate process, for its peak memory. They alternate: one warm-up step, then the rounds, of which
+the best counts. On a shared machine only ratios are meaningful; the CPU seconds show whether a side was slowed down.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from lab.benchmarks import text_table  # noqa: E402
 from lab.problems import Problem, prompt_text, write_problems  # noqa: E402
 
 GROUP, MOST_TOKENS, LEARNING_RATE, MANY_STEPS = 8, 64, 1e-6, 100_000
-PHASES = ("sample", "grade", "update")  # of ours; grading is the time that it adds to sampling's, and the wait after it
+PHASES = ("sample", "grade", "update")  # of ours; grading is the time it adds to sampling
 SUMS = {"smollm2": [
     "A baker sells 24 rolls in the morning and twice as many in the afternoon. How many rolls does he sell that day?",
     "Lena has 3 boxes of 12 pencils. She gives 9 pencils to her brother and 4 to a friend. How many are left?",
@@ -50,19 +49,19 @@ SUMS = {"smollm2": [
 
 @dataclass(frozen=True)
 class Case:
-    """What differs between the cases, besides model and prompts."""
+    """The settings of a case, other than model and prompts."""
 
     problems: int
-    rows: int  # decoded at once by ours; `generate` decodes all
+    rows: int  # decoded at once by ours; TRL decodes all
     micro_batch_tokens: int  # ours
-    trl_batch: int  # sequences of one forward and backward of TRL's
+    trl_batch: int  # TRL's sequences per micro-batch
 
 
 CASES = {"smollm2": Case(4, 64, 4096, 8), "wide128": Case(32, 256, 16_384, 64)}
 
 
 def make_problems(case: str) -> list[Problem]:
-    """The case's problems, always the same."""
+    """Return the case's problems, from a fixed seed."""
     draw = random.Random(0)
     texts = SUMS.get(case) or [
         " + ".join(str(draw.randint(1, 99)) for _ in range(draw.randint(4, 12))) for _ in range(CASES[case].problems)
@@ -71,24 +70,24 @@ def make_problems(case: str) -> list[Problem]:
 
 
 def reward(text: str) -> float:
-    """A reward that any model earns about half of the time."""
+    """Return a reward that any model gets about half of the time."""
     return float(sum(text.encode()) % 2)
 
 
 def take_turns(row: dict) -> None:
-    """Tell the parent about a step (or that all is set up), then wait until it wants the next; it may want no more."""
-    row |= {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # it counts in KiB
-    row |= {"cpu_seconds": time.process_time()}  # so far, of all threads: what a paused process does not spend
+    """Report a step (or that setup is done) to the parent, then wait for its next request; exit if there is none."""
+    row |= {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # ru_maxrss is in KiB
+    row |= {"cpu_seconds": time.process_time()}  # so far, all threads; a paused process spends none
     print(json.dumps({"turn": row}), flush=True)
     if not sys.stdin.readline():
-        os._exit(0)  # nothing of a benchmark's run is worth saving
+        os._exit(0)  # skip saving the run
 
 
 # ------------------------------------------------------------------------------------------------- the two sides
 
 
 def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
-    """train.py on a recipe of one stage, from its start to the end of the steps."""
+    """Run train.py on a recipe of one stage."""
     import train
     from engine import distributed
     from engine.rollout_worker import RolloutWorker
@@ -98,7 +97,7 @@ def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
 
     @dataclass
     class ParityWorker(RolloutWorker):
-        """Graded as ever, then rewarded by the parity."""
+        """Grade as usual, then replace the reward by the parity."""
 
         def attempt(self, *arguments, **options):
             groups, work = super().attempt(*arguments, **options)
@@ -107,7 +106,7 @@ def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
             return groups, work
 
     class PacedMetrics(Metrics):
-        """After each step the other side has its turn."""
+        """Hand over to the other side after each step."""
 
         def write(self, row: dict) -> None:
             super().write(row)
@@ -130,14 +129,14 @@ def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
     launch = argparse.Namespace(recipe=scratch / "recipe.toml", set=[], out=scratch, resume=None)
     run = start_run(launch, distributed.start())
     run.worker, run.metrics = ParityWorker(**vars(run.worker)), PacedMetrics(run.folder)
-    # what precedes the first step of a stage is no part of it: the filter, the temperature
+    # the filter and the temperature before the first step are not measured
     run.state.prepared, run.state.temperature, run.state.problem_ids = True, 1.0, [problem.id for problem in problems]
     take_turns({})
     train.rl_stage(run, 0, stage)
 
 
 def run_trl(case: str, model: Path, scratch: Path, batch: int) -> None:
-    """GRPOTrainer at the same settings."""
+    """Run GRPOTrainer with the same settings."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -152,7 +151,7 @@ def run_trl(case: str, model: Path, scratch: Path, batch: int) -> None:
         return [reward(completion[0]["content"]) for completion in completions]
 
     class Paced(TrainerCallback):
-        """A step of the optimizer, with the generation that precedes it, and then the other side's turn."""
+        """Make a step, including its generation, then hand over to the other side."""
 
         def on_step_begin(self, *_: object, **__: object) -> None:
             self.begun = time.perf_counter()
@@ -186,14 +185,14 @@ def run_trl(case: str, model: Path, scratch: Path, batch: int) -> None:
 
 
 class Side:
-    """One of the two in a process of its own."""
+    """One of the two sides, in a separate process."""
 
     def __init__(self, name: str, case: str, model: Path, threads: int, batch: int = 0):
         self.name, self.rows = name, []
         self.scratch = tempfile.TemporaryDirectory()
         self.errors = open(Path(self.scratch.name, "errors.txt"), "w+")
         command = [sys.executable, __file__, "--side", name, "--case", case, "--model", model, "--batch", batch]
-        # without a GPU: `use_cpu` is TRL's, ours would take one
+        # hide GPUs: TRL has `use_cpu`, train.py would use one
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [*map(str, command), "--scratch", self.scratch.name], env=environment, text=True, stdin=subprocess.PIPE,
@@ -209,7 +208,7 @@ class Side:
         sys.exit(f"step.py: {self.name} ended early:\n{self.errors.read()[-3000:]}")
 
     def step(self) -> dict:
-        """Make one step; returns what it took."""
+        """Make one step; return its measurements."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         row = self._answer()
@@ -225,14 +224,14 @@ class Side:
         self.scratch.cleanup()
 
     def best(self) -> dict:
-        """The fastest step after the warm-up, with the mean tokens of all of those."""
+        """Return the fastest step after the warm-up, with the mean number of tokens of all of them."""
         counted = self.rows[1:]
         tokens = sum(row["tokens"] for row in counted) / len(counted)
         return min(counted, key=lambda row: row["seconds"]) | {"tokens": tokens}
 
 
 def write_wide128(folder: Path) -> Path:
-    """bench/sampler.py's 128-wide Qwen3 with a tokenizer of its 64 tokens, single characters but for five."""
+    """Write bench/sampler.py's 128-wide Qwen3 with a tokenizer of 64 tokens, all but five single characters."""
     from sampler import WIDE128
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -251,14 +250,14 @@ def write_wide128(folder: Path) -> Path:
     config = WIDE128 | {"model_type": "qwen3", "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
     model = Transformer(parse_config(config | {"eos_token_id": 0, "pad_token_id": 0}, "wide128"))
     initialise(model, seed=0)
-    # a token of larger embedding tends to repeat itself, and the end comes later: 47 tokens on average
+    # a token with a larger embedding tends to repeat, so responses get longer: 47 tokens on average
     model.lm_head.weight.data.mul_(1.65)
     save(model, folder / "model", tokenizer_from=folder / "tokenizer")
     return folder / "model"
 
 
 def compare(case: str, model: Path, rounds: int, threads: int, batches: list[int]) -> dict:
-    """Both sides in turn; of TRL's batches the fastest counts."""
+    """Measure both sides alternately; of TRL's batch sizes the fastest counts."""
     sides = [Side("ours", case, model, threads)]
     try:
         sides += [Side("trl", case, model, threads, batch) for batch in batches]
@@ -284,12 +283,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder, for the case smollm2")
     parser.add_argument("--case", action="append", choices=list(CASES), help="default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each side that count")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--batch", type=int, action="append", help="TRL's sequences per micro-batch; more than one: best"
+        "--batch", type=int, action="append", help="TRL's sequences per micro-batch; repeat it to use the fastest"
     )
-    for hidden in ("--side", "--scratch"):  # the command of a side's process
+    for hidden in ("--side", "--scratch"):  # used to start a side's process
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:

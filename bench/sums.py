@@ -1,12 +1,12 @@
-"""Sums that SmolLM2-135M-Instruct can sometimes do, and a recipe on them: full against vanilla on a real model.
+"""Write sums that SmolLM2-135M-Instruct sometimes solves, and a recipe: full against vanilla on a real model.
 
     python bench/smollm2.py models/smollm2-135m
     python bench/sums.py sums --model models/smollm2-135m       # sft.jsonl, train.jsonl, held-out.jsonl, recipe.toml
     python bench/ablation.py --recipe sums/recipe.toml --settings full vanilla --seeds 0 --steps 10 \\
         --response-tokens 20 --jobs 1 --out runs/sums
 
-The model knows how to add, but not to put its answer into a box: a few steps of fine-tuning on right solutions teach
-the form, and reinforcement learning from the answer alone has the rest to do.
+The model can add, but does not put its answer into a box: a few steps of fine-tuning on correct solutions teach the
+format, and reinforcement learning improves the answers.
 """
 
 import argparse
@@ -18,13 +18,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lab.problems import (  # noqa: E402
-    DataError,  # noqa: E402
-    Problem,  # noqa: E402
-    write_problems,  # noqa: E402
-)
+from lab.problems import DataError, Problem, write_problems  # noqa: E402
 
-SIZES = {"held-out": 96, "train": 256, "sft": 320}  # no problem of one is in another
+SIZES = {"held-out": 96, "train": 256, "sft": 320}  # the sets share no problem
 RECIPE = """# SmolLM2-135M-Instruct on small sums: written by bench/sums.py, every number a choice for two CPU cores.
 name = "sums"
 seed = 0
@@ -87,7 +83,7 @@ learning_rate = 4e-5
 
 
 def make_problem(random: np.random.Generator, number: int) -> tuple[str, str, int, str]:
-    """Question, kind, answer and a worked solution; the kinds take turns."""
+    """Return question, kind, answer and a worked solution; the kinds alternate."""
 
     def draw(low: int, high: int) -> int:
         return int(random.integers(low, high + 1))

@@ -1,17 +1,17 @@
-"""Speed, utilisation and memory of the update against its length, with each memory feature on and off.
+"""Speed, utilisation and memory of the update by length, with each memory feature on and off.
 
     python bench/update.py                                      # the shape of SmolLM2-135M, 1K to 8K tokens, float32
-    python bench/update.py --lengths 1024 2048 --cpu-time       # smaller, and where others share the cores
+    python bench/update.py --lengths 1024 2048 --cpu-time       # smaller, and for a shared machine
     python bench/update.py --logprobs                           # log-probs alone: 152K tokens of vocabulary
     python bench/update.py --shape qwen3-4b --lengths 16384 40960 --sequence 0 --features recompute    # on a GPU
 
-Every case is a process of its own, calls grpo.optimizer_step on weights drawn at random (the arithmetic is the same
-as for trained ones), on the device and in the number format that train.py would choose, and has one micro-batch.
+Every case runs in a separate process and calls grpo.optimizer_step with one micro-batch on random weights (the
+arithmetic is the same as with trained ones), with the device and dtype that train.py would choose.
 
 Useful FLOPs are 6 per weight and token (the head: per predicted token) and 6 per pair of tokens, head and head
-dimension of causal attention; what is computed twice counts once. Utilisation is their rate over the matrix rate, that
-of a large product of the same type in the same process, measured before and after. Memory is what one step takes above
-weights and optimizer: `live` counts bytes of tensors exactly (CUDA: the allocator's peak), `resident` the process's.
+dimension of causal attention; recomputation does not count. Utilisation is their rate over the rate of a large matrix
+product of the same dtype in the same process, measured before and after. Memory is the peak of one step above weights
+and optimizer: `live` counts bytes of tensors exactly (CUDA: the allocator's peak), `resident` the process's.
 """
 
 import argparse
@@ -58,8 +58,8 @@ SHAPES = {
         "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
     },
 }  # fmt: skip
-# what a case switches on, by name; `none` keeps activations and cuts log-probs into chunks. A further memory feature
-# (activations or optimizer in host memory) is a line here and its switch in measure_update
+# the settings of each case; `none` keeps activations and computes log-probs in chunks. A new feature is a line in this
+# table and a switch in measure_update
 FEATURES = {
     "none": {},
     "recompute": {"recompute": True},
@@ -73,7 +73,7 @@ GIB = 2**30
 
 
 class PlainLogprobs:
-    """The same log-probs with all logits alive, and autograd's gradient: what chunks are compared with."""
+    """The baseline for chunked log-probs: all logits at once, and autograd's gradient."""
 
     @staticmethod
     def apply(hidden, weight, targets, temperature, float32_head):
@@ -84,7 +84,7 @@ class PlainLogprobs:
 
 @contextmanager
 def logprobs_by(way: type) -> Iterator[None]:
-    """Let the model compute its log-probs in this way."""
+    """Make the model compute its log-probs with this class."""
     ours, models.TokenLogprobs = models.TokenLogprobs, way
     try:
         yield
@@ -94,7 +94,7 @@ def logprobs_by(way: type) -> Iterator[None]:
 
 @dataclass
 class Case:
-    """One line of the table, for a process of its own."""
+    """One line of the table, measured in a separate process."""
 
     shape: str
     feature: str
@@ -105,7 +105,7 @@ class Case:
 
 
 def useful_flops(config: ModelConfig, lengths: list[int], predicted: int) -> float:
-    """Floating-point operations of one update, forward and backward, with nothing computed twice."""
+    """Return the FLOPs of one update, forward and backward, without recomputation."""
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
     attention = queries * sum(n * n for n in lengths)  # 2 x 2 for scores and values, half of it causal, 3 x backward
@@ -119,19 +119,19 @@ def measure_update(case: Case) -> dict:
     from engine.run import Run
     from lab.recipe import RlStage
 
-    here, clock = distributed.start(), time.process_time if case.cpu_time else time.perf_counter
+    processes, clock = distributed.start(), time.process_time if case.cpu_time else time.perf_counter
     settings = FEATURES[case.feature]
     model = Transformer(parse_config(SHAPES[case.shape]))
     initialise(model, seed=0)
     if settings.get("lora"):
         add_lora(model, Lora(rank=32, alpha=32.0, base=""))
         initialise_lora(model, seed=0)
-    stream = torch.cuda.Stream() if here.device.type == "cuda" else None
+    stream = torch.cuda.Stream() if processes.device.type == "cuda" else None
     offload = Offload(stream) if settings.get("offload_activations") else None
     for layer in model.model.layers:
         layer.recompute, layer.offload = settings.get("recompute", False), offload
-    model.to(here.device)
-    shard(model, here.mesh, here.compute_dtype)
+    model.to(processes.device)
+    shard(model, processes.mesh, processes.compute_dtype)
     recipe = SimpleNamespace(offload_optimizer=settings.get("offload_optimizer", False))
     run = SimpleNamespace(model=model, resume_from=None, recipe=recipe)
     Run.begin_steps(run, RlStage())
@@ -149,12 +149,12 @@ def measure_update(case: Case) -> dict:
     predicted = sum(sequence.response_length for sequence in sequences)
     step = partial(optimizer_step, model, optimizer, sequences, PolicyLoss(), case.tokens)
     with logprobs_by(PlainLogprobs if settings.get("plain_logprobs") else models.TokenLogprobs):
-        step()  # makes the optimizer's state
-        peak = peak_of(step, here.device)
-        measure = partial(measure_machine, here.device, here.compute_dtype, 3, clock)
+        step()  # creates the optimizer's state
+        peak = peak_of(step, processes.device)
+        measure = partial(measure_machine, processes.device, processes.compute_dtype, 3, clock)
         rates, times = [measure()[1]], []
         for _ in range(case.rounds):
-            times.append(seconds_of(step, here.device, clock))
+            times.append(seconds_of(step, processes.device, clock))
             rates.append(measure()[1])
     distributed.stop()
     flops = useful_flops(model.config, lengths, predicted)
@@ -166,7 +166,7 @@ def measure_update(case: Case) -> dict:
 
 
 def measure_logprobs(way: str, positions: int, vocabulary: int, hidden_size: int) -> dict:
-    """Memory of log-probs and their gradient, above that of hidden states and head, in this process."""
+    """Measure the memory of log-probs and their gradient, above hidden states and head, in this process."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(positions, hidden_size, generator=generator).requires_grad_()
     weight = (0.02 * torch.randn(vocabulary, hidden_size, generator=generator)).requires_grad_()
@@ -178,7 +178,7 @@ def measure_logprobs(way: str, positions: int, vocabulary: int, hidden_size: int
 
 
 def in_own_process(*values: object) -> dict:
-    """A case measured where nothing has run before; its failure is the table's to show."""
+    """Measure a case in a fresh process; a failure is returned for the table."""
     command = [sys.executable, __file__, "--one", json.dumps(values)]
     child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode:
@@ -188,12 +188,12 @@ def in_own_process(*values: object) -> dict:
 
 
 def gib(size: int | None) -> str:
-    """Bytes as GiB, for the table."""
+    """Format bytes as GiB."""
     return "-" if size is None else f"{size / GIB:.2f}"
 
 
 def update_table(arguments: argparse.Namespace) -> tuple[list[list[str]], list[dict]]:
-    """Every feature at every length."""
+    """Measure every feature at every length."""
     rows = [["feature", "tokens", "tok/s", "utilisation", "live GiB", "resident GiB"]]
     results = []
     for feature in arguments.features:
@@ -216,7 +216,7 @@ def update_table(arguments: argparse.Namespace) -> tuple[list[list[str]], list[d
 
 
 def logprobs_table(arguments: argparse.Namespace) -> tuple[list[list[str]], list[dict]]:
-    """The plain way at two lengths and the line through them; ours at the same and at the longest."""
+    """Measure plain log-probs at two lengths, extrapolate linearly, and compare with chunks up to the longest."""
     rows, results = [["way", "positions", "live GiB", "resident GiB"]], []
     wanted = [("plain", n) for n in arguments.plain] + [("ours", n) for n in (*arguments.plain, arguments.longest)]
     for way, positions in wanted:

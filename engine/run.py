@@ -17,10 +17,11 @@ from engine.batches import TrainingSequence
 from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
 from engine.distributed import Interrupted, Processes, StopRequest
 from engine.fingerprint import model_identity
+from engine.memory import UpdateError
 from engine.offload import HostAdamW
 from engine.rollout_worker import RolloutWorker
 from engine.run_folder import FINISHED, WANTS_RESUMING
-from grpo import TokenLoss, UpdateError, UpdateStats, optimizer_step
+from grpo import TokenLoss, UpdateStats, optimizer_step
 from lab.console import console_line, new_alarms
 from lab.metrics import Metrics
 from lab.problems import Problem

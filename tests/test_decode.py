@@ -240,7 +240,7 @@ def test_the_peak_of_a_step_is_the_larger_of_its_phases_and_not_their_sum(checkp
         return [TrainingSequence(t, len(r.prompt), 1.0, r.logprobs, 1.0) for t, r in zip(tokens, rollouts, strict=True)]
 
     def update(sequences: list[TrainingSequence]) -> None:
-        optimizer_step(model, optimizer, sequences, PolicyLoss(), most_tokens=4096)
+        optimizer_step(model, optimizer, sequences, PolicyLoss(), max_tokens=4096)
 
     update(sample())  # the optimizer's moments are there from now on
     with LiveBytes() as sampling:

@@ -1,4 +1,4 @@
-"""grpo.py against hand computations and an independent per-token implementation; its traps are in test_traps.py."""
+"""grpo.py against worked examples and an independent per-token implementation; test_traps.py covers its traps."""
 
 import math
 
@@ -84,7 +84,7 @@ def test_rescue_leaves_the_original_group_untouched():
     assert failed.rewards.sum() == 0 and failed.rescued is None
 
 
-def test_rescue_draws_every_place_and_repeats_itself():
+def test_rescue_replaces_any_rollout_and_is_deterministic():
     sinks = Sinks()
     sinks.remember([group("p", [1, 0, 0, 0])])
     places = [sinks.rescue([group("p", [0, 0, 0, 0])], 0, step)[0].rescued for step in range(60)]
@@ -117,7 +117,7 @@ def test_substitution_leaves_a_fully_informative_batch_alone():
 
 
 def loss_of_one_token(logprob, old, advantage, clip):
-    """The formulas, for one token, in plain Python: an oracle that shares nothing with grpo.py."""
+    """The formulas for one token in plain Python: an oracle that shares no code with grpo.py."""
     ratio = math.exp(logprob - old)
     clipped = min(max(ratio, 1 - clip.clip_low), 1 + clip.clip_high)
     objective = min(ratio * advantage, clipped * advantage)
@@ -158,14 +158,14 @@ def test_loss_of_each_token_equals_the_formula():
         (1.0, 1.0, -1.0),
         (1.27, 1.0, -1.27),  # inside clip-higher
         (1.5, 1.0, -1.28),  # clipped above
-        (0.5, 1.0, -0.5),  # a good token that became unlikelier is not clipped
+        (0.5, 1.0, -0.5),  # a good token that became less likely is not clipped
         (0.5, -1.0, 0.8),  # a bad token clipped below
-        (2.0, -1.0, 2.0),  # a bad token that became likelier is pushed down ...
+        (2.0, -1.0, 2.0),  # a bad token that became more likely is not clipped ...
         (9.0, -1.0, 3.0),  # ... up to the dual clip
         (9.0, 1.0, -1.28),  # which is for negative advantages only
     ],
 )
-def test_clips_by_hand(ratio, advantage, expected):
+def test_clips_at_given_ratios(ratio, advantage, expected):
     logprobs = torch.tensor([math.log(ratio)], dtype=torch.float64)
     found = PolicyLoss()(logprobs, token_batch([0.0], [0.0], [advantage]))
     assert found.item() == pytest.approx(expected, abs=1e-12)
@@ -175,7 +175,7 @@ def test_clips_by_hand(ratio, advantage, expected):
 
 
 def naive_loss(model, sequences, clip):
-    """Every sequence alone, every token by itself, mean over all response tokens: slow and obvious."""
+    """One sequence and one token at a time, mean over all response tokens: slow and obvious."""
     total, count = 0.0, 0
     for sequence in sequences:
         tokens = torch.tensor(sequence.tokens, dtype=torch.int64)
@@ -199,9 +199,9 @@ class Recorder(torch.optim.SGD):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def update(model, sequences, most_tokens, loss=None, norm=1e9):
+def update(model, sequences, max_tokens, loss=None, norm=1e9):
     optimizer = Recorder(model.parameters(), lr=0.0)
-    stats = grpo.optimizer_step(model, optimizer, sequences, loss or PolicyLoss(), most_tokens, norm)
+    stats = grpo.optimizer_step(model, optimizer, sequences, loss or PolicyLoss(), max_tokens, norm)
     return stats, optimizer
 
 
@@ -209,25 +209,25 @@ def test_loss_and_gradient_equal_the_naive_per_token_mean(tiny):
     sequences = ragged_sequences()
     expected = naive_loss(tiny, sequences, PolicyLoss())
     gradients = torch.autograd.grad(expected, list(tiny.parameters()))
-    stats, optimizer = update(tiny, sequences, most_tokens=10_000)
+    stats, optimizer = update(tiny, sequences, max_tokens=10_000)
     assert stats.loss == pytest.approx(expected.item(), abs=1e-6)
     for found, wanted in zip(optimizer.seen, gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("most_tokens", [1, 15, 40])
-def test_gradient_does_not_depend_on_how_the_batch_is_cut(tiny, most_tokens):
+@pytest.mark.parametrize("max_tokens", [1, 15, 40])
+def test_gradient_does_not_depend_on_how_the_batch_is_cut(tiny, max_tokens):
     sequences = ragged_sequences()
-    whole, whole_optimizer = update(tiny, sequences, most_tokens=10_000)
-    cut, cut_optimizer = update(tiny, sequences, most_tokens)
+    whole, whole_optimizer = update(tiny, sequences, max_tokens=10_000)
+    cut, cut_optimizer = update(tiny, sequences, max_tokens)
     assert cut.loss == pytest.approx(whole.loss, abs=1e-6) and cut.tokens == whole.tokens
     for found, wanted in zip(cut_optimizer.seen, whole_optimizer.seen, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def grouped_sequences(prompts=(7, 1, 4, 7), seed=3):
-    """Groups of responses to prompts of these lengths, shuffled; the first and the last prompt are one, the second
-    response of each is there twice (as after substitution), and a prompt begins another's.
+    """Return shuffled groups of responses to prompts of these lengths. The first and last prompt are the same, the last
+    response of each group appears twice (as after substitution), and shorter prompts are prefixes of longer ones.
     """
     random = np.random.default_rng(seed)
     long = random.integers(0, 23, 7)
@@ -250,14 +250,14 @@ def grouped_sequences(prompts=(7, 1, 4, 7), seed=3):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("most_tokens", [1, 12, 25, 60, 10_000])
-def test_a_prompt_shared_by_its_group_gives_the_naive_loss_and_gradient(tiny, most_tokens, recompute):
+@pytest.mark.parametrize("max_tokens", [1, 12, 25, 60, 10_000])
+def test_a_prompt_shared_by_its_group_gives_the_naive_loss_and_gradient(tiny, max_tokens, recompute):
     sequences = grouped_sequences()
     expected = naive_loss(tiny, sequences, PolicyLoss())
     gradients = torch.autograd.grad(expected, list(tiny.parameters()))
     for layer in tiny.model.layers:
         layer.recompute = recompute
-    stats, optimizer = update(tiny, sequences, most_tokens)
+    stats, optimizer = update(tiny, sequences, max_tokens)
     assert stats.loss == pytest.approx(expected.item(), abs=1e-6)
     for found, wanted in zip(optimizer.seen, gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
@@ -286,7 +286,7 @@ def test_gradient_norm_is_clipped_and_reported_before_clipping(tiny):
     assert math.sqrt(sum(float((g**2).sum()) for g in optimizer.seen)) == pytest.approx(norm / 2, rel=1e-4)
 
 
-def test_statistics_of_the_ratio_by_hand(tiny):
+def test_statistics_of_the_ratio(tiny):
     sequences = ragged_sequences()
     batch = batching.pack(sequences, torch.device("cpu"))
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny):
     assert all(torch.equal(a, b) for a, b in zip(before, tiny.parameters(), strict=True))
 
 
-def test_an_abandoned_step_leaves_no_gradient_and_the_next_one_is_whole(tiny):
+def test_an_abandoned_step_leaves_no_gradient_and_does_not_affect_the_next(tiny):
     sequences, before, asked = ragged_sequences(), [p.clone() for p in tiny.parameters()], []
     loss, optimizer = PolicyLoss(), torch.optim.AdamW(tiny.parameters(), lr=0.1)
 
@@ -323,7 +323,7 @@ def test_an_abandoned_step_leaves_no_gradient_and_the_next_one_is_whole(tiny):
 
     with pytest.raises(Interrupted):
         grpo.optimizer_step(tiny, optimizer, sequences, loss, 25, 1e9, None, abandon)
-    assert asked == [False, True, True]  # before each forward: two micro-batches were learned from
+    assert asked == [False, True, True]  # called before each forward: two micro-batches were computed
     assert all(p.grad is None for p in tiny.parameters()) and not optimizer.state
     assert all(torch.equal(a, b) for a, b in zip(before, tiny.parameters(), strict=True))
     expected, whole = update(tiny, sequences, 25)

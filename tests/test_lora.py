@@ -231,7 +231,7 @@ def test_a_step_changes_only_the_adapter(checkpoint, processes, family, tied):
     before, losses = full_values(model), []
     optimizer = optimizer_of(model)
     for _ in range(5):
-        update = optimizer_step(model, optimizer, sequences(), supervised_loss, most_tokens=25)
+        update = optimizer_step(model, optimizer, sequences(), supervised_loss, max_tokens=25)
         assert update.stepped and update.grad_norm > 0
         losses.append(update.loss)
     assert losses[-1] < losses[0] - 0.01
@@ -288,7 +288,7 @@ def check_sharded(base: Path, out: Path, processes: distributed.Processes) -> No
 
     optimizer, alone = optimizer_of(model), optimizer_of(unsharded)
     for _ in range(2):
-        update = optimizer_step(model, optimizer, sequences(), supervised_loss, most_tokens=25)
+        update = optimizer_step(model, optimizer, sequences(), supervised_loss, max_tokens=25)
         norm = torch.nn.utils.get_total_norm(plain_gradients(unsharded, sequences()).values())
         torch.nn.utils.clip_grad_norm_(unsharded.parameters(), 1.0)
         alone.step()
@@ -306,7 +306,7 @@ def check_sharded(base: Path, out: Path, processes: distributed.Processes) -> No
     other_optimizer = optimizer_of(other)
     checkpoints.load_weights_and_optimizer(folder, other, other_optimizer, processes)
     for trained, its_optimizer in ((model, optimizer), (other, other_optimizer)):
-        optimizer_step(trained, its_optimizer, sequences(), supervised_loss, most_tokens=25)
+        optimizer_step(trained, its_optimizer, sequences(), supervised_loss, max_tokens=25)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         a, b = (x.to_local() if isinstance(x, DTensor) else x for x in (a, b))
         assert torch.equal(a, b)
@@ -335,7 +335,7 @@ def test_two_processes_equal_one(checkpoint, tmp_path):
 def test_a_checkpoint_holds_the_adapter_alone(checkpoint, tmp_path, processes):
     model = from_meta(checkpoint(), processes.mesh)
     optimizer = optimizer_of(model)
-    optimizer_step(model, optimizer, sequences(), supervised_loss, most_tokens=25)
+    optimizer_step(model, optimizer, sequences(), supervised_loss, max_tokens=25)
     folder = checkpoints.save_checkpoint(tmp_path, model, optimizer, checkpoints.RunState(step=1), processes, 1)
     names = set(checkpoints.dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
     weights = {name.removeprefix("model.") for name in names if name.startswith("model.")}

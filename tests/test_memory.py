@@ -1,4 +1,4 @@
-"""An update that runs out of memory is tried again with smaller micro-batches, or stops with one sentence."""
+"""engine/memory.py: an update that runs out of memory is retried with smaller micro-batches, or stops with an error."""
 
 import types
 
@@ -14,14 +14,14 @@ from engine import distributed
 from engine.batches import TrainingSequence
 from engine.checkpoint import RunState
 from engine.errors import UserError
-from engine.memory import out_of_memory
+from engine.memory import UpdateError, out_of_memory
 from engine.run import Run
-from grpo import PolicyLoss, UpdateError
+from grpo import PolicyLoss
 from lab.recipe import RlStage
 
 
 @pytest.fixture(scope="module")
-def here():
+def processes():
     yield distributed.start()
     distributed.stop()
 
@@ -37,14 +37,14 @@ def ragged_sequences(count=20):
 
 
 class Recorder(torch.optim.SGD):
-    """Keeps the gradients that a step was given."""
+    """Record the gradients passed to a step."""
 
     def step(self, closure=None):
         self.seen = [whole(p.grad) for group in self.param_groups for p in group["params"]]
 
 
 class Burst(torch.autograd.Function):
-    """Runs out of memory in backward, when the turn says so."""
+    """Call `turn` in backward, which may raise an out-of-memory error."""
 
     @staticmethod
     def forward(ctx, x, turn):
@@ -58,9 +58,9 @@ class Burst(torch.autograd.Function):
 
 
 def run_out(monkeypatch, where, at, error=None):
-    """The MLP of some layer fails, in its forward or after its own backward, at these turns of all layers.
+    """Make MLPs fail in forward, or in backward, at these turns, counted over all layers.
 
-    Returns what tells whether the inputs of the failed try are still held, one entry per turn after a failure."""
+    Return a list to which each failure adds the number of inputs of the failed attempt that are still in memory."""
     turns, inputs, held, failed = 0, [], [], False
     forward = models.MLP.forward
 
@@ -87,9 +87,9 @@ def run_out(monkeypatch, where, at, error=None):
     return held
 
 
-def update(model, most_tokens, sequences=None):
+def update(model, max_tokens, sequences=None):
     optimizer = Recorder(model.parameters(), lr=0.0)
-    stats = grpo.optimizer_step(model, optimizer, sequences or ragged_sequences(), PolicyLoss(), most_tokens, 1e9)
+    stats = grpo.optimizer_step(model, optimizer, sequences or ragged_sequences(), PolicyLoss(), max_tokens, 1e9)
     return stats, optimizer.seen
 
 
@@ -97,8 +97,8 @@ def update(model, most_tokens, sequences=None):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("at", [(2,), (5,), (5, 10)])  # in the first micro-batch, in the second, and again
-def test_a_step_that_ran_out_of_memory_has_the_same_gradient(here, monkeypatch, where, at, recompute, sharded):
-    mesh = here.mesh if sharded else None
+def test_a_retried_step_has_the_same_gradient(processes, monkeypatch, where, at, recompute, sharded):
+    mesh = processes.mesh if sharded else None
     expected, gradient = update(tiny(), 10_000)
     assert (expected.micro_batch_tokens, expected.memory_retries) == (10_000, 0)
     with monkeypatch.context() as patch:
@@ -110,27 +110,27 @@ def test_a_step_that_ran_out_of_memory_has_the_same_gradient(here, monkeypatch, 
     assert stats.loss == pytest.approx(expected.loss, abs=1e-6)
     for mine, wanted in zip(found, gradient, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
-    again, found = update(model, 10_000)  # and the next step is as if nothing had happened
+    again, found = update(model, 10_000)  # the next step is not affected
     assert again.memory_retries == 0
     for mine, wanted in zip(found, gradient, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_budget_above_the_whole_batch_is_cut_from_what_was_used(monkeypatch):
+def test_a_limit_above_the_batch_is_halved_from_the_size_used(monkeypatch):
     sequences = ragged_sequences()
     tokens = sum(len(sequence.tokens) for sequence in sequences)
     run_out(monkeypatch, "forward", (1,))
     assert update(tiny(), 1_000_000)[0].micro_batch_tokens == tokens // 2
 
 
-def test_no_memory_for_one_sequence_is_one_sentence(monkeypatch):
+def test_one_sequence_that_does_not_fit_is_an_update_error(monkeypatch):
     run_out(monkeypatch, "forward", "always")
     with pytest.raises(UpdateError, match="one sequence at a time, of at most 13 tokens: train a LoRA") as caught:
         update(tiny(), 1_000)
     assert "\n" not in str(caught.value) and isinstance(caught.value, UserError)
 
 
-def test_no_memory_for_the_moments_is_one_sentence():
+def test_moments_that_do_not_fit_are_an_update_error():
     class Greedy(torch.optim.SGD):
         def step(self, closure=None):
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -140,7 +140,7 @@ def test_no_memory_for_the_moments_is_one_sentence():
         grpo.optimizer_step(model, Greedy(model.parameters(), lr=0.0), ragged_sequences(), PolicyLoss(), 1_000)
 
 
-def test_several_processes_do_not_try_again(monkeypatch):
+def test_several_processes_do_not_retry(monkeypatch):
     monkeypatch.setattr(grpo.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(grpo.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(grpo.dist, "get_world_size", lambda: 2)
@@ -150,24 +150,24 @@ def test_several_processes_do_not_try_again(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_another_error_is_not_taken_for_it(monkeypatch):
+def test_another_runtime_error_is_raised_unchanged(monkeypatch):
     run_out(monkeypatch, "backward", (1,), RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         update(tiny(), 1_000)
 
 
-def test_what_running_out_of_memory_looks_like():
+def test_out_of_memory_recognises_the_errors_of_each_allocator():
     with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**55, dtype=torch.uint8)  # what this machine's allocator says
+        torch.empty(2**55, dtype=torch.uint8)  # the error of this machine's allocator
     assert out_of_memory(caught.value)
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")) and out_of_memory(MemoryError())
     assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not out_of_memory(RuntimeError("shapes do not match")) and not out_of_memory(ValueError("not enough memory"))
 
 
-def test_the_smaller_budget_is_kept_and_said_once(here, monkeypatch, capsys):
+def test_the_smaller_size_is_kept_and_reported_once(processes, monkeypatch, capsys):
     model, stage = tiny(), RlStage()
-    run = types.SimpleNamespace(model=model, processes=here, micro_batch_tokens=80, state=RunState(step=6))
+    run = types.SimpleNamespace(model=model, processes=processes, micro_batch_tokens=80, state=RunState(step=6))
     run.asked_to_stop = lambda: False
     with monkeypatch.context() as patch:
         run_out(patch, "forward", (1,))

@@ -1,7 +1,7 @@
 """The traps of RECIPE.md, one by one, and the update against a slow implementation in plain Python.
 
-Proven elsewhere: the sampler's log-probs are those at its temperature (test_rollout.py), two processes make the steps
-of one in a whole run (test_train.py), every clip by hand (test_grpo.py), YaRN's traps (test_yarn.py).
+Tested elsewhere: the sampler's log-probs at its temperature (test_rollout.py), equal steps of one and two processes in
+a run (test_train.py), each clip (test_grpo.py), YaRN's traps (test_yarn.py).
 """
 
 import math
@@ -32,7 +32,7 @@ from lab.recipe import Recipe, RlStage
 from reward import Grade
 from rollout import CacheLimits, Prompt, Rollout, Sampling, generate
 
-EOS = PAD = 0  # as in the laptop world and in Qwen's base models
+EOS = 0  # also the pad token, as in the laptop world and in Qwen's base models
 SOURCE = {
     "model_type": "qwen3", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
@@ -73,7 +73,7 @@ def slow_advantages(rewards):
 
 
 def slow_token(logprob, old, advantage, low=0.2, high=0.28, dual=3.0):
-    """A token's loss and its derivative by the log-prob, case by case."""
+    """Return a token's loss and its derivative by the log-prob, case by case."""
     ratio = math.exp(logprob - old)
     if advantage > 0 and ratio > 1 + high:
         return -(1 + high) * advantage, 0.0
@@ -85,7 +85,7 @@ def slow_token(logprob, old, advantage, low=0.2, high=0.28, dual=3.0):
 
 
 def slow_update(groups, logprobs, token=slow_token):
-    """The mean over every response token of the batch, and its derivative by every log-prob."""
+    """Return the mean over all response tokens of the batch, and its derivative by every log-prob."""
     count = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
     loss, gradient = 0.0, [0.0] * len(logprobs)
     for g in groups:
@@ -98,7 +98,7 @@ def slow_update(groups, logprobs, token=slow_token):
 
 
 class Table(torch.nn.Module):
-    """A policy whose only parameters are the log-probs themselves: token k has the log-prob number k."""
+    """A policy whose only parameters are log-probs: the log-prob of token k is parameter k."""
 
     device = torch.device("cpu")
 
@@ -111,7 +111,7 @@ class Table(torch.nn.Module):
 
 
 class Recorder(torch.optim.SGD):
-    """Keeps the gradients that a step was given, and changes nothing."""
+    """Record the gradients passed to a step; leave the weights unchanged."""
 
     def step(self, closure=None):
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
@@ -119,7 +119,7 @@ class Recorder(torch.optim.SGD):
 
 
 def ragged_groups(seed, count=6, size=None, drift=0.8):
-    """Groups of ragged responses, every token with a name of its own, and what each token's log-prob is now."""
+    """Return groups of ragged responses in which every token has a unique name, and the new log-prob of each token."""
     random, groups, logprobs = np.random.default_rng(seed), [], []
     for number in range(count):
         responses = []
@@ -136,22 +136,22 @@ def ragged_groups(seed, count=6, size=None, drift=0.8):
     return groups, logprobs
 
 
-def fast_update(sequences, logprobs, loss, most_tokens, divisor=None):
-    """What grpo.optimizer_step makes of it: its statistics, and the gradient by every log-prob."""
+def fast_update(sequences, logprobs, loss, max_tokens, divisor=None):
+    """Return grpo.optimizer_step's statistics and gradient by every log-prob."""
     table = Table(logprobs)
     optimizer = Recorder(table.parameters(), lr=0.0)
-    stats = grpo.optimizer_step(table, optimizer, sequences, loss, most_tokens, 1e9, divisor)
+    stats = grpo.optimizer_step(table, optimizer, sequences, loss, max_tokens, 1e9, divisor)
     return stats, optimizer.seen[0].tolist()
 
 
-@pytest.mark.parametrize("most_tokens", [1, 20, 10_000])
+@pytest.mark.parametrize("max_tokens", [1, 20, 10_000])
 @pytest.mark.parametrize("seed", range(5))
-def test_loss_and_gradient_by_the_log_probs_equal_the_slow_per_token_mean(seed, most_tokens):
+def test_loss_and_gradient_by_the_log_probs_equal_the_slow_per_token_mean(seed, max_tokens):
     # the mean is over the global batch: not per micro-batch, not per sequence
     groups, logprobs = ragged_groups(seed)
     groups.append(groups[0])  # as substitution does: the same tokens twice
     loss, gradient = slow_update(groups, logprobs)
-    stats, found = fast_update(grpo.training_sequences(groups), logprobs, PolicyLoss(), most_tokens)
+    stats, found = fast_update(grpo.training_sequences(groups), logprobs, PolicyLoss(), max_tokens)
     assert stats.loss == pytest.approx(loss, abs=1e-6)
     np.testing.assert_allclose(found, gradient, rtol=0, atol=1e-6)
     assert any(d == 0 for d in gradient) and any(abs(d) > 1e-4 for d in gradient)
@@ -176,7 +176,7 @@ def ragged_sequences(seed=0, count=9):
 
 
 def slow_gradient(model, sequences):
-    """Loss and gradient by the weights: plain Python's derivative by each log-prob, through a forward per sequence."""
+    """Return loss and gradient by the weights, from slow_token's derivatives and one forward per sequence."""
     count, loss = sum(s.response_length for s in sequences), 0.0
     total = [torch.zeros_like(p) for p in model.parameters()]
     for s in sequences:
@@ -200,7 +200,7 @@ def test_gradient_by_the_weights_equals_the_slow_one(seed):
     model, sequences = tiny_model(), ragged_sequences(seed)
     loss, gradient = slow_gradient(model, sequences)
     optimizer = Recorder(model.parameters(), lr=0.0)
-    stats = grpo.optimizer_step(model, optimizer, sequences, PolicyLoss(), most_tokens=30, max_grad_norm=1e9)
+    stats = grpo.optimizer_step(model, optimizer, sequences, PolicyLoss(), max_tokens=30, max_grad_norm=1e9)
     assert stats.loss == pytest.approx(loss, abs=1e-6)
     for found, expected in zip(optimizer.seen, gradient, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -213,7 +213,7 @@ def in_two_processes(rank, folder):
     sharding.shard(model, init_device_mesh("cpu", (2,)), torch.float32)
     results, asked = [], []
 
-    def abandon():  # one process is asked to stop in its second micro-batch, and all leave
+    def abandon():  # one process wants to stop before its second micro-batch, and all stop
         asked.append(torch.tensor(float(rank == 1 and len(asked) == 1)))
         dist.all_reduce(asked[-1])
         return bool(asked[-1])
@@ -222,9 +222,9 @@ def in_two_processes(rank, folder):
         optimizer = Recorder(model.parameters(), lr=0.0)
         grpo.optimizer_step(model, optimizer, ragged_sequences(count=5), PolicyLoss(), 1, 1e9, None, abandon)
     assert len(asked) == 2
-    for most_tokens in (1, 12, 10_000):
+    for max_tokens in (1, 12, 10_000):
         optimizer = Recorder(model.parameters(), lr=0.0)
-        stats = grpo.optimizer_step(model, optimizer, ragged_sequences(count=5), PolicyLoss(), most_tokens, 1e9)
+        stats = grpo.optimizer_step(model, optimizer, ragged_sequences(count=5), PolicyLoss(), max_tokens, 1e9)
         results.append((stats.loss, stats.tokens, optimizer.seen))
     if rank == 0:
         torch.save(results, folder / "found.pt")
@@ -232,8 +232,8 @@ def in_two_processes(rank, folder):
 
 
 def test_token_mean_is_over_the_global_batch_across_processes_and_micro_batches(tmp_path):
-    # five ragged sequences: unequal shares, and with one per micro-batch a process that has none at the end; a step
-    # that was abandoned before leaves nothing behind
+    # five ragged sequences give unequal shares; with one per micro-batch, a process has none in the last round. The
+    # abandoned step before must have no effect
     in_processes(in_two_processes, tmp_path)
     sequences = ragged_sequences(count=5)
     loss, gradient = slow_gradient(tiny_model(), sequences)
@@ -247,8 +247,8 @@ def test_token_mean_is_over_the_global_batch_across_processes_and_micro_batches(
 # ------------------------------------------------------------------------------------------------- substitution
 
 
-def test_substitution_moves_whole_groups_so_that_copies_keep_their_own_answer():
-    # guards the official code's fault: tokens were copied, ground truth and reward were not
+def test_substitution_copies_groups_with_their_answers_and_rewards():
+    # guards against a bug of the official code: tokens were copied, ground truth and reward were not
     informative = [group(f"good{i}", [1, 0, 0, 1]) for i in range(3)]
     empty = [group("none", [0, 0, 0, 0]), group("all", [1, 1, 1, 1])]
     done = grpo.substitute([empty[0], *informative, empty[1]], seed=0, step=0)
@@ -262,7 +262,7 @@ def test_substitution_moves_whole_groups_so_that_copies_keep_their_own_answer():
 
 
 def test_grading_again_after_substitution_changes_nothing():
-    # what a response says is in its tokens: token 5 is a box with 5 in it
+    # a response's first token is its answer: token 5 is a box with 5 in it
     written = {f"p{answer}": [answer, 9, answer, 8] for answer in (2, 3, 4)} | {"hard": [9] * 4, "easy": [6] * 4}
     answers = {"p2": "2", "p3": "3", "p4": "4", "hard": "5", "easy": "6"}
     groups = []
@@ -305,7 +305,7 @@ def test_rescue_uses_the_stored_old_logprobs():
     place = rescued.rescued
     assert rescued.rewards.sum() == 1 and rescued.rewards[place] == 1 and rescued.correct[place]
     assert rescued.informative
-    # off-policy: log-probs and temperature are those of the policy that wrote it
+    # off-policy: with the log-probs and temperature of the policy that wrote it
     assert (rescued.rollouts[place].logprobs == -0.125).all() and rescued.rollouts[place].temperature == 1.4
     sequences = grpo.training_sequences([rescued])
     assert [s.rescued for s in sequences] == [i == place for i in range(4)]
@@ -318,25 +318,25 @@ def test_rescue_evicts_the_older_response():
     newer = group("p", [0, 1])
     sinks.remember([newer])
     assert list(sinks.held) == ["p"] and sinks.held["p"][0] is newer.rollouts[1]
-    sinks.remember([group("p", [0, 0])])  # a failure leaves it in place
+    sinks.remember([group("p", [0, 0])])  # an all-wrong group leaves it in place
     assert sinks.held["p"][0] is newer.rollouts[1]
 
 
 @pytest.fixture
-def here():
+def processes():
     yield distributed.start()
     distributed.stop()
 
 
-def test_rescue_survives_a_resume(here, tmp_path):
+def test_rescue_survives_a_resume(processes, tmp_path):
     model = tiny_model()
-    sharding.shard(model, here.mesh, here.compute_dtype)
+    sharding.shard(model, processes.mesh, processes.compute_dtype)
     state, seen = RunState(step=3), group("p", [0, 1, 0, 1])
     for place, one in enumerate(seen.rollouts):
         one.logprobs[:] = [-0.1 * (place + 1), -1e-7]
         one.temperature = 1.45
     state.sinks.remember([seen])
-    save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), state, here, 1)
+    save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), state, processes, 1)
     resumed = read_state(tmp_path)[1]
     failed = [group("p", [0, 0, 0, 0]), group("q", [0, 0, 0, 0])]
     straight, again = (one.sinks.rescue(failed, seed=0, step=4) for one in (state, resumed))
@@ -361,18 +361,18 @@ def test_rescue_never_touches_a_group_with_a_correct_rollout():
     sinks.remember([group("p", [1, 1, 1, 1])])
     right = group("p", [0, 0, 1, 0])
     assert sinks.rescue([right], seed=0, step=0)[0] is right
-    lowly = Group(right.problem, right.rollouts, np.zeros(4), right.correct)  # right, whatever the reward says
-    assert sinks.rescue([lowly], seed=0, step=0)[0] is lowly
+    unrewarded = Group(right.problem, right.rollouts, np.zeros(4), right.correct)  # correct despite the reward
+    assert sinks.rescue([unrewarded], seed=0, step=0)[0] is unrewarded
 
 
 # ------------------------------------------------------------------------------------- the order of train.rl_stage
 
 
 def run_stage(script, **settings):
-    """train.rl_stage on problems that are answered by script: for each step, what each problem's rollouts earn.
+    """Run train.rl_stage with scripted rewards: for each step, the rewards of each problem's rollouts.
 
-    Sampling, files and the choice of temperature are stood in for; grouping, rescue, substitution and the update are
-    real. Returns the rows of metrics, what each optimizer step was given, and the run.
+    Sampling, files and the choice of temperature are replaced; grouping, rescue, substitution and the update are real.
+    Return the rows of metrics, the sequences of each optimizer step, and the run.
     """
     names = list(script[0])
     model, problems, updates, rows = tiny_model(), [Problem(name, "?", ("1",)) for name in names], [], []
@@ -398,7 +398,7 @@ def run_stage(script, **settings):
         return attempts, SamplingStats(tokens=1, sample_seconds=1.0)
 
     class ScriptedRun(Run):
-        """A run whose data, optimizer and record are stood in for."""
+        """A run with replaced data, optimizer and metrics."""
 
         def stage_problems(self, index):
             return problems
@@ -436,8 +436,8 @@ def run_stage(script, **settings):
 
 SCRIPT = [
     {"a": [0, 1, 0, 0], "b": [0, 0, 0, 0], "c": [1, 1, 1, 1], "d": [1, 1, 0, 0]},
-    {"a": [0, 0, 0, 0], "b": [0, 0, 0, 0], "c": [0, 0, 1, 1], "d": [1, 0, 1, 0]},  # a can be rescued
-    {"a": [1, 1, 1, 1], "b": [0, 0, 0, 0], "c": [1, 0, 0, 0], "d": [1, 1, 1, 1]},  # one in four has a signal
+    {"a": [0, 0, 0, 0], "b": [0, 0, 0, 0], "c": [0, 0, 1, 1], "d": [1, 0, 1, 0]},  # "a" can be rescued
+    {"a": [1, 1, 1, 1], "b": [0, 0, 0, 0], "c": [1, 0, 0, 0], "d": [1, 1, 1, 1]},  # one group in four has a signal
 ]
 
 
@@ -447,17 +447,17 @@ def test_zero_variance_is_counted_before_rescue_and_substitution():
     assert counted == [[2, 2, 3], [1, 2, 1], [1, 0, 2]]
     assert [row["rescued"] for row in rows] == [0, 1, 0]
     assert [row["substituted"] for row in rows] == [2, 1, 0]
-    # pass rates are of the original rewards too, also of the step that makes no update
+    # pass rates also use the original rewards, including those of the skipped step
     assert [v.rewards for v in run.state.history.visits("a")] == [(0, 1, 0, 0), (0, 0, 0, 0), (1, 1, 1, 1)]
     assert [row["skipped"] for row in rows] == [0, 0, 1] and [step for step, _ in updates] == [0, 1]
     assert [row["optimizer_steps"] for row in rows] == [1, 1, 0]
 
 
-def test_what_is_learned_from_is_rescued_and_substituted():
+def test_the_update_gets_the_rescued_and_substituted_groups():
     _, updates, _ = run_stage(SCRIPT)
     (_, first), (_, second) = updates
     assert len(first) == len(second) == 16 and all(s.advantage != 0 for s in first + second)
-    [written] = [s for s in first if s.advantage > 0 and s.tokens[1] == 1][:1]  # the right answer to a
+    [written] = [s for s in first if s.advantage > 0 and s.tokens[1] == 1][:1]  # the right answer to "a"
     rescued = [s for s in second if s.rescued]
     assert rescued and all(np.array_equal(s.tokens, written.tokens) for s in rescued)
     assert all(np.array_equal(s.old_logprobs, written.old_logprobs) for s in rescued)  # of step 0, not of step 1
@@ -477,7 +477,7 @@ def test_the_dual_clip_acts_on_negative_advantages_only():
     for advantage, learned in ((1.0, 0), (-1.0, 1)):
         for ratio in (2.9, 3.1):
             sequence = TrainingSequence(np.array([7, 0]), 1, advantage, np.zeros(1, np.float32))
-            wide = PolicyLoss(clip_high=100.0)  # so that nothing else acts on a good token
+            wide = PolicyLoss(clip_high=100.0)  # so that no other clip acts on a good token
             stats, [gradient] = fast_update([sequence], [math.log(ratio)], wide, 100)
             cut = learned and ratio > 3
             assert stats.loss == pytest.approx(-advantage * (3 if cut else ratio), abs=1e-6)
@@ -488,11 +488,11 @@ def test_the_dual_clip_acts_on_negative_advantages_only():
 def test_end_of_sequence_is_in_the_loss_even_where_it_is_the_pad_token():
     batch = batching.pack([TrainingSequence(np.array([3, 4, 5, EOS], dtype=np.int32), 2)], torch.device("cpu"))
     assert batch.targets.tolist() == [5, EOS] and batch.predict.tolist() == [1, 2]
-    # and its log-prob has a gradient: one EOS of the policy's own per response, none of the prompt's
+    # and its log-prob has a gradient: one generated EOS per response, but not the prompt's
     g = group("p", [1, 0, 0])
     for one in g.rollouts:
         one.prompt = np.array([EOS, 2], dtype=np.int32)
-    g.rollouts[0].tokens, g.rollouts[0].logprobs = g.rollouts[0].tokens[:1], g.rollouts[0].logprobs[:1]  # cut short
+    g.rollouts[0].tokens, g.rollouts[0].logprobs = g.rollouts[0].tokens[:1], g.rollouts[0].logprobs[:1]  # truncated
     good, bad = slow_advantages([1, 0, 0])[:2]
     stats, gradient = fast_update(grpo.training_sequences([g]), [-1.0] * 4, PolicyLoss(), 1000)
     assert stats.tokens == 1 + 2 + 2

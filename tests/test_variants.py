@@ -1,4 +1,4 @@
-"""variants.py: each variant against a slow implementation of its paper's formula, token by token, in plain Python."""
+"""lab/variants.py: each variant against a slow implementation of its paper's formula, per token, in plain Python."""
 
 import math
 from dataclasses import replace
@@ -11,10 +11,10 @@ from test_traps import Table, fast_update, group, ragged_groups, run_stage, slow
 import grpo
 from grpo import PolicyLoss, RatioStats, UpdateStats
 from lab.recipe import RlStage, VariantSettings
-from lab.variants import GspoLoss, centred, choose_loss, mini_batches, over_steps, punish_overlong, update
+from lab.variants import GspoLoss, centred_advantages, choose_loss, merge_updates, mini_batches, punish_overlong, update
 
 LIMIT = 12  # max_response_tokens
-SIZE = 6  # of a group
+SIZE = 6  # rollouts in a group
 
 
 def stage_of(problems=6, **settings):
@@ -24,14 +24,14 @@ def stage_of(problems=6, **settings):
     )
 
 
-def updates_of(stage, groups, logprobs, most_tokens=40):
-    """Statistics and gradient by every log-prob of each optimizer step, none of which moves anything."""
+def updates_of(stage, groups, logprobs, max_tokens=40):
+    """Return each optimizer step's statistics and gradient by every log-prob, without changing the log-probs."""
     parts = mini_batches(punish_overlong(groups, stage), stage)
-    return [fast_update(sequences, logprobs, choose_loss(stage), most_tokens, divisor) for sequences, divisor in parts]
+    return [fast_update(sequences, logprobs, choose_loss(stage), max_tokens, divisor) for sequences, divisor in parts]
 
 
 def responses(groups, logprobs, advantages_of=slow_advantages, shaped=lambda reward, response: reward):
-    """(names of its tokens, log-prob now and then of each token, advantage, response) of every response."""
+    """Yield (token names, new log-probs, old log-probs, advantage, response) of every response."""
     for g in groups:
         rewards = [shaped(reward, response) for reward, response in zip(g.rewards.tolist(), g.rollouts, strict=True)]
         for response, advantage in zip(g.rollouts, advantages_of(rewards), strict=True):
@@ -54,9 +54,9 @@ def batch(request):
 # ----------------------------------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("most_tokens", [1, 40, 10_000])
+@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 @pytest.mark.parametrize("drift, low, high", [(0.8, 0.1, 0.15), (1e-3, 3e-4, 4e-4)])
-def test_gspo(drift, low, high, most_tokens):
+def test_gspo(drift, low, high, max_tokens):
     """Equations 5 and 7: mean over responses of min(s A, clip(s) A), s the geometric mean of the tokens' ratios."""
     groups, logprobs = ragged_groups(1, size=SIZE, drift=drift)
     groups.append(groups[0])  # as after substitution: the same response twice in a batch is two responses
@@ -73,7 +73,7 @@ def test_gspo(drift, low, high, most_tokens):
             acts = ratio * advantage <= bounded * advantage
             gradient[name] -= acts * advantage * ratio / len(names) / count
     [found] = updates_of(
-        stage_of(problems=7, loss="gspo", gspo_clip_low=low, gspo_clip_high=high), groups, logprobs, most_tokens
+        stage_of(problems=7, loss="gspo", gspo_clip_low=low, gspo_clip_high=high), groups, logprobs, max_tokens
     )
     assert_same(found, loss, gradient)
     assert cut["low"] and cut["high"]
@@ -82,7 +82,7 @@ def test_gspo(drift, low, high, most_tokens):
     assert ratios.clip_high_share == pytest.approx(cut["high"] / tokens) and ratios.dual_clip_share == 0
 
 
-def test_gspo_has_its_own_clip_range():
+def test_gspo_ignores_the_clip_range_of_polaris():
     stage = replace(stage_of(loss="gspo"), clip_low=0.7, clip_high=0.8)
     assert choose_loss(stage).loss == GspoLoss(3e-4, 4e-4)
 
@@ -117,12 +117,12 @@ def test_truncated_importance_sampling(batch, cap):
             gradient[name] += weight * derivative / len(logprobs)
     [found] = updates_of(stage_of(importance_cap=cap), groups, logprobs)
     assert_same(found, loss, gradient)
-    # the mismatch stays visible: ratios are to the sampler
+    # the metrics still show the mismatch: their ratios are to the sampler
     assert found[0].ratios.logprob_diff_mean > 0.1 and found[0].ratios.clip_high_share > 0
 
 
-def test_importance_weights_are_those_of_the_policy_of_the_second_step_too(batch):
-    # no clip acts, whatever the steps before have moved: the cap is all there is
+def test_importance_weights_of_the_second_step_use_its_own_policy(batch):
+    # no clip acts, however far the earlier steps have moved the policy: only the cap does
     groups, logprobs = batch
     first, second = updates_of(stage_of(importance_cap=3.0, optimizer_steps=2), groups, logprobs)
     for part, (_, found) in zip((groups[0::2], groups[1::2]), (first, second), strict=True):
@@ -136,24 +136,24 @@ def test_importance_weights_are_those_of_the_policy_of_the_second_step_too(batch
 
 
 def test_dr_grpo(batch):
-    """No std, and the sum over tokens divided by a constant: the budget of every response."""
+    """No std, and the sum over tokens divided by a constant: responses x token limit."""
     groups, logprobs = batch
     loss, gradient, divisor = 0.0, [0.0] * len(logprobs), SIZE * len(groups) * LIMIT
 
-    def less_the_mean(rewards):
+    def minus_mean(rewards):
         return [reward - sum(rewards) / len(rewards) for reward in rewards]
 
-    for names, new, old, advantage, _ in responses(groups, logprobs, less_the_mean):
+    for names, new, old, advantage, _ in responses(groups, logprobs, minus_mean):
         for name, n, o in zip(names, new, old, strict=True):
             value, derivative = slow_token(n, o, advantage)
             loss += value / divisor
             gradient[name] += derivative / divisor
     [found] = updates_of(stage_of(divide_by_std=False, average="constant"), groups, logprobs)
     assert_same(found, loss, gradient)
-    assert found[0].tokens == len(logprobs)  # throughput counts tokens, whatever the divisor
+    assert found[0].tokens == len(logprobs)  # the divisor does not change the token count
 
 
-def test_the_constant_divisor_does_not_change_with_what_is_left_out(batch):
+def test_the_constant_divisor_counts_dropped_groups(batch):
     groups, logprobs = batch
     groups = [group(f"none{i}", [0] * SIZE) for i in range(2)] + groups[2:]
     _, kept = updates_of(stage_of(average="constant"), groups, logprobs)[0]
@@ -162,7 +162,7 @@ def test_the_constant_divisor_does_not_change_with_what_is_left_out(batch):
 
 
 def test_mean_over_sequences(batch):
-    """GRPO's own equation 3: the mean over responses of the mean over their tokens."""
+    """GRPO's equation 3: the mean over responses of the mean over their tokens."""
     groups, logprobs = batch
     loss, gradient = 0.0, [0.0] * len(logprobs)
     for names, new, old, advantage, _ in responses(groups, logprobs):
@@ -174,11 +174,11 @@ def test_mean_over_sequences(batch):
     assert_same(found, loss, gradient)
 
 
-def test_centred_advantages_by_hand():
-    assert centred(np.array([1.0, 0, 0, 0])).tolist() == [0.75, -0.25, -0.25, -0.25]
+def test_centred_advantages():
+    assert centred_advantages(np.array([1.0, 0, 0, 0])).tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
-# ------------------------------------------------------------------------------------- what is learned from at all
+# ------------------------------------------------------------------------------------- rewards and filters
 
 
 def slow_polaris(groups, logprobs, learned=lambda response: True, shaped=lambda reward, response: reward):
@@ -193,7 +193,7 @@ def slow_polaris(groups, logprobs, learned=lambda response: True, shaped=lambda 
 
 
 def test_overlong_filtering(batch):
-    """A cut response is not in the loss nor in its divisor; its reward is in its group's mean and deviation."""
+    """A truncated response is not in the loss or its divisor; its reward is in its group's mean and deviation."""
     groups, logprobs = batch
     expected = slow_polaris(groups, logprobs, lambda response: response.finish_reason != "length")
     [found] = updates_of(stage_of(drop_truncated=True), groups, logprobs)
@@ -215,7 +215,7 @@ def test_soft_overlong_punishment(batch, last):
     before = [g.rewards.copy() for g in groups]
     [found] = updates_of(stage_of(punish_last_tokens=last), groups, logprobs)
     assert_same(found, *slow_polaris(groups, logprobs, shaped=punished))
-    assert all((g.rewards == b).all() for g, b in zip(groups, before, strict=True))  # pass rates keep the original
+    assert all((g.rewards == b).all() for g, b in zip(groups, before, strict=True))  # pass rates use the originals
 
 
 def test_soft_overlong_punishment_at_its_bounds():
@@ -227,7 +227,7 @@ def test_soft_overlong_punishment_at_its_bounds():
 
 
 def test_zero_variance_filtering(batch):
-    """Groups of equal rewards are neither in the loss nor in its divisor."""
+    """Groups of equal rewards are not in the loss or its divisor."""
     groups, logprobs = batch
     flat = [replace(g, rewards=np.ones(SIZE)) for g in groups[:2]]
     expected = slow_polaris(groups[2:], logprobs[:])
@@ -236,12 +236,12 @@ def test_zero_variance_filtering(batch):
     assert_same(found, *expected)
     assert found[0].tokens == count
     [kept] = updates_of(stage_of(), [flat[0], *groups[2:], flat[1]], logprobs)
-    assert kept[0].tokens > count  # POLARIS without substitution: zeros that still count in the mean
+    assert kept[0].tokens > count  # POLARIS without substitution: zeros count in the mean
 
 
-def test_nothing_left_is_no_update(batch):
+def test_no_update_without_sequences(batch):
     stage = stage_of(drop_zero_variance=True)
-    assert mini_batches([group("p", [0, 0])], stage) == [] and over_steps([]) is None
+    assert mini_batches([group("p", [0, 0])], stage) == [] and merge_updates([]) is None
     for one in batch[0]:
         for rollout in one.rollouts:
             rollout.finish_reason = "length"
@@ -252,10 +252,10 @@ def test_nothing_left_is_no_update(batch):
 
 
 def test_several_steps_clip_against_the_sampler(batch):
-    """Gradient descent by hand: each step on its share of the groups, old log-probs the sampler's in all of them."""
+    """Gradient descent in plain Python: each step on its share of the groups, with the sampler's old log-probs."""
     groups, logprobs = batch
     stage, rate = stage_of(optimizer_steps=3), 3.0
-    groups, now = groups + groups[:3], list(logprobs)  # some groups twice: what one step moved, another sees
+    groups, now = groups + groups[:3], list(logprobs)  # some groups twice: later steps see the changes of earlier ones
     for start in range(3):
         _, gradient = slow_polaris(groups[start::3], now)
         now = [n - rate * g for n, g in zip(now, gradient, strict=True)]
@@ -269,22 +269,22 @@ def test_several_steps_clip_against_the_sampler(batch):
     assert max(abs(n - o) for n, o in zip(now, logprobs, strict=True)) > 0.1
 
 
-def test_every_group_is_in_one_step_whole():
+def test_every_group_is_in_exactly_one_step():
     groups = [group(f"p{i}", [1, 0, 0]) for i in range(8)]
     parts = mini_batches(groups, stage_of(problems=8, optimizer_steps=4))
     assert [len(sequences) for sequences, _ in parts] == [6] * 4 and {divisor for _, divisor in parts} == {None}
     assert mini_batches(groups, stage_of(problems=8, optimizer_steps=4, average="constant"))[0][1] == 2 * SIZE * LIMIT
 
 
-def test_metrics_of_several_steps_by_hand():
+def test_metrics_of_several_steps():
     first = UpdateStats(0.1, 2.0, 30, True, 64, 1, RatioStats(0.0, 0.0, 0.0, 1.0, 1e-7, 1e-6, None), 0.0, 1)
     second = UpdateStats(0.3, 4.0, 10, False, 32, 0, RatioStats(0.2, 0.4, 0.1, 1.5, 0.5, 0.9, 3.0), 0.0, 0)
-    ratios = RatioStats(0.1, 0.2, 0.05, 1.25, 1e-7, 1e-6, 3.0)  # the mismatch is the first step's
-    assert over_steps([first, second]) == UpdateStats(0.2, 3.0, 40, False, 32, 1, ratios, 0.0, 1)
-    assert over_steps([second]) is second
+    ratios = RatioStats(0.1, 0.2, 0.05, 1.25, 1e-7, 1e-6, 3.0)  # the log-prob difference is the first step's
+    assert merge_updates([first, second]) == UpdateStats(0.2, 3.0, 40, False, 32, 1, ratios, 0.0, 1)
+    assert merge_updates([second]) is second
 
 
-def test_update_makes_every_step_and_says_whether_an_earlier_one_has_begun():
+def test_update_says_whether_an_earlier_step_has_changed_the_weights():
     made, stage = [], stage_of(problems=8, optimizer_steps=4, loss="cispo")
 
     def run_update(sequences, loss, of_stage, divisor, begun):
@@ -303,7 +303,7 @@ def test_update_makes_every_step_and_says_whether_an_earlier_one_has_begun():
 # --------------------------------------------------------------------------------------------------- in a stage
 
 
-def test_without_a_variant_it_is_polaris(batch):
+def test_the_default_variant_is_polaris(batch):
     stage = replace(stage_of(), clip_low=0.1, clip_high=0.3, dual_clip=4.0)
     assert choose_loss(stage) == PolicyLoss(0.1, 0.3, 4.0) and type(choose_loss(stage)) is PolicyLoss
     groups, _ = batch
@@ -327,7 +327,7 @@ SCRIPT = [{"a": [0, 1, 0, 0], "b": [0, 0, 0, 0], "c": [0, 1, 1, 1], "d": [1, 1, 
         ({"punish_last_tokens": 5, "drop_truncated": True}, 1, 16),
     ],
 )
-def test_a_stage_runs_with_it(settings, made, learned):
+def test_a_stage_runs_with_a_variant(settings, made, learned):
     rows, updates, _ = run_stage(SCRIPT, substitute=False, variant=VariantSettings(**settings))
     for step, row in enumerate(rows):
         assert row["optimizer_steps"] == made and row["skipped"] == row["nonfinite"] == 0
@@ -337,8 +337,8 @@ def test_a_stage_runs_with_it(settings, made, learned):
         assert row["zero_variance"] == 1 and row["substituted"] == 0
 
 
-def test_punished_rewards_are_learned_from_and_nowhere_else():
-    # the group in which nothing is right has a signal now; what was counted, remembered and recorded has not moved
+def test_punished_rewards_affect_the_update_alone():
+    # the all-wrong group now has a signal; counts, sinks and pass rates use the original rewards
     [row], updates, run = run_stage(SCRIPT[:1], variant=VariantSettings(punish_last_tokens=9))
     assert (row["zero_variance"], row["solve_none"], row["substituted"]) == (1, 1, 0)
     assert {reward for _, reward in run.state.sinks.held.values()} == {1.0}
@@ -348,7 +348,7 @@ def test_punished_rewards_are_learned_from_and_nowhere_else():
     assert by_length[0].advantage > 0 > by_length[-1].advantage
 
 
-def test_a_batch_of_which_nothing_is_left_is_skipped_and_counted():
+def test_a_batch_without_informative_groups_is_counted_as_skipped():
     script = [{name: [0, 0, 0, 0] for name in "abcd"}]
     variant = VariantSettings(drop_zero_variance=True)
     [row], updates, _ = run_stage(script, substitute=False, variant=variant)
@@ -356,7 +356,7 @@ def test_a_batch_of_which_nothing_is_left_is_skipped_and_counted():
 
 
 def test_learning_from_the_first_step_makes_the_second_off_policy():
-    # the same groups in both steps: what the first has learned, the second's ratio to the sampler shows
+    # two steps in one batch, each on different groups
     variant = VariantSettings(optimizer_steps=2)
     _, updates, run = run_stage(SCRIPT[:1], substitute=False, variant=variant)
     assert [at for at, _ in updates] == [0, 0]
