@@ -230,7 +230,7 @@ def test_more_samples_are_added_to_the_stored_ones(command, tmp_path, monkeypatc
 
 def test_other_settings_are_refused(command):
     command("-n", 1, "--max-tokens", 6, "--limit", 2)
-    with pytest.raises(SystemExit, match="out was made with max_tokens = 6, not 7: use the settings"):
+    with pytest.raises(SystemExit, match="out was made with max_tokens = 6, not 7: use the same setting"):
         command("-n", 1, "--max-tokens", 7, "--limit", 2)
     with pytest.raises(SystemExit, match="was made with problems = "):
         command("-n", 1, "--max-tokens", 6, "--limit", 3)
