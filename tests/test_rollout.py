@@ -18,7 +18,7 @@ from rollout import (
     RolloutError,
     SamplerStats,
     Sampling,
-    counted_uniform,
+    counter_uniform,
     distinct_ngrams,
     generate,
     sample,
@@ -417,7 +417,7 @@ def test_draws_follow_the_exact_distribution(temperature, top_k, top_p):
     exact = exact_probabilities(logits, temperature, top_k, top_p)
     sampling = warm(temperature=temperature, top_k=top_k, top_p=top_p)
     keys = torch.tensor([sequence_key(0, 0, "p", i) for i in range(draws)])
-    tokens, logprobs = sample(logits.expand(draws, -1), sampling, counted_uniform(keys, torch.zeros_like(keys)))
+    tokens, logprobs = sample(logits.expand(draws, -1), sampling, counter_uniform(keys, torch.zeros_like(keys)))
     counts = tokens.bincount(minlength=size).tolist()
     statistic = 0.0
     for count, probability in zip(counts, exact, strict=True):
@@ -498,20 +498,20 @@ def test_splitmix64_reference_gives_the_published_first_number():
     assert splitmix64(1234567, 0) == (6457827717110365317 >> 11) * 2.0**-53
 
 
-def test_counted_uniform_equals_splitmix64():
+def test_counter_uniform_equals_splitmix64():
     dice = random.Random(1)
     keys = [0, 1, -1, 2**63 - 1, -(2**63)] + [dice.randrange(-(2**63), 2**63) for _ in range(500)]
     counts = [dice.choice([0, 1, 2, 131_071, dice.randrange(10**6)]) for _ in keys]
-    ours = counted_uniform(torch.tensor(keys), torch.tensor(counts))
+    ours = counter_uniform(torch.tensor(keys), torch.tensor(counts))
     assert ours.dtype == torch.float64
     assert ours.tolist() == [splitmix64(key, count) for key, count in zip(keys, counts, strict=True)]
     assert 0 <= ours.min() and ours.max() < 1
 
 
-def test_counted_uniforms_are_even_along_keys_and_along_counts():
+def test_counter_uniforms_are_even_along_keys_and_along_counts():
     keys = torch.tensor([sequence_key(1, 2, "p", i) for i in range(10_000)])
-    along_keys = counted_uniform(keys, torch.zeros_like(keys))
-    along_counts = counted_uniform(keys[:1].expand(10_000), torch.arange(10_000))
+    along_keys = counter_uniform(keys, torch.zeros_like(keys))
+    along_counts = counter_uniform(keys[:1].expand(10_000), torch.arange(10_000))
     for uniforms in (along_keys, along_counts):
         counts = (uniforms * 20).long().bincount(minlength=20)
         assert ((counts - 500) ** 2 / 500).sum() < 19 + 5 * math.sqrt(2 * 19)
