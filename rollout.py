@@ -3,19 +3,15 @@
 `generate` yields rollouts as they finish, so that grading can overlap sampling. One loop serves every device:
 
     admit    waiting responses take free rows and pages; a prompt is prefilled once for its whole group
-    decode   one token for every row: attention over its pages, then one draw
-    retire   finished rows leave at once, and the last row closes the gap
+    decode   every row draws one token, after attention over its pages
+    retire   finished rows leave at once, and the last row fills the gap
 
-All of it is here in plain PyTorch; engine/decode.py has the faster weights, kernel and graphs that stand in for it.
+This file is plain PyTorch; engine/decode.py has the packed weights, the paged kernel and the CUDA graphs that speed
+it up. A row that needs a page when none is free preempts the row admitted last, which waits and is prefilled again.
 
-A row that needs a page when none is free preempts the row admitted last, which waits and is prefilled again;
-nothing fails for lack of memory as long as one whole sequence fits.
-
-Randomness is counted, not streamed: the draw for a token is a hash of (seed, step, problem id, rollout,
-position), so the batch that a response happens to share changes nothing (up to float rounding of the logits).
-
-Log-probs are those of the policy at the sampling temperature, log softmax(logits / T), before any top-k or
-top-p cut: with the cuts off, as in training, they are those of the very distribution that was sampled.
+The draw for a token is a hash of (seed, step, problem id, rollout, position), so the other responses in the batch
+change nothing (up to float rounding of the logits). Log-probs are log softmax(logits / T) before any top-k or top-p
+cut; with the cuts off, as in training, they describe exactly the distribution that was sampled.
 """
 
 import hashlib
@@ -35,29 +31,33 @@ from engine.errors import UserError
 from engine.memory import out_of_memory
 from model import ModelConfig, Packed, Transformer
 
-LARGEST_PREFILL = 16_384  # tokens in one prefill forward; a longer prompt goes alone
-LARGEST_CPU_PREFILL = 2_048  # what the caches of a CPU hold
-STEPS_BETWEEN_SYNCS = 8  # with graphs: tokens that every row draws before the host looks for the ends of responses
+LARGEST_PREFILL = 16_384  # tokens in one prefill forward; a longer prompt is prefilled alone
+LARGEST_CPU_PREFILL = 2_048  # fits the caches of a CPU
+STEPS_BETWEEN_SYNCS = 8  # with graphs: tokens drawn for every row before the host checks which responses have ended
+DRAW_BLOCK = 128  # weights summed together, so that no cumulative sum runs over a whole vocabulary
+
+
+# --------------------------------------------------------------------------------------- requests and results
 
 
 class RolloutError(UserError):
-    """A request that cannot be sampled, in one sentence."""
+    """A request that cannot be sampled."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem's prompt, to be answered n times. `first` is the number of its first rollout."""
+    """One problem's prompt and the number of rollouts to sample for it."""
 
     problem_id: str
     tokens: Sequence[int]
     n: int
-    first: int = 0
-    limits: Sequence[int] | None = None  # most new tokens of each of the n, within Sampling's
+    first: int = 0  # index of the first rollout
+    limits: Sequence[int] | None = None  # max_new_tokens of each of the n, capped by Sampling's
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. Temperature 0 is greedy; top_k 0 and top_p 1 are off, as the recipe trains."""
+    """How to sample. Temperature 0 is greedy; top_k 0 and top_p 1, the recipe's values, cut nothing."""
 
     temperature: float
     max_new_tokens: int
@@ -70,7 +70,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class CacheLimits:
-    """What the KV cache may take. A page as long as the longest sequence makes every slot one page."""
+    """The size of the KV cache. Pages as long as the longest sequence give each row a single page."""
 
     tokens: int  # of all sequences together
     page_size: int  # tokens
@@ -79,12 +79,12 @@ class CacheLimits:
 
 @dataclass
 class Rollout:
-    """One response and the policy's own account of it."""
+    """One sampled response and the log-probs of its tokens."""
 
     problem_id: str
-    index: int  # which of the problem's n
+    index: int  # among the problem's rollouts
     prompt: np.ndarray  # int32 (P,)
-    tokens: np.ndarray  # int32 (R,), with the stop token that was sampled
+    tokens: np.ndarray  # int32 (R,), including a sampled stop token
     logprobs: np.ndarray  # float32 (R,), at `temperature`
     finish_reason: str  # "stop" or "length"
     temperature: float
@@ -92,7 +92,7 @@ class Rollout:
 
 @dataclass
 class SamplerStats:
-    """What a call of `generate` did; filled in as it goes."""
+    """Counters of one `generate` call, updated as it runs."""
 
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
@@ -101,22 +101,53 @@ class SamplerStats:
     memory_retries: int = 0  # times that memory ran out and the batch was made smaller
 
 
-# ---------------------------------------------------------------------------------------- counted randomness
+def check_requests(
+    model: Transformer, prompts: Sequence[Prompt], sampling: Sampling, limits: CacheLimits
+) -> tuple[int, int]:
+    """Return the page size to use, and how many pages of it the longest possible sequence takes.
+
+    Raise RolloutError for invalid settings and for a sequence that could outgrow the model's window or the cache.
+    """
+    new, size, window = sampling.max_new_tokens, limits.page_size, model.config.max_position_embeddings
+    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or new < 1:
+        raise RolloutError(f"cannot sample with {sampling}")
+    if limits.rows < 1 or size < 1:
+        raise RolloutError(f"cannot sample with {limits}")
+    longest = max((len(prompt.tokens) for prompt in prompts), default=0) + new
+    if not pages_have_kernels(model.device, model.lm_head.weight.dtype):
+        size = min(size, longest)
+    elif size % KERNEL_PAGE_TOKENS:
+        raise RolloutError(f"pages of {size} tokens: on CUDA use a multiple of {KERNEL_PAGE_TOKENS}")
+    for prompt in prompts:
+        problem, length = f"problem {prompt.problem_id}", len(prompt.tokens)
+        if prompt.limits and (least := min(prompt.limits)) < 1:
+            raise RolloutError(f"{problem}: a limit of {least} new tokens is below 1: raise it")
+        if not length:
+            raise RolloutError(f"{problem}: the prompt is empty")
+        sequence = f"{problem}: prompt of {length} tokens + {new} new"
+        if length + new > window:
+            raise RolloutError(f"{sequence} exceeds the model's window of {window}: shorten either or extend with YaRN")
+        if math.ceil((length + new) / size) + 1 > limits.tokens // size:
+            raise RolloutError(f"{sequence} and a spare page exceed the cache of {limits.tokens} tokens: enlarge it")
+    return size, math.ceil(longest / size)
+
+
+# --------------------------------------------------------------------------------------------------- the draw
 
 
 def sequence_key(seed: int, step: int, problem_id: str, index: int) -> int:
-    """A signed 64-bit key for one response."""
+    """Return a signed 64-bit key for one response."""
     name = f"{seed}/{step}/{problem_id}/{index}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
 
-def counted_uniform(keys: Tensor, counts: Tensor) -> Tensor:
-    """One uniform in [0, 1), float64, per (key, count): the SplitMix64 finaliser (doi 10.1145/2660193.2660195)."""
+def counter_uniform(keys: Tensor, counters: Tensor) -> Tensor:
+    """Return a float64 in [0, 1) for each key and counter: the SplitMix64 finaliser (doi 10.1145/2660193.2660195)."""
 
-    def shift_right(x: Tensor, bits: int) -> Tensor:  # int64 shifts drag the sign along
+    def shift_right(x: Tensor, bits: int) -> Tensor:  # without the sign bits that an int64 shift brings in
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
-    x = keys + (counts + 1) * -0x61C8864680B583EB
+    x = keys + (counters + 1) * -0x61C8864680B583EB
     x = (x ^ shift_right(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ shift_right(x, 27)) * -0x6B2FB644ECCEEE15
     x = x ^ shift_right(x, 31)
@@ -128,11 +159,10 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
     logits = logits.float()
     if sampling.temperature == 0:
         tokens = logits.argmax(1)
-        logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
-        return tokens, logprobs
-    # one pass each: shift, exponentiate in place, sum; a vocabulary is too wide for more than is needed
+        return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+    # shift, exponentiate in place, sum: each pass over a vocabulary is expensive
     scaled = (logits - logits.amax(1, keepdim=True)).div_(sampling.temperature)
-    if sampling.top_k or sampling.top_p < 1:  # the top_k likeliest, and of these the fewest that hold top_p of the mass
+    if sampling.top_k or sampling.top_p < 1:  # keep the top_k likeliest, and of these the fewest that hold top_p
         size = logits.shape[1]
         best, index = scaled.topk(min(sampling.top_k or size, size), dim=1)  # (B, kept), likeliest first
         probability = best.softmax(1)
@@ -145,11 +175,8 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
     return tokens, weights.gather(1, tokens[:, None]).squeeze(1).log() - total.log()
 
 
-DRAW_BLOCK = 128  # weights that are summed first, so that no cumulative sum runs over a whole vocabulary
-
-
 def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative distribution: unnormalised weights (B, V) -> indices (B,), the weights' sums (B,)."""
+    """Invert the cumulative distribution: unnormalised weights (B, V) -> indices (B,) and sums of the weights (B,)."""
     vocabulary = weights.shape[1]
     if vocabulary % DRAW_BLOCK:
         weights = F.pad(weights, (0, -vocabulary % DRAW_BLOCK))
@@ -159,28 +186,25 @@ def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     block, rest = _invert(sums, uniform[:, None] * total[:, None])
     inside = blocks[torch.arange(len(blocks), device=block.device), block]  # (B, 128)
     place, _ = _invert(inside, rest)
-    # in the padding only where weights are not numbers; a token past the end would kill the process on CUDA
+    # NaN weights lead into the padding, and on CUDA a token past the end would kill the process
     return (block * DRAW_BLOCK + place).clamp_(max=vocabulary - 1), total
 
 
 def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum of weights (B, n) passes target (B, 1): indices (B,), and what is left of it there (B, 1).
-
-    Rounding never carries a draw past the last weight above zero.
-    """
+    """Find where the running sum of weights (B, n) passes target (B, 1): indices (B,), and remainders (B, 1)."""
     cumulative = weights.cumsum(1, dtype=torch.float64)
+    # rounding must not move the result past the last weight above zero
     target = torch.minimum(target.double(), cumulative[:, -1:] * (1 - 2.0**-50))
     index = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
-    index = index.clamp_(max=weights.shape[1] - 1)  # past the end only where weights are not numbers
-    before = cumulative.gather(1, index) - weights.gather(1, index)
-    return index.squeeze(1), target - before
+    index = index.clamp_(max=weights.shape[1] - 1)  # only NaN weights lead past the end
+    return index.squeeze(1), target - (cumulative.gather(1, index) - weights.gather(1, index))
 
 
-# -------------------------------------------------------------------------------------------- the paged cache
+# ------------------------------------------------------------------------------------------ the paged KV cache
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
+    """Return the bytes of one token's keys and values in all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
@@ -188,31 +212,29 @@ class PagedCache:
     """Keys and values of every layer, in pages of `page_size` tokens that any sequence may use."""
 
     def __init__(self, model: Transformer, pages: int, page_size: int, dtype: torch.dtype, scratch: bool = False):
-        """With `scratch` there is one more page, number `pages`, which is never handed out."""
+        """With `scratch`, page number `pages` exists too and is never handed out."""
         config, device = model.config, model.device
         self.page_size, self.pages = page_size, pages
-
-        def zeros() -> Tensor:  # (layers, pages, page_size, K, D)
-            order = (0, 1, 3, 2, 4) if device.type == "cpu" else (0, 1, 2, 3, 4)  # on a CPU a head's tokens in a row
-            shape = (config.num_hidden_layers, pages + scratch, page_size, config.num_key_value_heads, config.head_dim)
-            return torch.zeros([shape[i] for i in order], dtype=dtype, device=device).permute(order)
-
-        self.keys, self.values = zeros(), zeros()
+        shape = (config.num_hidden_layers, pages + scratch, page_size, config.num_key_value_heads, config.head_dim)
+        order = (0, 1, 3, 2, 4) if device.type == "cpu" else (0, 1, 2, 3, 4)  # a CPU reads one head's tokens in a row
+        self.keys, self.values = (  # (layers, pages, page_size, K, D)
+            torch.zeros([shape[i] for i in order], dtype=dtype, device=device).permute(order) for _ in range(2)
+        )
         self.free = list(range(pages - 1, -1, -1))  # the lowest page is handed out first
         self.users = [0] * pages
 
     def take(self, count: int, highest: bool = False) -> list[int]:
-        """Free pages: the lowest, or the highest."""
+        """Hand out free pages: the lowest, or the highest."""
         return self.share([self.free.pop(0 if highest else -1) for _ in range(count)])
 
     def share(self, pages: list[int]) -> list[int]:
-        """The same pages, with one more user each."""
+        """Add one user to each page and return the pages."""
         for page in pages:
             self.users[page] += 1
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """One user fewer for each page; those without any are free again."""
+        """Remove one user from each page; pages without users become free."""
         for page in pages:
             self.users[page] -= 1
             if self.users[page] == 0:
@@ -225,13 +247,13 @@ class PagedCache:
         self.values[:, target, :tokens] = self.values[:, source, :tokens]
 
     def store(self, layer: int, page: Tensor, offset: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write the keys and values (T, K, D) of T tokens to their places: page and offset in it (T,)."""
+        """Write the keys and values (T, K, D) of T tokens, each at its page and the offset in it (T,)."""
         self.keys[layer][page, offset] = k.to(self.keys.dtype)
         self.values[layer][page, offset] = v.to(self.values.dtype)
 
 
 class Prefill(Packed):
-    """Packed prompts whose keys and values go into the cache on the way."""
+    """Packed prompts whose keys and values are stored in the cache."""
 
     def __init__(self, cache: PagedCache, lengths: list[int], page_tables: list[list[int]], device: torch.device):
         super().__init__(lengths, device)
@@ -241,19 +263,19 @@ class Prefill(Packed):
         self.offset = self.positions % size  # (T,)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store keys and values, and attend within each prompt: q (T, H, D) -> (T, H, D)."""
+        """Store keys and values, then attend within each prompt: q (T, H, D) -> (T, H, D)."""
         self.cache.store(layer, self.page, self.offset, k, v)
         return super().attend(layer, q, k, v)
 
 
 class Decode:
-    """One new token per row, which sees all of its sequence through the page table."""
+    """One new token per row, which attends to its sequence through the page table.
+
+    With `in_place`, row i uses page i and no other, so that the cache is read without gathering pages.
+    """
 
     def __init__(self, cache: PagedCache, table: Tensor, positions: Tensor, longest: int, in_place: bool = False):
-        """table (B, pages), positions (B,) of the new tokens; no row has more than `longest` tokens with its new one.
-
-        `in_place`: row i is page i, and nothing more: the cache itself is the batch, ungathered.
-        """
+        """table (B, pages), positions (B,) of the new tokens; no row exceeds `longest` tokens, the new one included."""
         self.cache, self.positions, self.in_place, size = cache, positions, in_place, cache.page_size
         self.page = table.gather(1, (positions // size)[:, None]).squeeze(1)  # (B,)
         self.offset = positions % size
@@ -262,14 +284,14 @@ class Decode:
             self.kernel = PagedKernel(table, positions + 1, longest)
             return
         if in_place and 2 * longest > size:
-            longest = size  # pages side by side are one stream: skipping the rest of each costs more than reading it
+            longest = size  # reading adjacent pages to their ends is faster than skipping parts of them
         self.table, self.longest = table[:, : math.ceil(longest / size)], longest
         unseen = torch.arange(longest, device=table.device)[None] > positions[:, None]  # (B, longest)
         bias = torch.zeros(unseen.shape, dtype=cache.keys.dtype, device=table.device)
         self.bias = bias.masked_fill_(unseen, -math.inf)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store this token's key and value, then attend: q (B, H, D) -> (B, H, D)."""
+        """Store the new token's key and value, then attend: q (B, H, D) -> (B, H, D)."""
         self.cache.store(layer, self.page, self.offset, k, v)
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (pages, size, K, D)
         if self.kernel:
@@ -280,15 +302,15 @@ class Decode:
         else:
             k, v = keys[self.table].flatten(1, 2), values[self.table].flatten(1, 2)  # (B, pages x size, K, D)
         k, v = k[:, : self.longest].transpose(1, 2), v[:, : self.longest].transpose(1, 2)  # (B, K, longest, D)
-        q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D): queries that share a key head become its rows
+        q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D): the queries that share a key head
         q, k, v = (q * size**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B x K, ., D)
-        # keys first: with few queries to a key, the product reads memory twice as fast in this order
+        # keys first: with few queries per key, this order reads memory twice as fast
         scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2).contiguous()  # (B x K, H/K, longest)
         scores.view(rows, -1, self.longest).add_(self.bias[:, None])
         return torch.bmm(scores.softmax(-1), v).view(rows, heads, size)
 
 
-# ------------------------------------------------------------------------------------------------ the sampler
+# ---------------------------------------------------------------------------- the loop: admit, decode, retire
 
 
 def generate(
@@ -299,52 +321,17 @@ def generate(
     stats: SamplerStats | None = None,
     abandon: Callable[[], bool] = lambda: False,
 ) -> Iterator[Rollout]:
-    """Yield every rollout as it finishes, in no particular order. Call it with the weights gathered, without grad.
+    """Yield every rollout as it finishes, in no particular order. Needs gathered weights and torch.no_grad.
 
-    `abandon` is asked before every token (with graphs: every few); after a yes the unfinished is forgotten.
-
-    Raises RolloutError before any work when a sequence could outgrow the model's window or the cache.
+    `abandon` is called before each decode; when it returns True, unfinished responses are dropped.
+    Raises what `check_requests` raises, before any work.
     """
-    check_requests(model, prompts, sampling, limits)
-    return (
-        _Sampler(model, list(prompts), sampling, limits, stats or SamplerStats()).run(abandon) if prompts else iter(())
-    )
-
-
-def _page_size(model: Transformer, limits: CacheLimits, longest: int) -> int:
-    """The page size to use: no longer than a sequence, except where a kernel wants pages of its own size."""
-    if not pages_have_kernels(model.device, model.lm_head.weight.dtype):
-        return min(limits.page_size, longest)
-    if limits.page_size % KERNEL_PAGE_TOKENS:
-        raise RolloutError(f"pages of {limits.page_size} tokens: on CUDA use a multiple of {KERNEL_PAGE_TOKENS}")
-    return limits.page_size
-
-
-def check_requests(model: Transformer, prompts: Sequence[Prompt], sampling: Sampling, limits: CacheLimits) -> None:
-    """Raise RolloutError when a sequence could outgrow the model's window or the cache."""
-    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or sampling.max_new_tokens < 1:
-        raise RolloutError(f"cannot sample with {sampling}")
-    if limits.rows < 1 or limits.page_size < 1:
-        raise RolloutError(f"cannot sample with {limits}")
-    window = model.config.max_position_embeddings
-    longest = max((len(prompt.tokens) for prompt in prompts), default=0) + sampling.max_new_tokens
-    page_size = _page_size(model, limits, longest)
-    for prompt in prompts:
-        needs = len(prompt.tokens) + sampling.max_new_tokens
-        what = f"problem {prompt.problem_id}: prompt of {len(prompt.tokens)} tokens + {sampling.max_new_tokens} new"
-        if prompt.limits and (least := min(prompt.limits)) < 1:
-            raise RolloutError(f"problem {prompt.problem_id}: a limit of {least} new tokens is below 1: raise it")
-        if not len(prompt.tokens):
-            raise RolloutError(f"problem {prompt.problem_id}: the prompt is empty")
-        if needs > window:
-            raise RolloutError(f"{what} exceeds the model's window of {window}: shorten either or extend with YaRN")
-        if math.ceil(needs / page_size) + 1 > limits.tokens // page_size:
-            raise RolloutError(f"{what} and a spare page exceed the cache of {limits.tokens} tokens: enlarge it")
+    return _Sampler(model, list(prompts), sampling, limits, stats or SamplerStats()).run(abandon)
 
 
 @dataclass
 class _Prefix:
-    """Tokens whose keys and values are prefilled once and held until every row that starts from them has started."""
+    """Prefilled tokens, held until every row that starts from them has started."""
 
     rows_to_start: int
     pages: list[int] = field(default_factory=list)
@@ -352,30 +339,30 @@ class _Prefix:
 
 @dataclass(eq=False)
 class _Row:
-    """A response in the making."""
+    """An unfinished response."""
 
     prompt: Prompt
     index: int
     key: int
-    limit: int  # most new tokens
-    prefix: _Prefix  # all but the last of its tokens when it starts: that one is decoded
+    limit: int  # max_new_tokens
+    prefix: _Prefix  # all tokens but the last, which is decoded
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
-    admitted: int = 0  # a running number: preemption takes the highest
+    admitted: int = 0  # serial number of its admission
 
     @property
     def length(self) -> int:
-        """Tokens so far, prompt and response."""
         return len(self.prompt.tokens) + len(self.tokens)
 
 
 class _Sampler:
-    """The state of one `generate` call: the rows in flight, the rows that wait, and the cache that they share."""
+    """The state of one `generate` call: the rows being decoded, the waiting rows, and the cache they share."""
 
     def __init__(
         self, model: Transformer, prompts: list[Prompt], sampling: Sampling, limits: CacheLimits, stats: SamplerStats
     ):
+        self.page_size, self.pages_per_row = check_requests(model, prompts, sampling, limits)
         self.sampling, self.stats, self.device = sampling, stats, model.device
         self.rows: list[_Row] = []
         self.waiting: deque[_Row] = deque()
@@ -386,24 +373,21 @@ class _Sampler:
                 key = sequence_key(sampling.seed, sampling.step, prompt.problem_id, prompt.first + i)
                 limit = min(sampling.max_new_tokens, prompt.limits[i] if prompt.limits else sampling.max_new_tokens)
                 self.waiting.append(_Row(prompt, prompt.first + i, key, limit, prefix))
-        longest = max(len(prompt.tokens) for prompt in prompts) + sampling.max_new_tokens
-        self.page_size = _page_size(model, limits, longest)
-        self.pages_per_row = math.ceil(longest / self.page_size)
-        self.one_page = self.pages_per_row == 1  # then row i keeps to page i, as long as the cache is not tight
-        rows = self.most_rows = min(limits.rows, len(self.waiting))
-        self.most_prefill = LARGEST_CPU_PREFILL if self.device.type == "cpu" else LARGEST_PREFILL
+        self.one_page = self.pages_per_row == 1  # row i then uses page i, unless the cache is tight
+        rows = self.max_rows = min(limits.rows, len(self.waiting))
+        self.max_prefill = LARGEST_CPU_PREFILL if self.device.type == "cpu" else LARGEST_PREFILL
         self.graphs = step_graphs(rows, self.device, model.lm_head.weight.dtype)
-        self.cache = self._make_cache(model, limits)
+        self.cache = self._allocate_cache(model, limits)
         self.forward = sampling_forward(model, rows)
-        # the rows as tensors, made once: a step reads and updates them in place, so that a graph can replay it
+        # a step updates these tensors in place, so that a graph can replay it
         self.table = torch.zeros(rows, self.pages_per_row, dtype=torch.int64, device=self.device)
-        self.numbers = torch.zeros(5, rows, dtype=torch.int64, device=self.device)  # what _step unpacks
-        self.logprobs = torch.zeros(rows, device=self.device)  # of the tokens drawn
-        self.loaded: list[tuple[int, int]] | None = None  # which rows, with how many pages, the tensors hold
+        self.numbers = torch.zeros(5, rows, dtype=torch.int64, device=self.device)  # unpacked in _step
+        self.logprobs = torch.zeros(rows, device=self.device)  # of the tokens just drawn
+        self.loaded: list[tuple[int, int]] | None = None  # (admitted, pages) of each row in the tensors
 
-    def _make_cache(self, model: Transformer, limits: CacheLimits) -> PagedCache:
-        """As many pages as the budget holds, and no more than full rows and as many held prompts could use."""
-        pages = min(limits.tokens // self.page_size, 2 * self.most_rows * self.pages_per_row)
+    def _allocate_cache(self, model: Transformer, limits: CacheLimits) -> PagedCache:
+        """Allocate the pages of the budget, but no more than full rows and as many held prompts could use."""
+        pages = min(limits.tokens // self.page_size, 2 * self.max_rows * self.pages_per_row)
         while True:
             try:
                 return PagedCache(model, pages, self.page_size, model.lm_head.weight.dtype, self.graphs is not None)
@@ -417,69 +401,68 @@ class _Sampler:
                 raise RolloutError(f"out of memory: {what}: shorten the responses or use a smaller model")
 
     def run(self, abandon: Callable[[], bool]) -> Iterator[Rollout]:
-        """Decode until nothing runs and nothing waits."""
+        """Sample until no row is left."""
         while (self.rows or self.waiting) and not abandon():
-            drawn = None
             try:
                 self._admit()
                 drawn = self._decode()
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-            if drawn is None:  # outside the except clause: the error's traceback keeps its tensors alive
-                self._shrink()
-            else:
+                drawn = None
+            if drawn:
                 yield from self._retire(*drawn)
+            else:  # outside the except clause: the error's traceback keeps its tensors alive
+                self._shrink()
 
     def _admit(self) -> None:
-        """Start waiting responses while there are rows and pages. A prefix is prefilled once for all its rows."""
+        """Start waiting responses while rows and pages are free. A prefix is prefilled once for all its rows."""
         started: list[_Row] = []
-        prefills: list[tuple[_Row, list[int]]] = []  # rows and the pages that all but their last token fill
-        while self.waiting and len(self.rows) < self.most_rows:
+        prefills: list[tuple[_Row, list[int]]] = []  # rows, and the pages for all their tokens but the last
+        while self.waiting and len(self.rows) < self.max_rows:
             row = self.waiting[0]
             prefix = row.prefix
-            whole, part = divmod(row.length - 1, self.page_size)
-            alone = not prefix.pages and prefix.rows_to_start == 1  # its pages can be the row's own
-            needed = 1 if prefix.pages else 1 + whole + (part > 0 and not alone)
-            # rows that are to grow keep a page each in reserve, or they would only preempt each other
+            full, rest = divmod(row.length - 1, self.page_size)  # full pages, and tokens on a last one
+            alone = not prefix.pages and prefix.rows_to_start == 1  # prefill into the row's own pages
+            needed = 1 if prefix.pages else 1 + full + (rest > 0 and not alone)
+            # a page in reserve for each growing row, or rows would only preempt each other
             reserve = 0 if self.one_page else len(self.rows)
             if len(self.cache.free) < needed + reserve:
                 if self.rows:
                     break
-                self._free_pages()
+                self._reclaim_pages()
                 continue
             if alone:
-                row.pages = self.cache.take(whole + 1)
+                row.pages = self.cache.take(full + 1)
                 prefills.append((row, row.pages))
             else:
-                if not prefix.pages:  # from the far end, so that rows keep the low pages to themselves
-                    prefix.pages = self.cache.take(whole + (part > 0), highest=True)
+                if not prefix.pages:  # take the highest, so that rows get the low pages
+                    prefix.pages = self.cache.take(full + (rest > 0), highest=True)
                     prefills.append((row, prefix.pages))
-                row.pages = self.cache.share(prefix.pages[:whole]) + self.cache.take(1)
-            prefix.rows_to_start -= 1
+                row.pages = self.cache.share(prefix.pages[:full]) + self.cache.take(1)
             row.admitted = self.admissions = self.admissions + 1
             self.rows.append(self.waiting.popleft())
             started.append(row)
         try:
             self._prefill([(row, pages) for row, pages in prefills if row.length > 1])
-        except BaseException:  # as if nothing had been admitted
+        except BaseException:  # undo the admissions
             for row in reversed(started):
-                self._forget(row.prefix)
-                self._preempt(row)
+                self._release(row.prefix)
+                self._requeue(row)
             raise
         for row in started:
-            whole, part = divmod(row.length - 1, self.page_size)
-            if part and row.prefix.pages:  # the page that the row goes on writing is its own copy
-                self.cache.copy(row.prefix.pages[whole], row.pages[whole], part)
-        for row in started:
+            full, rest = divmod(row.length - 1, self.page_size)
+            if rest and row.prefix.pages:  # the row writes on in a copy of the shared last page
+                self.cache.copy(row.prefix.pages[full], row.pages[full], rest)
+            row.prefix.rows_to_start -= 1
             if row.prefix.rows_to_start == 0:
-                self._forget(row.prefix)
+                self._release(row.prefix)
 
     def _prefill(self, prefills: list[tuple[_Row, list[int]]]) -> None:
-        """Write keys and values of all but the last token of rows into pages, several rows packed into one forward."""
+        """Store keys and values of all tokens but the last of each row, several rows packed into one forward."""
         while prefills:
             tokens, tables, total = [], [], 0
-            while prefills and (not tokens or total + prefills[0][0].length - 1 <= self.most_prefill):
+            while prefills and (not tokens or total + prefills[0][0].length - 1 <= self.max_prefill):
                 row, pages = prefills.pop(0)
                 tokens.append(np.concatenate([row.prompt.tokens, row.tokens])[:-1].astype(np.int64))
                 tables.append(pages)
@@ -489,17 +472,17 @@ class _Sampler:
             self.stats.prefilled_tokens += total
 
     def _decode(self) -> tuple[list[list[int]], list[list[float]]]:
-        """The next tokens of every row and their log-probs, B x steps. The host waits for the device once."""
+        """Draw the next tokens of every row and their log-probs, B x steps. The host waits for the device once."""
         steps = 1
         if self.graphs:
             steps = min([STEPS_BETWEEN_SYNCS, *(row.limit - len(row.tokens) for row in self.rows)])
-        self._give_every_row_pages(steps)
-        self._load()
+        self._reserve_pages(steps)
+        self._load_rows()
         rows, longest, drawn = len(self.rows), max(row.length for row in self.rows), []
-        # no page i is another's, unless a tight cache left a held prompt among the low pages
+        # false only where, in a tight cache, a held prompt occupies low pages
         in_place = self.one_page and all(row.pages == [i] for i, row in enumerate(self.rows))
         for _ in range(steps):
-            if self.graphs:  # recorded once for all lengths
+            if self.graphs:  # one recording serves all lengths
                 self.graphs.run(partial(self._step, longest=self.pages_per_row * self.page_size), rows)
             else:
                 self._step(rows, longest, in_place)
@@ -509,22 +492,22 @@ class _Sampler:
         return torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
 
     def _step(self, rows: int, longest: int, in_place: bool = False) -> None:
-        """Draw one token for each of the first rows and leave their tensors ready for the next step."""
-        positions, inputs, keys, counts, alive = self.numbers[:, :rows]  # each int64 (B,)
+        """Draw one token for each of the first rows and update their tensors for the next step."""
+        positions, inputs, keys, counters, alive = self.numbers[:, :rows]  # each int64 (B,)
         context = Decode(self.cache, self.table[:rows], positions, longest, in_place)
         logits = self.forward.logits(self.forward.hidden(inputs, context))  # (B, V)
-        tokens, logprobs = sample(logits, self.sampling, counted_uniform(keys, counts))
+        tokens, logprobs = sample(logits, self.sampling, counter_uniform(keys, counters))
         inputs.copy_(tokens)
         self.logprobs[:rows] = logprobs
         positions += alive
-        counts += alive
+        counters += alive
 
-    def _load(self) -> None:
-        """Write the rows to the tensors that a step reads, unless they have not changed since the last one."""
+    def _load_rows(self) -> None:
+        """Write the rows to the tensors that a step reads, unless they are still the rows of the last step."""
         rows = [(row.admitted, len(row.pages)) for row in self.rows]
         if rows == self.loaded:
             return
-        # rows beyond them only fill up a graph's batch: they stay where they are, on the scratch page
+        # the rows beyond them, which only pad a graph's batch, do not advance: they rewrite the scratch page
         table = np.full(self.table.shape, self.cache.pages if self.graphs else 0)
         numbers = np.zeros(self.numbers.shape, dtype=np.int64)
         for i, row in enumerate(self.rows):
@@ -535,17 +518,8 @@ class _Sampler:
         self.numbers.copy_(torch.from_numpy(numbers))
         self.loaded = rows
 
-    def _give_every_row_pages(self, steps: int) -> None:
-        """The tokens about to be decoded need a place; without a free page the row admitted last must wait."""
-        for row in sorted(self.rows, key=lambda row: row.admitted):
-            while row.pages and (row.length + steps - 2) // self.page_size >= len(row.pages):
-                if self.cache.free:
-                    row.pages += self.cache.take(1)
-                else:
-                    self._free_pages()
-
     def _retire(self, tokens: list[list[int]], logprobs: list[list[float]]) -> list[Rollout]:
-        """Give every row what was drawn for it, B x steps. Finished responses leave and are returned."""
+        """Append the drawn tokens (B x steps) to their rows; remove and return finished responses."""
         stop, finished = self.sampling.stop_tokens, []
         for i, row in enumerate(self.rows):
             for token, logprob in zip(tokens[i], logprobs[i], strict=True):
@@ -554,7 +528,7 @@ class _Sampler:
                 self.stats.decoded_tokens += 1
                 if token in stop or len(row.tokens) == row.limit:
                     finished.append(row)
-                    break  # what it drew after its end is forgotten
+                    break  # drop what was drawn after the end
         for row in reversed(finished):  # the last row moves into each gap
             self.cache.release(row.pages)
             gap, last = self.rows.index(row), self.rows.pop()
@@ -577,39 +551,48 @@ class _Sampler:
             for row in finished
         ]
 
-    def _free_pages(self) -> None:
-        """Preempt the row admitted last; when there is at most one, let go of the prompts held for waiting rows."""
+    def _reserve_pages(self, steps: int) -> None:
+        """Give every row pages for the tokens to be decoded, oldest first; preempt where none is free."""
+        for row in sorted(self.rows, key=lambda row: row.admitted):
+            while row.pages and (row.length + steps - 2) // self.page_size >= len(row.pages):
+                if self.cache.free:
+                    row.pages += self.cache.take(1)
+                else:
+                    self._reclaim_pages()
+
+    def _reclaim_pages(self) -> None:
+        """Preempt the row admitted last or, with at most one row, release the prefixes of waiting rows."""
         if len(self.rows) > 1:
-            self._preempt(max(self.rows, key=lambda row: row.admitted))
+            row = max(self.rows, key=lambda row: row.admitted)
+            if row.tokens:
+                row.prefix = _Prefix(0)
+            row.prefix.rows_to_start += 1
+            self._requeue(row)
             self.stats.preemptions += 1
         else:
             for row in self.waiting:
-                self._forget(row.prefix)
+                self._release(row.prefix)
 
-    def _preempt(self, row: _Row) -> None:
-        """A row waits again, first in line. It is prefilled again where it has drawn tokens or its prefix is gone."""
+    def _requeue(self, row: _Row) -> None:
+        """Put a row back, first in line."""
         self.rows.remove(row)
-        self.cache.release(row.pages)
-        row.pages = []
-        if row.tokens:
-            row.prefix = _Prefix(0)
-        row.prefix.rows_to_start += 1
+        self._release(row)
         self.waiting.appendleft(row)
 
-    def _forget(self, prefix: _Prefix) -> None:
-        """Let go of a prefix's pages; rows that share them keep them."""
-        self.cache.release(prefix.pages)
-        prefix.pages = []
+    def _release(self, holder: _Row | _Prefix) -> None:
+        """Release the pages of a row or prefix; others that share them keep them."""
+        self.cache.release(holder.pages)
+        holder.pages = []
 
     def _shrink(self) -> None:
-        """Go on with half the rows and half the prefill. Raises RolloutError when there is nothing left to halve."""
-        if self.most_rows == 1 and self.most_prefill == 1:
+        """Halve the rows and the prefill. Raise RolloutError when both are down to one."""
+        if self.max_rows == 1 and self.max_prefill == 1:
             raise RolloutError("out of memory with one row: lower cache_tokens, shorten the responses, or use LoRA")
-        self.most_rows = max(1, (len(self.rows) or self.most_rows) // 2)
-        self.most_prefill = max(1, self.most_prefill // 2)
-        while len(self.rows) > self.most_rows:
-            self._free_pages()
-        self.loaded = None  # a step that died may have changed the tensors
+        self.max_rows = max(1, (len(self.rows) or self.max_rows) // 2)
+        self.max_prefill = max(1, self.max_prefill // 2)
+        while len(self.rows) > self.max_rows:
+            self._reclaim_pages()
+        self.loaded = None  # a failed step may have changed the tensors
         if self.graphs:
             self.graphs.forget()
         self.stats.memory_retries += 1

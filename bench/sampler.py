@@ -1,15 +1,15 @@
-"""Tokens per second of rollout.py, compared with transformers' `generate` and with the machine's roofline.
+"""Compare the tokens per second of rollout.py with transformers' `generate` and with the machine's roofline.
 
-    python bench/sampler.py --model SMOLLM2           # three cases; SMOLLM2: the folder that bench/smollm2.py wrote
+    python bench/sampler.py --model SMOLLM2           # three cases; SMOLLM2: the folder bench/smollm2.py wrote
     python bench/sampler.py --case wide128            # needs no download: the 128-wide model with random weights
 
-Cases: `equal` (64 prompts of 64 tokens, 64 new tokens each), `ragged` (16 prompts of 64 to 256 tokens, 8 responses to
-each, lengths spread geometrically up to 4 times their mean, through 64 slots), `wide128` (256 rows of a 4-layer Qwen3,
-128 wide). Both samplers are forced to the same lengths, and ours returns log-probs. They alternate in one process,
-and the best round counts: on a shared machine only ratios are meaningful.
+Cases: `equal` (64 prompts of 64 tokens, 64 new tokens each), `ragged` (16 prompts of 64 to 256 tokens, 8 responses
+each, geometric lengths up to 4 times their mean, in 64 rows), `wide128` (256 rows, 4-layer Qwen3 of width 128).
+Both samplers are forced to the same lengths; ours also returns log-probs. They alternate in one process, and the
+fastest round of each is reported: on a shared machine only ratios are meaningful.
 
 The roofline of a step is the larger of two times: its bytes (weights once, keys and values of every row) over the
-bandwidth, and its FLOPs (2 per weight and row, plus attention) over the matrix rate, both measured by this script.
+bandwidth, and its FLOPs (2 per weight and row, plus attention) over the matrix rate, both measured at run time.
 """
 
 import argparse
@@ -40,7 +40,7 @@ WIDE128 = {
 
 @dataclass
 class Case:
-    """Prompts, the forced length of each response, and the number of rows decoded at once."""
+    """Prompts, the forced lengths of their responses, and the number of rows decoded at once."""
 
     name: str
     prompts: list[list[int]]
@@ -49,19 +49,23 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Total number of response tokens."""
+        """The total length of all responses."""
         return sum(map(sum, self.lengths))
+
+    def requests(self) -> list[tuple[list[int], int]]:
+        """Return the prompt and length of every response."""
+        return [(prompt, n) for prompt, own in zip(self.prompts, self.lengths, strict=True) for n in own]
 
 
 def make_case(name: str, vocabulary: int) -> Case:
-    """Return the prompts and lengths of a case, from a fixed seed."""
+    """Build the prompts and lengths of a case, from a fixed seed."""
     random = np.random.default_rng(0)
 
     def prompt(length: int) -> list[int]:
         return random.integers(5, vocabulary, length).tolist()
 
     if name == "ragged":
-        # mean 24 and, clipped there, at most 4 times the mean
+        # mean about 24, clipped at 4 times that
         lengths = np.minimum(96, random.geometric(1 / 25, (16, 8)))
         return Case(name, [prompt(n) for n in random.integers(64, 257, 16)], lengths.tolist(), 64)
     rows = 256 if name == "wide128" else 64
@@ -69,27 +73,25 @@ def make_case(name: str, vocabulary: int) -> Case:
 
 
 def run_ours(model: Transformer, case: Case) -> tuple[float, SamplerStats]:
-    """Return the seconds for all responses, sampled as in train.py."""
-    longest = max(len(p) + max(n) for p, n in zip(case.prompts, case.lengths, strict=True))
-    page = longest
+    """Sample all responses as train.py does; return the seconds and counters."""
+    pairs = list(zip(case.prompts, case.lengths, strict=True))
+    page = longest = max(len(p) + max(n) for p, n in pairs)
     if pages_have_kernels(model.device, model.lm_head.weight.dtype):
         page, longest = KERNEL_PAGE_TOKENS, -(-longest // KERNEL_PAGE_TOKENS) * KERNEL_PAGE_TOKENS
-    prompts = [
-        Prompt(str(i), p, len(n), limits=n) for i, (p, n) in enumerate(zip(case.prompts, case.lengths, strict=True))
-    ]
+    prompts = [Prompt(str(i), p, len(n), limits=n) for i, (p, n) in enumerate(pairs)]
     limits = CacheLimits((case.rows + 2) * longest, page, case.rows)
-    stats, begun = SamplerStats(), time.perf_counter()
+    sampling, stats = Sampling(1.0, max(map(max, case.lengths)), (), seed=0), SamplerStats()
+    begun = time.perf_counter()
     with gathered(model):
-        most = max(map(max, case.lengths))
-        found = list(generate(model, prompts, Sampling(1.0, most, (), seed=0), limits, stats))
+        found = list(generate(model, prompts, sampling, limits, stats))
     seconds = time.perf_counter() - begun
     assert sum(len(rollout.tokens) for rollout in found) == case.tokens
     return seconds, stats
 
 
 def run_generate(reference: torch.nn.Module, case: Case) -> float:
-    """Return the seconds for the same responses in batches of as many rows, each as long as its longest response."""
-    requests = [(prompt, length) for prompt, own in zip(case.prompts, case.lengths, strict=True) for length in own]
+    """Return the seconds for the same responses in batches, each of which runs until its longest response ends."""
+    requests = case.requests()
     begun = time.perf_counter()
     for start in range(0, len(requests), case.rows):
         batch = requests[start : start + case.rows]
@@ -108,12 +110,12 @@ def run_generate(reference: torch.nn.Module, case: Case) -> float:
 
 
 def run_continuous(reference: torch.nn.Module, case: Case) -> float:
-    """Return the seconds for the same responses with transformers' continuous batching, each ended at its length."""
+    """Return the seconds for the same responses through transformers' continuous batching."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
     manager = reference.init_continuous_batching(generation_config=config)
-    requests = [(prompt, length) for prompt, own in zip(case.prompts, case.lengths, strict=True) for length in own]
+    requests = case.requests()
     begun = time.perf_counter()
     manager.start()
     for prompt, length in requests:
@@ -121,7 +123,7 @@ def run_continuous(reference: torch.nn.Module, case: Case) -> float:
     tokens = 0
     for _ in requests:
         while (found := manager.get_result(timeout=60)) is None or not found.is_finished():
-            assert manager.is_running(), "continuous batching stopped unexpectedly"
+            assert manager.is_running(), "continuous batching stopped early"
         tokens += len(found.generated_tokens)
     seconds = time.perf_counter() - begun
     manager.stop(block=True)
@@ -130,19 +132,17 @@ def run_continuous(reference: torch.nn.Module, case: Case) -> float:
 
 
 def roofline_seconds(model: Transformer, case: Case, bandwidth: float, matrix_rate: float) -> float:
-    """Return the least time in which the machine could decode the case, including one prefill of each prompt."""
+    """Return the least time in which the machine could sample the case, with one prefill per prompt."""
     config = model.config
     weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
     weights += model.lm_head.weight.numel() if config.tie_word_embeddings else 0
     dtype = model.lm_head.weight.dtype
     kv_bytes = cache_bytes_per_token(config, dtype)
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim  # FLOPs per key and row
-    requests = sorted(
-        ((len(p), n) for p, own in zip(case.prompts, case.lengths, strict=True) for n in own), key=lambda r: -r[1]
-    )
+    requests = case.requests()
     seconds = 2 * (weights - model.lm_head.weight.numel()) * sum(map(len, case.prompts)) / matrix_rate
-    # assume rows that are never idle
-    contexts = sum(length * (prompt + length / 2) for prompt, length in requests)
+    # no row is ever idle, and each token attends to its response's mean context
+    contexts = sum(length * (len(prompt) + length / 2) for prompt, length in requests)
     steps = max(case.tokens / case.rows, max(length for _, length in requests))
     bytes_all = steps * dtype.itemsize * weights + contexts * kv_bytes
     flops_all = 2 * weights * case.tokens + contexts * attention
@@ -154,9 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder, for the cases equal and ragged")
     parser.add_argument("--case", action="append", choices=["equal", "ragged", "wide128"], help="default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="of each sampler, in turn")
-    parser.add_argument("--ours-only", action="store_true", help="do not run generate")
-    parser.add_argument("--continuous", action="store_true", help="also run transformers' continuous batching, once")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each sampler")
+    parser.add_argument("--ours-only", action="store_true", help="skip transformers")
+    parser.add_argument("--continuous", action="store_true", help="also run transformers' continuous batching once")
     arguments = parser.parse_args()
     names = arguments.case or (["equal", "ragged", "wide128"] if arguments.model else ["wide128"])
     if arguments.model is None and set(names) != {"wide128"}:
@@ -174,7 +174,7 @@ def main() -> None:
             from transformers import AutoModelForCausalLM
 
             reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        ours, theirs, stats = [], [], None
+        ours, theirs = [], []
         for turn in range(arguments.rounds):
             seconds, stats = run_ours(model, case)
             ours.append(seconds)
@@ -183,7 +183,7 @@ def main() -> None:
                 theirs.append(run_generate(reference, case))
                 print(f"{name}, round {turn + 1}: generate {case.tokens / theirs[-1]:,.0f} tok/s", flush=True)
         continuous = run_continuous(reference, case) if arguments.continuous and reference is not None else None
-        # measure again and keep the better: other load would make the machine look slow and our share high
+        # measure again and keep the better: other load would make the machine look slow and the sampler fast
         bandwidth, matrix_rate = map(max, zip((bandwidth, matrix_rate), measure_machine(), strict=True))
         best, limit = min(ours), roofline_seconds(model, case, bandwidth, matrix_rate)
         other = min(theirs) if theirs else None
@@ -197,15 +197,14 @@ def main() -> None:
         rows.append([
             name, f"{case.tokens / best:,.0f}", f"{case.tokens / other:,.0f}" if other else "-",
             f"{other / best:.2f}" if other else "-", f"{case.tokens / continuous:,.0f}" if continuous else "-",
-            f"{case.tokens / limit:,.0f}", f"{limit / best:.0%}",
-            f"{stats.prefilled_tokens:,}",
+            f"{case.tokens / limit:,.0f}", f"{limit / best:.0%}", f"{stats.prefilled_tokens:,}",
         ])  # fmt: skip
     print(text_table(rows))
     print(json.dumps({"bandwidth": bandwidth, "matrix_rate": matrix_rate, "cases": results}))
 
 
 def write_wide128() -> Path:
-    """Write the 128-wide Qwen3 with random weights as a folder that both samplers load."""
+    """Write the 128-wide Qwen3 with random weights to a model folder that both samplers read."""
     folder = Path(tempfile.mkdtemp()) / "wide128"
     config = WIDE128 | {"model_type": "qwen3", "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
     model = Transformer(parse_config(config, "wide128"))

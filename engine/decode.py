@@ -1,11 +1,11 @@
-"""What makes sampling fast, beside the plain path of rollout.py, which is its reference.
+"""Faster decoding than the plain path of rollout.py, which is the reference.
 
-A decode step does little arithmetic per weight: memory reads and kernel launches set its speed.
+A decode step does little arithmetic per weight: memory reads and kernel launches limit its speed.
 
-    PackedModel       float32 on a CPU: q/k/v and gate/up fused, norm weights folded in, all laid out for oneDNN. A
-                      copy, made when sampling begins and dropped when it ends; training never sees it.
-    PagedKernel       half precision on CUDA: attention that reads the pages through their table, nothing gathered.
-    StepGraphs        half precision on CUDA: one launch per token, the whole step replayed as a CUDA graph.
+    PackedModel       float32 on a CPU: q/k/v and gate/up fused, norm weights folded in, all in oneDNN's layout. The
+                      packed copy lives as long as one call of `generate`; training never uses it.
+    PagedKernel       half precision on CUDA: attention reads the pages through their table, without gathering them.
+    StepGraphs        half precision on CUDA: one launch per token, which replays the step as a CUDA graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ Project = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
 
 
 def pack_linears(linears: Sequence[nn.Linear], norm: RMSNorm | None, rows: int) -> Project:
-    """Linear layers that read the same input as one, a norm's weight folded in, for about so many rows at a time.
+    """Fuse linear layers that read the same input, and fold in a norm's weight; `rows` is the expected batch size.
 
-    oneDNN's own layout is what torch.compile gives frozen weights on a CPU; at tens of rows it beats F.linear by far.
-    A low-rank update stays beside it, as in training.
+    The weights get oneDNN's layout, as torch.compile gives frozen weights on a CPU: much faster than F.linear at tens
+    of rows. A LoRA update stays separate, as in training.
     """
     scale = 1.0 if norm is None else norm.weight  # (in,)
     weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([x.weight for x in linears]) * scale, rows)
@@ -34,7 +34,7 @@ def pack_linears(linears: Sequence[nn.Linear], norm: RMSNorm | None, rows: int) 
     bias = torch.cat(biases) if biases else None
     updates, start = [], 0  # columns of the output, A^T (in, rank), B^T (rank, out)
     for linear in linears:
-        if getattr(linear, "lora_A", None) is not None:
+        if getattr(linear, "lora_A", None) is not None:  # the head is a plain nn.Linear
             columns = slice(start, start + linear.out_features)
             updates.append((columns, (linear.lora_A * scale).T, linear.lora_B.T * linear.lora_scale))
         start += linear.out_features
@@ -49,37 +49,34 @@ def pack_linears(linears: Sequence[nn.Linear], norm: RMSNorm | None, rows: int) 
 
 
 def normalise(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm without its weight, in the fewest passes: x (..., C)."""
+    """Apply RMSNorm without its weight, in few passes over memory: x (..., C)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * (norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_())
 
 
 @dataclass
 class PackedLayer:
-    """A decoder layer's weights for sampling."""
+    """A decoder layer's packed weights."""
 
     qkv: Project
-    qk_norm: Tensor | None  # (H + K, D): the weight of each head's norm
+    qk_norm: Tensor | None  # (H + K, D), norm weights of each head
     o: Project
     gate_up: Project
     down: Project
 
 
 class PackedModel:
-    """A float32 model's forward from packed copies of its weights. The same numbers, up to rounding."""
+    """A float32 model's forward from packed copies of its weights; equal up to rounding."""
 
     def __init__(self, model: Transformer, rows: int):
         self.model, config = model, model.config
-        self.eps = config.rms_norm_eps
-        self.heads, self.key_heads, self.head_dim = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        )  # fmt: skip
+        self.eps, self.head_dim = config.rms_norm_eps, config.head_dim
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.layers = [self._pack(layer, rows) for layer in model.model.layers]
-        self.head = pack_linears([model.lm_head], model.model.norm, rows)
+        self.logits = pack_linears([model.lm_head], model.model.norm, rows)  # hidden states (N, C) -> (N, V)
 
     def _pack(self, layer: Layer, rows: int) -> PackedLayer:
-        attention, mlp = layer.self_attn, layer.mlp
-        qk_norm = None
+        attention, mlp, qk_norm = layer.self_attn, layer.mlp, None
         if attention.q_norm is not None:
             norms = [attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.key_heads
             qk_norm = torch.stack(norms)
@@ -92,7 +89,7 @@ class PackedModel:
         )
 
     def hidden(self, tokens: Tensor, context: AttentionContext) -> Tensor:
-        """Tokens (T,) -> last hidden states (T, C), normalised; the last norm's weight is folded into the head."""
+        """Tokens (T,) -> last hidden states (T, C), normalised; the last norm's weight is folded into `logits`."""
         cos, sin = rotation(self.model.inverse_frequencies, context.positions, self.model.attention_factor)
         x = F.embedding(tokens, self.model.model.embed_tokens.weight)  # (T, C)
         for i, layer in enumerate(self.layers):
@@ -106,13 +103,9 @@ class PackedModel:
             x = x + layer.down(F.silu(gate) * up)
         return normalise(x, self.eps)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (N, C) as `hidden` gives them -> logits (N, V)."""
-        return self.head(hidden)
-
 
 def sampling_forward(model: Transformer, rows: int) -> "Transformer | PackedModel":
-    """What the sampler calls for hidden states and logits: a packed copy where that pays, else the model itself."""
+    """Return what computes hidden states and logits: a packed copy for float32 on a CPU, else the model itself."""
     weight = model.lm_head.weight
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return PackedModel(model, rows)
@@ -123,7 +116,7 @@ KERNEL_PAGE_TOKENS = 256  # the paged flash kernels take pages of a multiple of 
 
 
 def pages_have_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `PagedKernel` can be used: CUDA, half precision, a kernel at hand."""
+    """Return whether `PagedKernel` is available: it needs CUDA, half precision, and flash-attn or a recent torch."""
     return device.type == "cuda" and dtype != torch.float32 and bool(flash_attn_varlen_func or varlen_attn)
 
 
@@ -131,7 +124,7 @@ class PagedKernel:
     """Attention of one query token per row over its pages, by flash-attn or torch's variable-length flash attention."""
 
     def __init__(self, table: Tensor, lengths: Tensor, longest: int):
-        """table (B, pages); lengths (B,) in tokens, the new one included, none above `longest`."""
+        """table (B, pages); lengths (B,) in tokens including the new one, none above `longest`."""
         self.table, self.lengths, self.longest = table.int(), lengths.int(), longest
         self.query_ends = torch.arange(len(table) + 1, dtype=torch.int32, device=table.device)
         self.key_ends = F.pad(lengths.cumsum(0), (1, 0)).int()
@@ -141,16 +134,15 @@ class PagedKernel:
         arguments = (q, keys, values, self.query_ends, self.key_ends, 1, self.longest)
         if flash_attn_varlen_func is not None:
             return flash_attn_varlen_func(*arguments, block_table=self.table)
-        # one split: splitting by the longest row would make a row's result depend on the others (flash-attn, above,
-        # chooses for itself)
+        # one split, or a row's result would depend on the longest row (flash-attn, above, picks its own number)
         options = {"enable_gqa": True, "seqused_k": self.lengths, "block_table": self.table, "num_splits": 1}
         return varlen_attn(*arguments, **options)
 
 
 def capture_graph(step: Callable[[], None], pool: object) -> tuple[Callable[[], None], object]:
-    """Record a step as a CUDA graph: a function that replays it, and the memory pool that graphs share."""
+    """Record a step as a CUDA graph; return a function that replays it, and the memory pool that graphs share."""
     graph = torch.cuda.CUDAGraph()
-    # a capture that fails must not leave its stream current; other threads (nccl's watchdog) may go on calling CUDA
+    # a failed capture must not leave its stream current; thread_local lets NCCL's watchdog thread call CUDA meanwhile
     with torch.cuda.stream(torch.cuda.current_stream()):
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
@@ -158,41 +150,41 @@ def capture_graph(step: Callable[[], None], pool: object) -> tuple[Callable[[], 
 
 
 class StepGraphs:
-    """Graphs of a decode step for growing numbers of rows; a batch in between is filled up with idle rows.
+    """CUDA graphs of a decode step for a few batch sizes; idle rows pad a batch to the next one.
 
-    A step of a 4B model launches over a thousand kernels: without a graph the host, not the memory, sets its speed.
+    A step of a 4B model launches over a thousand kernels: without graphs the host limits the speed, not memory.
     """
 
-    def __init__(self, most_rows: int):
-        self.most_rows = most_rows
+    def __init__(self, max_rows: int):
+        self.max_rows = max_rows
         self.replays: dict[int, Callable[[], None]] = {}
         self.pool = None
 
     def run(self, step: Callable[[int], None], rows: int) -> None:
-        """Do `step(B)`, which reads and updates the same tensors whenever it is called, for a B of at least `rows`.
+        """Run `step(B)` for a batch size B of at least `rows`; every call must read and update the same tensors.
 
-        The step is passed and not kept: a cycle would keep the KV cache into the update.
+        The step is not stored: a reference cycle would keep the KV cache alive during the update.
         """
-        size = padded_rows(rows, self.most_rows)
+        size = padded_rows(rows, self.max_rows)
         if size in self.replays:
             self.replays[size]()
             return
-        step(size)  # launched one by one: what is made at first use (handles, workspaces) must exist before recording
+        step(size)  # without a graph: handles and workspaces, created on first use, must exist before recording
         self.replays[size], self.pool = capture_graph(lambda: step(size), self.pool)
 
     def forget(self) -> None:
-        """Let go of all graphs and their memory; the next steps are recorded anew."""
+        """Release all graphs and their memory; the next steps are recorded again."""
         self.replays.clear()
         self.pool = None
 
 
-def step_graphs(most_rows: int, device: torch.device, dtype: torch.dtype) -> StepGraphs | None:
-    """Graphs where steps can be recorded: only kernels that read lengths on the device can be replayed as they grow."""
-    return StepGraphs(most_rows) if pages_have_kernels(device, dtype) else None
+def step_graphs(max_rows: int, device: torch.device, dtype: torch.dtype) -> StepGraphs | None:
+    """Return graphs where `PagedKernel` is available: it reads growing lengths on the device, so replays work."""
+    return StepGraphs(max_rows) if pages_have_kernels(device, dtype) else None
 
 
-def padded_rows(rows: int, most: int) -> int:
-    """A batch size with a graph of its own: 1, 2, 4, 8, then steps of an eighth of the next power of two."""
+def padded_rows(rows: int, max_rows: int) -> int:
+    """Return the recorded batch size: 1, 2, 4, 8, then multiples of an eighth of the next power of two."""
     power = 1 << (rows - 1).bit_length()
     step = power // 8 if rows > 8 else power
-    return min(-(-rows // step) * step, most)
+    return min(-(-rows // step) * step, max_rows)

@@ -1,4 +1,4 @@
-"""The fast ways of decoding against the slow ones: packed weights, steps replayed as graphs, less memory."""
+"""Fast decoding equals the reference: packed weights, replayed steps, smaller batches after running out of memory."""
 
 import gc
 import weakref
@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from test_rollout import AMPLE, LENGTHS, assert_same, full_logits, make_prompts, run, warm
+from test_rollout import AMPLE, LENGTHS, assert_same, check_logprobs, make_prompts, run, warm
 
 import rollout
 from bench.machine import LiveBytes
@@ -25,7 +25,7 @@ def model(checkpoint):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """The reference: the model's own forward, one sequence at a time, nothing packed or recorded."""
+    """Return reference rollouts: the model's own forward, one sequence at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "sampling_forward", lambda model, rows: model)
         return run(model, make_prompts(), warm(), CacheLimits(tokens=1_000, page_size=16, rows=1))
@@ -38,7 +38,7 @@ def expected(model):
 @pytest.mark.parametrize("scaling", ["plain", "warm yarn"])
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 @torch.no_grad()
-def test_packed_logits_equal_the_models_own(checkpoint, family, scaling, tied):
+def test_packed_logits_equal_those_of_the_model(checkpoint, family, scaling, tied):
     model = load(checkpoint(family, tied, scaling))
     for rows in (1, 7, 64):
         fast = decode.PackedModel(model, rows)
@@ -48,30 +48,27 @@ def test_packed_logits_equal_the_models_own(checkpoint, family, scaling, tied):
         torch.testing.assert_close(fast.logits(fast.hidden(tokens, context)), slow, atol=1e-5, rtol=1e-5)
 
 
-def test_packed_sampling_draws_what_the_models_own_forward_draws(model, expected):
+def test_sampling_with_packed_weights_changes_nothing(model, expected):
     assert isinstance(decode.sampling_forward(model, 8), decode.PackedModel)
     assert_same(run(model, make_prompts(), warm()), expected)
 
 
 @torch.no_grad()
-def test_packed_copies_follow_the_weights_and_leave_them_alone(checkpoint):
+def test_packed_copies_follow_weight_changes_and_never_change_the_weights(checkpoint):
     model = load(checkpoint("qwen3", tied=True))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first = run(model, make_prompts(), warm())
+    run(model, make_prompts(), warm())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for parameter in model.parameters():
         parameter.mul_(1.2)
     for found in run(model, make_prompts(), warm()).values():
-        logits = full_logits(model, np.concatenate([found.prompt, found.tokens]))[len(found.prompt) - 1 : -1]
-        naive = logits.log_softmax(1)[torch.arange(len(found.tokens)), torch.as_tensor(found.tokens).long()]
-        np.testing.assert_allclose(found.logprobs, naive.numpy(), atol=1e-5)
-    assert any(len(f.tokens) for f in first.values())
+        check_logprobs(model, found, 1.0)
 
 
 @pytest.mark.parametrize("family, tied", [("qwen3", True), ("qwen2", False), ("llama", True)])
 @torch.no_grad()
-def test_an_adapter_is_sampled_beside_packed_weights(checkpoint, family, tied):
-    """On the fly, fused projections and folded norms or not; B is drawn too, so that the adapter says something."""
+def test_sampling_with_packed_weights_applies_a_lora_adapter(checkpoint, family, tied):
+    """Cover fused projections and folded norms; random B matrices make the adapter change the logits."""
     model = load(checkpoint(family, tied))
     plain = run(model, make_prompts(), warm())
     add_lora(model, Lora(rank=3, alpha=6.0, base=""))
@@ -82,16 +79,14 @@ def test_an_adapter_is_sampled_beside_packed_weights(checkpoint, family, tied):
     found = run(model, make_prompts(), warm())
     assert any(found[key].tokens.tolist() != plain[key].tokens.tolist() for key in found)
     for response in found.values():
-        logits = full_logits(model, np.concatenate([response.prompt, response.tokens]))[len(response.prompt) - 1 : -1]
-        naive = logits.log_softmax(1)[torch.arange(len(response.tokens)), torch.as_tensor(response.tokens).long()]
-        np.testing.assert_allclose(response.logprobs, naive.numpy(), atol=1e-5)
+        check_logprobs(model, response, 1.0)
 
 
-# ---------------------------------------------------------------------------------------- steps that are replayed
+# ------------------------------------------------------------------------------------------------ replayed steps
 
 
 class FakeGraph:
-    """Stands for a CUDA graph: recording runs nothing, replaying runs the step on the tensors it was recorded with."""
+    """A stand-in for CUDA graphs: recording runs nothing, replaying runs the recorded step."""
 
     recorded: list = []
 
@@ -103,14 +98,14 @@ class FakeGraph:
 
 @pytest.fixture
 def graphed(monkeypatch):
-    """Every decode step as on CUDA: static tensors, idle rows, several steps between looks at the ends."""
+    """Decode as on CUDA: static tensors, idle rows, several steps per synchronisation."""
     FakeGraph.recorded = []
-    monkeypatch.setattr(rollout, "step_graphs", lambda most_rows, device, dtype: decode.StepGraphs(most_rows))
+    monkeypatch.setattr(rollout, "step_graphs", lambda rows, device, dtype: decode.StepGraphs(rows))
     monkeypatch.setattr(decode, "capture_graph", FakeGraph.capture)
 
 
-def test_nothing_keeps_the_cache_alive_once_sampling_is_over(model, graphed):
-    """Regression: graphs held the sampler, and with it the cache, until the garbage collector came by."""
+def test_the_cache_is_freed_when_sampling_ends(model, graphed):
+    """Regression: graphs kept the sampler and its cache alive until garbage collection."""
     gc.collect()
     gc.disable()
     try:
@@ -119,7 +114,7 @@ def test_nothing_keeps_the_cache_alive_once_sampling_is_over(model, graphed):
             cache = weakref.ref(sampler.cache)
             list(sampler.run(lambda: False))
         FakeGraph.recorded.clear()
-        sampler.graphs.replays.clear()  # a CUDA graph holds no Python object; the stand-in holds its step
+        sampler.graphs.replays.clear()  # unlike a CUDA graph, the stand-in holds its step
         del sampler
         assert cache() is None
     finally:
@@ -131,23 +126,22 @@ def test_nothing_keeps_the_cache_alive_once_sampling_is_over(model, graphed):
     "limits",
     [AMPLE, CacheLimits(100_000, 16, 3), CacheLimits(112, 16, 100), CacheLimits(66, 1, 5), CacheLimits(165, 65, 9)],
 )
-def test_replayed_steps_draw_what_single_ones_draw(model, expected, graphed, monkeypatch, steps, limits):
+def test_replaying_several_steps_changes_nothing(model, expected, graphed, monkeypatch, steps, limits):
     monkeypatch.setattr(rollout, "STEPS_BETWEEN_SYNCS", steps)
     stats = SamplerStats()
     assert_same(run(model, make_prompts(), warm(), limits, stats), expected)
-    assert stats.decoded_tokens == sum(
-        len(r.tokens) for r in expected.values()
-    )  # what is drawn past an end is not kept
+    drawn = sum(len(r.tokens) for r in expected.values())
+    assert stats.decoded_tokens == drawn  # tokens drawn past the end of a response are dropped
     assert FakeGraph.recorded
 
 
-def test_each_batch_size_is_recorded_once(model, graphed):
+def test_each_batch_size_is_recorded_at_most_once(model, graphed):
     run(model, make_prompts(n=4), warm())
     sizes = {decode.padded_rows(rows, 24) for rows in range(1, 25)}
     assert 0 < len(FakeGraph.recorded) <= len(sizes)
 
 
-def test_padded_rows_hold_the_rows_and_waste_little():
+def test_padding_a_batch_wastes_few_rows():
     for most in (1, 5, 24, 64, 100, 384):
         for rows in range(1, most + 1):
             size = decode.padded_rows(rows, most)
@@ -156,8 +150,7 @@ def test_padded_rows_hold_the_rows_and_waste_little():
     assert len({decode.padded_rows(rows, 384) for rows in range(1, 385)}) <= 40
 
 
-def test_idle_rows_write_to_no_page_of_a_response(model, graphed):
-    """Twenty rows are recorded for as many idle ones again; every key that a response wrote stays its own."""
+def test_idle_rows_never_write_to_the_pages_of_a_response(model, graphed):
     alone = run(model, make_prompts(n=1)[:1], warm())
     together = run(model, make_prompts(n=3), warm())
     assert_same(alone, {key: together[key] for key in alone})
@@ -167,7 +160,7 @@ def test_idle_rows_write_to_no_page_of_a_response(model, graphed):
 
 
 def fail_at(monkeypatch, owner, name: str, times: set[int], error: Exception) -> list[int]:
-    """Make calls of a method, counted from 0, raise; what comes back counts all calls."""
+    """Make the calls of a method numbered `times`, from 0, raise; return a list with the number of calls."""
     original, calls = getattr(owner, name), [0]
 
     def sometimes(*args, **kwargs):
@@ -189,15 +182,15 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "python"])
 @pytest.mark.parametrize("times", [{0}, {1}, {5}, {3, 4}, {0, 1, 2}])
-def test_running_out_of_memory_shrinks_the_batch_and_loses_nothing(model, expected, monkeypatch, error, times):
-    """In the prefill (the first calls) and in the middle of decoding."""
+def test_running_out_of_memory_shrinks_the_batch_and_changes_nothing(model, expected, monkeypatch, error, times):
+    """The first calls prefill, later ones decode."""
     fail_at(monkeypatch, decode.PackedModel, "hidden", times, error)
     stats = SamplerStats()
     assert_same(run(model, make_prompts(), warm(), AMPLE, stats), expected)
     assert stats.memory_retries == len(times)
 
 
-def test_pages_come_back_after_running_out_of_memory(model, monkeypatch):
+def test_every_page_is_free_again_after_running_out_of_memory(model, monkeypatch):
     fail_at(monkeypatch, decode.PackedModel, "hidden", {0, 4, 5}, ERRORS[0])
     with torch.no_grad():
         sampler = rollout._Sampler(model, make_prompts(), warm(), AMPLE, SamplerStats())
@@ -205,30 +198,30 @@ def test_pages_come_back_after_running_out_of_memory(model, monkeypatch):
     assert sorted(sampler.cache.free) == list(range(sampler.cache.pages))
 
 
-def test_a_cache_that_does_not_fit_is_made_smaller(model, expected, monkeypatch):
+def test_a_cache_that_does_not_fit_is_halved(model, expected, monkeypatch):
     fail_at(monkeypatch, rollout.PagedCache, "__init__", {0, 1}, ERRORS[0])
     stats = SamplerStats()
     assert_same(run(model, make_prompts(), warm(), AMPLE, stats), expected)
     assert stats.memory_retries == 2
 
 
-def test_memory_that_never_suffices_ends_in_one_sentence(model, monkeypatch):
+def test_too_little_memory_for_one_row_raises_one_sentence(model, monkeypatch):
     fail_at(monkeypatch, decode.PackedModel, "hidden", set(range(1000)), ERRORS[0])
     with pytest.raises(RolloutError, match="^out of memory with one row[^\n]+$"):
         run(model, make_prompts(), warm())
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(model, monkeypatch):
+def test_other_errors_are_not_mistaken_for_out_of_memory(model, monkeypatch):
     fail_at(monkeypatch, decode.PackedModel, "hidden", {3}, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
         run(model, make_prompts(), warm())
 
 
-# -------------------------------------------------------------------------------------- two phases, one memory
+# ----------------------------------------------------------------------------------------- memory of a step
 
 
-def test_the_peak_of_a_step_is_the_larger_of_its_phases_and_not_their_sum(checkpoint):
-    """The cache is gone before the update begins, though the rollouts live on."""
+def test_the_peak_of_a_step_is_the_larger_of_its_phases_not_their_sum(checkpoint):
+    """The cache is freed before the update begins, while the rollouts stay alive."""
     model = load(checkpoint("qwen3", tied=True))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     prompts, limits = make_prompts(n=8), CacheLimits(tokens=100_000, page_size=64, rows=48)
@@ -242,7 +235,7 @@ def test_the_peak_of_a_step_is_the_larger_of_its_phases_and_not_their_sum(checkp
     def update(sequences: list[TrainingSequence]) -> None:
         optimizer_step(model, optimizer, sequences, PolicyLoss(), max_tokens=4096)
 
-    update(sample())  # the optimizer's moments are there from now on
+    update(sample())  # allocates the optimizer's moments
     with LiveBytes() as sampling:
         sequences = sample()
     with LiveBytes() as updating:

@@ -1,4 +1,4 @@
-"""The sampler draws what it should, the same whatever the batch, and accounts for every token and page."""
+"""The sampler draws from the right distribution, independent of the batch, and loses no token and no page."""
 
 import itertools
 import math
@@ -18,14 +18,14 @@ from rollout import (
     RolloutError,
     SamplerStats,
     Sampling,
-    counted_uniform,
+    counter_uniform,
     generate,
     sample,
     sequence_key,
 )
 
 AMPLE = CacheLimits(tokens=100_000, page_size=16, rows=100)
-STOP = (3, 14, 15, 92, 65)  # with 97 tokens, a sampled response lasts some twenty of them
+STOP = (3, 14, 15, 92, 65)  # of 97 tokens: a sampled response has about twenty tokens
 LENGTHS = (1, 30, 7, 16, 17, 33)
 
 
@@ -40,7 +40,7 @@ def make_prompts(n: int = 2, lengths=LENGTHS) -> list[Prompt]:
 
 
 def run(model, prompts, sampling, limits=AMPLE, stats=None) -> dict:
-    """Rollouts by (problem, index); each asked for comes exactly once."""
+    """Return rollouts by (problem, index), after checking that each requested one came exactly once."""
     with torch.no_grad():
         rollouts = list(generate(model, prompts, sampling, limits, stats))
     found = {(r.problem_id, r.index): r for r in rollouts}
@@ -59,7 +59,7 @@ def assert_same(ours: dict, expected: dict) -> None:
 
 @torch.no_grad()
 def full_logits(model, tokens) -> torch.Tensor:
-    """Logits (T, V) from a forward without any cache."""
+    """Return logits (T, V) from a forward without a cache."""
     return model.logits(model.hidden(torch.as_tensor(np.array(tokens), dtype=torch.int64), Packed([len(tokens)])))
 
 
@@ -77,7 +77,7 @@ def test_greedy_tokens_equal_transformers_generate(checkpoint, family, scaling):
 
     folder = checkpoint(family, False, scaling)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompts = make_prompts(n=1)  # over 4 rows: a batch is left over, and rows are filled again
+    prompts = make_prompts(n=1)  # six prompts for 4 rows: rows are reused
     greedy = warm(temperature=0.0, max_new_tokens=25)
     ours = run(load(folder), prompts, greedy, CacheLimits(tokens=1_000, page_size=16, rows=4))
     for prompt in prompts:
@@ -99,7 +99,7 @@ def test_greedy_responses_of_one_prompt_are_equal_and_scored_without_temperature
         check_logprobs(model, found, 1.0)
 
 
-# ----------------------------------------------------------------------------- the same whatever the circumstances
+# ------------------------------------------------------------------------------- independence of the batch
 
 
 @pytest.fixture(scope="module")
@@ -121,25 +121,25 @@ def test_order_of_the_prompts_changes_nothing(model, expected):
     assert_same(run(model, make_prompts()[::-1], warm()), expected)
 
 
-def test_a_prompt_alone_draws_what_it_draws_in_company(model, expected):
+def test_a_prompt_alone_draws_the_same_as_in_a_batch(model, expected):
     for prompt in make_prompts():
         alone = run(model, [prompt], warm())
         assert_same(alone, {key: r for key, r in expected.items() if key[0] == prompt.problem_id})
 
 
-def test_later_rollouts_of_a_problem_are_those_of_one_larger_request(model, expected):
+def test_later_rollouts_of_a_problem_equal_those_of_one_larger_request(model, expected):
     tail = run(model, [replace(prompt, n=1, first=1) for prompt in make_prompts()], warm())
     assert_same(tail, {key: r for key, r in expected.items() if key[1] == 1})
 
 
-def test_a_limit_of_its_own_cuts_a_response_and_changes_nothing_else(model, expected):
+def test_per_rollout_limits_only_shorten_responses(model, expected):
     limits = [[3, 1], [2, 10_000], [5, 4], [1, 2]]
     prompts = [replace(p, limits=own) for p, own in zip(make_prompts(), itertools.cycle(limits), strict=False)]
     wanted = {(p.problem_id, i): p.limits[i] for p in prompts for i in range(2)}
     for key, found in run(model, prompts, warm()).items():
-        whole = expected[key].tokens[: wanted[key]]
-        assert found.tokens.tolist() == whole.tolist()
-        assert found.finish_reason == ("stop" if whole[-1] in warm().stop_tokens else "length")
+        cut = expected[key].tokens[: wanted[key]]
+        assert found.tokens.tolist() == cut.tolist()
+        assert found.finish_reason == ("stop" if cut[-1] in STOP else "length")
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 16, 65, 10_000])
@@ -148,8 +148,8 @@ def test_page_size_changes_nothing(model, expected, page_size):
 
 
 @pytest.mark.parametrize("rows", [3, 100])
-def test_whole_slot_pages_in_a_tight_cache_change_nothing(model, expected, rows):
-    """Two slots and a half: one row decodes while another prompt is held, and rows move into gaps."""
+def test_one_page_per_row_in_a_tight_cache_changes_nothing(model, expected, rows):
+    """Room for two and a half sequences: one row decodes while another prompt is held, and rows move into gaps."""
     assert_same(run(model, make_prompts(), warm(), CacheLimits(tokens=165, page_size=65, rows=rows)), expected)
 
 
@@ -161,8 +161,8 @@ def test_preemption_changes_nothing(model, expected, page_size, tokens):
     assert_same(ours, expected)
 
 
-def test_prefills_cut_into_several_forwards_change_nothing(model, expected, monkeypatch):
-    monkeypatch.setattr(rollout, "LARGEST_PREFILL", 20)
+def test_prefilling_in_several_forwards_changes_nothing(model, expected, monkeypatch):
+    monkeypatch.setattr(rollout, "LARGEST_CPU_PREFILL", 20)
     assert_same(run(model, make_prompts(), warm()), expected)
 
 
@@ -174,7 +174,7 @@ def test_another_seed_or_step_draws_other_tokens(model, expected, change):
 
 
 def test_random_limits_and_prompts_never_change_what_is_drawn(model):
-    """Pages of any size, budgets just above the least, few rows, groups of any size, against an ample cache."""
+    """Compare random page sizes, tight budgets, few rows and random group sizes with an ample cache."""
     dice = random.Random(20)
     preempted = 0
     for case in range(20):
@@ -190,7 +190,7 @@ def test_random_limits_and_prompts_never_change_what_is_drawn(model):
 
 
 def random_request(dice: random.Random) -> tuple[list[Prompt], Sampling, CacheLimits]:
-    """Some prompts, and limits that only just hold the longest of their sequences."""
+    """Return some prompts, and limits with little more room than their longest sequence needs."""
     lengths = [dice.randint(1, dice.choice([2, 20, 45])) for _ in range(dice.randint(1, 6))]
     prompts = [
         Prompt(f"p{i}", [dice.randrange(VOCABULARY) for _ in range(n)], dice.randint(1, 4))
@@ -203,7 +203,7 @@ def random_request(dice: random.Random) -> tuple[list[Prompt], Sampling, CacheLi
     return prompts, sampling, CacheLimits(least + dice.choice([0, 1, 10, 60]), page_size, dice.randint(1, 10))
 
 
-# --------------------------------------------------------------------------------------- what a rollout carries
+# ------------------------------------------------------------------------------------ contents of a rollout
 
 
 def check_logprobs(model, found, temperature: float) -> None:
@@ -214,14 +214,14 @@ def check_logprobs(model, found, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
-def test_logprobs_are_those_of_a_full_forward_at_the_sampling_temperature(model, temperature):
+def test_logprobs_equal_a_full_forward_at_the_sampling_temperature(model, temperature):
     for found in run(model, make_prompts(), warm(temperature=temperature)).values():
         assert found.temperature == temperature and found.logprobs.dtype == np.float32
         assert len(found.logprobs) == len(found.tokens)
         check_logprobs(model, found, temperature)
 
 
-def test_logprobs_after_preemption_are_those_of_a_full_forward(model):
+def test_logprobs_after_preemption_equal_a_full_forward(model):
     stats = SamplerStats()
     rollouts = run(model, make_prompts(), warm(temperature=1.4), CacheLimits(96, 16, 100), stats)
     assert stats.preemptions > 0
@@ -229,7 +229,7 @@ def test_logprobs_after_preemption_are_those_of_a_full_forward(model):
         check_logprobs(model, found, 1.4)
 
 
-def test_logprobs_with_cuts_are_those_before_the_cut(model):
+def test_logprobs_ignore_top_k_and_top_p(model):
     for found in run(model, make_prompts(), warm(temperature=1.4, top_k=5, top_p=0.9)).values():
         check_logprobs(model, found, 1.4)
 
@@ -243,7 +243,7 @@ def test_a_response_ends_with_the_stop_token_it_sampled_or_at_the_limit(expected
             assert found.finish_reason == "length" and found.tokens[-1] not in STOP and len(found.tokens) == 32
 
 
-def test_a_stop_token_drawn_last_is_a_stop_and_not_a_cut(model, expected):
+def test_a_stop_token_at_the_length_limit_counts_as_a_stop(model, expected):
     key, found = next((key, r) for key, r in expected.items() if r.finish_reason == "stop" and len(r.tokens) > 1)
     again = run(model, make_prompts(), warm(max_new_tokens=len(found.tokens)))[key]
     assert again.tokens.tolist() == found.tokens.tolist() and again.finish_reason == "stop"
@@ -290,12 +290,12 @@ def test_a_prompt_is_prefilled_once_for_all_its_responses(model, rows, page_size
     assert stats.preemptions == 0
 
 
-def test_finished_rows_leave_at_once_and_waiting_ones_take_their_place(model):
+def test_finished_rows_are_replaced_by_waiting_ones_at_once(model):
     stats = SamplerStats()
     rollouts = run(model, make_prompts(), warm(), replace(AMPLE, rows=4), stats)
     lengths = [len(r.tokens) for r in rollouts.values()]
-    assert stats.decoded_tokens == sum(lengths)  # nothing is decoded past its end
-    assert stats.decode_steps < sum(lengths) / 4 + 32  # no row idles before the last one has begun
+    assert stats.decoded_tokens == sum(lengths)  # no response is decoded past its end
+    assert stats.decode_steps < sum(lengths) / 4 + 32  # no row idles while responses wait
 
 
 def test_rollouts_are_yielded_as_they_finish(model):
@@ -303,21 +303,22 @@ def test_rollouts_are_yielded_as_they_finish(model):
     seen = []
     with torch.no_grad():
         for found in generate(model, make_prompts(), warm(), AMPLE, stats):
-            assert len(found.tokens) == stats.decode_steps  # all rows began together
+            assert len(found.tokens) == stats.decode_steps  # all rows started together
             seen.append(len(found.tokens))
     assert seen == sorted(seen) and seen[0] < seen[-1]
 
 
-@pytest.mark.parametrize(
-    "limits",
-    [
-        AMPLE,
-        CacheLimits(96, 16, 100),
-        CacheLimits(66, 1, 5),
-        CacheLimits(165, 65, 100),
-        CacheLimits(100_000, 10_000, 3),
-    ],
-)
+def test_an_abandoned_call_ends_before_the_next_decode(model):
+    stats, answers = SamplerStats(), iter([False, False, False, True])
+    with torch.no_grad():
+        done = list(generate(model, make_prompts(), warm(), AMPLE, stats, lambda: next(answers)))
+    assert stats.decode_steps == 3 and all(len(response.tokens) <= 3 for response in done)
+
+
+ANY_LIMITS = [AMPLE, *(CacheLimits(*x) for x in [(96, 16, 100), (66, 1, 5), (165, 65, 100), (100_000, 10_000, 3)])]
+
+
+@pytest.mark.parametrize("limits", ANY_LIMITS)
 def test_every_page_comes_back(model, limits):
     with torch.no_grad():
         sampler = rollout._Sampler(model, make_prompts(), warm(), limits, SamplerStats())
@@ -328,8 +329,8 @@ def test_every_page_comes_back(model, limits):
 
 
 @pytest.mark.parametrize("limits", [CacheLimits(96, 16, 100), CacheLimits(120, 7, 100), CacheLimits(165, 65, 100)])
-def test_pages_in_use_are_counted_at_every_step(model, limits):
-    """Each page's users are the rows that list it and the prompt that holds it; free pages have none."""
+def test_page_users_are_correct_at_every_step(model, limits):
+    """A page's users are the rows and the prefix that list it; free pages have none."""
     with torch.no_grad():
         sampler = rollout._Sampler(model, make_prompts(), warm(), limits, SamplerStats())
         retire = sampler._retire
@@ -369,27 +370,27 @@ def test_pages_in_use_are_counted_at_every_step(model, limits):
         (Prompt("p7", [1], 1), warm(), replace(AMPLE, page_size=0), "cannot sample"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_before_any_work(model, prompt, sampling, limits, said):
+def test_invalid_requests_are_refused_before_any_work(model, prompt, sampling, limits, said):
     with pytest.raises(RolloutError, match="^[^\n]+$") as error:
-        generate(model, [Prompt("fine", [1], 1), prompt], sampling, limits)  # not even begun
+        generate(model, [Prompt("fine", [1], 1), prompt], sampling, limits)  # raises before iteration
     assert said in str(error.value)
 
 
-def test_least_cache_that_is_accepted_is_enough(model):
+def test_the_smallest_accepted_cache_suffices(model):
     prompt = Prompt("p", [1] * 20, 5)
-    run(model, [prompt], warm(stop_tokens=()), CacheLimits(80, 16, 4))  # 52 tokens: four pages and a spare
+    run(model, [prompt], warm(stop_tokens=()), CacheLimits(80, 16, 4))  # 52 tokens: four pages and a spare one
 
 
-def test_a_page_larger_than_any_sequence_needs_no_larger_cache(model, expected):
-    """Regression: the check counted pages of the size asked for, the sampler of the longest sequence."""
+def test_pages_longer_than_any_sequence_need_no_larger_cache(model, expected):
+    """Regression: the check used the requested page size, the sampler the length of the longest sequence."""
     assert_same(run(model, make_prompts(), warm(), CacheLimits(tokens=500, page_size=10_000, rows=9)), expected)
 
 
-# -------------------------------------------------------------------------------------------- drawing one token
+# --------------------------------------------------------------------------------------------------- the draw
 
 
 def exact_probabilities(logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> list[float]:
-    """By sorting and adding up, in Python floats."""
+    """Compute the distribution by sorting and summing Python floats."""
     weights = [math.exp(x / temperature) for x in logits.tolist()]
     order = sorted(range(len(weights)), key=lambda i: -weights[i])
     order = order[: top_k or len(order)]
@@ -410,13 +411,13 @@ CUTS = [(0, 1.0), (5, 1.0), (0, 0.8), (6, 0.7), (1, 1.0), (0, 1e-6), (1_000, 0.9
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
 @pytest.mark.parametrize("top_k, top_p", CUTS)
 def test_draws_follow_the_exact_distribution(temperature, top_k, top_p):
-    """Pearson's chi-square over 20,000 counted draws, far inside five standard deviations of its mean."""
+    """Pearson's chi-square over 20,000 draws stays within five standard deviations of its mean."""
     draws, size = 20_000, 12
     logits = torch.randn(size, generator=torch.Generator().manual_seed(8)) * 1.5
     exact = exact_probabilities(logits, temperature, top_k, top_p)
     sampling = warm(temperature=temperature, top_k=top_k, top_p=top_p)
     keys = torch.tensor([sequence_key(0, 0, "p", i) for i in range(draws)])
-    tokens, logprobs = sample(logits.expand(draws, -1), sampling, counted_uniform(keys, torch.zeros_like(keys)))
+    tokens, logprobs = sample(logits.expand(draws, -1), sampling, counter_uniform(keys, torch.zeros_like(keys)))
     counts = tokens.bincount(minlength=size).tolist()
     statistic = 0.0
     for count, probability in zip(counts, exact, strict=True):
@@ -450,25 +451,25 @@ def test_each_row_is_drawn_from_its_own_logits_with_its_own_uniform():
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 7}, {"top_p": 0.99999}])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-def test_extreme_uniforms_never_draw_a_token_without_probability(cut, scale):
+def test_extreme_uniforms_never_draw_a_token_of_probability_zero(cut, scale):
     size = 1_000
     logits = torch.randn(64, size, generator=torch.Generator().manual_seed(6)) * scale
     logits[:, :3] = -math.inf
-    logits[:, 500:] = -math.inf  # so that rounding at the upper end would land on one of these
+    logits[:, 500:] = -math.inf  # rounding at the upper end would draw one of these
     for uniform in (0.0, 2.0**-53, 0.5, 1 - 2.0**-24, 1 - 2.0**-25, 1 - 2.0**-53):
         tokens, logprobs = sample(logits, warm(**cut), torch.full((64,), uniform, dtype=torch.float64))
         assert logprobs.isfinite().all() and tokens.max() < 500 and tokens.min() >= 3
 
 
-def test_logits_that_are_not_numbers_draw_a_token_that_exists():
-    """On CUDA an index past the vocabulary would end the process before its work is saved."""
+def test_nan_logits_draw_a_token_within_the_vocabulary():
+    """On CUDA an index past the vocabulary would kill the process before its work is saved."""
     uniform = torch.tensor([0.0, 0.9], dtype=torch.float64)
     for size in (5, 128, 300):
         tokens, logprobs = sample(torch.full((2, size), math.nan), warm(), uniform)
         assert ((tokens >= 0) & (tokens < size)).all() and logprobs.isnan().all()
 
 
-def test_uniform_zero_and_the_largest_take_the_first_and_the_last_token():
+def test_the_smallest_and_largest_uniforms_draw_the_first_and_last_token():
     logits = torch.tensor([[-math.inf, 0.0, 0.0, 0.0, -math.inf]])
     ends = [sample(logits, warm(), torch.tensor([u], dtype=torch.float64))[0].item() for u in (0.0, 1 - 2.0**-53)]
     assert ends == [1, 3]
@@ -481,11 +482,11 @@ def test_bfloat16_logits_are_scored_in_float32():
     assert torch.allclose(logprobs, logits.float().log_softmax(1)[torch.arange(8), tokens], atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------ counted randomness
+# ----------------------------------------------------------------------------------- counter-based randomness
 
 
 def splitmix64(key: int, count: int) -> float:
-    """The reference generator in Python integers: its output number `count` from the state `key`."""
+    """Return output number `count` of the reference generator with state `key`, in Python integers."""
     mask = 2**64 - 1
     z = (key + (count + 1) * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -497,20 +498,20 @@ def test_splitmix64_reference_gives_the_published_first_number():
     assert splitmix64(1234567, 0) == (6457827717110365317 >> 11) * 2.0**-53
 
 
-def test_counted_uniform_equals_splitmix64():
+def test_counter_uniform_equals_splitmix64():
     dice = random.Random(1)
     keys = [0, 1, -1, 2**63 - 1, -(2**63)] + [dice.randrange(-(2**63), 2**63) for _ in range(500)]
     counts = [dice.choice([0, 1, 2, 131_071, dice.randrange(10**6)]) for _ in keys]
-    ours = counted_uniform(torch.tensor(keys), torch.tensor(counts))
+    ours = counter_uniform(torch.tensor(keys), torch.tensor(counts))
     assert ours.dtype == torch.float64
     assert ours.tolist() == [splitmix64(key, count) for key, count in zip(keys, counts, strict=True)]
     assert 0 <= ours.min() and ours.max() < 1
 
 
-def test_counted_uniforms_are_even_along_keys_and_along_counts():
+def test_counter_uniforms_are_even_along_keys_and_along_counters():
     keys = torch.tensor([sequence_key(1, 2, "p", i) for i in range(10_000)])
-    along_keys = counted_uniform(keys, torch.zeros_like(keys))
-    along_counts = counted_uniform(keys[:1].expand(10_000), torch.arange(10_000))
+    along_keys = counter_uniform(keys, torch.zeros_like(keys))
+    along_counts = counter_uniform(keys[:1].expand(10_000), torch.arange(10_000))
     for uniforms in (along_keys, along_counts):
         counts = (uniforms * 20).long().bincount(minlength=20)
         assert ((counts - 500) ** 2 / 500).sum() < 19 + 5 * math.sqrt(2 * 19)
@@ -519,15 +520,7 @@ def test_counted_uniforms_are_even_along_keys_and_along_counts():
         assert ((counts - 625) ** 2 / 625).sum() < 15 + 5 * math.sqrt(2 * 15)
 
 
-def test_sequence_keys_tell_apart_whatever_differs():
+def test_sequence_keys_differ_in_every_argument():
     numbers = (0, 1, 11)
     keys = {sequence_key(*x) for x in itertools.product(numbers, numbers, ("a", "b", "1"), numbers)}
     assert len(keys) == 81 and all(-(2**63) <= key < 2**63 for key in keys)
-
-
-def test_an_abandoned_call_ends_before_the_next_token(checkpoint):
-    model, asked = load(checkpoint()), iter([False, False, False, True])
-    stats = SamplerStats()
-    with torch.no_grad():
-        done = list(generate(model, make_prompts(), warm(), AMPLE, stats, lambda: next(asked)))
-    assert stats.decode_steps == 3 and all(len(response.tokens) <= 3 for response in done)
