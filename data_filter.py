@@ -180,7 +180,7 @@ def estimate(
         known.settings = settings
     require_same(path, known.settings, settings)
     left, begun = [problem for problem in problems if problem.id not in known.by_problem], time.perf_counter()
-    processes.broadcast(None)  # every process has read the file before the main process replaces it
+    processes.all_gather(None)  # every process has read the file before the main process replaces it
     if processes.is_main and left:
         known.save(path)  # fail before sampling if the file cannot be written
     if left and len(left) < len(problems):

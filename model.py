@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from engine import adapter, huggingface
 from engine.adapter import Lora, add_lora, merge_lora, tokenizer_folder
 from engine.attention import PackedLayout, packed_attention
+from engine.errors import UserError
 from engine.huggingface import ModelError, resolve_folder
 from engine.offload import Offload, recomputed
 from engine.sharding import full_tensor
@@ -459,7 +460,7 @@ def main(arguments: argparse.Namespace) -> None:
                 model.config, arguments.yarn, arguments.original_window, arguments.attention_factor
             )
         save(model, arguments.out, getattr(torch, arguments.dtype), tokenizer_folder(resolve_folder(arguments.model)))
-    except ModelError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"model.py: {error}")
     print(f"wrote {arguments.out}: window {model.config.max_position_embeddings:,} tokens, {model.config.rope}")
 

@@ -9,7 +9,7 @@
 A recipe is a list of stages. An `sft` stage imitates worked solutions. An `rl` stage learns from the answer alone:
 
     filter      once, before training: drop the problems that the model always solves
-    temperature the recipe's, or the one that restores the diversity of the first rl stage
+    temperature the recipe's, or the one that restores an earlier stage's diversity
     each step   8 rollouts of each problem -> rewards -> rescue -> substitute -> advantages -> one update
     drop        after the stage: problems solved more than 9 times in 10
 
@@ -115,7 +115,6 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         choose_temperature(run, index, stage, problems)
         held_out_evaluation(run, index, f"before stage {index}")
         state.problem_ids, state.prepared = [problem.id for problem in problems], True
-        state.metrics_position = list(run.metrics.position)  # a stop in the first step must not lose their rows
     order = DataOrder(problems, stage.batch_problems, recipe.seed, index)
     loss = PolicyLoss(stage.clip_low, stage.clip_high, stage.dual_clip)
     sinks_are_used = any(isinstance(later, RlStage) and later.rescue for later in recipe.stage[index:])
@@ -230,9 +229,10 @@ def run_temperature(run: Run, stage: RlStage) -> float:
 
 
 def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Problem]) -> None:
-    """Set the stage's temperature: the recipe's own, or the one that restores the diversity of the first rl stage.
+    """Set the stage's temperature: the recipe's own, or the one that restores an earlier diversity.
 
-    Diversity is measured in every stage on the same problems and with the same limit, those of the first.
+    The target is the diversity at the start of the last rl stage whose temperature the recipe gives. It is measured in
+    every stage on the same problems and with the same limit, those of the first.
     """
     search, state = run.recipe.search, run.state
     if not state.probe_ids:

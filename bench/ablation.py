@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict] = {  # differences from the full recipe, in every rl s
     "no-filter": {"filter_before": False},
     "no-refresh": {"drop_above": 1.0},
     "constant-temperature": {"temperature": 1.0},
-    "one-length": {},  # the last stage's length in all: see `recipes_of`
+    "one-length": {},  # the last stage's length in all: see `recipe_of`
     "no-rescue": {"rescue": False},
     "no-substitution": {"substitute": False},
     "no-clip-higher": {"clip_high": 0.2},

@@ -1,4 +1,4 @@
-"""Try bad inputs: train.py, eval.py and page.py must stop with one sentence and a nonzero exit status.
+"""Try bad inputs: train.py, eval.py and lab/page.py must stop with one sentence and a nonzero exit status.
 
     python bench/bad_inputs.py                  # about a minute on a CPU, nothing is downloaded
     python bench/bad_inputs.py --only resume
@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import runpy
 import signal
 import sys
@@ -132,8 +131,8 @@ CASES = [
     ("evaluation of 0 samples", f"eval.py {EVAL} good.jsonl -n 0"),
     ("comparison of no evaluations", "eval.py --compare world wide"),
     ("regrading of no evaluation", "eval.py --regrade world --out e"),
-    ("a page of no run", "page.py world"),
-    ("a page of broken metrics", "page.py runs/broken-metrics"),
+    ("a page of no run", "lab/page.py world"),
+    ("a page of broken metrics", "lab/page.py runs/broken-metrics"),
 ]  # fmt: skip
 
 
@@ -214,7 +213,8 @@ def start(script: str, *arguments: str) -> tuple[int, str]:
 
 def judge(script: str, status: int, errors: str) -> tuple[str, str]:
     """Return the sentence, and the failed checks or "ok"."""
-    said = [line for line in errors.splitlines() if re.match(rf"{script}: |usage: python {script}", line)]
+    program = script.removesuffix(".py").replace("/", ".") if "/" in script else script
+    said = [line for line in errors.splitlines() if line.startswith(f"{program}: ")]
     faults = ["exit 0"] * (status == 0) + ["hangs"] * (status == 124) + ["traceback"] * ("Traceback" in errors)
     if len(said) != 1 or errors.rstrip().splitlines()[-1:] != said:
         faults.append("not one sentence")

@@ -1,4 +1,4 @@
-"""Compare the memory estimates of plan_memory.py with the memory the code uses, without a GPU or weights.
+"""Compare the memory estimates of lab/plan_memory.py with the memory the code uses, without a GPU or weights.
 
     python bench/plan.py              # small models run in float32; layers of the 4B on fake bfloat16 tensors
     python bench/plan.py --full       # also all 36 layers of the 4B at 40,960 tokens (about a minute)

@@ -133,7 +133,8 @@ def measure_update(case: Case) -> dict:
     model.to(processes.device)
     shard(model, processes.mesh, processes.compute_dtype)
     recipe = SimpleNamespace(offload_optimizer=settings.get("offload_optimizer", False))
-    run = SimpleNamespace(model=model, resume_from=None, recipe=recipe)
+    run = SimpleNamespace(model=model, resume_from=None, recipe=recipe, state=SimpleNamespace())
+    run.metrics = SimpleNamespace(position=[0, 0])
     Run.begin_steps(run, RlStage())
     optimizer = run.optimizer
 

@@ -66,7 +66,7 @@ class RunState:
     probe_ids: list[str] = field(default_factory=list)  # problems on which diversity is measured, in every stage
     probe_tokens: int = 0  # length limit of responses to them
     temperature: float = 0.0
-    diversity: float | None = None  # distinct-4 at the stage's start, which the next stage restores
+    diversity: float | None = None  # distinct-4 that a stage with temperature "match" restores
     nonfinite_steps: int = 0  # consecutive updates up to now without a finite gradient
     history: History = field(default_factory=History)
     sinks: Sinks = field(default_factory=Sinks)

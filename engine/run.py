@@ -90,6 +90,7 @@ class Run:
 
     def begin_steps(self, stage: SftStage | RlStage) -> None:
         """Make the stage's AdamW. A run that resumes within the stage loads its moments and the weights."""
+        self.state.metrics_position = list(self.metrics.position)  # a stop in the first step keeps the rows before it
         betas = (0.9, stage.adam_beta2)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         settings = {"lr": stage.learning_rate, "betas": betas, "weight_decay": stage.weight_decay}
@@ -104,13 +105,8 @@ class Run:
                 group |= {"betas": betas, "weight_decay": stage.weight_decay}
 
     def steps_left(self, stage: SftStage | RlStage) -> int:
-        """Return the steps until the stage ends: by count or, at its mean tokens per step, by token budget."""
-        state = self.state
-        left = stage.steps - state.stage_step
-        if isinstance(stage, RlStage) and stage.generated_tokens and state.stage_tokens:
-            tokens_left = max(0, stage.generated_tokens - state.stage_tokens)
-            left = min(left, ceil(tokens_left * state.stage_step / state.stage_tokens))
-        return max(0, left)
+        """Return the steps until the stage ends."""
+        return steps_left(stage, self.state)
 
     def update(
         self,
@@ -209,6 +205,7 @@ class Run:
         if self.processes.is_main and export.exists() and self.state.stage_step > self.stage_first_step:
             # it includes steps after the checkpoint that this launch resumed from: `save` removes it
             export.rename(export.with_name(f"{export.name}.unfinished"))
+            (self.folder / f"pass-rates-{index + 1}.jsonl").unlink(missing_ok=True)  # of those weights
         if not self.processes.broadcast(export.exists()):
             save(self.model, export, self.processes.compute_dtype, tokenizer_from=self.model_folder)
 
@@ -237,3 +234,12 @@ class Run:
         self.worker.grader.close()
         if self.lock is not None:
             os.close(self.lock)
+
+
+def steps_left(stage: SftStage | RlStage, state: RunState) -> int:
+    """Return the steps until a stage ends: by count or, at its mean tokens per step, by token budget."""
+    left = stage.steps - state.stage_step
+    if isinstance(stage, RlStage) and stage.generated_tokens and state.stage_tokens:
+        tokens_left = max(0, stage.generated_tokens - state.stage_tokens)
+        left = min(left, ceil(tokens_left * state.stage_step / state.stage_tokens))
+    return max(0, left)

@@ -75,10 +75,11 @@ def open_run(
         else:
             processes.say(f"{folder} has no checkpoint: starting over")
     launches = json.loads((folder / LAUNCHES).read_text()) if (folder / LAUNCHES).exists() else []
-    if checkpoint and launches:
+    if checkpoint:
         # next to the name of a run, --set changes values on purpose; in a repeated command it changes nothing
         chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []
-        differing = differences(launches[-1], now, chosen)
+        missing = [f"{LAUNCHES} is missing"]  # nobody knows what the run was made with
+        differing = differences(launches[-1], now, chosen) if launches else missing
         for difference in differing:
             processes.say(f"differs from the run so far: {difference}")
         if differing and not arguments.resume_anyway:
@@ -88,7 +89,7 @@ def open_run(
                 f"{folder} differs from the run so far: {'; '.join(differing)}: undo the change, or resume with it by "
                 "--resume-anyway"
             )
-    processes.broadcast(None)  # every process has read the launches
+    processes.all_gather(None)  # every process has read the launches
     if processes.is_main and (not launches or launches[-1] | now != launches[-1]):
         versions = (
             f"# python {platform.python_version()}, torch {torch.__version__}, transformers "

@@ -23,7 +23,7 @@ The policy:
      No answer is evaluated as code. Guards prevent what it would do: fold upper case, take small numbers for 0,
      2(3) and 5 6 for mixed numbers, y' for y, gamma for a function, the letters of a word for factors.
 
-A worker runs this file as a program, `python answers.py BYTES SECONDS`: a JSON line in, a JSON line out.
+A worker runs this file as a program, `python -P lab/answers.py BYTES SECONDS`: a JSON line in, a JSON line out.
 engine/grader.py owns the workers.
 """
 

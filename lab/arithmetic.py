@@ -187,12 +187,14 @@ def write_world(world: World, folder: Path) -> None:
 
 def main() -> None:
     """Write the default world."""
-    parser = argparse.ArgumentParser(description="Write the laptop world: problems, tokenizer and model.")
+    parser = argparse.ArgumentParser(
+        "python -m lab.arithmetic", description="Write the laptop world: problems, tokenizer and model."
+    )
     parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.out.exists():
-        raise SystemExit(f"arithmetic.py: {arguments.out} exists already; give another name")
+        raise SystemExit(f"lab.arithmetic: {arguments.out} exists already; give another name")
     write_world(World(seed=arguments.seed), arguments.out)
     print(f"wrote {arguments.out}")
 

@@ -77,8 +77,12 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
     add_plan_options(parser)
     arguments = parser.parse_args()
     arguments.resume = arguments.resume or arguments.resume_anyway or None
+    if isinstance(arguments.resume, Path) and arguments.resume.suffix == ".toml":
+        parser.error("put the recipe before --resume, which takes the folder of a run")
+    if isinstance(arguments.resume, Path) and arguments.plan:
+        parser.error("--plan takes a recipe, such as RUN/recipe.toml, not --resume RUN")
     try:
-        if arguments.plan or not isinstance(arguments.resume, Path):
+        if not isinstance(arguments.resume, Path):
             recipe = load_recipe(arguments.recipe, arguments.set)
         if arguments.plan:
             from lab.plan import show_plan  # needs torch

@@ -5,6 +5,7 @@ Read from metrics.jsonl, rollouts.jsonl and recipe.toml; rebuild it at any time,
     python -m lab.page runs/NAME
 """
 
+import argparse
 import sys
 import tomllib
 from collections import Counter, defaultdict, deque
@@ -272,9 +273,14 @@ def write_report(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").exists():
-        sys.exit("usage: python -m lab.page RUN, a folder with a metrics.jsonl")
+    parser = argparse.ArgumentParser(
+        "python -m lab.page", description="Write a run's report.html and curves.svg again."
+    )
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    run = parser.parse_args().run
+    if not (run / "metrics.jsonl").exists():
+        sys.exit(f"lab.page: {run} is not a run: it has no metrics.jsonl; give a folder that train.py has made")
     try:
-        print(write_report(Path(sys.argv[1])))
+        print(write_report(run))
     except (UserError, OSError) as error:
-        sys.exit(f"page.py: {error}")
+        sys.exit(f"lab.page: {error}")

@@ -126,7 +126,7 @@ class GuardSettings:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """The upward search for the temperature that restores the diversity score of the previous stage."""
+    """The upward search for the temperature that restores an earlier stage's diversity."""
 
     step: float = key(0.05, least=1e-3)
     most: float = key(2.0, "highest temperature tried")
@@ -201,7 +201,7 @@ class RlStage:
     generated_tokens: int = key(0, "training rollout tokens after which the stage ends; 0: no limit", least=0)
     batch_problems: int = key(128, least=1)
     group_size: int = key(8, "rollouts per problem", least=2)
-    temperature: float | str = key(1.4, 'a number, or "match": restore the diversity of the previous stage')
+    temperature: float | str = key(1.4, 'a number, or "match": restore the diversity of the last stage with a number')
     max_prompt_tokens: int = key(1024, least=1)
     max_response_tokens: int = key(39_936, least=1)
     filter_before: bool = key(False, "sample every problem, drop the always solved (RECIPE section 1)")

@@ -137,7 +137,7 @@ class Recorder:
         place = {problem.id: i for i, problem in enumerate(problems)}
         by_sample = {(place.get(r.problem_id, len(place)), r.problem_id, r.sample): r for r in _read_all(path)}
         responses = [by_sample[sample] for sample in sorted(by_sample)]
-        processes.broadcast(None)  # all processes have read
+        processes.all_gather(None)  # all processes have read
         if processes.is_main and (parts := parts_of(path)):
             write_responses(path, responses)
             for part in parts:

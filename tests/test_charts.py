@@ -1,4 +1,4 @@
-"""charts.py: positions of what is drawn, read from the figures, and the contents of the SVG and the PNG."""
+"""lab/charts.py: positions of what is drawn, read from the figures, and the contents of the SVG and the PNG."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""checkpoint.py and fingerprint.py: a checkpoint is read exactly as it was written, or not at all."""
+"""engine/checkpoint.py and engine/fingerprint.py: a checkpoint is read exactly as it was written, or not at all."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""console.py: the columns of a step's line, and when alarms are printed."""
+"""lab/console.py: the columns of a step's line, and when alarms are printed."""
 
 import math
 

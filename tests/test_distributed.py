@@ -1,4 +1,4 @@
-"""distributed.py: a rank that raises, hangs or dies ends the job with its own sentence or one that names it."""
+"""engine/distributed.py: a rank that raises, hangs or dies ends the job with its own sentence or one that names it."""
 
 import os
 import sys

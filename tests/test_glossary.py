@@ -1,4 +1,4 @@
-"""glossary.py: complete, and equal to the table in README.md."""
+"""lab/glossary.py: complete, and equal to the table in README.md."""
 
 from dataclasses import fields
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""metrics.py: rows are written and read back, broken lines are reported, resuming drops later lines."""
+"""lab/metrics.py: rows are written and read back, broken lines are reported, resuming drops later lines."""
 
 import errno
 import json

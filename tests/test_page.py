@@ -1,4 +1,4 @@
-"""page.py on a synthetic run: three stages, a diverged step, missing keys, hostile model output, a cut last line."""
+"""lab/page.py on a synthetic run: three stages, a diverged step, missing keys, hostile model output, a cut last line."""
 
 import json
 import math
@@ -292,4 +292,4 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 def test_the_command_rejects_a_folder_that_is_not_a_run(tmp_path):
     done = subprocess.run([sys.executable, "-m", "lab.page", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "usage: python -m lab.page RUN, a folder with a metrics.jsonl" in done.stderr
+    assert done.stderr.endswith("is not a run: it has no metrics.jsonl; give a folder that train.py has made\n")

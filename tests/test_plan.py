@@ -1,4 +1,4 @@
-"""plan.py: estimates compared with the bytes of the real update and sampler, and the output of --plan."""
+"""lab/plan.py: estimates compared with the bytes of the real update and sampler, and the output of --plan."""
 
 import argparse
 import importlib.util

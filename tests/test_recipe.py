@@ -438,7 +438,8 @@ def test_training_samples_the_policy_itself_as_published():
 
 def test_the_optimizer_is_adamw_as_published():
     recipe = load_recipe(ROOT / "recipes/polaris-4b.toml")
-    run = SimpleNamespace(model=nn.Linear(2, 2), resume_from=None, recipe=recipe)
+    run = SimpleNamespace(model=nn.Linear(2, 2), resume_from=None, recipe=recipe, state=SimpleNamespace())
+    run.metrics = SimpleNamespace(position=[0, 0])
     Run.begin_steps(run, recipe.stage[0])
     group = run.optimizer.param_groups[0]
     assert type(run.optimizer) is torch.optim.AdamW

@@ -1,4 +1,4 @@
-"""rollout_worker.py: responses are graded while others are being sampled, and a failing grader stops the work."""
+"""engine/rollout_worker.py: responses are graded while others are being sampled, and a failing grader stops the work."""
 
 import re
 from datetime import timedelta
