@@ -158,6 +158,7 @@ def rows_of(path: Path) -> Iterator[tuple[int, dict | str]]:
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield the numbered rows of a parquet file."""
     import pyarrow
     import pyarrow.parquet
 

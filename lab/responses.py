@@ -95,6 +95,7 @@ class Recorder:
     worker: RolloutWorker
     folder: Path  # the same for all processes
     work: SamplingStats = field(default_factory=SamplingStats)  # of all processes, in the last call of `respond`
+    asked: set[str] = field(default_factory=set)  # keys of this session: a curve adds to its own responses
 
     def respond(
         self,
@@ -129,11 +130,12 @@ class Recorder:
         prompts = [prompt for problem in problems for prompt in self._missing(problem, n, have)]
         self.work = SamplingStats()
         if prompts:
-            if have:
+            if have and key not in self.asked:
                 processes.say(f"{key}: {len(have):,} responses are already stored")
             _, self.work, stopped = self.worker.sample(problems, prompts, sampling, keep, label=key)
             if stopped:
                 raise Interrupted
+        self.asked.add(key)
         place = {problem.id: i for i, problem in enumerate(problems)}
         by_sample = {(place.get(r.problem_id, len(place)), r.problem_id, r.sample): r for r in _read_all(path)}
         responses = [by_sample[sample] for sample in sorted(by_sample)]
