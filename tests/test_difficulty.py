@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -348,6 +349,12 @@ def test_drop_refuses_a_wrong_or_unfinished_run(command, run, tmp_path):
     state = checkpoint.RunState(step=18, stage=1, stage_step=4)
     write_checkpoint(folder / "checkpoints" / "step-18", state)
     with pytest.raises(SystemExit, match="run has not ended an rl stage yet"):
+        command("drop", folder, data, out)
+    # by its budget of tokens, the same stage has ended
+    text = RECIPE.replace("steps = 9", "steps = 99\ngenerated_tokens = 100")
+    (folder / "recipe.toml").write_text(text)
+    write_checkpoint(folder / "checkpoints" / "step-18", replace(state, stage_tokens=100))
+    with pytest.raises(SystemExit, match="run has not trained in stage 1"):  # ended, but this state has no visits
         command("drop", folder, data, out)
     (folder / "checkpoints" / "step-18" / "run.pt").write_bytes(b"")
     with pytest.raises(SystemExit, match="step-18 .run.pt has 0 bytes, not "):

@@ -76,6 +76,7 @@ def test_data_filter_refuses_bad_arguments(monkeypatch, capsys, words, sentence)
         ("train.py", "--help", 0, "The POLARIS recipe"),
         ("train.py", "--set stage.1.temprature=1", 1, "did you mean temperature?"),
         ("train.py", "--resume recipes/tiny.toml", 2, "put the recipe before --resume"),
+        ("train.py", "--plan --resume runs/a", 2, "--plan takes a recipe"),
         ("eval.py", "--help", 0, "How good is a model?"),
         ("eval.py", "model --data d --temprature 1", 2, "unrecognized arguments: --temprature 1"),
         ("data_filter.py", "--help", 0, "how hard problems are"),

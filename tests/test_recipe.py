@@ -439,8 +439,9 @@ def test_training_samples_the_policy_itself_as_published():
 def test_the_optimizer_is_adamw_as_published():
     recipe = load_recipe(ROOT / "recipes/polaris-4b.toml")
     run = SimpleNamespace(model=nn.Linear(2, 2), resume_from=None, recipe=recipe, state=SimpleNamespace())
-    run.metrics = SimpleNamespace(position=[0, 0])
+    run.metrics = SimpleNamespace(position=[7, 3])
     Run.begin_steps(run, recipe.stage[0])
+    assert run.state.metrics_position == [7, 3]  # a stop in the first step must not lose the rows before it
     group = run.optimizer.param_groups[0]
     assert type(run.optimizer) is torch.optim.AdamW
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-6, (0.9, 0.999), 0.01)

@@ -284,6 +284,15 @@ def test_changed_code_needs_a_flag_and_a_value_set_on_purpose_does_not(last_stag
     assert main(monkeypatch, "--resume", last_stage) == "train.py: resumed"
 
 
+def test_a_run_without_its_fingerprint_needs_a_flag(last_stage, monkeypatch):
+    """Guards: a copied run that lacked the file was resumed without any check."""
+    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("resumed")))
+    (last_stage / "fingerprints.json").unlink()
+    assert "fingerprints.json is missing" in main(monkeypatch, "--resume", last_stage)
+    assert main(monkeypatch, "--resume", last_stage, "--resume-anyway") == "train.py: resumed"
+    assert main(monkeypatch, "--resume", last_stage) == "train.py: resumed"
+
+
 def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_over(last_stage, monkeypatch):
     interrupt.flip_a_byte(last_stage.parent, random.Random(0))
     for path in (last_stage / "checkpoints").iterdir():
