@@ -204,7 +204,7 @@ def final_evaluation(run: Run) -> None:
 def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Problem]) -> list[Problem]:
     """Pass rates of the model about to be trained, 8 rollouts each; the always solved are dropped.
 
-    Estimates are kept in pass-rates-INDEX.jsonl, and an interrupted run goes on from there.
+    Estimates are kept in pass-rates-INDEX.jsonl, and an interrupted run resumes from there.
     """
     path, history = run.folder / f"pass-rates-{index}.jsonl", run.state.history
     sampling = run.sampling(stage, run_temperature(run, stage), draw=ESTIMATE_DRAW)
@@ -340,7 +340,7 @@ def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> N
 
 
 def main(arguments: Namespace) -> None:
-    """Run a recipe, or go on with one."""
+    """Run a recipe, or resume a run of it."""
     run, status = None, 0
     try:
         run = start_run(arguments, distributed.start())
