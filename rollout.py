@@ -6,8 +6,9 @@
     decode   every row draws one token, after attention over its pages
     retire   finished rows leave at once, and the last row fills the gap
 
-This file is plain PyTorch; engine/decode.py has the packed weights, the paged kernel and the CUDA graphs that speed
-it up. A row that needs a page when none is free preempts the row admitted last, which waits and is prefilled again.
+This file is plain PyTorch; engine/decode.py has the packed weights and the CUDA graphs that speed it up,
+engine/paged_attention.py the kernel that reads pages in place. A row that needs a page when none is free preempts the
+row admitted last, which waits and is prefilled again.
 
 The draw for a token is a hash of (seed, step, problem id, rollout, position), so the other responses in the batch
 change nothing (up to float rounding of the logits). Log-probs are log softmax(logits / T) before any top-k or top-p
@@ -26,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.decode import KERNEL_PAGE_TOKENS, PagedKernel, pages_have_kernels, sampling_forward, step_graphs
+from engine.decode import sampling_forward, step_graphs
 from engine.errors import UserError
 from engine.memory import out_of_memory
+from engine.paged_attention import has_paged_attention, paged_attention
 from model import ModelConfig, Packed, Transformer
 
 LARGEST_PREFILL = 16_384  # tokens in one prefill forward; a longer prompt is prefilled alone
@@ -114,10 +116,7 @@ def check_requests(
     if limits.rows < 1 or size < 1:
         raise RolloutError(f"cannot sample with {limits}")
     longest = max((len(prompt.tokens) for prompt in prompts), default=0) + new
-    if not pages_have_kernels(model.device, model.lm_head.weight.dtype):
-        size = min(size, longest)
-    elif size % KERNEL_PAGE_TOKENS:
-        raise RolloutError(f"pages of {size} tokens: on CUDA use a multiple of {KERNEL_PAGE_TOKENS}")
+    size = min(size, longest)
     for prompt in prompts:
         problem, length = f"problem {prompt.problem_id}", len(prompt.tokens)
         if prompt.limits and (least := min(prompt.limits)) < 1:
@@ -279,9 +278,9 @@ class Decode:
         self.cache, self.positions, self.in_place, size = cache, positions, in_place, cache.page_size
         self.page = table.gather(1, (positions // size)[:, None]).squeeze(1)  # (B,)
         self.offset = positions % size
-        self.kernel = None
-        if pages_have_kernels(table.device, cache.keys.dtype):
-            self.kernel = PagedKernel(table, positions + 1, longest)
+        self.table, self.lengths = table, positions + 1
+        self.kernel = has_paged_attention(table.device, cache.keys.dtype)
+        if self.kernel:
             return
         if in_place and 2 * longest > size:
             longest = size  # reading adjacent pages to their ends is faster than skipping parts of them
@@ -295,7 +294,7 @@ class Decode:
         self.cache.store(layer, self.page, self.offset, k, v)
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (pages, size, K, D)
         if self.kernel:
-            return self.kernel.attend(q, keys, values)
+            return paged_attention(q, keys, values, self.table, self.lengths)
         rows, heads, size = q.shape
         if self.in_place:
             k, v = keys[:rows], values[:rows]

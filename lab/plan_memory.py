@@ -153,7 +153,7 @@ class Sampling:
     @property
     def page_size(self) -> int:
         """Tokens of a page, as clamped by rollout.py."""
-        return self.page_tokens if self.kernels else min(self.page_tokens, self.longest)
+        return min(self.page_tokens, self.longest)
 
     @property
     def pages(self) -> int:
