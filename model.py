@@ -308,7 +308,7 @@ class Transformer(nn.Module):
 
 def initialise(model: Transformer, seed: int) -> None:
     """Draw fresh weights: normal, std 0.02; for the projections into the residual stream 0.02 / sqrt(2 x layers)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     residual_std = 0.02 / (2 * model.config.num_hidden_layers) ** 0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
