@@ -102,10 +102,15 @@ class SamplerStats:
 
 
 def check_requests(
-    model: Transformer, prompts: Sequence[Prompt], sampling: Sampling, limits: CacheLimits
+    model: Transformer,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    limits: CacheLimits,
+    dtype: torch.dtype | None = None,
 ) -> tuple[int, int]:
     """Return the page size to use, and how many pages of it the longest possible sequence takes.
 
+    `dtype` is that of sampling, by default the weights'; the master weights of a run have another one.
     Raise RolloutError for invalid settings and for a sequence that could outgrow the model's window or the cache.
     """
     new, size, window = sampling.max_new_tokens, limits.page_size, model.config.max_position_embeddings
@@ -114,7 +119,7 @@ def check_requests(
     if limits.rows < 1 or size < 1:
         raise RolloutError(f"cannot sample with {limits}")
     longest = max((len(prompt.tokens) for prompt in prompts), default=0) + new
-    if not pages_have_kernels(model.device, model.lm_head.weight.dtype):
+    if not pages_have_kernels(model.device, dtype or model.lm_head.weight.dtype):
         size = min(size, longest)
     elif size % KERNEL_PAGE_TOKENS:
         raise RolloutError(f"pages of {size} tokens: on CUDA use a multiple of {KERNEL_PAGE_TOKENS}")
