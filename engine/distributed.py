@@ -78,13 +78,6 @@ class Processes:
             dist.all_gather_object(values, value, group=self.gloo)
         return values
 
-    def free_memory_bytes(self) -> int:
-        """Return the GPU's free memory; on a CPU, this process's share of half of the machine's memory."""
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info()[0]
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // local_ranks
-
     def peak_memory_gib(self) -> float:
         """Return the most memory allocated so far: on the GPU, or by the process on a CPU."""
         if self.device.type == "cuda":
