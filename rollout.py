@@ -29,13 +29,14 @@ from torch import Tensor
 
 from engine.decode import sampling_forward, step_graphs
 from engine.errors import UserError
-from engine.memory import out_of_memory
+from engine.memory import free_memory_bytes, out_of_memory
 from engine.paged_attention import has_paged_attention, paged_attention
 from model import ModelConfig, Packed, Transformer
 
 LARGEST_PREFILL = 16_384  # tokens in one prefill forward; a longer prompt is prefilled alone
 LARGEST_CPU_PREFILL = 2_048  # fits the caches of a CPU
 STEPS_BETWEEN_SYNCS = 8  # with graphs: tokens drawn for every row before the host checks which responses have ended
+DESKTOP_BYTES = 3 * 2**29  # of a GPU's free memory that an unlimited cache leaves to a desktop and fragmentation
 DRAW_BLOCK = 128  # weights summed together, so that no cumulative sum runs over a whole vocabulary
 
 
@@ -74,7 +75,7 @@ class Sampling:
 class CacheLimits:
     """The size of the KV cache. Pages as long as the longest sequence give each row a single page."""
 
-    tokens: int  # of all sequences together
+    tokens: int  # of all sequences together; 0: what fits into the free memory, see `free_cache_tokens`
     page_size: int  # tokens
     rows: int  # sequences decoded at once
 
@@ -126,7 +127,7 @@ def check_requests(
         sequence = f"{problem}: prompt of {length} tokens + {new} new"
         if length + new > window:
             raise RolloutError(f"{sequence} exceeds the model's window of {window}: shorten either or extend with YaRN")
-        if math.ceil((length + new) / size) + 1 > limits.tokens // size:
+        if limits.tokens and math.ceil((length + new) / size) + 1 > limits.tokens // size:
             raise RolloutError(f"{sequence} and a spare page exceed the cache of {limits.tokens} tokens: enlarge it")
     return size, math.ceil(longest / size)
 
@@ -205,6 +206,15 @@ def _invert(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes of one token's keys and values in all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def free_cache_tokens(free: int, config: ModelConfig, dtype: torch.dtype, cuda: bool, rows: int, longest: int) -> int:
+    """Return the tokens of the cache for which `free` bytes have room, beside prefills, logits and a desktop."""
+    if cuda:  # four values of a layer's two widths cover any operation of a prefill; three float32 copies of the logits
+        widths = config.hidden_size + config.intermediate_size
+        free -= max(LARGEST_PREFILL, longest) * 4 * widths * dtype.itemsize
+        free -= rows * config.vocab_size * 3 * torch.float32.itemsize + DESKTOP_BYTES
+    return max(0, free) // cache_bytes_per_token(config, dtype)
 
 
 class PagedCache:
@@ -373,7 +383,7 @@ class _Sampler:
                 limit = min(sampling.max_new_tokens, prompt.limits[i] if prompt.limits else sampling.max_new_tokens)
                 self.waiting.append(_Row(prompt, prompt.first + i, key, limit, prefix))
         self.one_page = self.pages_per_row == 1  # row i then uses page i, unless the cache is tight
-        rows = self.max_rows = min(limits.rows, len(self.waiting))
+        rows = self.max_rows = max(1, min(limits.rows, len(self.waiting)))
         self.max_prefill = LARGEST_CPU_PREFILL if self.device.type == "cpu" else LARGEST_PREFILL
         self.graphs = step_graphs(rows, self.device, model.lm_head.weight.dtype)
         self.cache = self._allocate_cache(model, limits)
@@ -386,18 +396,23 @@ class _Sampler:
 
     def _allocate_cache(self, model: Transformer, limits: CacheLimits) -> PagedCache:
         """Allocate the pages of the budget, but no more than full rows and as many held prompts could use."""
-        pages = min(limits.tokens // self.page_size, 2 * self.max_rows * self.pages_per_row)
-        while True:
+        longest, dtype = self.pages_per_row * self.page_size, model.lm_head.weight.dtype
+        most, tokens = 2 * self.max_rows * self.pages_per_row, limits.tokens
+        if not tokens:
+            most = (self.max_rows + 2) * self.pages_per_row + 1
+            free, cuda = free_memory_bytes(self.device), self.device.type == "cuda"
+            tokens = free_cache_tokens(free, model.config, dtype, cuda, self.max_rows, longest)
+        pages = min(tokens // self.page_size, most)
+        while pages > self.pages_per_row:  # one sequence and a spare page
             try:
-                return PagedCache(model, pages, self.page_size, model.lm_head.weight.dtype, self.graphs is not None)
+                return PagedCache(model, pages, self.page_size, dtype, self.graphs is not None)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-            pages //= 2
+            pages -= math.ceil(pages / 8)
             self.stats.memory_retries += 1
-            if pages <= self.pages_per_row:
-                what = f"a cache for one sequence of {self.pages_per_row * self.page_size} tokens does not fit"
-                raise RolloutError(f"out of memory: {what}: shorten the responses or use a smaller model")
+        what = f"a cache for one sequence of {longest} tokens does not fit"
+        raise RolloutError(f"out of memory: {what}: shorten the responses or use a smaller model")
 
     def run(self, abandon: Callable[[], bool]) -> Iterator[Rollout]:
         """Sample until no row is left."""

@@ -35,6 +35,10 @@ class RankError(UserError):
     """Another rank is missing from a collective; names the rank and the place."""
 
 
+class DeviceError(UserError):
+    """The GPU cannot run this code."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process's device and its rank among the others."""
@@ -74,13 +78,6 @@ class Processes:
             dist.all_gather_object(values, value, group=self.gloo)
         return values
 
-    def free_memory_bytes(self) -> int:
-        """Return the GPU's free memory; on a CPU, this process's share of half of the machine's memory."""
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info()[0]
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // local_ranks
-
     def peak_memory_gib(self) -> float:
         """Return the most memory allocated so far: on the GPU, or by the process on a CPU."""
         if self.device.type == "cuda":
@@ -117,7 +114,13 @@ def start() -> Processes:
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
         torch.cuda.set_device(device)
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise DeviceError(
+                f"{torch.cuda.get_device_name(device)}: bfloat16 and flash attention need an Ampere GPU or newer "
+                "(compute capability 8.0): set CUDA_VISIBLE_DEVICES= in the environment to run on the CPU"
+            )
         torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; the work is done in bfloat16
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # partial sums stay float32
     if launched:
         store, rank, world_size = next(dist.rendezvous("env://"))
         # torchrun keeps its store over a restart, and gloo would connect to the dead processes' ports

@@ -1,6 +1,7 @@
 """When memory runs out in the update: retry with smaller micro-batches, or say which setting to change."""
 
 import gc
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -87,6 +88,19 @@ def step_within_memory(optimizer: torch.optim.Optimizer) -> None:
         raise UpdateError(
             "out of memory in the optimizer step: set offload_optimizer = true or train a LoRA adapter"
         ) from None
+
+
+def host_memory_bytes() -> int:
+    """Return the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the GPU's free memory; on a CPU, this process's share of a third of the machine's memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return host_memory_bytes() // 3 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -4,11 +4,13 @@
 keeps 8 bytes per parameter off the device. Its checkpoints are those of torch.optim.AdamW: a run resumes with either.
 """
 
+import mmap
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +19,26 @@ from torch.utils.checkpoint import checkpoint
 
 BUCKET_VALUES = 2**26  # of a parameter, updated at a time: 256 MiB on the device for each of the two moments
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def host_zeros(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """Return zeros in host memory, pinned in whole pages; torch's pinned memory is rounded up to a power of two."""
+    count, page = torch.Size(shape).numel() * dtype.itemsize, mmap.PAGESIZE
+    size = -(-count // page) * page
+    memory = np.zeros(size + page, np.uint8)
+    start = -memory.ctypes.data % page  # no two tensors share a page: none can be registered twice
+    if pinned and size:
+        status = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data + start, size, 0))
+        if status:
+            raise MemoryError(f"out of memory: CUDA cannot pin {size:,} bytes of host memory (error {status})")
+        weakref.finalize(memory, _unpin, memory.ctypes.data + start).atexit = False
+    return torch.from_numpy(memory)[start : start + count].view(dtype).view(shape)
+
+
+def _unpin(address: int) -> None:
+    """Give pinned memory back after the copies to and from it."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 # ------------------------------------------------------------------------------------------------- layer inputs
@@ -29,16 +51,17 @@ class KeptInput:
     during the recomputation of the layer above, which prefetches the input `below` its own.
     """
 
-    def __init__(self, x: Tensor, below: "KeptInput | None", stream: torch.cuda.Stream | None):
-        self.on_device, self.below, self.stream, self.offloaded = x, below, stream, False
+    def __init__(self, x: Tensor, below: "KeptInput | None", stream: torch.cuda.Stream | None, buffer: Tensor):
+        self.on_device, self.below, self.stream, self.offloaded, self.returned = x, below, stream, False, False
         self.requires_grad, self.device = x.requires_grad, x.device
-        self.host = torch.empty_like(x, device="cpu", requires_grad=False, pin_memory=stream is not None)
+        self.host = buffer[: x.nbytes].view(x.dtype).view(x.shape)
         self._copy(self.host, x.detach())
 
     def take(self) -> Tensor:
         """Return the input: the original in forward, a copy from host memory in backward."""
         if self.offloaded:
             self._fetch()
+            self.returned = True
             if self.stream is not None:
                 torch.cuda.current_stream().wait_stream(self.stream)
             if self.below is not None:
@@ -64,15 +87,27 @@ class KeptInput:
 
 @dataclass
 class Offload:
-    """State shared by the layers of a model whose inputs are offloaded."""
+    """State shared by the layers of a model whose inputs are offloaded: a host buffer per layer, and its user."""
 
     stream: torch.cuda.Stream | None
-    last: "weakref.ref[KeptInput] | None" = None  # weak: only the autograd graph holds the inputs
+    buffers: dict[int, Tensor] = field(default_factory=dict)  # bytes of the largest micro-batch so far
+    users: dict[int, "weakref.ref[KeptInput]"] = field(default_factory=dict)  # only the autograd graph holds the inputs
 
     def keep(self, x: Tensor, layer: int) -> KeptInput:
-        """Start the copy of a layer's input (T, C) to host memory."""
-        kept = KeptInput(x, self.last() if layer and self.last is not None else None, self.stream)
-        self.last = weakref.ref(kept)
+        """Start the copy of a layer's input (T, C) to host memory.
+
+        The layer's buffer is used again once backward has taken its last content; the stream keeps the copies in order.
+        """
+        before, below = (self.users[i]() if i in self.users else None for i in (layer, layer - 1))
+        if before is not None and before.returned:
+            before.host = None  # a second backward through that graph fails instead of reading another input
+        elif before is not None:
+            del self.buffers[layer]  # that graph has yet to run backward
+        if layer not in self.buffers or self.buffers[layer].numel() < x.nbytes:
+            self.buffers.pop(layer, None)  # given back before the larger one is pinned
+            self.buffers[layer] = host_zeros([x.nbytes], torch.uint8, pinned=self.stream is not None)
+        kept = KeptInput(x, below, self.stream, self.buffers[layer])
+        self.users[layer] = weakref.ref(kept)
         return kept
 
 
@@ -144,7 +179,7 @@ class HostAdamW(torch.optim.AdamW):
     def _zeros_on_host(self, parameter: Tensor) -> Tensor:
         """Return host zeros like a parameter; for a sharded one a DTensor, so that checkpoints know the shard."""
         local = _local(parameter)
-        zeros = torch.zeros(local.shape, dtype=torch.float32, pin_memory=local.is_cuda)
+        zeros = host_zeros(local.shape, torch.float32, pinned=local.is_cuda)
         if not isinstance(parameter, DTensor):
             return zeros
         if self._cpu_mesh is None:  # on the accelerator's mesh, from_local would move the zeros to the accelerator

@@ -66,9 +66,10 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained_text = f" ({trained:,} of them trained)" * (trained < parameters)
     cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, processes.compute_dtype) / 2**30
+    cache_text = f"at most {cache_gib:.2f} GiB of cache" if cache_gib else "a cache of the free memory's size"
     processes.say(
         f"{recipe.name}: {parameters:,} parameters{trained_text}, {processes.world_size} processes, "
-        f"at most {cache_gib:.2f} GiB of cache each, {folder}"
+        f"{cache_text} each, {folder}"
     )
     return run
 

@@ -10,8 +10,9 @@ from engine.grader import Grader
 from engine.rollout_worker import RolloutWorker
 from engine.tokenizer import load_tokenizer, stop_tokens
 from lab.problems import Problem
+from lab.recipe import SamplerSettings
 from model import extend_window, load, resolve_folder, tokenizer_folder
-from rollout import CacheLimits, Sampling, cache_bytes_per_token, check_requests
+from rollout import CacheLimits, Sampling, check_requests
 
 
 def load_worker(
@@ -42,12 +43,9 @@ def load_worker(
         processes, arguments.instruction, StopRequest(stopping), arguments.most_failed_share,
     )  # fmt: skip
     prompts = [worker.prompt(problem, 1) for problem in problems]
-    # every row can reach its full length, unless that exceeds two thirds of the free memory: then rows wait
     window = max((len(prompt.tokens) for prompt in prompts), default=0) + arguments.max_tokens
-    page = 256 if processes.device.type == "cuda" else window  # one page a row is fastest on a CPU, but wastes memory
-    fits = processes.free_memory_bytes() * 2 // 3 // cache_bytes_per_token(model.config, processes.compute_dtype)
-    tokens = arguments.cache_tokens or min((arguments.rows + 2) * window + page, fits)
-    worker.limits = CacheLimits(tokens, page, arguments.rows)
+    page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
+    worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
     check_requests(model, prompts, sampling, worker.limits)
     return worker, sampling, folder
 

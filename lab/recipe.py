@@ -69,7 +69,7 @@ class SamplerSettings:
 
     rows: int = key(64, "sequences decoded at once", least=1)
     page_tokens: int = key(256, "per page; on a CPU best as long as a full sequence", least=1)
-    cache_tokens: int = key(1_000_000, "of all sequences together", least=1)
+    cache_tokens: int = key(1_000_000, "of all sequences together; 0: what fits into the free memory", least=0)
 
 
 @dataclass(frozen=True)

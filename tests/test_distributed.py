@@ -8,6 +8,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import torch
 import torch.distributed as dist
 from forked import free_port, in_processes
 
@@ -98,6 +99,38 @@ def test_a_single_process_reports_a_user_error_as_a_sentence_and_raises_any_othe
     assert distributed.report_error(DataError("no"), "train.py") == "train.py: no"
     with pytest.raises(KeyError):
         distributed.report_error(KeyError("a bug"), "train.py")
+
+
+def on_a_gpu(monkeypatch, capability):
+    """Make torch report a GPU; return the devices that are set."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 2080 Ti")
+    return used
+
+
+def test_a_gpu_older_than_ampere_is_refused_with_its_name(monkeypatch):
+    on_a_gpu(monkeypatch, (7, 5))
+    with pytest.raises(distributed.DeviceError, match="^NVIDIA GeForce RTX 2080 Ti: .*CUDA_VISIBLE_DEVICES=") as caught:
+        distributed.start()
+    assert "\n" not in str(caught.value) and not dist.is_initialized()
+
+
+def test_without_torchrun_the_first_gpu_is_used_with_float32_sums(monkeypatch):
+    used, settings = on_a_gpu(monkeypatch, (8, 0)), torch.backends.cuda.matmul
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    before = settings.allow_bf16_reduced_precision_reduction
+    try:
+        settings.allow_bf16_reduced_precision_reduction = True
+        processes = distributed.start()
+        assert not settings.allow_bf16_reduced_precision_reduction
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
+    assert used == [torch.device("cuda", 0)] == [processes.device] and processes.compute_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-3", "nan", "1e300"])

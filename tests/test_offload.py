@@ -269,3 +269,70 @@ def test_no_layer_input_stays_on_the_device(monkeypatch):
         assert all(reference.expired() for reference in seen)
     assert alive == {False: [True] * 3, True: [False] * 3}
     assert moved == [(15, 16)] * 3  # nothing else is moved
+
+
+def forward(model, tokens):
+    tokens = torch.arange(tokens) % 23
+    return model(tokens, models.Packed([len(tokens)]), torch.arange(len(tokens)), tokens).sum()
+
+
+def test_a_layers_buffer_is_used_again_and_has_the_size_of_the_largest_micro_batch():
+    model, found = prepared(tiny(), True, True), []
+    buffers = model.model.layers[0].offload.buffers
+    for tokens in (9, 15, 4, 15):
+        loss = forward(model, tokens)  # alive during the next forward, as in grpo.py
+        loss.backward()
+        found.append([(buffer.data_ptr(), buffer.numel()) for buffer in buffers.values()])
+    assert found[1] == found[2] == found[3] and [len({*each}) for each in found] == [3] * 4
+    assert [size for _, size in found[0] + found[1]] == [9 * 16 * 4] * 3 + [15 * 16 * 4] * 3  # tokens x width x float32
+
+
+def test_a_forward_before_the_last_ones_backward_leaves_its_inputs_alone():
+    model = prepared(tiny(), True, True)
+    one, two = [forward(model, tokens) for tokens in (15, 9)]
+    one.backward()
+    two.backward()
+    found = [whole(parameter.grad) for parameter in model.parameters()]
+    model.zero_grad()
+    for tokens in (15, 9):
+        forward(model, tokens).backward()
+    for mine, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad)
+
+
+class Runtime:
+    """CUDA's runtime, with the ranges of host memory that are pinned."""
+
+    def __init__(self):
+        self.pinned = {}
+
+    def cudaHostRegister(self, address, size, flags):
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address):
+        del self.pinned[address]
+
+
+def test_host_memory_is_pinned_in_whole_pages_of_its_own_and_released(monkeypatch):
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    sizes = [(3, 5), (1025,), (4096, 33), (0, 7)]
+    tensors = [offloading.host_zeros(size, torch.float32, pinned=True) for size in sizes]
+    assert [tuple(tensor.shape) for tensor in tensors] == sizes and not any(tensor.any() for tensor in tensors)
+    pages = [(tensor.data_ptr(), -(-tensor.nbytes // 4096) * 4096) for tensor in tensors[:3]]
+    assert [*runtime.pinned.items()] == pages and all(address % 4096 == 0 for address, _ in pages)
+    view = tensors[2].view(-1)[10:]
+    del tensors[1:]
+    assert [*runtime.pinned] == [tensors[0].data_ptr(), view.data_ptr() - 40]  # a view keeps its memory
+    del tensors, view
+    assert not runtime.pinned
+
+
+def test_memory_that_cannot_be_pinned_is_one_sentence(monkeypatch):
+    runtime = Runtime()
+    runtime.cudaHostRegister = lambda *_: 2
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    with pytest.raises(MemoryError, match="CUDA cannot pin 8,192 bytes of host memory"):
+        offloading.host_zeros([1025], torch.float32, pinned=True)

@@ -11,13 +11,18 @@ import torch
 from conftest import VOCABULARY, WINDOW
 
 import rollout
-from model import Packed, load
+from lab.plan import PUBLISHED, PUBLISHED_KEYS
+from lab.plan_memory import Sampling as PlannedSampling
+from lab.plan_memory import Shape, sampling_moment
+from model import Packed, load, parse_config
 from rollout import (
     CacheLimits,
     Prompt,
     RolloutError,
     SamplerStats,
     Sampling,
+    cache_bytes_per_token,
+    check_requests,
     counter_uniform,
     generate,
     sample,
@@ -384,6 +389,44 @@ def test_the_smallest_accepted_cache_suffices(model):
 def test_pages_longer_than_any_sequence_need_no_larger_cache(model, expected):
     """Regression: the check used the requested page size, the sampler the length of the longest sequence."""
     assert_same(run(model, make_prompts(), warm(), CacheLimits(tokens=500, page_size=10_000, rows=9)), expected)
+
+
+def test_a_cache_of_the_free_memorys_size_changes_nothing_but_the_preemptions(model, expected, monkeypatch):
+    size = cache_bytes_per_token(model.config, torch.float32)
+    stats = SamplerStats()
+    assert_same(run(model, make_prompts(), warm(), replace(AMPLE, tokens=0, page_size=4), stats), expected)
+    assert not stats.preemptions
+    longest = max(len(prompt.tokens) for prompt in make_prompts()) + warm().max_new_tokens
+    monkeypatch.setattr(rollout, "free_memory_bytes", lambda device: (longest + 8) * size)
+    assert_same(run(model, make_prompts(), warm(), replace(AMPLE, tokens=0, page_size=4), stats), expected)
+    assert stats.preemptions
+    monkeypatch.setattr(rollout, "free_memory_bytes", lambda device: 3 * size)
+    with pytest.raises(RolloutError, match="a cache for one sequence of .* does not fit"):
+        run(model, make_prompts(), warm(), replace(AMPLE, tokens=0))
+
+
+def test_a_cache_that_does_not_fit_is_shrunk_by_eighths(model, expected, monkeypatch):
+    tried, cache = [], rollout.PagedCache
+
+    def allocate(model, pages, *rest):
+        tried.append(pages)
+        if pages > 45:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return cache(model, pages, *rest)
+
+    monkeypatch.setattr(rollout, "PagedCache", allocate)
+    assert_same(run(model, make_prompts(), warm(), replace(AMPLE, tokens=64 * 4, page_size=4)), expected)
+    assert tried == [64, 56, 49, 42]
+
+
+def test_a_free_gpu_leaves_room_for_a_prefill_logits_and_a_desktop():
+    config = parse_config(dict(zip(PUBLISHED_KEYS, PUBLISHED["Qwen/Qwen3-0.6B"], strict=True)))
+    sampling = PlannedSampling(1024, 16_384, 256, 8, 48, 256, 0)
+    shape = Shape(config)
+    tokens = rollout.free_cache_tokens(20 * 2**30, config, torch.bfloat16, True, 48, sampling.longest)
+    left = 20 * 2**30 - sum(sampling_moment(shape, replace(sampling, cache_tokens=tokens)).values())
+    assert 1.5 * 2**30 <= left < 1.8 * 2**30
+    assert rollout.free_cache_tokens(2**30, config, torch.bfloat16, True, 48, sampling.longest) == 0
 
 
 # --------------------------------------------------------------------------------------------------- the draw
