@@ -278,8 +278,8 @@ class Transformer(nn.Module):
         """Compute the hidden states (T, C) of tokens (T,), after the final norm."""
         if self.inverse_frequencies.device != tokens.device:
             self.inverse_frequencies = self.inverse_frequencies.to(tokens.device)
-        cos, sin = rotation(self.inverse_frequencies, context.positions, self.attention_factor)
         x = self.model.embed_tokens(tokens)  # (T, C)
+        cos, sin = rotation(self.inverse_frequencies, context.positions, self.attention_factor, x.dtype)
         for i, layer in enumerate(self.model.layers):
             # __call__ runs FSDP's hooks: training needs them, sampling uses weights that are already gathered
             x = layer(x, cos, sin, context, i) if torch.is_grad_enabled() else layer.forward(x, cos, sin, context, i)
