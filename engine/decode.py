@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.paged_attention import has_paged_attention
-from model import AttentionContext, Layer, RMSNorm, Transformer
+from model import AttentionContext, Layer, Transformer
 from yarn import rotate, rotation
 
 Project = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
 
 
-def pack_linears(linears: Sequence[nn.Linear], norm: RMSNorm | None, rows: int) -> Project:
+def pack_linears(linears: Sequence[nn.Linear], norm: nn.RMSNorm | None, rows: int) -> Project:
     """Fuse linear layers that read the same input, and fold in a norm's weight; `rows` is the expected batch size.
 
     The weights get oneDNN's layout, as torch.compile gives frozen weights on a CPU: much faster than F.linear at tens
