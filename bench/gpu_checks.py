@@ -618,12 +618,13 @@ def check_train(report: Report, small: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = [word for setting in SMALL for word in ("--set", setting)]
         command = [sys.executable, str(ROOT / "train.py"), *words, "--out", folder]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
         def rows() -> list[dict]:
             return [row for path in Path(folder).glob("*/metrics.jsonl") for row in read_metrics(path.parent)]
 
         begun = time.monotonic()
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, env=environment)
         while process.poll() is None and not any(row["kind"] == "rl" for row in rows()):
             time.sleep(0.1)
         first, ended = time.monotonic() - begun, process.poll()
@@ -633,7 +634,7 @@ def check_train(report: Report, small: bool) -> None:
         if ended is not None:
             raise RuntimeError(f"train.py ended with {ended} before its first step of RL")
         killed_after, begun = len(rows()), time.monotonic()
-        status = subprocess.run([*command, "--resume"]).returncode
+        status = subprocess.run([*command, "--resume"], env=environment).returncode
         report("resumed to the end", time.monotonic() - begun, "s")
         if status:
             raise RuntimeError(f"train.py --resume ended with {status}")
