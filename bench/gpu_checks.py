@@ -651,7 +651,7 @@ def check_train(report: Report, small: bool) -> None:
 
 def check_memory_24(report: Report, small: bool) -> None:
     """Sample and update in the memory of a 24 GB card, with a full cache and with memory that runs out."""
-    model, new = random_model("qwen3-0.6b", small, tie_word_embeddings=False), 32 if small else 256
+    model, new = random_model("qwen3-0.6b", small, tie_word_embeddings=False), 32 if small else 384
     scale_logits(model, 2.0)
     if CUDA:
         torch.cuda.set_per_process_memory_fraction(CARD_BYTES / torch.cuda.mem_get_info()[1])
@@ -671,7 +671,7 @@ def check_memory_24(report: Report, small: bool) -> None:
         with paths() as calls:
             found, stats = sample(model, sampling, prompts, limits)
         path = named(calls)
-        report(f"{name}: preemptions", stats.preemptions, path=path)
+        report(f"{name}: preemptions", stats.preemptions, "", ">= 1" if name == "full cache" else "", path)
         report(f"{name}: retries", stats.memory_retries, path=path)
         report(f"{name}: same tokens as unconstrained", equal_share(whole, found), path=path)
         report(f"{name}: mean log-prob difference before a token differs", common_difference(whole, found), "nats",
@@ -680,7 +680,7 @@ def check_memory_24(report: Report, small: bool) -> None:
             report(f"{name}: peak", torch.cuda.max_memory_allocated() / GIB, "GiB", "< 23.6", path)
 
     with report.part("full cache"):
-        compare("full cache", CacheLimits(20 * longest, page, 64))
+        compare("full cache", CacheLimits((12 if small else 16) * longest, page, 64))
     if not CUDA:
         return report.missing("forced out-of-memory", "no CUDA")
     with report.part("memory runs out in sampling"):
