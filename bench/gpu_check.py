@@ -35,7 +35,8 @@ CHECKS = {  # by importance: seconds it may take, and what it measures, with the
     "update": (130, "tokens per second, utilisation and memory of the update"),
     "generate": (90, "ragged sampling beside transformers"),
 }
-LEAST_SHARE = 0.4  # of a check's limit: with less time left it is skipped
+COMMAND = [sys.executable, __file__]  # with --one NAME it runs a check
+LEAST_SHARE = 0.3  # of a check's limit: with less time left it is skipped
 TABLE_CHARACTERS = 11_000
 
 
@@ -44,7 +45,7 @@ class Child:
 
     def __init__(self, name: str, small: bool, out: Path):
         self.name, self.log = name, out / f"log-{name}.tmp"
-        words = [sys.executable, __file__, "--one", name, "--out", str(out), *["--small"] * small]
+        words = [*COMMAND, "--one", name, "--out", str(out), *["--small"] * small]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
@@ -85,8 +86,9 @@ def append(path: Path, line: str) -> None:
 
 
 def read_results(path: Path) -> list[dict]:
-    """Return the lines of results.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Return the lines of results.jsonl, without one that a kill has cut."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def run_checks(names: list[str], seconds: float, small: bool, out: Path) -> list[dict]:
@@ -138,9 +140,9 @@ def table(rows: list[dict]) -> str:
         for row in rows:
             if row["check"] != status["check"] or "status" in row:
                 continue
-            value = row["note"] if row["value"] is None else f"{row['value']:.4g} {row['unit']}".strip()
+            value = "" if row["value"] is None else f" {row['value']:.4g} {row['unit']}".rstrip()
             changed, path = row["path"] != path, row["path"]
-            parts = [f"  {row['what']}: {value}", verdict(row), f"[{path}]" if changed and path else ""]
+            parts = [f"  {row['what']}:{value}", row["note"], verdict(row), f"[{path}]" if changed and path else ""]
             lines.append("  ".join(part for part in parts if part))
     machine = next((row for row in rows if row.get("card")), {"card": "no card seen", "torch": "?"})
     return "\n".join([f"{machine['card']}, torch {machine['torch']}", *lines])

@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -55,15 +56,15 @@ KERNELS = {  # functions that compute attention or record graphs, and the path t
 class Report:
     """Append a check's figures to results.jsonl as they are found."""
 
-    def __init__(self, check: str, small: bool, results: Path):
-        self.check, self.small, self.results, self.failures = check, small, results, []
+    def __init__(self, check: str, results: Path):
+        self.check, self.results, self.failures = check, results, []
         card = torch.cuda.get_device_name() if CUDA else "CPU"
         self.machine = {"card": card, "torch": torch.__version__}
 
     def __call__(
         self, what: str, value: float | None, unit: str = "", target: str = "", path: str = "", note: str = ""
     ) -> None:
-        """Write one figure; `target` is like "< 0.005", a value of None is explained by the note."""
+        """Write one figure; `target` is like "< 0.005"; a note explains a value of None, or says more."""
         value = None if value is None else float(value)
         if value is not None and not math.isfinite(value):
             value, note = None, f"failed: {value}"
@@ -98,10 +99,18 @@ def run_check(name: str, small: bool, results: Path) -> None:
     faulthandler.dump_traceback_later(max(1.0, float(line) - 2), exit=False)  # where it hung
     if not CUDA and not small:
         sys.exit("no CUDA device found: --small tries the script on a CPU")
-    report = Report(name, small, results)
-    globals()["check_" + name.replace("-", "_")](report, small)
+    # as engine.distributed.start sets it for training, before CUDA initializes
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    report = Report(name, results)
+    try:
+        globals()["check_" + name.replace("-", "_")](report, small)
+    except Exception as error:
+        traceback.print_exc()
+        report.failures.append(f"{type(error).__name__}: {error}")
     if report.failures:
-        sys.exit("; ".join(report.failures)[:300])
+        print("; ".join(report.failures)[:300].replace("\n", " "), file=sys.stderr)
+    sys.stdout.flush()
+    os._exit(bool(report.failures))  # threads that a failed part left behind must not keep the process alive
 
 
 # ------------------------------------------------------------------------------------------------------ helpers
@@ -143,16 +152,26 @@ def paths() -> Iterator[Counter]:
             if callable(function):
                 undo.append((module, name, function))
                 setattr(module, name, counted(path, function))
+    attend = rollout.Decode.attend
+
+    def attend_counted(*arguments, **options):
+        before = calls.total()
+        found = attend(*arguments, **options)
+        calls["gathered pages"] += calls.total() == before  # in plain PyTorch, by none of the kernels
+        return found
+
+    rollout.Decode.attend = attend_counted
     try:
         yield calls
     finally:
+        rollout.Decode.attend = attend
         for module, name, function in undo:
             setattr(module, name, function)
 
 
 def named(calls: Counter) -> str:
     """Return the path that was taken, in words."""
-    return " + ".join(path for path in KERNELS.values() if calls[path]) or "gathered pages, plain matmul"
+    return " + ".join(path for path in [*KERNELS.values(), "gathered pages"] if calls[path]) or "none"
 
 
 @contextmanager
@@ -332,8 +351,8 @@ def check_attention(report: Report, small: bool) -> None:
                 gradients = torch.autograd.grad(found, leaves[: 1 + trained], slope)
                 name = f"{'float32' if float32 else 'rounded'} {'trained' if trained else 'frozen'} head"
                 error = (found.detach().double() - logprobs).abs()
-                report(f"{name}: mean log-prob error", error.mean(), "", "< 0.0001" if float32 else "")
-                report(f"{name}: largest log-prob error", error.max(), "", "< 0.001" if float32 else "")
+                report(f"{name}: mean log-prob error", error.mean(), "", "< 0.0001" if float32 else "",
+                       note=f"largest {float(error.max()):.2g}")  # fmt: skip
                 worst = max(map(relative, gradients, wanted))
                 report(f"{name}: relative error of gradients", worst, "", "< 0.01" if float32 else "")
 
@@ -341,11 +360,12 @@ def check_attention(report: Report, small: bool) -> None:
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """Compute causal attention of packed sequences, one by one and in plain arithmetic."""
     outputs, group = [], q.shape[1] // k.shape[1]
-    for q, k, v in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-        q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
-        scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5  # (H, n, n)
+    for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        own, keys, values = (x.transpose(0, 1) for x in parts)  # (H or K, n, D)
+        keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+        scores = own @ keys.transpose(1, 2) * q.shape[-1] ** -0.5  # (H, n, n)
         unseen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
-        outputs.append((scores.masked_fill(unseen, -math.inf).softmax(-1) @ v).transpose(0, 1))
+        outputs.append((scores.masked_fill(unseen, -math.inf).softmax(-1) @ values).transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -414,14 +434,15 @@ def check_decode_kernel(report: Report, small: bool) -> None:
 
             step()
             eager = event_seconds(step, 5) / layers
-            replay, _ = decode.capture_graph(step, None)
-            replay()
-            taken = event_seconds(replay, 10) / layers
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            graph.replay()
+            taken = event_seconds(graph.replay, 10) / layers
             rate = stores[0].nbytes / taken
-            report(f"64 rows x {context:,}", taken * 1e6, "us", path=f"{path}, CUDA graph")
-            report(f"64 rows x {context:,}, without a graph", eager * 1e6, "us", path=path)
-            report(f"64 rows x {context:,}: bandwidth", rate / 1e9, "GB/s")
-            report(f"64 rows x {context:,}: share of a copy's", rate / bandwidth, "", ">= 0.7")
+            more = f"{taken * 1e6:.0f} us a call, {eager * 1e6:.0f} without a graph, {rate / 1e9:.0f} GB/s"
+            report(f"64 rows x {context:,}: share of a copy's bandwidth", rate / bandwidth, "", ">= 0.7",
+                   f"{path}, CUDA graph", more)  # fmt: skip
             del stores
 
 
@@ -460,9 +481,9 @@ def check_agreement(report: Report, small: bool) -> None:
                     differences.append((logprobs - batch.old_logprobs).double())
             path, all_of_them = f"sampler {sampled}; trainer {named(calls)}", torch.cat(differences)
             report(f"{name}: mean |log-prob difference|", all_of_them.abs().mean(), "nats", "< 0.005", path)
-            report(f"{name}: largest |log-prob difference|", all_of_them.abs().max(), "nats", path=path)
-            report(f"{name}: mean ratio", all_of_them.exp().mean(), path=path)
-            report(f"{name}: mean entropy sampled", -np.mean([r.logprobs.mean() for r in found]), "nats", path=path)
+            logprob = np.mean([r.logprobs.mean() for r in found])
+            more = f"ratio {float(all_of_them.exp().mean()):.5f}, log-prob {logprob:.2f}"
+            report(f"{name}: largest |log-prob difference|", all_of_them.abs().max(), "nats", "", path, f"mean {more}")
 
 
 def check_graphs(report: Report, small: bool) -> None:
@@ -498,10 +519,8 @@ def check_graphs(report: Report, small: bool) -> None:
                 continue
             path = f"{recorded} graphs, {named(calls)}, against single steps, {named(single)}"
             report(f"{name}: same tokens", equal_share(found, expected), "", "" if lengths else ">= 1", path)
-            report(f"{name}: seconds with graphs", seconds, "s", path=path)
-            report(f"{name}: seconds without", slow, "s", path=path)
-            report(f"{name}: recording, each", sum(captures) / recorded, "s", path=path)
-            report(f"{name}: recording, in all", sum(captures), "s", path=path)
+            more = f"{sum(captures) / recorded:.3f} each; sampled in {seconds:.2f}, without graphs in {slow:.2f}"
+            report(f"{name}: recording graphs", sum(captures), "s", path=path, note=more)
     if not CUDA:
         return report.missing("memory after sampling", "no CUDA")
     with report.part("memory after sampling"):
@@ -539,9 +558,8 @@ def check_decode_time(report: Report, small: bool) -> None:
                 taken = event_seconds(step, times) * times / (sampler.stats.decode_steps - before)
                 size = weights + rows * context * per_token
                 path = named(calls)
-                report(f"{name}, {rows} rows", taken * 1e3, "ms a step", path=path)
-                report(f"{name}: tokens per second", rows / taken, path=path)
-                report(f"{name}: to be read", size / 1e9, "GB a step", path=path)
+                more = f"{rows} rows, {rows / taken:,.0f} tokens/s, reads {size / 1e9:.2f} GB"
+                report(f"{name}: a step", taken * 1e3, "ms", path=path, note=more)
                 report(f"{name}: share of the roofline", size / bandwidth / taken, "", ">= 0.7", path)
                 if context == 512:
                     report(f"{shape}: kernels a step", kernels_of(lambda s=sampler: single_step(s)), path="single step")
@@ -600,12 +618,13 @@ def check_train(report: Report, small: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = [word for setting in SMALL for word in ("--set", setting)]
         command = [sys.executable, str(ROOT / "train.py"), *words, "--out", folder]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
         def rows() -> list[dict]:
             return [row for path in Path(folder).glob("*/metrics.jsonl") for row in read_metrics(path.parent)]
 
         begun = time.monotonic()
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, env=environment)
         while process.poll() is None and not any(row["kind"] == "rl" for row in rows()):
             time.sleep(0.1)
         first, ended = time.monotonic() - begun, process.poll()
@@ -615,7 +634,7 @@ def check_train(report: Report, small: bool) -> None:
         if ended is not None:
             raise RuntimeError(f"train.py ended with {ended} before its first step of RL")
         killed_after, begun = len(rows()), time.monotonic()
-        status = subprocess.run([*command, "--resume"]).returncode
+        status = subprocess.run([*command, "--resume"], env=environment).returncode
         report("resumed to the end", time.monotonic() - begun, "s")
         if status:
             raise RuntimeError(f"train.py --resume ended with {status}")
@@ -632,7 +651,7 @@ def check_train(report: Report, small: bool) -> None:
 
 def check_memory_24(report: Report, small: bool) -> None:
     """Sample and update in the memory of a 24 GB card, with a full cache and with memory that runs out."""
-    model, new = random_model("qwen3-0.6b", small, tie_word_embeddings=False), 32 if small else 512
+    model, new = random_model("qwen3-0.6b", small, tie_word_embeddings=False), 32 if small else 384
     scale_logits(model, 2.0)
     if CUDA:
         torch.cuda.set_per_process_memory_fraction(CARD_BYTES / torch.cuda.mem_get_info()[1])
@@ -652,7 +671,7 @@ def check_memory_24(report: Report, small: bool) -> None:
         with paths() as calls:
             found, stats = sample(model, sampling, prompts, limits)
         path = named(calls)
-        report(f"{name}: preemptions", stats.preemptions, path=path)
+        report(f"{name}: preemptions", stats.preemptions, "", ">= 1" if name == "full cache" else "", path)
         report(f"{name}: retries", stats.memory_retries, path=path)
         report(f"{name}: same tokens as unconstrained", equal_share(whole, found), path=path)
         report(f"{name}: mean log-prob difference before a token differs", common_difference(whole, found), "nats",
@@ -661,7 +680,7 @@ def check_memory_24(report: Report, small: bool) -> None:
             report(f"{name}: peak", torch.cuda.max_memory_allocated() / GIB, "GiB", "< 23.6", path)
 
     with report.part("full cache"):
-        compare("full cache", CacheLimits(12 * longest, page, 64))
+        compare("full cache", CacheLimits((12 if small else 16) * longest, page, 64))
     if not CUDA:
         return report.missing("forced out-of-memory", "no CUDA")
     with report.part("memory runs out in sampling"):
@@ -673,7 +692,8 @@ def check_memory_24(report: Report, small: bool) -> None:
     model.requires_grad_(True)
     for layer in model.model.layers:
         layer.recompute = True
-    optimizer, sequences = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0), sequences_of(whole)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    sequences = sequences_of(whole)
 
     def update() -> object:
         free_memory()
@@ -708,7 +728,7 @@ def check_update(report: Report, small: bool) -> None:
         name = f"{shape}, {feature}, {tokens:,} tokens"
         with report.part(name), paths() as calls:
             # the path is found by one call in this process: the measurement has a process of its own
-            q, k = (torch.zeros(8, n, 64, device=DEVICE, dtype=DTYPE) for n in (4, 2))
+            q, k = (torch.zeros(8, n, 128, device=DEVICE, dtype=DTYPE) for n in (16, 8))
             packed_attention(q, k, k, PackedLayout([8], DEVICE))
             path, case = named(calls), {"shape": shape, "feature": feature, "tokens": tokens, "sequence": 0}
             found = in_own_process("update", case | {"rounds": rounds, "cpu_time": False})
