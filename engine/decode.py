@@ -29,7 +29,7 @@ def pack_linears(linears: Sequence[nn.Linear], norm: nn.RMSNorm | None, rows: in
     The weights get oneDNN's layout, as torch.compile gives frozen weights on a CPU: much faster than F.linear at tens
     of rows. A LoRA update stays separate, as in training.
     """
-    scale = 1.0 if norm is None else norm.weight  # (in,)
+    scale = 1.0 if norm is None else norm.weight * len(norm.weight) ** 0.5  # (in,), see `unit`
     weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([x.weight for x in linears]) * scale, rows)
     biases = [x.bias for x in linears if x.bias is not None]
     bias = torch.cat(biases) if biases else None
@@ -49,10 +49,9 @@ def pack_linears(linears: Sequence[nn.Linear], norm: nn.RMSNorm | None, rows: in
     return project
 
 
-def normalise(x: Tensor, eps: float) -> Tensor:
-    """Apply RMSNorm without its weight, in few passes over memory: x (..., C)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_())
+def unit(x: Tensor, floor: Tensor) -> Tensor:
+    """Scale x (..., C) to unit length: RMSNorm in 3 operations, with sqrt(C) left to its weight; floor = sqrt(C eps)."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)
 
 
 @dataclass
@@ -60,7 +59,7 @@ class PackedLayer:
     """A decoder layer's packed weights."""
 
     qkv: Project
-    qk_norm: Tensor | None  # (H + K, D), norm weights of each head
+    qk_norm: Tensor | None  # (H + K, D), norm weights of each head times sqrt(D)
     o: Project
     gate_up: Project
     down: Project
@@ -71,7 +70,9 @@ class PackedModel:
 
     def __init__(self, model: Transformer, rows: int):
         self.model, config = model, model.config
-        self.eps, self.head_dim = config.rms_norm_eps, config.head_dim
+        self.head_dim = config.head_dim
+        self.floor = torch.tensor(config.hidden_size * config.rms_norm_eps).sqrt()
+        self.head_floor = torch.tensor(config.head_dim * config.rms_norm_eps).sqrt()
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.layers = [self._pack(layer, rows) for layer in model.model.layers]
         self.logits = pack_linears([model.lm_head], model.model.norm, rows)  # hidden states (N, C) -> (N, V)
@@ -80,7 +81,7 @@ class PackedModel:
         attention, mlp, qk_norm = layer.self_attn, layer.mlp, None
         if attention.q_norm is not None:
             norms = [attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.key_heads
-            qk_norm = torch.stack(norms)
+            qk_norm = torch.stack(norms) * self.head_dim**0.5
         return PackedLayer(
             qkv=pack_linears([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm, rows),
             qk_norm=qk_norm,
@@ -90,19 +91,19 @@ class PackedModel:
         )
 
     def hidden(self, tokens: Tensor, context: AttentionContext) -> Tensor:
-        """Tokens (T,) -> last hidden states (T, C), normalised; the last norm's weight is folded into `logits`."""
+        """Tokens (T,) -> last hidden states (T, C), of unit length; the last norm's weight is folded into `logits`."""
         cos, sin = rotation(self.model.inverse_frequencies, context.positions, self.model.attention_factor)
         x = F.embedding(tokens, self.model.model.embed_tokens.weight)  # (T, C)
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(normalise(x, self.eps)).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, D)
+            qkv = layer.qkv(unit(x, self.floor)).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, D)
             qk, v = qkv.split((self.heads + self.key_heads, self.key_heads), dim=1)
             if layer.qk_norm is not None:
-                qk = normalise(qk, self.eps) * layer.qk_norm
+                qk = unit(qk, self.head_floor) * layer.qk_norm
             q, k = rotate(qk, cos, sin).split((self.heads, self.key_heads), dim=1)
-            x = x + layer.o(context.attend(i, q, k, v).flatten(-2))  # (T, H, D) -> (T, C)
-            gate, up = layer.gate_up(normalise(x, self.eps)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
-        return normalise(x, self.eps)
+            x += layer.o(context.attend(i, q, k, v).flatten(-2))  # (T, H, D) -> (T, C)
+            gate, up = layer.gate_up(unit(x, self.floor)).chunk(2, dim=-1)
+            x += layer.down(F.silu(gate).mul_(up))
+        return unit(x, self.floor)
 
 
 def sampling_forward(model: Transformer, rows: int) -> "Transformer | PackedModel":
