@@ -32,6 +32,7 @@ CHECKS = {  # by importance: seconds it may take, and what it measures, with the
     "decode-time": (75, "time of a decode step by context"),
     "train": (100, "train.py on a small world, killed and resumed"),
     "memory-24": (60, "a 24 GB card: full cache, preemption, out-of-memory"),
+    "evening": (90, "a step of the recipes for a 24 GB card, beside their plan"),
     "update": (130, "tokens per second, utilisation and memory of the update"),
     "generate": (90, "ragged sampling beside transformers"),
 }

@@ -3,6 +3,7 @@
 Oracles are float64 on the same inputs. `--small` runs them on a CPU in float32: what needs CUDA is "not available".
 """
 
+import copy
 import faulthandler
 import functools
 import gc
@@ -473,12 +474,19 @@ def check_agreement(report: Report, small: bool) -> None:
             model.float32_head = float32_head
             with paths() as calls:
                 found, _ = sample(model, Sampling(1.0, new, (), 0), prompts, limits)
-            differences, sampled = [], named(calls)
+            differences, from_exact, sampled = [], [], named(calls)
+            exact = copy.deepcopy(model).float()
             with paths() as calls, torch.no_grad():
                 for start in range(0, 64, 16):
                     batch = pack(sequences_of(found[start : start + 16]), DEVICE)
-                    logprobs = model(batch.tokens, batch.context, batch.predict, batch.targets, batch.temperature)
+                    row = batch.tokens, batch.context, batch.predict, batch.targets, batch.temperature
+                    logprobs, wanted = model(*row), exact(*row)
                     differences.append((logprobs - batch.old_logprobs).double())
+                    from_exact.append([float((x - wanted).abs().mean()) for x in (logprobs, batch.old_logprobs)])
+            trained, sampled_error = np.mean(from_exact, 0)
+            more = "the same bfloat16 weights in float32 arithmetic"
+            report(f"{name}: trainer from float32, mean", trained, "nats", note=more)
+            report(f"{name}: sampler from float32, mean", sampled_error, "nats")
             path, all_of_them = f"sampler {sampled}; trainer {named(calls)}", torch.cat(differences)
             report(f"{name}: mean |log-prob difference|", all_of_them.abs().mean(), "nats", "< 0.005", path)
             logprob = np.mean([r.logprobs.mean() for r in found])
@@ -716,6 +724,61 @@ def check_memory_24(report: Report, small: bool) -> None:
         report("update, out of memory: relative change of the gradient's norm",
                abs(found.grad_norm / expected.grad_norm - 1), "", "< 0.02")  # fmt: skip
         report("update, out of memory: change of the loss", abs(found.loss - expected.loss), "", "< 0.001")
+
+
+def check_evening(report: Report, small: bool) -> None:
+    """Make a step of the recipes for a 24 GB card on random weights, whose responses all reach the limit."""
+    from types import SimpleNamespace
+
+    from engine.run import Run
+    from engine.sharding import gathered, shard
+    from lab.plan_memory import Shape, plan_stage
+    from lab.recipe import load_recipe
+
+    if not CUDA:
+        return report.missing("steps of the recipes", "no CUDA")
+    torch.cuda.set_per_process_memory_fraction(CARD_BYTES / torch.cuda.mem_get_info()[1])
+    processes = distributed.start()
+    for name, shape, share in (("first-hour-24gb", "qwen3-0.6b", 1), ("overnight-24gb", "qwen3-1.7b", 4)):
+        with report.part(name):
+            recipe = load_recipe(Path(__file__).resolve().parent.parent / "recipes" / f"{name}.toml")
+            stage, config = recipe.stage[0], parse_config(SHAPES[shape])
+            with DEVICE:
+                model = Transformer(config)
+            initialise(model, 0)
+            for layer in model.model.layers:
+                layer.recompute = recipe.recompute_activations
+            shard(model, processes.mesh, processes.compute_dtype)
+            run = SimpleNamespace(model=model, resume_from=None, recipe=recipe, state=SimpleNamespace())
+            run.metrics = SimpleNamespace(position=[0, 0])
+            Run.begin_steps(run, stage)
+            prompts = make_prompts(stage.batch_problems // share, stage.group_size, 500)
+            sampling = Sampling(stage.temperature, stage.max_response_tokens, (), 0)
+            limits = CacheLimits(recipe.sampler.cache_tokens, recipe.sampler.page_tokens, recipe.sampler.rows)
+            plan, stats = plan_stage(Shape(config), recipe, 0, 1), SamplerStats()
+            with gathered(model), torch.no_grad(), paths() as calls:
+                begun = time.perf_counter()
+                found = list(generate(model, prompts, sampling, limits, stats))
+                sampled = time.perf_counter() - begun
+            tokens, path = sum(len(rollout.tokens) for rollout in found), named(calls)
+            more = f"{len(found)} rollouts of {stage.max_response_tokens:,} tokens, {stats.preemptions} preemptions"
+            report(f"{name}: sampling, tokens per second", tokens / sampled, "", "", path, more)
+            report(f"{name}: sampling, peak", torch.cuda.max_memory_allocated() / GIB, "GiB", "< 23.6", path,
+                   f"planned {sum(plan.sampling.values()) / GIB:.1f}, of it 1.25 for CUDA itself")  # fmt: skip
+            sequences = sequences_of(found)
+            step = functools.partial(optimizer_step, model, run.optimizer, sequences, PolicyLoss())
+            free_memory()
+            torch.cuda.reset_peak_memory_stats()
+            step(recipe.micro_batch_tokens)
+            taken = seconds_of(lambda: step(recipe.micro_batch_tokens), DEVICE)
+            report(f"{name}: update, tokens per second", sum(len(s.tokens) for s in sequences) / taken)
+            report(f"{name}: update, peak", torch.cuda.max_memory_allocated() / GIB, "GiB", "< 23.6", "",
+                   f"planned {sum(plan.update.values()) / GIB:.1f}, of it 1.25 for CUDA itself")  # fmt: skip
+            report(f"{name}: a step of {len(found)} rollouts, no grading", sampled + taken, "s", "", "",
+                   f"{sampled:.1f} s of it sampling")  # fmt: skip
+        del model, run, step
+        free_memory()
+    distributed.stop()
 
 
 def check_update(report: Report, small: bool) -> None:

@@ -8,7 +8,7 @@
 Every case runs in a separate process and calls grpo.optimizer_step with one micro-batch on random weights (the
 arithmetic is the same as with trained ones), with the device and dtype that train.py would choose.
 
-Useful FLOPs are 6 per weight and token (the head: per predicted token) and 6 per pair of tokens, head and head
+Useful FLOPs are 6 per weight and token (4 if frozen; the head: per predicted token) and 6 per pair of tokens, head and head
 dimension of causal attention; recomputation does not count. Utilisation is their rate over the rate of a large matrix
 product of the same dtype in the same process, measured before and after. Memory is the peak of one step above weights
 and optimizer: `live` counts bytes of tensors exactly (CUDA: the allocator's peak), `resident` the process's.
@@ -53,6 +53,9 @@ SHAPES = {
     },
     "qwen3-0.6b": QWEN3 | {
         "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+    },
+    "qwen3-1.7b": QWEN3 | {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
     },
     "qwen3-4b": QWEN3 | {
         "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
@@ -104,13 +107,14 @@ class Case:
     cpu_time: bool
 
 
-def useful_flops(config: ModelConfig, lengths: list[int], predicted: int) -> float:
-    """Return the FLOPs of one update, forward and backward, without recomputation."""
+def useful_flops(config: ModelConfig, lengths: list[int], predicted: int, frozen: bool = False) -> float:
+    """Return the FLOPs of one update, forward and backward, without recomputation; frozen weights need no gradient."""
+    each = 4 if frozen else 6
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
     attention = queries * sum(n * n for n in lengths)  # 2 x 2 for scores and values, half of it causal, 3 x backward
-    body = config.num_hidden_layers * (6 * layer * sum(lengths) + 6 * attention)
-    return body + 6 * config.vocab_size * config.hidden_size * predicted
+    body = config.num_hidden_layers * (each * layer * sum(lengths) + 6 * attention)
+    return body + each * config.vocab_size * config.hidden_size * predicted
 
 
 def measure_update(case: Case) -> dict:
@@ -158,7 +162,7 @@ def measure_update(case: Case) -> dict:
             times.append(seconds_of(step, processes.device, clock))
             rates.append(measure()[1])
     distributed.stop()
-    flops = useful_flops(model.config, lengths, predicted)
+    flops = useful_flops(model.config, lengths, predicted, settings.get("lora", False))
     return {
         "feature": case.feature, "tokens": sum(lengths), "tokens_per_s": sum(lengths) / min(times),
         "utilisation": flops / min(times) / max(rates), "matrix_rate": max(rates), "live_bytes": peak.live,
