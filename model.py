@@ -133,13 +133,7 @@ class SharedPrompts(Packed):
 
 
 # -------------------------------------------------------------------------------------------------- the model
-
-
-class RMSNorm(nn.RMSNorm):
-    """Scale to unit root mean square, in float32, then by a learned weight (arXiv 1910.07467, equation 4)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
+# nn.RMSNorm (arXiv 1910.07467, equation 4) computes in float32 and rounds once; on CUDA it is one fused kernel
 
 
 class Linear(nn.Linear):
@@ -171,8 +165,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, keys, bias=qkv_bias)
         self.v_proj = Linear(config.hidden_size, keys, bias=qkv_bias)
         self.o_proj = Linear(queries, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
@@ -217,9 +211,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.recompute = False
         self.offload: Offload | None = None  # with recompute: keeps the layer's input in host memory
@@ -241,7 +235,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
@@ -278,8 +272,8 @@ class Transformer(nn.Module):
         """Compute the hidden states (T, C) of tokens (T,), after the final norm."""
         if self.inverse_frequencies.device != tokens.device:
             self.inverse_frequencies = self.inverse_frequencies.to(tokens.device)
-        cos, sin = rotation(self.inverse_frequencies, context.positions, self.attention_factor)
         x = self.model.embed_tokens(tokens)  # (T, C)
+        cos, sin = rotation(self.inverse_frequencies, context.positions, self.attention_factor, x.dtype)
         for i, layer in enumerate(self.model.layers):
             # __call__ runs FSDP's hooks: training needs them, sampling uses weights that are already gathered
             x = layer(x, cos, sin, context, i) if torch.is_grad_enabled() else layer.forward(x, cos, sin, context, i)
@@ -308,7 +302,7 @@ class Transformer(nn.Module):
 
 def initialise(model: Transformer, seed: int) -> None:
     """Draw fresh weights: normal, std 0.02; for the projections into the residual stream 0.02 / sqrt(2 x layers)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     residual_std = 0.02 / (2 * model.config.num_hidden_layers) ** 0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -381,10 +375,10 @@ class TokenLogprobs(torch.autograd.Function):
             slope = softmax.mul_(-gradient[part]).scatter_add_(1, targets[part], gradient[part]).to(weight.dtype)
             del scaled, softmax
             torch.mm(slope, weight, out=hidden_gradient[part])
-            if weight.dtype == torch.float32:
-                weight_gradient.addmm_(slope.t(), hidden[part])
+            if weight.is_cuda and weight.dtype != torch.float32:  # half-precision inputs, float32 sums
+                torch.addmm(weight_gradient, slope.t(), hidden[part], out_dtype=torch.float32, out=weight_gradient)
             else:
-                weight_gradient += head_logits(slope.t(), hidden[part].t(), float32=True)
+                weight_gradient.addmm_(slope.t().float(), hidden[part].float())
             del slope  # before the next chunk is made
         return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None
 

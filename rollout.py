@@ -6,8 +6,9 @@
     decode   every row draws one token, after attention over its pages
     retire   finished rows leave at once, and the last row fills the gap
 
-This file is plain PyTorch; engine/decode.py has the packed weights, the paged kernel and the CUDA graphs that speed
-it up. A row that needs a page when none is free preempts the row admitted last, which waits and is prefilled again.
+This file is plain PyTorch; engine/decode.py has the packed weights and the CUDA graphs that speed it up,
+engine/paged_attention.py the kernel that reads pages in place. A row that needs a page when none is free preempts the
+row admitted last, which waits and is prefilled again.
 
 The draw for a token is a hash of (seed, step, problem id, rollout, position), so the other responses in the batch
 change nothing (up to float rounding of the logits). Log-probs are log softmax(logits / T) before any top-k or top-p
@@ -26,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.decode import KERNEL_PAGE_TOKENS, PagedKernel, pages_have_kernels, sampling_forward, step_graphs
+from engine.decode import sampling_forward, step_graphs
 from engine.errors import UserError
 from engine.memory import free_memory_bytes, out_of_memory
+from engine.paged_attention import has_paged_attention, paged_attention
 from model import ModelConfig, Packed, Transformer
 
 LARGEST_PREFILL = 16_384  # tokens in one prefill forward; a longer prompt is prefilled alone
@@ -103,15 +105,10 @@ class SamplerStats:
 
 
 def check_requests(
-    model: Transformer,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    limits: CacheLimits,
-    dtype: torch.dtype | None = None,
+    model: Transformer, prompts: Sequence[Prompt], sampling: Sampling, limits: CacheLimits
 ) -> tuple[int, int]:
     """Return the page size to use, and how many pages of it the longest possible sequence takes.
 
-    `dtype` is that of sampling, by default the weights'; the master weights of a run have another one.
     Raise RolloutError for invalid settings and for a sequence that could outgrow the model's window or the cache.
     """
     new, size, window = sampling.max_new_tokens, limits.page_size, model.config.max_position_embeddings
@@ -120,10 +117,7 @@ def check_requests(
     if limits.rows < 1 or size < 1:
         raise RolloutError(f"cannot sample with {limits}")
     longest = max((len(prompt.tokens) for prompt in prompts), default=0) + new
-    if not pages_have_kernels(model.device, dtype or model.lm_head.weight.dtype):
-        size = min(size, longest)
-    elif size % KERNEL_PAGE_TOKENS:
-        raise RolloutError(f"pages of {size} tokens: on CUDA use a multiple of {KERNEL_PAGE_TOKENS}")
+    size = min(size, longest)
     for prompt in prompts:
         problem, length = f"problem {prompt.problem_id}", len(prompt.tokens)
         if prompt.limits and (least := min(prompt.limits)) < 1:
@@ -216,9 +210,7 @@ def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 def free_cache_tokens(free: int, config: ModelConfig, dtype: torch.dtype, cuda: bool, rows: int, longest: int) -> int:
     """Return the tokens of the cache for which `free` bytes have room, beside prefills, logits and a desktop."""
-    if (
-        cuda
-    ):  # four values of the layers' two widths cover any operation of a prefill; three float32 copies of the logits
+    if cuda:  # four values of a layer's two widths cover any operation of a prefill; three float32 copies of the logits
         widths = config.hidden_size + config.intermediate_size
         free -= max(LARGEST_PREFILL, longest) * 4 * widths * dtype.itemsize
         free -= rows * config.vocab_size * 3 * torch.float32.itemsize + DESKTOP_BYTES
@@ -296,9 +288,9 @@ class Decode:
         self.cache, self.positions, self.in_place, size = cache, positions, in_place, cache.page_size
         self.page = table.gather(1, (positions // size)[:, None]).squeeze(1)  # (B,)
         self.offset = positions % size
-        self.kernel = None
-        if pages_have_kernels(table.device, cache.keys.dtype):
-            self.kernel = PagedKernel(table, positions + 1, longest)
+        self.table, self.lengths = table, positions + 1
+        self.kernel = has_paged_attention(table.device, cache.keys.dtype)
+        if self.kernel:
             return
         if in_place and 2 * longest > size:
             longest = size  # reading adjacent pages to their ends is faster than skipping parts of them
@@ -312,7 +304,7 @@ class Decode:
         self.cache.store(layer, self.page, self.offset, k, v)
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (pages, size, K, D)
         if self.kernel:
-            return self.kernel.attend(q, keys, values)
+            return paged_attention(q, keys, values, self.table, self.lengths)
         rows, heads, size = q.shape
         if self.in_place:
             k, v = keys[:rows], values[:rows]
@@ -391,7 +383,7 @@ class _Sampler:
                 limit = min(sampling.max_new_tokens, prompt.limits[i] if prompt.limits else sampling.max_new_tokens)
                 self.waiting.append(_Row(prompt, prompt.first + i, key, limit, prefix))
         self.one_page = self.pages_per_row == 1  # row i then uses page i, unless the cache is tight
-        rows = self.max_rows = min(limits.rows, len(self.waiting))
+        rows = self.max_rows = max(1, min(limits.rows, len(self.waiting)))
         self.max_prefill = LARGEST_CPU_PREFILL if self.device.type == "cpu" else LARGEST_PREFILL
         self.graphs = step_graphs(rows, self.device, model.lm_head.weight.dtype)
         self.cache = self._allocate_cache(model, limits)

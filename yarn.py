@@ -103,17 +103,18 @@ def attention_factor(rope: Rope) -> float:
     return rope.scaling.attention_factor if isinstance(rope.scaling, Yarn) else 1.0
 
 
-def rotation(inverse_frequencies: Tensor, positions: Tensor, attention_factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Compute cos and sin, both float32 (T, head_dim / 2), of the angles at positions (T,).
+def rotation(
+    inverse_frequencies: Tensor, positions: Tensor, attention_factor: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Compute what `rotate` needs, once for all layers: cos and signed sin (T, 1, D) of the angles at positions (T,).
 
     Angles are float32 even in a bfloat16 model: bfloat16 cannot tell position 40,000 from 40,001.
     """
-    angles = positions[:, None].float() * inverse_frequencies  # (T, D/2)
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
+    angles = positions[:, None, None].float() * inverse_frequencies  # (T, 1, D/2)
+    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys (T, H, D) by their angles, cos and sin (T, D/2): pair i is dimensions i and i + D/2."""
-    cos = torch.cat((cos, cos), dim=-1)[:, None].to(x.dtype)  # (T, 1, D)
-    sin = torch.cat((-sin, sin), dim=-1)[:, None].to(x.dtype)
+    """Rotate queries or keys (T, H, D) by the angles of `rotation`: pair i is dimensions i and i + D/2."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

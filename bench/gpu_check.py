@@ -1,199 +1,178 @@
 """All GPU figures in one command: do the CUDA paths agree, and how close are they to the machine's limits?
 
-    python bench/gpu_check.py                            # on a GPU: the shape of Qwen3-4B, random bfloat16 weights
-    python bench/gpu_check.py --shape qwen3-0.6b --part decode
-    python bench/gpu_check.py --part agree --model Qwen/Qwen3-0.6B    # trained weights: random logits are too flat
-    python bench/gpu_check.py --small                    # anywhere: a small shape for CPUs, in float32
+    pip download --no-deps -d .whl math-verify==0.9.0 latex2sympy2_extended==1.11.0 antlr4-python3-runtime==4.13.2
+    # on the machine with the GPU, which needs no network:
+    python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl
+    PYTHONPATH=/tmp/site python3 bench/gpu_check.py --seconds 480
 
-    agree     log-prob difference between sampler and trainer, with a float32 head and without; greedy tokens of the
-              paged kernel against plain SDPA, and of graphs against single steps
-    decode    64 rows at a context of 2K to 4K tokens: share of the bandwidth roofline
-    generate  a longer ragged case of bench/sampler.py, against transformers' generate and continuous batching
-    update    bench/update.py at 16K and 40K tokens: model-FLOPs utilisation and peak memory
+    python bench/gpu_check.py --only attention decode-kernel     # some of the checks; --list names them all
+    python bench/gpu_check.py --small                            # anywhere: tiny shapes in float32 on a CPU
 
-Ends with a table and one line of JSON.
+Every check of bench/gpu_checks.py is a child process with a time limit; one that fails or hangs becomes a line of
+results.jsonl and the next one starts. Every figure names the card, the version of torch and the path that really ran.
+The folder --out gets results.jsonl (each figure as soon as it is known), logs.txt and table.txt.
 """
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import rollout  # noqa: E402
-from bench.machine import measure_machine  # noqa: E402
-from bench.sampler import Case, run_continuous, run_generate, run_ours  # noqa: E402
-from bench.update import SHAPES  # noqa: E402
-from engine import decode  # noqa: E402
-from engine.batches import TrainingSequence, pack  # noqa: E402
-from engine.sharding import gathered  # noqa: E402
-from grpo import PolicyLoss  # noqa: E402
-from lab.benchmarks import text_table  # noqa: E402
-from model import Transformer, initialise, load, parse_config, save  # noqa: E402
-from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, cache_bytes_per_token, generate  # noqa: E402
-
-SMALL = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
-PARTS = ("agree", "decode", "generate", "update")
+ROOT = Path(__file__).resolve().parent.parent
+CHECKS = {  # by importance: seconds it may take, and what it measures, with the function of bench/gpu_checks.py
+    "machine": (40, "ceilings of bandwidth and matrix rate; an nccl group of one process"),
+    "attention": (50, "packed attention and log-probs against float64"),
+    "decode-kernel": (60, "the paged decode kernel against float64, and its bandwidth"),
+    "agreement": (45, "log-prob difference between sampler and trainer in bfloat16"),
+    "graphs": (50, "CUDA graphs against single steps; memory after sampling"),
+    "decode-time": (75, "time of a decode step by context"),
+    "train": (100, "train.py on a small world, killed and resumed"),
+    "memory-24": (60, "a 24 GB card: full cache, preemption, out-of-memory"),
+    "update": (130, "tokens per second, utilisation and memory of the update"),
+    "generate": (90, "ragged sampling beside transformers"),
+}
+LEAST_SHARE = 0.4  # of a check's limit: with less time left it is skipped
+TABLE_CHARACTERS = 11_000
 
 
-def sample(model: Transformer, temperature: float, new_tokens: int) -> list[Rollout]:
-    """Sample 8 responses to each of 8 prompts; return them in order."""
-    random = np.random.default_rng(0)
-    prompts = [Prompt(str(i), random.integers(0, 500, 20 + 40 * i).tolist(), 8) for i in range(8)]
-    limits = CacheLimits(tokens=64 * 1024, page_size=256, rows=64)
-    with gathered(model):
-        found = list(generate(model, prompts, Sampling(temperature, new_tokens, (), 0), limits))
-    return sorted(found, key=lambda r: (r.problem_id, r.index))
+class Child:
+    """A check in a process group of its own; it imports torch at once and waits for `go`."""
+
+    def __init__(self, name: str, small: bool, out: Path):
+        self.name, self.log = name, out / f"log-{name}.tmp"
+        words = [sys.executable, __file__, "--one", name, "--out", str(out), *["--small"] * small]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def go(self, limit: float) -> tuple[str, str]:
+        """Run the check for at most `limit` seconds; return its status and the last word of what went wrong."""
+        try:
+            self.process.communicate(f"{limit}\n".encode(), timeout=limit)
+            status = "failed" if self.process.returncode else "ok"
+        except subprocess.TimeoutExpired:
+            status = "timeout"
+        self.kill()
+        return status, "" if status == "ok" else last_word(self.log.read_text(errors="replace"), status)
+
+    def kill(self) -> None:
+        """End the check and what it started."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
 
 
-def equal_share(one: list[Rollout], other: list[Rollout]) -> float:
-    """Return the share of positions with equal tokens."""
-    return float(np.mean([np.mean(a.tokens == b.tokens) for a, b in zip(one, other, strict=True)]))
+def last_word(log: str, status: str) -> str:
+    """Return the last line of a traceback or, for a check that hung, the innermost line of code it had reached."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    stacks = [i for i, line in enumerate(lines) if "(most recent call first)" in line]
+    if status == "timeout" and stacks and stacks[-1] + 1 < len(lines):
+        return f"at {lines[stacks[-1] + 1]}"
+    return lines[-1][:300] if lines else "no output"
 
 
-def check_agreement(model: Transformer, new_tokens: int) -> dict[str, float]:
-    """Compare sampler with trainer, paged kernel with SDPA, and graphs with single steps."""
-    found = {}
-    for float32_head in (True, False):
-        model.float32_head = float32_head
-        sequences = [
-            TrainingSequence(np.concatenate([r.prompt, r.tokens]), len(r.prompt), 1.0, r.logprobs, r.temperature)
-            for r in sample(model, 1.0, new_tokens)
-        ]
-        batch = pack(sequences, model.device)
-        with torch.no_grad():
-            logprobs = model(batch.tokens, batch.context, batch.predict, batch.targets, batch.temperature)
-        sums, head = PolicyLoss().sums(logprobs, batch), "float32 head" if float32_head else "rounded head"
-        found[f"mean log-prob difference, {head}"] = float(sums["difference"]) / len(logprobs)
-        found[f"largest log-prob difference, {head}"] = float(sums["max_difference"])
-    model.float32_head = True
-    greedy = sample(model, 0.0, new_tokens)
-    graphs, rollout.step_graphs = rollout.step_graphs, lambda *_: None
-    found["greedy tokens equal, graphs to single steps"] = equal_share(greedy, sample(model, 0.0, new_tokens))
-    kernels = decode.flash_attn_varlen_func, decode.varlen_attn
-    decode.flash_attn_varlen_func = decode.varlen_attn = None
-    found["greedy tokens equal, paged kernel to SDPA"] = equal_share(greedy, sample(model, 0.0, new_tokens))
-    decode.flash_attn_varlen_func, decode.varlen_attn = kernels
-    rollout.step_graphs = graphs
-    return found
+def append(path: Path, line: str) -> None:
+    """Append a line in one write, so that a kill cannot leave half of it."""
+    with path.open("a") as file:
+        file.write(line + "\n")
 
 
-def check_decode(model: Transformer, rows: int, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
-    """Return tokens per second of decoding alone, and the share of the bandwidth roofline."""
-    random, dtype = np.random.default_rng(0), model.lm_head.weight.dtype
-    prompts = [Prompt(str(i), random.integers(0, 500, prompt_tokens).tolist(), 1) for i in range(rows)]
-    pages = -(-(prompt_tokens + new_tokens) // 256) + 1
-
-    def seconds(new: int) -> tuple[float, SamplerStats]:
-        stats, begun = SamplerStats(), time.perf_counter()
-        with gathered(model):
-            list(generate(model, prompts, Sampling(1.0, new, (), 0), CacheLimits(rows * pages * 256, 256, rows), stats))
-        return time.perf_counter() - begun, stats
-
-    seconds(16)  # loads kernels and captures graphs
-    short = min(seconds(16)[0] for _ in range(2))
-    long, stats = seconds(new_tokens)
-    decoded, took = rows * (new_tokens - 16), long - short
-    bandwidth, _ = measure_machine(model.device, dtype)
-    weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
-    weights += model.lm_head.weight.numel() if model.config.tie_word_embeddings else 0
-    context = rows * (prompt_tokens + (16 + new_tokens) / 2)  # tokens read in a mean step
-    step_bytes = weights * dtype.itemsize + context * cache_bytes_per_token(model.config, dtype)
-    limit = (new_tokens - 16) * step_bytes / bandwidth
-    return {
-        "decode tokens per second": decoded / took,
-        "share of the bandwidth roofline": limit / took,
-        "measured bandwidth, GB/s": bandwidth / 1e9,
-        "preemptions": stats.preemptions,
-    }
+def read_results(path: Path) -> list[dict]:
+    """Return the lines of results.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def check_generate(model: Transformer, mean_tokens: int) -> dict[str, float]:
-    """Compare the ragged case with transformers on the same weights."""
-    from transformers import AutoModelForCausalLM
+def run_checks(names: list[str], seconds: float, small: bool, out: Path) -> list[dict]:
+    """Run the checks one after the other, each child starting up while the one before it works."""
+    results, logs = out / "results.jsonl", out / "logs.txt"
+    end, waiting = time.monotonic() + seconds, None
+    for i, name in enumerate(names):
+        begun, limit = time.monotonic(), CHECKS[name][0]
+        available = min(limit, end - begun - 3)
+        if available < LEAST_SHARE * limit:
+            status, error = "skipped", f"{max(0, available):.0f} s left of its {limit}"
+        else:
+            child = waiting if waiting and waiting.name == name else Child(name, small, out)
+            waiting = Child(names[i + 1], small, out) if i + 1 < len(names) else None
+            status, error = child.go(available)
+            with logs.open("ab") as file:
+                file.write(f"\n===== {name}: {status} =====\n".encode() + child.log.read_bytes()[-200_000:])
+            child.log.unlink()
+        if waiting and status == "skipped" and waiting.name == name:
+            waiting.kill()
+            waiting.log.unlink()
+            waiting = None
+        took = time.monotonic() - begun
+        seen = [row for row in read_results(results) if row.get("card")]
+        machine = {key: seen[-1][key] for key in ("card", "torch")} if seen else {}
+        append(
+            results, json.dumps({"check": name, "status": status, "seconds": round(took, 1), "error": error, **machine})
+        )
+        print(f"{name}: {status}, {took:.1f} s {error}", flush=True)
+    return read_results(results)
 
-    random = np.random.default_rng(0)
-    lengths = np.minimum(4 * mean_tokens, random.geometric(1 / mean_tokens, (16, 8)))
-    prompts = [random.integers(5, 500, n).tolist() for n in random.integers(64, 257, 16)]
-    case = Case("ragged", prompts, lengths.tolist(), 64)
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder, "model"), model.lm_head.weight.dtype)
-        reference = AutoModelForCausalLM.from_pretrained(Path(folder, "model"), dtype=model.lm_head.weight.dtype)
-    reference.to(model.device).eval()
-    run_ours(model, case)
-    ours = min(run_ours(model, case)[0] for _ in range(2))
-    whole, continuous = run_generate(reference, case), run_continuous(reference, case)
-    return {
-        "ragged case, ours, tokens per second": case.tokens / ours,
-        "ratio to generate": whole / ours,
-        "ratio to continuous batching": continuous / ours,
-    }
+
+def verdict(row: dict) -> str:
+    """Return whether a figure meets its target, such as "< 0.005"."""
+    if not row.get("target") or row["value"] is None:
+        return ""
+    sign, bound = row["target"].split()
+    met = row["value"] < float(bound) if sign == "<" else row["value"] >= float(bound)
+    return f"{row['target']}: {'met' if met else 'MISSED'}"
 
 
-def check_update(shape: str, lengths: list[int], sequence: int) -> dict[str, float]:
-    """Run bench/update.py with recomputation, which starts a process per case."""
-    command = [sys.executable, Path(__file__).with_name("update.py"), "--shape", shape, "--sequence", str(sequence)]
-    features = ["recompute", "lora, recompute"]
-    command += ["--features", *features, "--lengths", *map(str, lengths), "--rounds", "2"]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = {}
-    for case in json.loads(child.stdout.splitlines()[-1])["cases"]:
-        name = f"update of {case['tokens']:,} tokens ({case['feature']})"
-        if "failed" in case:
-            print(f"{name}: {case['failed']}", file=sys.stderr)
-            continue
-        found[f"{name}, utilisation"] = case["utilisation"]
-        found[f"{name}, GiB above weights and optimizer"] = case["live_bytes"] / 2**30
-    return found
+def table(rows: list[dict]) -> str:
+    """Return all figures as text: a heading per check, and a path where it differs from the line before."""
+    lines = []
+    for status in (row for row in rows if "status" in row):
+        error = f" ({status['error']})" if status["error"] else ""
+        lines.append(f"{status['check']}: {status['status']}, {status['seconds']} s{error}")
+        path = ""
+        for row in rows:
+            if row["check"] != status["check"] or "status" in row:
+                continue
+            value = row["note"] if row["value"] is None else f"{row['value']:.4g} {row['unit']}".strip()
+            changed, path = row["path"] != path, row["path"]
+            parts = [f"  {row['what']}: {value}", verdict(row), f"[{path}]" if changed and path else ""]
+            lines.append("  ".join(part for part in parts if part))
+    machine = next((row for row in rows if row.get("card")), {"card": "no card seen", "torch": "?"})
+    return "\n".join([f"{machine['card']}, torch {machine['torch']}", *lines])
 
 
 def main() -> None:
-    """Run the parts and print a table, then one line of JSON."""
+    """Run the checks, or one of them in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
-    parser.add_argument("--shape", choices=[name for name in SHAPES if "qwen3" in name], default="qwen3-4b")
-    parser.add_argument("--model", help="a model folder or hub id instead of random weights")
-    parser.add_argument("--small", action="store_true", help="a small shape and short lengths, for a CPU")
+    parser.add_argument("--seconds", type=float, default=480, help="for all checks; what no longer fits is skipped")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "bench/out/gpu")))
+    parser.add_argument("--only", nargs="+", choices=CHECKS, help="default: all")
+    parser.add_argument("--small", action="store_true", help="tiny shapes in float32, for a CPU")
+    parser.add_argument("--list", action="store_true", help="name the checks and their limits")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    if not cuda and not arguments.small:
-        sys.exit("gpu_check.py: no CUDA device found; use --small to try the script on a CPU")
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    parts, found = arguments.part or PARTS, {}
-    if set(parts) - {"update"}:
-        if arguments.model:
-            model = load(arguments.model, device, dtype)
-        else:
-            model = Transformer(parse_config(SHAPES[arguments.shape] | (SMALL if arguments.small else {})))
-            initialise(model, 0)
-            model.to(device, dtype)
-        if "agree" in parts:
-            found |= check_agreement(model, 24 if arguments.small else 512)
-        if "decode" in parts:
-            found |= check_decode(model, *((8, 64, 48) if arguments.small else (64, 2048, 2048)))
-        if "generate" in parts:
-            found |= check_generate(model, 12 if arguments.small else 512)
-        del model  # the update's processes need its memory
-        if cuda:
-            torch.cuda.empty_cache()
-    if "update" in parts:
-        small = ("smollm2-135m", [256], 128)
-        found |= check_update(*(small if arguments.small else (arguments.shape, [16_384, 40_960], 0)))
-    kernels = {"flash-attn": decode.flash_attn_varlen_func, "torch varlen": decode.varlen_attn}
-    names = [name for name, kernel in kernels.items() if kernel and cuda] or ["SDPA"]
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}, {names[0]}")
-    print(text_table([["what", "value"], *([name, f"{value:.4g}"] for name, value in found.items())]))
-    print(json.dumps(found))
+    if arguments.list:
+        print("\n".join(f"{name:14} {limit:4} s  {what}" for name, (limit, what) in CHECKS.items()))
+        return
+    if arguments.one:
+        sys.path.insert(0, str(ROOT))
+        from bench.gpu_checks import run_check
+
+        run_check(arguments.one, arguments.small, arguments.out / "results.jsonl")
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.jsonl", "logs.txt", "table.txt"):
+        (arguments.out / name).unlink(missing_ok=True)
+    rows = run_checks(arguments.only or list(CHECKS), arguments.seconds, arguments.small, arguments.out)
+    text = table(rows)
+    (arguments.out / "table.txt").write_text(text + "\n")
+    print(text[:TABLE_CHARACTERS])
+    sys.exit(any(row.get("status") in ("failed", "timeout") for row in rows))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python bench/plan.py --full       # also all 36 layers of the 4B at 40,960 tokens (about a minute)
 
 It counts the bytes of every live storage while `grpo.optimizer_step` and `rollout.generate` run. Fake tensors have
-shapes and no data, so the full size needs no memory; attention and the norms are replaced by functions that allocate
-and keep what the CUDA kernels do. The table shows the memory above weights, gradients and moments.
+shapes and no data, so the full size needs no memory; attention, norms and logits are replaced by functions that
+allocate and keep what the CUDA kernels do. The table shows the memory above weights, gradients and moments.
 """
 
 import argparse
@@ -74,15 +74,16 @@ class NormShapes(torch.autograd.Function):
     """Allocate and keep what the fused RMS norm does."""
 
     @staticmethod
-    def forward(context, x: Tensor) -> Tensor:
-        """x -> normalised x."""
-        context.save_for_backward(x, torch.empty(*x.shape[:-1], 1))
+    def forward(context, x: Tensor, weight: Tensor) -> Tensor:
+        """x -> normalised x, times the weight."""
+        context.save_for_backward(x, weight, torch.empty(*x.shape[:-1], 1))
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> Tensor:
-        """Allocate the input's gradient."""
-        return torch.empty_like(context.saved_tensors[0])
+    def backward(context, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Allocate the gradients of input and weight."""
+        x, weight, _ = context.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 @contextmanager
@@ -92,12 +93,16 @@ def fake_cuda() -> Iterator[None]:
     def attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
         return FlashShapes.apply(q, k, v)
 
-    def norm(x: Tensor, shape: object, weight: object = None, eps: object = None) -> Tensor:
-        return NormShapes.apply(x)
+    def norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
+        return NormShapes.apply(x, weight)
+
+    def logits(hidden: Tensor, weight: Tensor, float32: bool) -> Tensor:
+        return hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(model_file, "packed_attention", attention),
+        mock.patch.object(model_file, "head_logits", logits),
         mock.patch.object(F, "rms_norm", norm),
     ):
         yield

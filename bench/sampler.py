@@ -26,7 +26,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.machine import measure_machine  # noqa: E402
-from engine.decode import KERNEL_PAGE_TOKENS, pages_have_kernels  # noqa: E402
 from engine.sharding import gathered  # noqa: E402
 from lab.benchmarks import text_table  # noqa: E402
 from model import Transformer, initialise, load, parse_config, save  # noqa: E402
@@ -76,8 +75,8 @@ def run_ours(model: Transformer, case: Case) -> tuple[float, SamplerStats]:
     """Sample all responses as train.py does; return the seconds and counters."""
     pairs = list(zip(case.prompts, case.lengths, strict=True))
     page = longest = max(len(p) + max(n) for p, n in pairs)
-    if pages_have_kernels(model.device, model.lm_head.weight.dtype):
-        page, longest = KERNEL_PAGE_TOKENS, -(-longest // KERNEL_PAGE_TOKENS) * KERNEL_PAGE_TOKENS
+    if model.device.type == "cuda":
+        page, longest = 256, -(-longest // 256) * 256
     prompts = [Prompt(str(i), p, len(n), limits=n) for i, (p, n) in enumerate(pairs)]
     limits = CacheLimits((case.rows + 2) * longest, page, case.rows)
     sampling, stats = Sampling(1.0, max(map(max, case.lengths)), (), seed=0), SamplerStats()

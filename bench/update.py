@@ -121,7 +121,8 @@ def measure_update(case: Case) -> dict:
 
     processes, clock = distributed.start(), time.process_time if case.cpu_time else time.perf_counter
     settings = FEATURES[case.feature]
-    model = Transformer(parse_config(SHAPES[case.shape]))
+    with processes.device:
+        model = Transformer(parse_config(SHAPES[case.shape]))
     initialise(model, seed=0)
     if settings.get("lora"):
         add_lora(model, Lora(rank=32, alpha=32.0, base=""))
@@ -130,7 +131,6 @@ def measure_update(case: Case) -> dict:
     offload = Offload(stream) if settings.get("offload_activations") else None
     for layer in model.model.layers:
         layer.recompute, layer.offload = settings.get("recompute", False), offload
-    model.to(processes.device)
     shard(model, processes.mesh, processes.compute_dtype)
     recipe = SimpleNamespace(offload_optimizer=settings.get("offload_optimizer", False))
     run = SimpleNamespace(model=model, resume_from=None, recipe=recipe, state=SimpleNamespace())

@@ -13,13 +13,12 @@ try:  # optional, and the fastest
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-try:  # torch's variable-length flash attention, CUDA only; older versions lack parameters
+try:  # torch's variable-length flash attention, CUDA only
     from torch.nn.attention.varlen import varlen_attn
-
-    if not {"enable_gqa", "block_table", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys():
-        varlen_attn = None
 except ImportError:
     varlen_attn = None
+# torch 2.11 takes fewer key heads without being told, newer versions want to be
+GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> T
         if flash_attn_varlen_func is not None:
             return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
         if varlen_attn is not None:
-            return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+            return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), **GROUPED)
     outputs = []
     for run in layout.runs:
         tokens = slice(run.start, run.start + len(run.keep))

@@ -4,8 +4,9 @@ A decode step does little arithmetic per weight: memory reads and kernel launche
 
     PackedModel       float32 on a CPU: q/k/v and gate/up fused, norm weights folded in, all in oneDNN's layout. The
                       packed copy lives as long as one call of `generate`; training never uses it.
-    PagedKernel       half precision on CUDA: attention reads the pages through their table, without gathering them.
     StepGraphs        half precision on CUDA: one launch per token, which replays the step as a CUDA graph.
+
+Attention over the pages is in engine/paged_attention.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.attention import flash_attn_varlen_func, varlen_attn
-from model import AttentionContext, Layer, RMSNorm, Transformer
+from engine.paged_attention import has_paged_attention
+from model import AttentionContext, Layer, Transformer
 from yarn import rotate, rotation
 
 Project = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
 
 
-def pack_linears(linears: Sequence[nn.Linear], norm: RMSNorm | None, rows: int) -> Project:
+def pack_linears(linears: Sequence[nn.Linear], norm: nn.RMSNorm | None, rows: int) -> Project:
     """Fuse linear layers that read the same input, and fold in a norm's weight; `rows` is the expected batch size.
 
     The weights get oneDNN's layout, as torch.compile gives frozen weights on a CPU: much faster than F.linear at tens
@@ -112,33 +113,6 @@ def sampling_forward(model: Transformer, rows: int) -> "Transformer | PackedMode
     return model
 
 
-KERNEL_PAGE_TOKENS = 256  # the paged flash kernels take pages of a multiple of this
-
-
-def pages_have_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether `PagedKernel` is available: it needs CUDA, half precision, and flash-attn or a recent torch."""
-    return device.type == "cuda" and dtype != torch.float32 and bool(flash_attn_varlen_func or varlen_attn)
-
-
-class PagedKernel:
-    """Attention of one query token per row over its pages, by flash-attn or torch's variable-length flash attention."""
-
-    def __init__(self, table: Tensor, lengths: Tensor, longest: int):
-        """table (B, pages); lengths (B,) in tokens including the new one, none above `longest`."""
-        self.table, self.lengths, self.longest = table.int(), lengths.int(), longest
-        self.query_ends = torch.arange(len(table) + 1, dtype=torch.int32, device=table.device)
-        self.key_ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """q (B, H, D), one layer's keys and values (pages, size, K, D) -> (B, H, D)."""
-        arguments = (q, keys, values, self.query_ends, self.key_ends, 1, self.longest)
-        if flash_attn_varlen_func is not None:
-            return flash_attn_varlen_func(*arguments, block_table=self.table)
-        # one split, or a row's result would depend on the longest row (flash-attn, above, picks its own number)
-        options = {"enable_gqa": True, "seqused_k": self.lengths, "block_table": self.table, "num_splits": 1}
-        return varlen_attn(*arguments, **options)
-
-
 def capture_graph(step: Callable[[], None], pool: object) -> tuple[Callable[[], None], object]:
     """Record a step as a CUDA graph; return a function that replays it, and the memory pool that graphs share."""
     graph = torch.cuda.CUDAGraph()
@@ -179,8 +153,8 @@ class StepGraphs:
 
 
 def step_graphs(max_rows: int, device: torch.device, dtype: torch.dtype) -> StepGraphs | None:
-    """Return graphs where `PagedKernel` is available: it reads growing lengths on the device, so replays work."""
-    return StepGraphs(max_rows) if pages_have_kernels(device, dtype) else None
+    """Return graphs where the paged kernel is used: it reads growing lengths on the device, so replays work."""
+    return StepGraphs(max_rows) if has_paged_attention(device, dtype) else None
 
 
 def padded_rows(rows: int, max_rows: int) -> int:

@@ -101,7 +101,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_inputs(run: Run) -> None:
     """Raise now the errors that later stages and evaluations would raise: rows, prompts, lengths."""
-    worker, recipe, model, dtype = run.worker, run.recipe, run.model, run.processes.compute_dtype
+    worker, recipe, model = run.worker, run.recipe, run.model
     for index, stage in enumerate(recipe.stage):
         if index < run.state.stage:
             continue
@@ -111,13 +111,13 @@ def check_inputs(run: Run) -> None:
         problems = run.stage_problems(index)
         DataOrder(problems, stage.batch_problems, recipe.seed, index)
         prompts = [worker.prompt(problem, 1, stage.max_prompt_tokens) for problem in problems]
-        check_requests(model, prompts, run.sampling(stage, 1.0, 0), worker.limits, dtype)
+        check_requests(model, prompts, run.sampling(stage, 1.0, 0), worker.limits)
     trained = model.config
     for settings in (recipe.eval, recipe.final):
         if settings.data:
             model.config = trained if settings is recipe.eval else final_config(trained, recipe)
             prompts = [worker.prompt(problem, 1) for problem in run.data.problems(settings.data)]
-            check_requests(model, prompts, run.evaluation_sampling(settings), worker.limits, dtype)
+            check_requests(model, prompts, run.evaluation_sampling(settings), worker.limits)
     model.config = trained
 
 

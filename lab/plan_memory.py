@@ -71,13 +71,14 @@ class Update:
 def saved_by_layer(shape: Shape, update: Update) -> tuple[float, float]:
     """Return the bytes that autograd saves in one layer's forward: (up to attention's output, from the second norm)."""
     t, b, trained, config = update.tokens, update.dtype.itemsize, not update.lora_rank, shape.config
-    norm = 4 + b * trained  # float32 input; normalised value if the norm's weight is trained
+    # the fused norm saves its input; without it the float32 input and, if the norm's weight is trained, its product
+    norm = b if update.kernels else 4 + 4 * trained
     first = shape.width * (norm + b)  # the projections save the output
-    if b == 4 and update.recompute:
-        first -= 4 * shape.width  # no conversion: the layer's input, already counted
+    if update.recompute:
+        first -= b * shape.width  # the layer's input, already counted
     heads = (shape.queries + shape.keys) * (norm * config.qk_norm + b)  # rotated, as attention saves it
     attended = shape.keys * b + shape.queries * b * (1 if update.kernels else 2)  # values, output (its unpadded copy)
-    small = 4 * config.num_attention_heads + 2 * config.head_dim * b  # log-sum-exp; cos and sin
+    small = 4 * config.num_attention_heads  # log-sum-exp
     adapters = 7 * update.lora_rank * b
     second = shape.width * (norm + b) + 3 * shape.inner * b  # gate, up, silu(gate) x up
     return t * (first + heads + attended + small + adapters), t * second
@@ -109,8 +110,10 @@ def update_moments(shape: Shape, update: Update) -> dict[str, Moment]:
     attention = t * wide + 2 * row + trained * (3 * width * inner + width * queries) * b - after
     rows = min(n, max(1, LOGIT_CHUNK_BYTES // (4 * shape.vocabulary)))
     chunk = rows * shape.vocabulary * (4 if b == 4 else 4 + b)  # float32 logits; gradients in the compute dtype
-    of_head = head * (4 if b == 4 else 8) * trained  # float32 sum and a chunk's gradient
-    last_states = t * width * (4 + b) + 2 * n * width * b
+    if b < 4:  # in the end the head's gradient is copied to the compute dtype
+        chunk = max(chunk, head * b * trained)
+    of_head = head * 4 * trained  # float32 sum
+    last_states = 2 * t * width * b + 2 * n * width * b
     reduced = trained * (shape.root * b + shape.root * 4 * (1 + 1 / ranks))
     copies = 3 if shape.config.tie_word_embeddings else 2
     summed = trained * (shape.root * b + head * b * copies) + 2 * row
@@ -153,7 +156,7 @@ class Sampling:
     @property
     def page_size(self) -> int:
         """Tokens of a page, as clamped by rollout.py."""
-        return self.page_tokens if self.kernels else min(self.page_tokens, self.longest)
+        return min(self.page_tokens, self.longest)
 
     @property
     def pages(self) -> int:

@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
+
 # whoever begins one of these last keeps the others waiting, so that they begin first
 LONGEST_FILES = ["train", "distributed", "answers", "lora", "plan", "grader", "memory", "fuzz", "difficulty", "evaluation"]
 

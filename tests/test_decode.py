@@ -1,6 +1,7 @@
 """Fast decoding equals the reference: packed weights, replayed steps, smaller batches after running out of memory."""
 
 import gc
+import importlib.util
 import weakref
 
 import numpy as np
@@ -102,6 +103,15 @@ def graphed(monkeypatch):
     FakeGraph.recorded = []
     monkeypatch.setattr(rollout, "step_graphs", lambda rows, device, dtype: decode.StepGraphs(rows))
     monkeypatch.setattr(decode, "capture_graph", FakeGraph.capture)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.7.1")
+def test_sampling_with_the_paged_kernel_draws_the_same(model, graphed, monkeypatch):
+    """Sample as on CUDA, with the kernel in Triton's interpreter: small pages, idle rows, a scratch page."""
+    request = make_prompts(n=1), warm(max_new_tokens=6), CacheLimits(tokens=1_000, page_size=16, rows=5)
+    expected = run(model, *request)
+    monkeypatch.setattr(rollout, "has_paged_attention", lambda device, dtype: True)
+    assert_same(run(model, *request), expected)
 
 
 def test_the_cache_is_freed_when_sampling_ends(model, graphed):

@@ -68,7 +68,7 @@ def test_the_updates_memory_at_full_width_in_bfloat16_matches_the_plan(processes
     config = bench.published("Qwen/Qwen3-4B", 2)
     update = Update(40_960, 39_936, processes=processes)
     measured = bench.update_bytes(config, update)
-    assert measured > 8 * GIB  # the tensors are fake
+    assert measured > 7 * GIB  # the tensors are fake
     assert bench.estimated_update(config, update)[1] == pytest.approx(measured, rel=0.15)
 
 

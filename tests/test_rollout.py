@@ -429,14 +429,6 @@ def test_a_free_gpu_leaves_room_for_a_prefill_logits_and_a_desktop():
     assert rollout.free_cache_tokens(2**30, config, torch.bfloat16, True, 48, sampling.longest) == 0
 
 
-def test_the_page_size_is_checked_with_the_dtype_of_sampling(model, monkeypatch):
-    monkeypatch.setattr(rollout, "pages_have_kernels", lambda device, dtype: dtype == torch.bfloat16)
-    limits = CacheLimits(10_000, 24 + 1, 4)
-    check_requests(model, make_prompts(), warm(), limits)
-    with pytest.raises(RolloutError, match="pages of 25 tokens: on CUDA use a multiple of"):
-        check_requests(model, make_prompts(), warm(), limits, torch.bfloat16)
-
-
 # --------------------------------------------------------------------------------------------------- the draw
 
 

@@ -51,8 +51,10 @@ def test_cos_and_sin_equal_transformers_at_every_position_to_131072(name):
     for positions in torch.arange(WINDOW).split(16_384):
         cos, sin = rotation(inverse, positions, attention_factor(rope))
         expected_cos, expected_sin = reference(torch.zeros(1), positions[None])
-        for ours, theirs in ((cos, expected_cos), (sin, expected_sin)):
-            assert torch.equal(torch.cat((ours, ours), 1), theirs[0])
+        half = rope.head_dim // 2
+        signed_sin = torch.cat((-expected_sin[..., :half], expected_sin[..., half:]), -1)
+        for ours, theirs in ((cos, expected_cos), (sin, signed_sin)):
+            assert torch.equal(ours[:, 0], theirs[0])
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
@@ -135,15 +137,19 @@ def test_llama3_frequencies_equal_the_reference():
 
 def test_rotate_rotates_each_pair_by_its_angle():
     x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
-    angle = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)) * 6
-    turned = rotate(x, angle.cos(), angle.sin())
+    inverse, positions = torch.tensor([1.0, 0.3, 0.1, 0.02]), torch.tensor([0, 1, 5, 40, 41])
+    turned = rotate(x, *rotation(inverse, positions))
+    angle = positions[:, None] * inverse
     as_complex = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(5, 1, 4), angle[:, None])
     assert torch.allclose(turned, torch.cat((as_complex.real, as_complex.imag), -1), atol=1e-6)
 
 
 def test_angles_are_float32_and_distinguish_positions_40000_and_40001():
-    cos, _ = rotation(frequencies(ROPES["plain qwen3"]), torch.tensor([40_000, 40_001]))
-    assert cos.dtype == torch.float32 and abs(cos[0, 0] - cos[1, 0]) > 0.1
+    inverse, positions = frequencies(ROPES["plain qwen3"]), torch.tensor([40_000, 40_001])
+    exact = rotation(inverse, positions)
+    rounded = rotation(inverse, positions, dtype=torch.bfloat16)
+    assert abs(exact[0][0, 0, 0] - exact[0][1, 0, 0]) > 0.1
+    assert all(torch.equal(x.bfloat16(), y) for x, y in zip(exact, rounded, strict=True))  # only the result is rounded
 
 
 # ------------------------------------------------------------------------------------------- the YaRN trap
