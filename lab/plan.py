@@ -20,7 +20,7 @@ import torch
 from engine.memory import host_memory_bytes
 from lab.machine import RESPONSE_SHARE, Machine
 from lab.plan_memory import GIB, Shape, StagePlan, longest_sequence, plan_stages, size_cache, stage_sampling
-from lab.problems import read_problems
+from lab.problems import prompt_text, read_problems
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage
 from model import ModelError, parse_config, read_config
 from rollout import cache_bytes_per_token
@@ -172,6 +172,18 @@ def count_problems(data: str) -> int:
     return PROBLEMS.get(data) or PROBLEMS.get(data.partition(":")[0], 0)
 
 
+@cache
+def mean_prompt(model: str, data: str, instruction: str) -> int:
+    """Return the mean tokens of the prompts of a local file, by a local model's tokenizer; 0 if either is missing."""
+    if not Path(data).is_file() or not (Path(model) / "tokenizer_config.json").is_file():
+        return 0
+    from engine.tokenizer import AutoTokenizer, encode_chat
+
+    tokenizer, texts = AutoTokenizer.from_pretrained(model), [prompt_text(p, instruction) for p in read_problems(data)]
+    lengths = [len(encode_chat(tokenizer, [{"role": "user", "content": text}])) for text in texts]
+    return round(sum(lengths) / max(1, len(lengths)))
+
+
 def stage_data(recipe: Recipe, index: int) -> str:
     """Return the data of an rl stage: its own, or else that of the nearest earlier rl stage with data."""
     return next(s.data for s in reversed(recipe.stage[: index + 1]) if isinstance(s, RlStage) and s.data)
@@ -193,6 +205,10 @@ def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
         return sampling_work(shape, recipe, problems, samples, prompt, limit, machine)
 
     for index, stage in enumerate(recipe.stage):
+        if isinstance(stage, RlStage):
+            mean = mean_prompt(recipe.model, stage_data(recipe, index), recipe.instruction)
+            prompt = min(mean or stage.max_prompt_tokens, stage.max_prompt_tokens)
+            stage = replace(stage, max_prompt_tokens=prompt)
         update = update_work(shape, recipe, stage, machine)
         if isinstance(stage, SftStage):
             yield Job(f"stage {index}, a step", stage.steps, update=update)
@@ -367,7 +383,13 @@ def show_plan(recipe: Recipe, machine: Machine) -> bool:
 def show_cost(shape: Shape, recipe: Recipe, machine: Machine) -> None:
     """Print a run's tokens, FLOPs, hours and cost, and what would shorten it if it takes too long."""
     mean = f"{machine.response_tokens:,} tokens" if machine.response_tokens else f"{RESPONSE_SHARE:.0%} of their limit"
-    print(f"  assumed: responses average {mean}, prompts reach theirs")
+    local = any(
+        mean_prompt(recipe.model, stage_data(recipe, i), recipe.instruction)
+        for i, stage in enumerate(recipe.stage)
+        if isinstance(stage, RlStage)
+    )
+    prompts = "have the data's mean length" if local else "reach theirs"
+    print(f"  assumed: responses average {mean}, prompts {prompts}")
     if machine.timed:
         rates = f"{machine.tflops:g} TFLOP/s and {machine.bandwidth_gbs:g} GB/s"
         print(f"  assumed: {machine.utilisation:.0%} of {rates}{f' of an {machine.name}' * bool(machine.name)}")

@@ -390,6 +390,19 @@ def test_too_little_host_memory_is_said_beforehand(capsys, monkeypatch):
     assert "needs 47 GiB of host memory, this machine has 32" in lines(capsys, LORA_24GB, full, memory=80)[1]
 
 
+def test_prompts_have_the_length_of_local_data(capsys, small_world):
+    model = small_world / "model"
+    settings = [f'model="{model}"', f'stage.0.data="{small_world / "train.jsonl"}"', 'instruction=""']
+    recipe, shape = load_recipe(ROOT / "recipes" / "consumer-24gb.toml", settings), plan.find_shape(str(model))[0]
+    mean = plan.mean_prompt(str(model), str(small_world / "train.jsonl"), "")
+    assert 0 < mean < 100
+    step = next(job for job in plan.jobs(shape, recipe, machine()) if job.what == "stage 0, a step")
+    stage = replace(recipe.stage[0], max_prompt_tokens=mean)
+    assert step.update == plan.update_work(shape, recipe, stage, machine())
+    plan.show_plan(recipe, machine())
+    assert "prompts have the data's mean length" in capsys.readouterr().out
+
+
 def test_known_data_needs_no_files():
     assert plan.count_problems("HuggingFaceH4/MATH-500:test") == 500
     assert plan.count_problems("openai/gsm8k:main/test") == 1319
