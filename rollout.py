@@ -397,7 +397,7 @@ class _Sampler:
     def _allocate_cache(self, model: Transformer, limits: CacheLimits) -> PagedCache:
         """Allocate the pages of the budget, but no more than full rows and as many held prompts could use."""
         longest, dtype = self.pages_per_row * self.page_size, model.lm_head.weight.dtype
-        most, tokens = 2 * self.max_rows * self.pages_per_row, limits.tokens
+        most, tokens = 2 * max(1, self.max_rows) * self.pages_per_row, limits.tokens
         if not tokens:
             most = (self.max_rows + 2) * self.pages_per_row + 1
             free, cuda = free_memory_bytes(self.device), self.device.type == "cuda"

@@ -17,15 +17,18 @@ from pathlib import Path
 
 import torch
 
+from engine.memory import host_memory_bytes
 from lab.machine import RESPONSE_SHARE, Machine
-from lab.plan_memory import GIB, Shape, StagePlan, longest_sequence, plan_stages, stage_sampling
-from lab.problems import read_problems
+from lab.plan_memory import GIB, Shape, StagePlan, longest_sequence, plan_stages, size_cache, stage_sampling
+from lab.problems import prompt_text, read_problems
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage
 from model import ModelError, parse_config, read_config
 from rollout import cache_bytes_per_token
 
-PUBLISHED = {  # config.json of the models in recipes/, for when the model is not on this machine
+PUBLISHED = {  # config.json of known models, for when the model is not on this machine
     "Qwen/Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True, 40_960),
+    "Qwen/Qwen3-0.6B-Base": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True, 32_768),
+    "Qwen/Qwen3-1.7B-Base": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True, 32_768),
     "Qwen/Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True, 40_960),
     "Qwen/Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151_936, True, 40_960),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": ("qwen2", 3584, 18_944, 28, 28, 4, 128, 152_064, False, 131_072),
@@ -35,7 +38,13 @@ PUBLISHED_KEYS = (
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
 
-PROBLEMS = {"POLARIS-Project/Polaris-Dataset-53K": 53_000, "HuggingFaceH4/aime_2024": 30}  # for data that is not local
+PROBLEMS = {  # of data that is not local, by hub id without the split
+    "POLARIS-Project/Polaris-Dataset-53K": 53_000,
+    "HuggingFaceH4/aime_2024": 30,
+    "HuggingFaceH4/MATH-500": 500,
+    "openai/gsm8k:main/train": 7473,
+    "openai/gsm8k:main/test": 1319,
+}
 PATIENCE_DAYS = 30  # a longer run is called impractical
 
 
@@ -158,7 +167,21 @@ def sampling_work(
 @cache
 def count_problems(data: str) -> int:
     """Return the number of problems of a local file or of a set in PROBLEMS, else 0."""
-    return len(read_problems(data)) if Path(data).is_file() else PROBLEMS.get(data, 0)
+    if Path(data).is_file():
+        return len(read_problems(data))
+    return PROBLEMS.get(data) or PROBLEMS.get(data.partition(":")[0], 0)
+
+
+@cache
+def mean_prompt(model: str, data: str, instruction: str) -> int:
+    """Return the mean tokens of the prompts of a local file, by a local model's tokenizer; 0 if either is missing."""
+    if not Path(data).is_file() or not (Path(model) / "tokenizer_config.json").is_file():
+        return 0
+    from engine.tokenizer import AutoTokenizer, encode_chat
+
+    tokenizer, texts = AutoTokenizer.from_pretrained(model), [prompt_text(p, instruction) for p in read_problems(data)]
+    lengths = [len(encode_chat(tokenizer, [{"role": "user", "content": text}])) for text in texts]
+    return round(sum(lengths) / max(1, len(lengths)))
 
 
 def stage_data(recipe: Recipe, index: int) -> str:
@@ -182,6 +205,10 @@ def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
         return sampling_work(shape, recipe, problems, samples, prompt, limit, machine)
 
     for index, stage in enumerate(recipe.stage):
+        if isinstance(stage, RlStage):
+            mean = mean_prompt(recipe.model, stage_data(recipe, index), recipe.instruction)
+            prompt = min(mean or stage.max_prompt_tokens, stage.max_prompt_tokens)
+            stage = replace(stage, max_prompt_tokens=prompt)
         update = update_work(shape, recipe, stage, machine)
         if isinstance(stage, SftStage):
             yield Job(f"stage {index}, a step", stage.steps, update=update)
@@ -322,12 +349,19 @@ def show_plan(recipe: Recipe, machine: Machine) -> bool:
     how = f"LoRA of rank {recipe.lora.rank}" if recipe.lora.rank else "full fine-tuning"
     print(f"{recipe.name}: {recipe.model}, {shape.parameters:,} parameters (shape from {where})")
     print(f"{how}, bfloat16 compute on CUDA, {machine.gpus} x {machine.memory_gib:g} GiB; below, GiB of one process")
+    if not recipe.sampler.cache_tokens:
+        recipe = size_cache(shape, recipe, machine.gpus, machine.memory_gib * GIB)
+        print(f"cache_tokens = 0 comes to {recipe.sampler.cache_tokens:,} tokens on this card")
     plans = plan_stages(shape, recipe, machine.gpus)
     for plan in plans:
         sampling, update = sum(plan.sampling.values()), sum(plan.update.values())
         verdict = "does not fit" if excess([plan], machine) else "fits"
         phase = "sampling" if sampling > update else f"the update, in {plan.moment}"
         line = f"  {verdict}: at most {max(sampling, update) / GIB:.1f} of {machine.memory_gib:g} GiB, in {phase}"
+        left = machine.memory_gib - max(sampling, update) / GIB
+        line += f"; {left:.1f} GiB left" * (left >= 0)
+        line += ", too little beside a desktop: set sampler.cache_tokens=0" * (0 <= left < 1 and sampling > update)
+        line += ", too little beside a desktop: lower micro_batch_tokens" * (0 <= left < 1 and sampling <= update)
         print("", *memory_table(plan), line + f"; {plan.problem}" * bool(plan.problem), sep="\n")
     fits = not excess(plans, machine)
     found = None if fits else fit_recipe(shape, recipe, machine)
@@ -339,6 +373,9 @@ def show_plan(recipe: Recipe, machine: Machine) -> bool:
     else:
         print("\nno setting makes it fit: shorten the responses, use more cards or a smaller model")
         print("\ntime and cost, as if it fitted")
+    needed = machine.gpus * max(sum(plan.host.values()) for plan in plan_stages(shape, recipe, machine.gpus))
+    if needed > (memory := host_memory_bytes()):
+        print(f"  needs {needed / GIB:.0f} GiB of host memory, this machine has {memory / GIB:.0f}")
     show_cost(shape, recipe, machine)
     return fits
 
@@ -346,7 +383,13 @@ def show_plan(recipe: Recipe, machine: Machine) -> bool:
 def show_cost(shape: Shape, recipe: Recipe, machine: Machine) -> None:
     """Print a run's tokens, FLOPs, hours and cost, and what would shorten it if it takes too long."""
     mean = f"{machine.response_tokens:,} tokens" if machine.response_tokens else f"{RESPONSE_SHARE:.0%} of their limit"
-    print(f"  assumed: responses average {mean}, prompts reach theirs")
+    local = any(
+        mean_prompt(recipe.model, stage_data(recipe, i), recipe.instruction)
+        for i, stage in enumerate(recipe.stage)
+        if isinstance(stage, RlStage)
+    )
+    prompts = "have the data's mean length" if local else "reach theirs"
+    print(f"  assumed: responses average {mean}, prompts {prompts}")
     if machine.timed:
         rates = f"{machine.tflops:g} TFLOP/s and {machine.bandwidth_gbs:g} GB/s"
         print(f"  assumed: {machine.utilisation:.0%} of {rates}{f' of an {machine.name}' * bool(machine.name)}")

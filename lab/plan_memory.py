@@ -15,7 +15,7 @@ from engine.adapter import Lora, add_lora
 from engine.huggingface import SHARD_BYTES
 from lab.recipe import Recipe, RlStage, SftStage
 from model import LOGIT_CHUNK_BYTES, ModelConfig, Transformer
-from rollout import DRAW_BLOCK, LARGEST_PREFILL, cache_bytes_per_token
+from rollout import DRAW_BLOCK, LARGEST_PREFILL, cache_bytes_per_token, free_cache_tokens
 
 GIB = 2**30
 # memory outside of tensors: the driver (a 24 GiB card offers 23.6), the context with its kernels and workspaces (about
@@ -233,7 +233,10 @@ def plan_stage(shape: Shape, recipe: Recipe, index: int, processes: int) -> Stag
     sampling, problem = {}, ""
     if settings := stage_sampling(recipe, index, processes):
         sampling = resident | {"gathered weights, bfloat16": trained * b} | sampling_moment(shape, settings) | cuda
-        if settings.pages_per_row + 1 > recipe.sampler.cache_tokens // settings.page_size:
+        if (
+            recipe.sampler.cache_tokens
+            and settings.pages_per_row + 1 > recipe.sampler.cache_tokens // settings.page_size
+        ):
             problem = f"{recipe.sampler.cache_tokens:,} cache tokens cannot hold one sequence and a spare page"
     if final:
         return StagePlan(f"final evaluation: {settings.longest:,} tokens", sampling, {}, "", host, problem)
@@ -247,6 +250,19 @@ def plan_stage(shape: Shape, recipe: Recipe, index: int, processes: int) -> Stag
         host |= {"layer inputs": shape.layers * tokens * shape.width * b}
     held = resident | {"gradients, float32": share * 4} | found[peak] | cuda
     return StagePlan(f"stage {index}: {title}", sampling, held, peak, host, problem)
+
+
+def size_cache(shape: Shape, recipe: Recipe, processes: int, memory: float) -> Recipe:
+    """Return the recipe with the tokens that `cache_tokens = 0` comes to on a card of `memory` bytes, at least."""
+    if recipe.sampler.cache_tokens:
+        return recipe
+    found, tokens = plan_stages(shape, recipe, processes), []
+    for index, plan in enumerate(found):
+        if settings := stage_sampling(recipe, index, processes):
+            rest = sum(plan.sampling.values()) - sum(sampling_moment(shape, settings).values())
+            rows, free = min(settings.rows, settings.requests), int(memory - rest)
+            tokens.append(free_cache_tokens(free, shape.config, settings.dtype, True, rows, settings.longest))
+    return replace(recipe, sampler=replace(recipe.sampler, cache_tokens=max(1, min(tokens, default=1))))
 
 
 def longest_sequence(stage: SftStage | RlStage) -> int:

@@ -305,6 +305,7 @@ def options_of(*words):
 
 def test_published_shapes_have_the_published_sizes():
     sizes = {"Qwen/Qwen3-0.6B": 0.596, "Qwen/Qwen3-1.7B": 1.72, "Qwen/Qwen3-4B": 4.02}  # billions
+    sizes |= {"Qwen/Qwen3-0.6B-Base": 0.596, "Qwen/Qwen3-1.7B-Base": 1.72}
     sizes["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"] = 7.62
     assert sizes.keys() == plan.PUBLISHED.keys()
     for name, billions in sizes.items():
@@ -362,6 +363,50 @@ def test_a_cache_too_small_for_one_response_is_reported(capsys):
     assert not fits and "25,600 cache tokens cannot hold one sequence and a spare page" in text
     longest = -(-62_464 // 256) + 1  # pages of the final evaluation's longest sequence, and a spare page
     assert f"to make it fit: set sampler.cache_tokens={longest * 256}\n" in text
+
+
+def test_a_cache_of_the_free_memorys_size_is_planned_for_the_card_and_leaves_room(capsys):
+    for memory in (16.0, 24.0):
+        fits, text = lines(capsys, ROOT / "recipes" / "consumer-24gb.toml", memory=memory)
+        left = [float(found) for found in re.findall(r"; ([\d.]+) GiB left", text)]
+        assert fits and len(left) == 4 and min(left) >= 1.5 and "too little" not in text
+        tokens = int(re.search(r"cache_tokens = 0 comes to ([\d,]+) tokens", text)[1].replace(",", ""))
+        assert f"KV cache, {tokens // 256 * 256:,} tokens" in text
+    assert tokens > 100_000
+    fits, text = lines(capsys, ROOT / "recipes" / "consumer-24gb.toml", memory=11.0)
+    assert not fits and "cache tokens cannot hold one sequence" in text
+
+
+def test_a_plan_without_room_for_a_desktop_says_so(capsys):
+    _, text = lines(capsys, LORA_24GB)
+    assert "23.6 of 24 GiB, in sampling; 0.4 GiB left, too little beside a desktop: set sampler.cache_tokens=0" in text
+    assert "too little" not in lines(capsys, LORA_24GB, ["sampler.cache_tokens=0"])[1]
+
+
+def test_too_little_host_memory_is_said_beforehand(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "host_memory_bytes", lambda: 32 * GIB)
+    assert "host memory" not in lines(capsys, LORA_24GB)[1]
+    full = ["lora.rank=0", "offload_optimizer=true"]
+    assert "needs 47 GiB of host memory, this machine has 32" in lines(capsys, LORA_24GB, full, memory=80)[1]
+
+
+def test_prompts_have_the_length_of_local_data(capsys, small_world):
+    model = small_world / "model"
+    settings = [f'model="{model}"', f'stage.0.data="{small_world / "train.jsonl"}"', 'instruction=""']
+    recipe, shape = load_recipe(ROOT / "recipes" / "consumer-24gb.toml", settings), plan.find_shape(str(model))[0]
+    mean = plan.mean_prompt(str(model), str(small_world / "train.jsonl"), "")
+    assert 0 < mean < 100
+    step = next(job for job in plan.jobs(shape, recipe, machine()) if job.what == "stage 0, a step")
+    stage = replace(recipe.stage[0], max_prompt_tokens=mean)
+    assert step.update == plan.update_work(shape, recipe, stage, machine())
+    plan.show_plan(recipe, machine())
+    assert "prompts have the data's mean length" in capsys.readouterr().out
+
+
+def test_known_data_needs_no_files():
+    assert plan.count_problems("HuggingFaceH4/MATH-500:test") == 500
+    assert plan.count_problems("openai/gsm8k:main/test") == 1319
+    assert plan.count_problems("openai/gsm8k:main/train") == 7473
 
 
 def test_the_command_needs_no_weights_and_writes_nothing(tmp_path, checkpoint):
