@@ -50,7 +50,7 @@ def pack_linears(linears: Sequence[nn.Linear], norm: nn.RMSNorm | None, rows: in
 
 
 def unit(x: Tensor, floor: Tensor) -> Tensor:
-    """Scale x (..., C) to unit length: RMSNorm in 3 operations, with sqrt(C) left to its weight; floor = sqrt(C eps)."""
+    """Scale x (..., C) to unit length: RMSNorm, with sqrt(C) left to its weight; floor = sqrt(C eps)."""
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)
 
 
