@@ -8,10 +8,10 @@
 Every case runs in a separate process and calls grpo.optimizer_step with one micro-batch on random weights (the
 arithmetic is the same as with trained ones), with the device and dtype that train.py would choose.
 
-Useful FLOPs are 6 per weight and token (4 if frozen; the head: per predicted token) and 6 per pair of tokens, head and head
-dimension of causal attention; recomputation does not count. Utilisation is their rate over the rate of a large matrix
-product of the same dtype in the same process, measured before and after. Memory is the peak of one step above weights
-and optimizer: `live` counts bytes of tensors exactly (CUDA: the allocator's peak), `resident` the process's.
+Useful FLOPs are 6 per weight and token (4 if frozen; the head: per predicted token) and 6 per pair of tokens, head and
+head dimension of causal attention; recomputation does not count. Utilisation is their rate over the rate of a large
+matrix product of the same dtype in the same process, measured before and after. Memory is the peak of one step above
+weights and optimizer: `live` counts bytes of tensors exactly (CUDA: the allocator's peak), `resident` the process's.
 """
 
 import argparse

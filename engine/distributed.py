@@ -55,6 +55,12 @@ class Processes:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
+    @property
+    def named(self) -> str:
+        """Name the device and what it computes in."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
+        return f"{name} in {str(self.compute_dtype).removeprefix('torch.')}"
+
     def say(self, *words: object) -> None:
         """Print on the main process only."""
         if self.is_main:

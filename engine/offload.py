@@ -32,7 +32,7 @@ def host_zeros(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor
         if status:
             raise MemoryError(f"out of memory: CUDA cannot pin {size:,} bytes of host memory (error {status})")
         weakref.finalize(memory, _unpin, memory.ctypes.data + start).atexit = False
-    return torch.from_numpy(memory)[start : start + count].view(dtype).view(shape)
+    return torch.from_numpy(memory[start : start + count]).view(dtype).view(shape)
 
 
 def _unpin(address: int) -> None:

@@ -68,8 +68,8 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
     cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, processes.compute_dtype) / 2**30
     cache_text = f"at most {cache_gib:.2f} GiB of cache" if cache_gib else "a cache of the free memory's size"
     processes.say(
-        f"{recipe.name}: {parameters:,} parameters{trained_text}, {processes.world_size} processes, "
-        f"{cache_text} each, {folder}"
+        f"{recipe.name}: {parameters:,} parameters{trained_text}, {processes.world_size} processes on "
+        f"{processes.named}, {cache_text} each, {folder}"
     )
     return run
 

@@ -196,19 +196,25 @@ def uncounted(recipe: Recipe) -> list[str]:
     return [name for name in data if name and not count_problems(name)]
 
 
+def with_mean_prompt(recipe: Recipe, index: int) -> SftStage | RlStage:
+    """Return a stage whose prompts have the mean length of its data, where that is on this machine."""
+    stage = recipe.stage[index]
+    if isinstance(stage, SftStage):
+        return stage
+    mean = mean_prompt(recipe.model, stage_data(recipe, index), recipe.instruction)
+    return replace(stage, max_prompt_tokens=min(mean or stage.max_prompt_tokens, stage.max_prompt_tokens))
+
+
 def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
     """Yield the parts of a run: steps, pass rates, diversity searches and evaluations."""
-    rl = [stage for stage in recipe.stage if isinstance(stage, RlStage)]
+    stages = [with_mean_prompt(recipe, index) for index in range(len(recipe.stage))]
+    rl = [stage for stage in stages if isinstance(stage, RlStage)]
     prompt = max((stage.max_prompt_tokens for stage in rl), default=1024)
 
     def sample(problems: int, samples: int, limit: int) -> Work:
         return sampling_work(shape, recipe, problems, samples, prompt, limit, machine)
 
-    for index, stage in enumerate(recipe.stage):
-        if isinstance(stage, RlStage):
-            mean = mean_prompt(recipe.model, stage_data(recipe, index), recipe.instruction)
-            prompt = min(mean or stage.max_prompt_tokens, stage.max_prompt_tokens)
-            stage = replace(stage, max_prompt_tokens=prompt)
+    for index, stage in enumerate(stages):
         update = update_work(shape, recipe, stage, machine)
         if isinstance(stage, SftStage):
             yield Job(f"stage {index}, a step", stage.steps, update=update)

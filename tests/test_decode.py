@@ -106,6 +106,7 @@ def graphed(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.7.1")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is no interpreter: bench/gpu_check.py")
 def test_sampling_with_the_paged_kernel_draws_the_same(model, graphed, monkeypatch):
     """Sample as on CUDA, with the kernel in Triton's interpreter: small pages, idle rows, a scratch page."""
     request = make_prompts(n=1), warm(max_new_tokens=6), CacheLimits(tokens=1_000, page_size=16, rows=5)

@@ -25,7 +25,10 @@ SETTINGS = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 @pytest.fixture(scope="module")
 def processes():
-    yield distributed.start()
+    with pytest.MonkeyPatch.context() as patch:  # float32 on a CPU, also on a machine with a GPU
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        started = distributed.start()
+    yield started
     distributed.stop()
 
 
