@@ -17,7 +17,7 @@ from engine.rollout_worker import RolloutWorker
 from engine.run import Run
 from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe
 from engine.sharding import shard
-from engine.tokenizer import encode, encode_chat, load_tokenizer, stop_tokens
+from engine.tokenizer import encode, encode_chat, end_of_turn, load_tokenizer, stop_tokens
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file
@@ -124,7 +124,7 @@ def check_inputs(run: Run) -> None:
 def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list[TrainingSequence]:
     """Encode worked solutions or chats; the loss is on the assistant's tokens only, end-of-sequence included."""
     tokenizer, sequences = worker.tokenizer, []
-    ending = encode(tokenizer, tokenizer.eos_token)
+    ending = [end_of_turn(tokenizer)]
     for name, source, reply in data.worked_examples(stage):
         prompt = worker.prompt(source, 1).tokens if isinstance(source, Problem) else encode_chat(tokenizer, source)
         response = encode(tokenizer, reply) + ending

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model import ModelError, Transformer
@@ -26,10 +27,10 @@ def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: Path) -> tuple[int, ...]:
-    """Return all tokens that end a response: the tokenizer's, the config's and the generation config's."""
+    """Return all tokens that end a response: the template's, the tokenizer's, the config's, the generation config's."""
     generation = folder / "generation_config.json"
     generation_config = json.loads(generation.read_text()) if generation.exists() else {}
-    found = {tokenizer.eos_token_id}
+    found = {end_of_turn(tokenizer), tokenizer.eos_token_id}
     for config in (model.config.source, generation_config):
         ends = config.get("eos_token_id")
         found |= set(ends) if isinstance(ends, list) else {ends}
@@ -37,6 +38,20 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: 
     if not found:
         raise ModelError(f"{folder}: neither tokenizer nor config names an end-of-sequence token")
     return tuple(sorted(found))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that the chat template writes after a reply, or the tokenizer's end of sequence.
+
+    They differ in many Base models: Qwen's template ends a turn with <|im_end|>, its tokenizer with <|endoftext|>.
+    """
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the reply"}]
+    try:
+        after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("the reply")[2]
+    except TemplateError:  # of a template that renders prompts alone
+        after = ""
+    tokens = encode(tokenizer, after.strip())
+    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -412,9 +412,10 @@ def show_cost(shape: Shape, recipe: Recipe, machine: Machine) -> None:
         return
     hours, gpus = sum(job.hours for job in found), machine.gpus
     price = machine.price_per_hour
-    cost = f"${hours * gpus * price:,.0f} at ${price:g} per card and hour"
+    cost = f"${hours * gpus * price:,.{0 if hours >= 10 else 1}f} at ${price:g} per card and hour"
     cost = cost if price else "give --price-per-hour for cost"
-    print(f"  {hours:,.0f} hours ({hours / 24:,.1f} days) on {gpus} card{'s' * (gpus > 1)}; {cost}")
+    length = f"{hours:,.0f} hours ({hours / 24:,.1f} days)" if hours >= 10 else f"{hours:.1f} hours"
+    print(f"  {length} on {gpus} card{'s' * (gpus > 1)}; {cost}")
     if hours / 24 > PATIENCE_DAYS and any(isinstance(stage, RlStage) for stage in recipe.stage):
         slowest = max(job.hours / job.times for job in found if job.update.flops)
         doubled = sum(job.hours for job in jobs(shape, recipe, replace(machine, gpus=2 * gpus))) / 24

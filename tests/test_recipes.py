@@ -16,8 +16,10 @@ import engine.grader
 import lab.recipe
 import train
 from engine.rollout_worker import RolloutWorker
+from engine.tokenizer import end_of_turn, load_tokenizer, stop_tokens
 from lab.options import training_arguments
 from lab.problems import INSTRUCTION, read_problems
+from model import load
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["first-hour-24gb", "overnight-24gb", "own-data-24gb"]
@@ -171,3 +173,15 @@ def test_every_key_of_a_recipe_takes_effect(name, base_model, tmp_path, monkeypa
     assert adapter.exists() == ("lora.rank" in written)
     if adapter.exists():
         assert json.loads(adapter.read_text())["r"] == written["lora.rank"]
+
+
+def test_a_base_models_response_ends_where_its_template_ends_a_turn(base_model):
+    """Regression: the tokenizer and the config name <|endoftext|> alone, so that responses ran on to their limit."""
+    model = load(base_model)
+    tokenizer = load_tokenizer(base_model, model)
+    assert stop_tokens(tokenizer, model, base_model) == (0, 2)
+    assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == "<|im_end|>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    tokenizer.chat_template = "{{ raise_exception('prompts alone') }}"
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
