@@ -87,7 +87,7 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
         if arguments.plan:
             from lab.plan import show_plan  # needs torch
 
-            sys.exit(not show_plan(recipe, read_machine(arguments)))
+            sys.exit(not show_plan(recipe, read_machine(arguments), Path(arguments.recipe).parent))
     except UserError as error:
         sys.exit(f"train.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)  # printed by one process only
     return arguments

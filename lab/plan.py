@@ -2,7 +2,7 @@
 
     python train.py recipes/polaris-4b.toml --plan --device 80GB --gpus 8
 
-Uses shapes only: no weights, no GPU, no run folder. Prints each stage's memory (plan_memory.py), settings that make it
+Uses shapes only: no weights and no GPU; a run's own steps, where there are some, correct the hours. Prints each stage's memory (plan_memory.py), settings that make it
 fit, then tokens, FLOPs, hours and cost. tests/test_plan.py compares FLOPs and hours with torch's counter and the
 sampler's roofline.
 """
@@ -12,13 +12,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
 
 from engine.memory import host_memory_bytes
 from lab.machine import RESPONSE_SHARE, Machine
+from lab.metrics import read_metrics
 from lab.plan_memory import GIB, Shape, StagePlan, longest_sequence, plan_stages, size_cache, stage_sampling
 from lab.problems import prompt_text, read_problems
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage
@@ -347,8 +348,31 @@ def short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def show_plan(recipe: Recipe, machine: Machine) -> bool:
-    """Print every stage's memory, then tokens, FLOPs, hours and cost. Return whether all stages fit."""
+def hours_by_run(found: list[Job], run: Path) -> str:
+    """Say how long a run's own steps make the plan's hours; empty with fewer than two.
+
+    The first step of a stage compiles kernels and allocates memory: it does not count.
+    """
+    planned = {job.what: job for job in found}
+    rows = [row for row in read_metrics(run) if row["kind"] == "rl"] if (run / "metrics.jsonl").exists() else []
+    rows = [row for last, row in pairwise(rows) if row["stage"] == last["stage"]]
+    steps = [planned[f"stage {row['stage']}, a step"] for row in rows]
+    if len(rows) < 2:
+        return ""
+    sampling = sum(row["seconds_sample"] + row["seconds_grade"] for row in rows) / sum(
+        s.sampling.seconds for s in steps
+    )
+    update = sum(row["seconds_update"] for row in rows) / sum(s.update.seconds for s in steps)
+    seconds = sum(job.times * (sampling * job.sampling.seconds + update * job.update.seconds) for job in found)
+    times = f"{sampling:.2g} times the planned sampling, {update:.2g} times the update"
+    return f"  by {len(rows)} steps of {run} (in each {times}): {seconds / 3600:,.1f} hours in all"
+
+
+def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool:
+    """Print every stage's memory, then tokens, FLOPs, hours and cost. Return whether all stages fit.
+
+    If the folder `run` has the steps of a run, hours are also given by these.
+    """
     if recipe.model.startswith("world/"):
         raise RecipeError(f"{recipe.model} is made by the run itself and fits anywhere; plan a recipe of another model")
     shape, where = find_shape(recipe.model)
@@ -382,11 +406,11 @@ def show_plan(recipe: Recipe, machine: Machine) -> bool:
     needed = machine.gpus * max(sum(plan.host.values()) for plan in plan_stages(shape, recipe, machine.gpus))
     if needed > (memory := host_memory_bytes()):
         print(f"  needs {needed / GIB:.0f} GiB of host memory, this machine has {memory / GIB:.0f}")
-    show_cost(shape, recipe, machine)
+    show_cost(shape, recipe, machine, run)
     return fits
 
 
-def show_cost(shape: Shape, recipe: Recipe, machine: Machine) -> None:
+def show_cost(shape: Shape, recipe: Recipe, machine: Machine, run: Path | None = None) -> None:
     """Print a run's tokens, FLOPs, hours and cost, and what would shorten it if it takes too long."""
     mean = f"{machine.response_tokens:,} tokens" if machine.response_tokens else f"{RESPONSE_SHARE:.0%} of their limit"
     local = any(
@@ -416,6 +440,8 @@ def show_cost(shape: Shape, recipe: Recipe, machine: Machine) -> None:
     cost = cost if price else "give --price-per-hour for cost"
     length = f"{hours:,.0f} hours ({hours / 24:,.1f} days)" if hours >= 10 else f"{hours:.1f} hours"
     print(f"  {length} on {gpus} card{'s' * (gpus > 1)}; {cost}")
+    if run and (measured := hours_by_run(found, run)):
+        print(measured)
     if hours / 24 > PATIENCE_DAYS and any(isinstance(stage, RlStage) for stage in recipe.stage):
         slowest = max(job.hours / job.times for job in found if job.update.flops)
         doubled = sum(job.hours for job in jobs(shape, recipe, replace(machine, gpus=2 * gpus))) / 24

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -441,3 +442,22 @@ def test_invalid_machine_options_are_one_sentence(options, message):
     with pytest.raises(RecipeError) as caught:
         options_of(*options)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_the_steps_of_a_run_correct_the_hours(tmp_path, capsys):
+    recipe = load_recipe(ROOT / "recipes" / "first-hour-24gb.toml", ["sampler.cache_tokens=98304"])
+    given = machine()
+    shape = plan.find_shape(recipe.model)[0]
+    jobs = list(plan.jobs(shape, recipe, given))
+    step = next(job for job in jobs if job.what == "stage 0, a step")
+    row = {"kind": "rl", "stage": 0, "seconds_sample": 1.5 * step.sampling.seconds}
+    row |= {"seconds_grade": 0.5 * step.sampling.seconds, "seconds_update": 3 * step.update.seconds}
+    slow_first = row | {"seconds_sample": 1e6, "step": 1}
+    rows = [slow_first, *(row | {"step": i} for i in (2, 3))]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[:2]))
+    assert plan.hours_by_run(jobs, tmp_path) == ""  # one step that counts is too few
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    plan.show_plan(recipe, given, tmp_path)
+    hours = sum(job.times * (2 * job.sampling.seconds + 3 * job.update.seconds) for job in jobs) / 3600
+    times = "2 times the planned sampling, 3 times the update"
+    assert f"by 2 steps of {tmp_path} (in each {times}): {hours:,.1f} hours in all" in capsys.readouterr().out
