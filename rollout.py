@@ -395,9 +395,9 @@ class _Sampler:
         self.loaded: list[tuple[int, int]] | None = None  # (admitted, pages) of each row in the tensors
 
     def _allocate_cache(self, model: Transformer, limits: CacheLimits) -> PagedCache:
-        """Allocate the pages of the budget, but no more than full rows and as many held prompts could use."""
+        """Allocate the budget's pages, at most twice what full rows use; without a budget, what fits and rows use."""
         longest, dtype = self.pages_per_row * self.page_size, model.lm_head.weight.dtype
-        most, tokens = 2 * max(1, self.max_rows) * self.pages_per_row, limits.tokens
+        most, tokens = 2 * self.max_rows * self.pages_per_row, limits.tokens
         if not tokens:
             most = (self.max_rows + 2) * self.pages_per_row + 1
             free, cuda = free_memory_bytes(self.device), self.device.type == "cuda"
@@ -601,7 +601,9 @@ class _Sampler:
     def _shrink(self) -> None:
         """Halve the rows and the prefill. Raise RolloutError when both are down to one."""
         if self.max_rows == 1 and self.max_prefill == 1:
-            raise RolloutError("out of memory with one row: lower cache_tokens, shorten the responses, or use LoRA")
+            raise RolloutError(
+                "out of memory with one row: set a smaller cache_tokens, shorten the responses, or use LoRA"
+            )
         self.max_rows = max(1, (len(self.rows) or self.max_rows) // 2)
         self.max_prefill = max(1, self.max_prefill // 2)
         while len(self.rows) > self.max_rows:

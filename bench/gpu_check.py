@@ -59,7 +59,8 @@ class Child:
             status = "failed" if self.process.returncode else "ok"
         except subprocess.TimeoutExpired:
             status = "timeout"
-        self.kill()
+        finally:  # also after Ctrl-C
+            self.kill()
         return status, "" if status == "ok" else last_word(self.log.read_text(errors="replace"), status)
 
     def kill(self) -> None:

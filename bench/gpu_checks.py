@@ -76,7 +76,7 @@ class Report:
         print(what, value, unit, note, flush=True)
 
     def missing(self, what: str, why: str) -> None:
-        """Write that a figure cannot be had here."""
+        """Record a figure that is not available here."""
         self(what, None, note=f"not available: {why}")
 
     @contextmanager
@@ -389,12 +389,10 @@ def paged_case(lengths: list[int], heads: int, key_heads: int, size: int, page: 
 
 def check_decode_kernel(report: Report, small: bool) -> None:
     """Compare the paged kernel with float64, and its bandwidth with a copy's."""
-    if not CUDA:
-        return report.missing("paged kernel", "no CUDA")
-    try:
-        from engine.paged_attention import paged_attention
-    except ImportError as error:
-        return report.missing("paged kernel", str(error))
+    from engine.paged_attention import has_paged_attention, paged_attention
+
+    if not has_paged_attention(DEVICE, DTYPE):
+        return report.missing("paged kernel", "it needs CUDA and Triton")
     lengths, worst, path = [1, 7, 256, 257, 1000, 40_000], 0.0, "Triton paged kernel"
     for page in (16, 256):
         with report.part(f"pages of {page}: relative error"):
@@ -734,7 +732,7 @@ def check_evening(report: Report, small: bool) -> None:
 
     from engine.run import Run
     from engine.sharding import gathered, shard
-    from lab.plan_memory import Shape, plan_stage
+    from lab.plan_memory import Shape, plan_stage, size_cache
     from lab.recipe import load_recipe
 
     if not CUDA:
@@ -744,7 +742,9 @@ def check_evening(report: Report, small: bool) -> None:
     for name, shape, share in (("first-hour-24gb", "qwen3-0.6b", 1), ("overnight-24gb", "qwen3-1.7b", 4)):
         with report.part(name):
             recipe = load_recipe(Path(__file__).resolve().parent.parent / "recipes" / f"{name}.toml")
-            stage, config = recipe.stage[0], parse_config(SHAPES[shape])
+            config = parse_config(SHAPES[shape])
+            recipe = size_cache(Shape(config), recipe, 1, CARD_BYTES)  # mem_get_info would report the whole card
+            stage = recipe.stage[0]
             with DEVICE:
                 model = Transformer(config)
             initialise(model, 0)

@@ -17,8 +17,11 @@ try:  # torch's variable-length flash attention, CUDA only
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
-# torch 2.11 takes fewer key heads without being told, newer versions want to be
-GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters if varlen_attn else {}
+if "window_size" not in VARLEN_OPTIONS:  # before torch 2.11
+    varlen_attn = None
+# torch 2.11 accepts fewer key heads without a flag; newer versions require it
+GROUPED = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Processes:
 
     @property
     def named(self) -> str:
-        """Name the device and what it computes in."""
+        """The device's name and compute dtype."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
         return f"{name} in {str(self.compute_dtype).removeprefix('torch.')}"
 

@@ -85,6 +85,10 @@ def step_within_memory(optimizer: torch.optim.Optimizer) -> None:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
+        if isinstance(error, MemoryError):
+            raise UpdateError(
+                f"{error or 'out of memory'}: the moments exceed host memory: train a LoRA adapter"
+            ) from None
         raise UpdateError(
             "out of memory in the optimizer step: set offload_optimizer = true or train a LoRA adapter"
         ) from None

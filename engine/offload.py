@@ -7,6 +7,7 @@ keeps 8 bytes per parameter off the device. Its checkpoints are those of torch.o
 import mmap
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -30,6 +31,9 @@ def host_zeros(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor
     if pinned and size:
         status = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data + start, size, 0))
         if status:
+            if torch.cuda.is_initialized():
+                with suppress(RuntimeError):  # takes the error that CUDA would report for the next kernel
+                    torch.zeros(1, device="cuda")
             raise MemoryError(f"out of memory: CUDA cannot pin {size:,} bytes of host memory (error {status})")
         weakref.finalize(memory, _unpin, memory.ctypes.data + start).atexit = False
     return torch.from_numpy(memory[start : start + count]).view(dtype).view(shape)

@@ -130,8 +130,8 @@ class RolloutWorker:
         stats.memory_retries = sampler.memory_retries
         if sampler.memory_retries:
             self.processes.say(
-                f"sampling ran out of memory {sampler.memory_retries} times and continued with fewer rows: "
-                f"lower the recipe's sampler.rows or cache_tokens"
+                f"sampling ran out of memory {sampler.memory_retries} times and continued with fewer rows or a smaller "
+                f"cache: lower the recipe's sampler.rows, or set a smaller sampler.cache_tokens"
             )
 
     def sample(

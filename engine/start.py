@@ -125,6 +125,8 @@ def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list
     """Encode worked solutions or chats; the loss is on the assistant's tokens only, end-of-sequence included."""
     tokenizer, sequences = worker.tokenizer, []
     ending = [end_of_turn(tokenizer)]
+    if ending == [None]:
+        raise DataError(f"{stage.data}: the tokenizer names no end of sequence for its solutions: set its eos_token")
     for name, source, reply in data.worked_examples(stage):
         prompt = worker.prompt(source, 1).tokens if isinstance(source, Problem) else encode_chat(tokenizer, source)
         response = encode(tokenizer, reply) + ending

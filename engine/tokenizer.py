@@ -47,11 +47,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the reply"}]
     try:
-        after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("the reply")[2]
-    except TemplateError:  # of a template that renders prompts alone
-        after = ""
-    tokens = encode(tokenizer, after.strip())
-    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+        _, reply, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("the reply")
+    except (TemplateError, TypeError, ValueError, KeyError):  # of a template that renders prompts alone
+        reply = after = ""
+    first, added = encode(tokenizer, after.strip())[:1] if reply else [], tokenizer.added_tokens_decoder
+    return first[0] if first and first[0] in added and added[first[0]].special else tokenizer.eos_token_id
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -55,7 +55,11 @@ def model_options() -> argparse.ArgumentParser:
     add("--instruction", default=INSTRUCTION, help="appended to problems that do not contain it")
     add("--seed", type=int, default=0)
     add("--rows", type=COUNT, default=64, help="sequences decoded at once")
-    add("--cache-tokens", type=COUNT, help="of all sequences together (default: as many as the rows need)")
+    add(
+        "--cache-tokens",
+        type=COUNT,
+        help="of all sequences together (default: what the rows need, as far as memory allows)",
+    )
     add("--workers", type=COUNT, default=2, help="processes that grade symbolic answers")
     add("--most-failed-share", type=float, default=0.02, help="stop if the grader fails on more of the answers")
     return parent
@@ -87,7 +91,7 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
         if arguments.plan:
             from lab.plan import show_plan  # needs torch
 
-            sys.exit(not show_plan(recipe, read_machine(arguments), Path(arguments.recipe).parent))
+            sys.exit(not show_plan(recipe, read_machine(arguments), arguments.recipe.parent))
     except UserError as error:
         sys.exit(f"train.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)  # printed by one process only
     return arguments

@@ -2,9 +2,9 @@
 
     python train.py recipes/polaris-4b.toml --plan --device 80GB --gpus 8
 
-Uses shapes only: no weights and no GPU; a run's own steps, where there are some, correct the hours. Prints each stage's memory (plan_memory.py), settings that make it
-fit, then tokens, FLOPs, hours and cost. tests/test_plan.py compares FLOPs and hours with torch's counter and the
-sampler's roofline.
+Uses shapes only: no weights and no GPU; if the recipe is in a run's folder, the run's own steps correct the hours.
+Prints each stage's memory (plan_memory.py), settings that make it fit, then tokens, FLOPs, hours and cost.
+tests/test_plan.py compares FLOPs and hours with torch's counter and the sampler's roofline.
 """
 
 import json
@@ -351,21 +351,20 @@ def short(count: float) -> str:
 def hours_by_run(found: list[Job], run: Path) -> str:
     """Say how long a run's own steps make the plan's hours; empty with fewer than two.
 
-    The first step of a stage compiles kernels and allocates memory: it does not count.
+    The first step of a stage compiles kernels and allocates memory: it does not count. Skipped updates do.
     """
-    planned = {job.what: job for job in found}
-    rows = [row for row in read_metrics(run) if row["kind"] == "rl"] if (run / "metrics.jsonl").exists() else []
+    planned = {job.what: job for job in found if job.sampling.seconds and job.update.seconds}
+    rows = [row for row in read_metrics(run) if row.get("kind") == "rl"] if (run / "metrics.jsonl").exists() else []
     rows = [row for last, row in pairwise(rows) if row["stage"] == last["stage"]]
-    steps = [planned[f"stage {row['stage']}, a step"] for row in rows]
-    if len(rows) < 2:
+    steps = [(row, planned[name]) for row in rows if (name := f"stage {row['stage']}, a step") in planned]
+    if len(steps) < 2:
         return ""
-    sampling = sum(row["seconds_sample"] + row["seconds_grade"] for row in rows) / sum(
-        s.sampling.seconds for s in steps
-    )
-    update = sum(row["seconds_update"] for row in rows) / sum(s.update.seconds for s in steps)
+    sampled = sum(row["seconds_sample"] + row.get("seconds_grade", 0.0) for row, _ in steps)
+    sampling = sampled / sum(job.sampling.seconds for _, job in steps)
+    update = sum(row["seconds_update"] for row, _ in steps) / sum(job.update.seconds for _, job in steps)
     seconds = sum(job.times * (sampling * job.sampling.seconds + update * job.update.seconds) for job in found)
     times = f"{sampling:.2g} times the planned sampling, {update:.2g} times the update"
-    return f"  by {len(rows)} steps of {run} (in each {times}): {seconds / 3600:,.1f} hours in all"
+    return f"  by {len(steps)} steps of {run} (in each {times}): {seconds / 3600:,.1f} hours in all"
 
 
 def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool:

@@ -256,13 +256,15 @@ def size_cache(shape: Shape, recipe: Recipe, processes: int, memory: float) -> R
     """Return the recipe with the tokens that `cache_tokens = 0` comes to on a card of `memory` bytes, at least."""
     if recipe.sampler.cache_tokens:
         return recipe
-    found, tokens = plan_stages(shape, recipe, processes), []
+    found, fits, most = plan_stages(shape, recipe, processes), [], []
     for index, plan in enumerate(found):
         if settings := stage_sampling(recipe, index, processes):
             rest = sum(plan.sampling.values()) - sum(sampling_moment(shape, settings).values())
             rows, free = min(settings.rows, settings.requests), int(memory - rest)
-            tokens.append(free_cache_tokens(free, shape.config, settings.dtype, True, rows, settings.longest))
-    return replace(recipe, sampler=replace(recipe.sampler, cache_tokens=max(1, min(tokens, default=1))))
+            fits.append(free_cache_tokens(free, shape.config, settings.dtype, True, rows, settings.longest))
+            most.append(((rows + 2) * settings.pages_per_row + 1) * settings.page_size)  # as rollout.py allocates
+    tokens = max(1, min([*fits, max(most, default=1)]))
+    return replace(recipe, sampler=replace(recipe.sampler, cache_tokens=tokens))
 
 
 def longest_sequence(stage: SftStage | RlStage) -> int:

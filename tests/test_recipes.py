@@ -183,5 +183,7 @@ def test_a_base_models_response_ends_where_its_template_ends_a_turn(base_model):
     assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == "<|im_end|>"
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    tokenizer.chat_template = "<|im_start|>{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
     tokenizer.chat_template = "{{ raise_exception('prompts alone') }}"
     assert end_of_turn(tokenizer) == tokenizer.eos_token_id
