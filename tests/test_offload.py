@@ -249,6 +249,21 @@ def gradients_of_trainable(model, backwards):
     return gradients(model, backwards=backwards)
 
 
+@pytest.mark.parametrize("device", device_types())
+def test_two_forwards_before_their_backward_keep_both_inputs(device):
+    """A layer's buffer is taken only once backward has read it."""
+    found = []
+    for offload in (False, True):
+        model = prepared(tiny().to(device), True, offload)
+        rows = [(torch.arange(9, device=device) * n % 23) for n in (5, 7)]
+        context, predict = models.Packed([9], device), torch.arange(8, device=device)
+        sums = [model(tokens, context, predict, tokens[1:]).sum() for tokens in rows]
+        for total in sums:
+            total.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
 def test_offloaded_inputs_of_a_sharded_model(processes):
     expected, found = (gradients(prepared(tiny(processes.mesh), True, offload)) for offload in (False, True))
     assert all(map(torch.equal, expected, found))
