@@ -56,8 +56,8 @@ class Processes:
         return self.rank == 0
 
     @property
-    def named(self) -> str:
-        """The device's name and compute dtype."""
+    def device_name(self) -> str:
+        """Return the device's name and what it computes in."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
         return f"{name} in {str(self.compute_dtype).removeprefix('torch.')}"
 

@@ -69,7 +69,7 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
     cache_text = f"at most {cache_gib:.2f} GiB of cache" if cache_gib else "a cache of the free memory's size"
     processes.say(
         f"{recipe.name}: {parameters:,} parameters{trained_text}, {processes.world_size} processes on "
-        f"{processes.named}, {cache_text} each, {folder}"
+        f"{processes.device_name}, {cache_text} each, {folder}"
     )
     return run
 

@@ -43,6 +43,7 @@ PROBLEMS = {  # of data that is not local, by hub id without the split
     "POLARIS-Project/Polaris-Dataset-53K": 53_000,
     "HuggingFaceH4/aime_2024": 30,
     "HuggingFaceH4/MATH-500": 500,
+    "rasbt/math_full_minus_math500": 12_000,
     "openai/gsm8k:main/train": 7473,
     "openai/gsm8k:main/test": 1319,
 }
@@ -178,7 +179,9 @@ def mean_prompt(model: str, data: str, instruction: str) -> int:
     """Return the mean tokens of the prompts of a local file, by a local model's tokenizer; 0 if either is missing."""
     if not Path(data).is_file() or not (Path(model) / "tokenizer_config.json").is_file():
         return 0
-    from engine.tokenizer import AutoTokenizer, encode_chat
+    from transformers import AutoTokenizer  # slow to import, and only here
+
+    from engine.tokenizer import encode_chat
 
     tokenizer, texts = AutoTokenizer.from_pretrained(model), [prompt_text(p, instruction) for p in read_problems(data)]
     lengths = [len(encode_chat(tokenizer, [{"role": "user", "content": text}])) for text in texts]
