@@ -392,10 +392,23 @@ def _chunks(positions: int, vocabulary: int) -> list[slice]:
 # ----------------------------------------------------------------------------------------- loading and saving
 
 
-def load_weights(model: Transformer, folder: Path) -> None:
-    """Copy a folder's tensors into a model, sharded or not, except its adapter. ModelError if any does not fit."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
-    huggingface.read_weights(folder, parameters, model.config.tie_word_embeddings)
+def load_weights(
+    model: Transformer, folder: Path, device: torch.device | str, adapter_folder: Path | None = None
+) -> None:
+    """Allocate a model of the meta device, sharded or not, and copy a folder's tensors, and an adapter's, into it.
+
+    ModelError, before anything is allocated, if any tensor does not fit. Without its folder an adapter stays empty.
+    """
+
+    def parameters() -> dict[str, nn.Parameter]:
+        base = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
+        return base | adapter.peft_names(adapter.adapter_parameters(model) if adapter_folder else {})
+
+    paths = huggingface.weight_files(folder) + ([adapter_folder / adapter.ADAPTER_WEIGHTS] if adapter_folder else [])
+    files = huggingface.find_tensors(paths, parameters(), model.config.tie_word_embeddings)
+    model.to_empty(device=device)
+    model.tie()
+    huggingface.read_tensors(files, parameters())
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
@@ -412,11 +425,7 @@ def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
         model = Transformer(config)
         if lora:
             add_lora(model, lora)
-    model.to_empty(device=device).to(dtype)
-    model.tie()
-    load_weights(model, base)
-    if lora:
-        adapter.read_weights(folder, adapter.adapter_parameters(model))
+    load_weights(model.to(dtype), base, device, folder if lora else None)
     return model
 
 

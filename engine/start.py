@@ -182,8 +182,6 @@ def build_model(folder: Path, recipe: Recipe, processes: Processes) -> Transform
         layer.recompute, layer.offload = recipe.recompute_activations, offload
     model.float32_head = recipe.float32_head
     shard(model, processes.mesh, processes.compute_dtype)
-    model.to_empty(device=processes.device)
-    model.tie()
-    load_weights(model, folder)
+    load_weights(model, folder, processes.device)
     initialise_lora(model, recipe.seed)
     return model

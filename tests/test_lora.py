@@ -193,9 +193,7 @@ def from_meta(base: Path, mesh, compute_dtype=torch.float32, rank: int = 4) -> T
         model = Transformer(read_config(base))
     add_lora(model, Lora(rank, 12.0, str(base)))
     shard(model, mesh, compute_dtype)
-    model.to_empty(device="cpu")
-    model.tie()
-    load_weights(model, base)
+    load_weights(model, base, "cpu")
     initialise_lora(model, seed=5)
     return model
 
