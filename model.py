@@ -2,6 +2,7 @@
 
     python model.py MODEL OUT --yarn 1.5          # export a checkpoint with the scaling in its config
     python model.py ADAPTER OUT                   # merge a LoRA adapter into its base
+    python model.py RUN/checkpoints/step-N OUT    # the model of a checkpoint inside a stage
 
 The T tokens of a forward pass are one packed row: several sequences end to end, without padding. An attention context
 decides which tokens see each other: `Packed` in training, the paged KV cache of rollout.py in sampling. Everything
@@ -16,8 +17,6 @@ if __name__ == "__main__":  # --help and usage errors must not wait for the impo
 
     arguments = export_arguments()
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine import adapter, huggingface
-from engine.adapter import Lora, add_lora, merge_lora, tokenizer_folder
+from engine.adapter import Lora, add_lora
 from engine.attention import PackedLayout, packed_attention
-from engine.errors import UserError
 from engine.huggingface import ModelError, resolve_folder
 from engine.offload import Offload, recomputed
 from engine.sharding import full_tensor
@@ -450,23 +448,7 @@ def save(
             huggingface.write_model(unfinished, parameters, dtype, config)
 
 
-# ----------------------------------------------------------------------------------------------- command line
-
-
-def main(arguments: argparse.Namespace) -> None:
-    """Export a model folder, with its adapter merged and with YaRN if requested."""
-    try:
-        model = load(arguments.model)
-        merge_lora(model)
-        if arguments.yarn is not None:
-            model.config = extend_window(
-                model.config, arguments.yarn, arguments.original_window, arguments.attention_factor
-            )
-        save(model, arguments.out, getattr(torch, arguments.dtype), tokenizer_folder(resolve_folder(arguments.model)))
-    except (UserError, OSError) as error:
-        sys.exit(f"model.py: {error}")
-    print(f"wrote {arguments.out}: window {model.config.max_position_embeddings:,} tokens, {model.config.rope}")
-
-
 if __name__ == "__main__":
+    from lab.export import main
+
     main(arguments)

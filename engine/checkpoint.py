@@ -16,6 +16,7 @@ saves 48 GB, which take 12 core seconds; each process reads its own files, which
 import json
 import pickle
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -266,17 +267,28 @@ def read_state(
     return None
 
 
-def trained_parts(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """Return the tensors of a checkpoint, without a frozen base, which is in the model's folder."""
+def trained_weights(model: Transformer) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint, without a frozen base, which is in the model's folder."""
     weights = get_model_state_dict(model)
-    if model.lora:
-        weights = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
+    return {name: tensor for name, tensor in weights.items() if not model.lora or ".lora_" in name}
+
+
+def load_trained_weights(checkpoint: Path, model: Transformer) -> None:
+    """Copy a checkpoint's weights into an unsharded model, without processes: for export."""
+    if fault := damage(checkpoint):
+        raise CheckpointError(f"{checkpoint} cannot be used ({fault}): export another one")
+    with warnings.catch_warnings(action="ignore"):  # of a single process, as intended
+        dcp.load({"model": trained_weights(model)}, checkpoint_id=checkpoint, no_dist=True)  # copies in place
+
+
+def trained_parts(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """Return the tensors of a checkpoint."""
     fresh = not optimizer.state
     moments = get_optimizer_state_dict(model, optimizer)
     if fresh:  # torch has created the moments with a step at rate 0, and counted it
         for state in [*moments["state"].values(), *optimizer.state.values()]:
             state["step"].zero_()
-    return {"model": weights, "optimizer": moments}
+    return {"model": trained_weights(model), "optimizer": moments}
 
 
 def load_weights_and_optimizer(

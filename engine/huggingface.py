@@ -103,13 +103,13 @@ def check_types(source: dict) -> None:
             raise ModelError(f"{key} must be {TYPE_NAMES.get(kind, 'an object')}{between}, not {str(value)[:60]!r}")
 
 
-def end_tokens(source: dict, vocabulary: int) -> set[int]:
+def end_tokens(source: dict, vocabulary: int, where: str | Path) -> set[int]:
     """Return the eos_token_id of a config: none, one or several. ModelError unless all are below `vocabulary`."""
     ends = source.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     for end in ends:
         if type(end) is not int or not 0 <= end < vocabulary:
-            raise ModelError(f"eos_token_id {str(end)[:60]!r} is not a token of the model, which has {vocabulary:,}")
+            raise ModelError(f"{where}: eos_token_id {str(end)[:60]!r} is no token of the {vocabulary:,} of the model")
     return set(ends)
 
 
@@ -141,12 +141,12 @@ def config_fields(source: dict, where: str | Path) -> dict:
     for key in (*sizes, "num_attention_heads", "max_position_embeddings"):
         if source.get(key) is None:
             raise refuse(f"the key {key!r} is missing")
+    end_tokens(source, source["vocab_size"], where)
     try:
         heads = source["num_attention_heads"]
         key_heads = source.get("num_key_value_heads") or heads
         head_dim = source.get("head_dim") or source["hidden_size"] // heads
         rope, notes = rope_from_config(source, head_dim)
-        end_tokens(source, source["vocab_size"])
     except ModelError as error:
         raise refuse(error) from None
     if heads % key_heads or head_dim % 2 or not head_dim:
@@ -198,7 +198,9 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
             if isinstance(value, dict):
                 raise ModelError(f"rotary parameters for one kind of layer ({key}) are not supported")
             if keys.setdefault(key, value) != value:
-                raise ModelError(f"the rotary keys disagree about {key} ({keys[key]!r} and {value!r}): keep one of them")
+                raise ModelError(
+                    f"the rotary keys disagree about {key} ({keys[key]!r}, {value!r}): keep one"
+                )
     theta = float(keys.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
     kind = keys.pop("rope_type", "default")
     if keys.pop("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
@@ -274,6 +276,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
         for file, what in ((ADAPTER_CONFIG, "an adapter"), ("manifest.json", "a checkpoint of a run")):
             if (folder / file).exists():
                 raise ModelError(f"{folder}: this is {what}, no model: export it first (python model.py {folder} OUT)")
+        if (folder / "recipe.toml").exists():
+            raise ModelError(f"{folder}: this is a run, no model: its models are stage-N and checkpoints/step-N")
         raise ModelError(f"{folder}: no {name}, so this is not a Hugging Face model folder")
     return read_json(folder / name)
 

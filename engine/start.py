@@ -10,6 +10,7 @@ import torch
 from data_filter import DataOrder
 from engine.adapter import Lora, add_lora, initialise_lora
 from engine.batches import TrainingSequence
+from engine.checkpoint import load_trained_weights
 from engine.distributed import Processes, StopRequest
 from engine.grader import Grader
 from engine.offload import Offload
@@ -21,7 +22,7 @@ from engine.tokenizer import encode, encode_chat, end_of_turn, load_tokenizer, s
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file
-from lab.recipe import Recipe, RecipeError, RlStage, SftStage
+from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe
 from lab.run_data import RunData
 from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
@@ -166,16 +167,33 @@ def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
     return extend_window(config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor)
 
 
-def build_model(folder: Path, recipe: Recipe, processes: Processes) -> Transformer:
-    """Build the model, sharded over all processes before weights are read, so that none holds the full model.
-
-    With an adapter, every process holds the frozen base (see `shard`), and only the adapter is sharded.
-    """
+def empty_model(folder: Path, recipe: Recipe) -> Transformer:
+    """Return the recipe's model on the meta device, with the adapter that the recipe trains."""
     with torch.device("meta"):
         model = Transformer(model_config(folder, recipe))
     if recipe.lora.rank:
         is_hub_id = not recipe.model.startswith("world/") and not Path(recipe.model).is_dir()
         add_lora(model, Lora(recipe.lora.rank, recipe.lora.alpha, recipe.model if is_hub_id else str(folder.resolve())))
+    return model
+
+
+def load_checkpoint(checkpoint: Path) -> tuple[Transformer, Path]:
+    """Return the unsharded model of RUN/checkpoints/step-N and the folder of the model that the run started from."""
+    run = checkpoint.resolve().parent.parent
+    recipe = load_recipe(run / "recipe.toml")
+    folder = model_source(recipe, run)
+    model = empty_model(folder, recipe)
+    load_weights(model, folder, "cpu")
+    load_trained_weights(checkpoint, model)
+    return model, folder
+
+
+def build_model(folder: Path, recipe: Recipe, processes: Processes) -> Transformer:
+    """Build the model, sharded over all processes before weights are read, so that none holds the full model.
+
+    With an adapter, every process holds the frozen base (see `shard`), and only the adapter is sharded.
+    """
+    model = empty_model(folder, recipe)
     stream = torch.cuda.Stream() if recipe.offload_activations and processes.device.type == "cuda" else None
     offload = Offload(stream) if recipe.offload_activations else None
     for layer in model.model.layers:

@@ -1,12 +1,12 @@
 """The tokenizer of a model folder: loading, encoding of chats, and the tokens that end a response."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from engine.huggingface import end_tokens, read_json
 from model import ModelError, Transformer
 
 MOST_PADDING = 1024  # unused rows that an embedding may have (Qwen2.5: 399)
@@ -29,11 +29,10 @@ def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: Path) -> tuple[int, ...]:
     """Return all tokens that end a response: the template's, the tokenizer's, the config's, the generation config's."""
     generation = folder / "generation_config.json"
-    generation_config = json.loads(generation.read_text()) if generation.exists() else {}
+    generation_config = read_json(generation) if generation.exists() else {}
     found = {end_of_turn(tokenizer), tokenizer.eos_token_id}
     for config in (model.config.source, generation_config):
-        ends = config.get("eos_token_id")
-        found |= set(ends) if isinstance(ends, list) else {ends}
+        found |= end_tokens(config, model.config.vocab_size, folder)
     found.discard(None)
     if not found:
         raise ModelError(f"{folder}: neither tokenizer nor config names an end-of-sequence token")

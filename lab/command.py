@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine import distributed
+from engine.adapter import tokenizer_folder
 from engine.distributed import Interrupted, StopRequest
 from engine.grader import Grader
 from engine.rollout_worker import RolloutWorker
 from engine.tokenizer import load_tokenizer, stop_tokens
 from lab.problems import Problem
 from lab.recipe import SamplerSettings
-from model import extend_window, load, resolve_folder, tokenizer_folder
+from model import extend_window, load, resolve_folder
 from rollout import CacheLimits, Sampling, check_requests
 
 

@@ -15,14 +15,13 @@ from forked import free_port, in_processes
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-import model as model_file
 from engine import checkpoint as checkpoints
 from engine import distributed, sharding
 from engine.adapter import LORA_TARGETS, Lora, add_lora, initialise_lora, merge_lora
 from engine.batches import TrainingSequence
 from engine.sharding import gathered, shard
 from grpo import optimizer_step, supervised_loss
-from lab.export import export_arguments
+from lab.export import export_arguments, main
 from lab.recipe import LoraSettings, Recipe, RecipeError, load_recipe, to_toml
 from model import Linear, Packed, Transformer, load, load_weights, read_config, save
 
@@ -368,7 +367,7 @@ def test_command_line_merges_an_adapter(checkpoint, tmp_path, family, tied):
 
     theirs = peft_model(checkpoint(family, tied))
     theirs.save_pretrained(tmp_path / "adapter")
-    model_file.main(export_arguments([str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype=float32"]))
+    main(export_arguments([str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype=float32"]))
     assert not list((tmp_path / "out").glob("adapter*"))
     with torch.no_grad():
         merged = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
@@ -383,7 +382,7 @@ def test_merging_rounds_once(checkpoint, tmp_path):
     base = tmp_path / "base"
     save(load(checkpoint()), base, torch.bfloat16)
     save(adapted(base), tmp_path / "adapter")
-    model_file.main(export_arguments([str(tmp_path / "adapter"), str(tmp_path / "out")]))
+    main(export_arguments([str(tmp_path / "adapter"), str(tmp_path / "out")]))
     name, adapter = "model.layers.1.mlp.down_proj", load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     expected = load_file(base / "model.safetensors")[f"{name}.weight"].float() + 3.0 * (b @ a)
