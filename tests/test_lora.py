@@ -20,6 +20,7 @@ from engine import distributed, sharding
 from engine.adapter import LORA_TARGETS, Lora, add_lora, initialise_lora, merge_lora
 from engine.batches import TrainingSequence
 from engine.sharding import gathered, shard
+from engine.start import load_checkpoint
 from grpo import optimizer_step, supervised_loss
 from lab.export import export_arguments, main
 from lab.recipe import LoraSettings, Recipe, RecipeError, load_recipe, to_toml
@@ -27,6 +28,16 @@ from model import Linear, Packed, Transformer, load, load_weights, read_config, 
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = [("qwen3", True), ("qwen2", False), ("llama", True)]
+BARE_RECIPE = """name = "run"
+model = "{}"
+lora = {{ rank = 4, alpha = 12.0 }}
+[[stage]]
+kind = "sft"
+data = "none.jsonl"
+steps = 1
+batch_sequences = 1
+max_tokens = 64
+"""
 LENGTHS = [9, 1, 23, 14]
 
 
@@ -297,7 +308,11 @@ def check_sharded(base: Path, out: Path, processes: distributed.Processes) -> No
     save(model, out)
     state = checkpoints.RunState(step=1)
     folder = checkpoints.save_checkpoint(out.parent / "run", model, optimizer, state, processes, 1)
-    assert all(torch.equal(value, found[name]) for name, value in full_values(load(out)).items())
+    (out.parent / "run" / "recipe.toml").write_text(BARE_RECIPE.format(base))
+    exported, tokenizer_from = load_checkpoint(folder)
+    assert tokenizer_from == base
+    for copy in (load(out), exported):
+        assert all(torch.equal(value, found[name]) for name, value in full_values(copy).items())
 
     other = randomise_b(from_meta(base, processes.mesh))
     other_optimizer = optimizer_of(other)
