@@ -187,22 +187,23 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
 
     Raise ModelError on any kind of scaling, or key, that yarn.py does not compute.
     """
-    keys: dict = {}
-    original = "original_max_position_embeddings"  # counts at the top as well
-    for block in (config.get("rope_scaling"), config.get("rope_parameters"), {original: config.get(original)}):
-        stated = {key: value for key, value in (block or {}).items() if value is not None}
+    original, blocks = "original_max_position_embeddings", []
+    default = {"rope_theta": config.get("rope_theta") or 10_000.0, "rope_type": "default"}
+    for name in ("rope_scaling", "rope_parameters"):
+        stated = {key: value for key, value in (config.get(name) or {}).items() if value is not None}
         if "type" in stated:
             stated.setdefault("rope_type", stated.pop("type"))
         check_types(stated)
-        for key, value in stated.items():
-            if isinstance(value, dict):
-                raise ModelError(f"rotary parameters for one kind of layer ({key}) are not supported")
-            if keys.setdefault(key, value) != value:
-                raise ModelError(
-                    f"the rotary keys disagree about {key} ({keys[key]!r}, {value!r}): keep one"
-                )
-    theta = float(keys.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
-    kind = keys.pop("rope_type", "default")
+        if nested := [key for key, value in stated.items() if isinstance(value, dict)]:
+            raise ModelError(f"{name} for one kind of layer ({nested[0]}) is not supported")
+        if (at_top := config.get(original)) is not None and stated.setdefault(original, at_top) != at_top:
+            raise ModelError(f"config.json and {name} disagree about {original}: keep one of the two")
+        if stated.keys() - {original}:
+            blocks.append(default | stated)
+    keys, other = (blocks[0], blocks[-1]) if blocks else (default, default)
+    if differing := sorted(key for key in keys.keys() | other.keys() if keys.get(key) != other.get(key)):
+        raise ModelError(f"rope_scaling and rope_parameters disagree about {', '.join(differing)}: keep one of the two")
+    theta, kind = float(keys.pop("rope_theta")), keys.pop("rope_type")
     if keys.pop("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError("partial_rotary_factor other than 1 is not supported")
 

@@ -456,7 +456,7 @@ def test_a_checkpoint_becomes_a_model_folder(processes, tmp_path, capsys):
     with pytest.raises(models.ModelError, match="a checkpoint of a run, no model: export it first"):
         models.load(folder)
     (folder / "run.pt").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"^model.py: .*step-5 cannot be used \(run.pt has 0 bytes.*export another one$"):
+    with pytest.raises(SystemExit, match=r"^model.py: .*step-5 cannot be used \(run.pt has 0 bytes"):
         main(export_arguments([str(folder), str(tmp_path / "again")]))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCALINGS, tiny_reference
+from conftest import SCALINGS, WINDOW, tiny_reference
 from safetensors.torch import load_file, save_file
 from test_model import FAMILIES, difference, our_logits, random_tokens, their_logits, tiny_config
 
@@ -207,6 +207,17 @@ def test_config_without_a_size_is_refused_by_name(key):
 def test_a_sliding_window_that_is_off_is_accepted(family):
     source = tiny_config(family, use_sliding_window=False, sliding_window=32, layer_types=["full_attention"] * 2)
     assert parse_config(source).model_type == family
+
+
+def test_the_window_of_yarn_is_factor_times_original_as_qwen_documents_it(capsys):
+    """Regression: rope_scaling alone left the window as it was, and --yarn was refused since there was scaling."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    for stated, window in ((96, 256), (256, 256), (512, 512)):
+        config = parse_config(tiny_config(rope_parameters=None, rope_scaling=scaling, max_position_embeddings=stated))
+        assert config.max_position_embeddings == window
+        assert ("the window is factor x original = 256" in capsys.readouterr().err) == (stated == 96)
+    config = parse_config(tiny_config(rope_parameters=None, rope_scaling={"type": "yarn", "factor": 2.0}))
+    assert config.max_position_embeddings == 2 * WINDOW
 
 
 def test_notes_about_yarn_are_shown(capsys):
