@@ -70,7 +70,7 @@ EDITS = {  # of the tensors
     "a missing tensor": lambda t: t.pop(NORM), "a surplus tensor": lambda t: t.update(extra=torch.ones(2)),
     "one row less": lambda t: t.update({EMBEDDING: t[EMBEDDING][1:]}), "no tensors": dict.clear,
     "transposed": lambda t: t.update({EMBEDDING: t[EMBEDDING].T}),
-    "no rows": lambda t: t.update({EMBEDDING: t[EMBEDDING][:0]}), "a number": lambda t: t.update({NORM: torch.ones(())}),
+    "none": lambda t: t.update({EMBEDDING: t[EMBEDDING][:0]}), "a scalar": lambda t: t.update({NORM: torch.ones(())}),
     "whole numbers": lambda t: t.update({NORM: t[NORM].long()}), "booleans": lambda t: t.update({NORM: t[NORM] > 0}),
     "float8": lambda t: t.update({NORM: t[NORM].to(torch.float8_e4m3fn)}),
 }  # fmt: skip
