@@ -32,7 +32,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: 
     generation_config = read_json(generation) if generation.exists() else {}
     found = {end_of_turn(tokenizer), tokenizer.eos_token_id}
     for config in (model.config.source, generation_config):
-        found |= end_tokens(config, model.config.vocab_size, folder)
+        found |= end_tokens(config, model.config.vocab_size, generation)
     found.discard(None)
     if not found:
         raise ModelError(f"{folder}: neither tokenizer nor config names an end-of-sequence token")
