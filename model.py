@@ -402,7 +402,9 @@ def load_weights(
         base = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
         return base | adapter.peft_names(adapter.adapter_parameters(model) if adapter_folder else {})
 
-    paths = huggingface.weight_files(folder) + ([adapter_folder / adapter.ADAPTER_WEIGHTS] if adapter_folder else [])
+    paths = huggingface.weight_files(folder)
+    if adapter_folder:
+        paths[adapter_folder / adapter.ADAPTER_WEIGHTS] = set()
     files = huggingface.find_tensors(paths, parameters(), model.config.tie_word_embeddings)
     model.to_empty(device=device)
     model.tie()

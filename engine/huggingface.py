@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -293,28 +293,36 @@ def open_tensors(path: Path) -> Iterator[safe_open]:
         raise ModelError(f"{path}: cannot be read ({error}): download it again") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder; as in transformers, an index counts only without model.safetensors."""
+def weight_files(folder: Path) -> dict[Path, set[str]]:
+    """Return the safetensors files of a folder, each with the tensors that an index names.
+
+    As in transformers, an index counts only without model.safetensors.
+    """
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if path.exists():
-        return [path]
+        return {path: set()}
     if not index.exists():
         raise ModelError(f"{folder}: no model.safetensors and no index of shards: convert the weights first")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
         raise ModelError(f"{index}: weight_map does not name the file of each tensor: download it again")
-    return [folder / Path(file).name for file in sorted(set(shards.values()))]
+    names = defaultdict(set)
+    for name, file in shards.items():
+        names[folder / Path(file).name].add(name)
+    return dict(names)
 
 
-def find_tensors(paths: Sequence[Path], parameters: Mapping[str, nn.Parameter], tied: bool) -> dict[str, Path]:
+def find_tensors(paths: Mapping[Path, set[str]], parameters: Mapping[str, nn.Parameter], tied: bool) -> dict[str, Path]:
     """Return each parameter's file. ModelError unless the files' headers have its names, shapes and a float dtype.
 
     The parameters may be on the meta device: nothing is allocated.
     """
     files: dict[str, Path] = {}
     layouts: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path in paths:
+    for path, named in paths.items():
         with open_tensors(path) as tensors:
+            if absent := sorted(named - set(tensors.keys())):
+                raise ModelError(f"{path}: {absent[0]} is missing, which the index names: download both again")
             for name in tensors.keys():
                 if name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints
                     continue

@@ -185,6 +185,13 @@ def test_weights_beside_a_stale_index_are_those_of_transformers(checkpoint, tmp_
     assert "model-00001-of-" in refusal(folder)
 
 
+def test_a_tensor_that_only_the_index_has_is_an_error(tmp_path):
+    tiny_reference("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model.norm.weight"', '"v_head.weight"'))
+    assert "v_head.weight is missing, which the index names" in refusal(tmp_path)
+
+
 def test_a_tensor_in_two_shards_is_an_error(tmp_path):
     tiny_reference("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     shard = min(tmp_path.glob("model-*"))
