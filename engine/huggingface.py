@@ -64,6 +64,7 @@ KEYS: dict[str, tuple] = {
     "lora_alpha": (float, -1e6, 1e6),
     "target_modules": (list,),
 }
+ROTARY_BUFFER = "rotary_emb.inv_freq"  # of old checkpoints: computed from the config
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes in which weights may be stored
 
 
@@ -321,10 +322,10 @@ def find_tensors(paths: Mapping[Path, set[str]], parameters: Mapping[str, nn.Par
     layouts: dict[str, tuple[tuple[int, ...], str]] = {}
     for path, named in paths.items():
         with open_tensors(path) as tensors:
-            if absent := sorted(named - set(tensors.keys())):
+            if absent := sorted(name for name in named - set(tensors.keys()) if not name.endswith(ROTARY_BUFFER)):
                 raise ModelError(f"{path}: {absent[0]} is missing, which the index names: download both again")
             for name in tensors.keys():
-                if name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints
+                if name.endswith(ROTARY_BUFFER):
                     continue
                 if name in files:
                     raise ModelError(f"{path}: {name} is in {files[name].name} too: remove the stale file")
