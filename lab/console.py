@@ -97,7 +97,7 @@ def wasted_responses(seen: Mapping[str, int], most_tokens: int) -> dict[str, str
     """Return the ways in which nearly all responses of one sampling are wasted: a sentence by kind.
 
     `seen` counts "all" responses, those "cut" at most_tokens, and those without an answer: with "no box", among them
-    "empty" ones, or with a box that is "unclosed": in thinking that does not end.
+    "empty" ones, or "unclosed", with a box that no </think> precedes.
     """
     causes = {
         "cut": f"are cut at {most_tokens:,} tokens: allow longer ones, or check which token ends the model's turn",

@@ -137,6 +137,27 @@ def test_keep_is_called_on_each_attempt_as_soon_as_it_is_graded(small_world):
         worker.attempt(problems, 2, Sampling(1.0, 8, worker.stop_tokens, 0))
 
 
+def test_right_answers_that_earn_nothing_are_said_at_once_and_once(small_world, capsys):
+    """Regression: with thinking = true, a model that does not think got no reward, and nothing said why."""
+    problems = read_problems(small_world / "held-out.jsonl")
+    for thinking, text, said in [
+        (True, r"\boxed{7}", ["12 of 12 responses have a box, but no </think> before it"]),
+        (True, "", ["12 of 12 responses have no box (12 are empty)"]),
+        (True, r"\boxed{7}</think>7", ["12 of 12 responses have a box, but no </think> before it"]),
+        (True, "7", ["12 of 12 responses have no box (0 are empty)"]),
+        (True, r"so</think>\boxed{7}", []),
+        (False, r"\boxed{7}", []),
+    ]:
+        with Grader(thinking=thinking) as grader:
+            worker = make_worker(small_world, grader)
+            worker.chat = SimpleNamespace(prompt=worker.chat.prompt, decode=lambda tokens, text=text: text)
+            for label, step in [("", 0), (None, 1), ("held-out", 2)]:
+                worker.attempt(problems, 2, Sampling(1.0, 40, (*range(0, 200, 2),), 0, step), label)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+        starts = [f"warning: {where}{sentence}" for where in ("", "held-out: ") for sentence in said]
+        assert len(lines) == len(starts) and all(map(str.startswith, lines, starts))
+
+
 def test_the_eta_is_not_estimated_from_the_shortest_responses(small_world, monkeypatch, capsys):
     """Guards: the ETA was wrong by hours after the first, short response."""
     monkeypatch.setattr(rollout_worker, "SECONDS_BETWEEN_LINES", 0.0)
