@@ -17,7 +17,7 @@ from engine.rollout_worker import RolloutWorker
 from engine.run import Run
 from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe
 from engine.sharding import shard
-from engine.tokenizer import END_THINK, load_tokenizer, read_chat, stop_tokens
+from engine.tokenizer import END_THINK, THINK, load_tokenizer, read_chat, stop_tokens
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file
@@ -124,12 +124,14 @@ def check_inputs(run: Run) -> None:
 
 def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list[TrainingSequence]:
     """Encode worked solutions or chats; the loss is on the assistant's tokens only, end-of-sequence included."""
-    chat, sequences = worker.chat, []
+    chat, sequences, closed = worker.chat, [], 0
     if chat.end is None:
         raise DataError(f"{stage.data}: the tokenizer names no end of sequence for its solutions: set its eos_token")
     for name, source, reply in data.worked_examples(stage):
         if chat.prompt_tag == END_THINK in reply:
-            raise DataError(f"{name} in {stage.data} thinks, and thinking = false: set it true or remove the thinking")
+            what = f"{name} in {stage.data} thinks, but the prompt has closed its thinking block"
+            raise DataError(f"{what}: set thinking = true or remove the thinking")
+        closed += chat.prompt_tag == THINK and END_THINK not in reply
         messages = [worker.message(source)] if isinstance(source, Problem) else source
         prompt, response = chat.example(messages, reply)
         if len(prompt) + len(response) > stage.max_tokens:
@@ -138,6 +140,10 @@ def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list
                 f"max_tokens = {stage.max_tokens}: raise it or remove the row"
             )
         sequences.append(TrainingSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
+    if closed:
+        worker.processes.say(
+            f"{stage.data}: {closed:,} of {len(sequences):,} solutions do not think: {END_THINK} added"
+        )
     if len(sequences) < stage.batch_sequences:
         raise DataError(f"{stage.data}: {len(sequences)} solutions cannot fill a batch of {stage.batch_sequences}")
     return sequences

@@ -89,11 +89,12 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, thinking: bool | str = "auto")
         found = f"{END_THINK} is a special token" if auto else f"no template or special token has {END_THINK}"
     chosen, end = auto if thinking == "auto" else thinking, end_of_turn(tokenizer)
     tag = _last_tag(on if chosen else off)
+    account = f"thinking = {str(chosen).lower()}{' (auto)' * (thinking == 'auto')}: {found}"
     if chosen != auto and on == off:
         result = f"only a box after {END_THINK} counts" if chosen else "a box within thinking counts as well"
-        found = f"warning: {found}, and no switch: {result}"
-    ending = "" if end is None else f"; {tokenizer.convert_ids_to_tokens(end)} ends a turn"
-    account = f"thinking = {str(chosen).lower()}{' (auto)' * (thinking == 'auto')}: {found}{ending}"
+        account = f"warning: {account}, and no switch: {result}"
+    if end is not None:
+        account += f"; {tokenizer.convert_ids_to_tokens(end)} ends a turn"
     hidden = frozenset({token for token, text in special.items() if text not in (THINK, END_THINK)} | {end})
     return Chat(tokenizer, chosen, tag, end, hidden, account)
 

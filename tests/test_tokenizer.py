@@ -125,16 +125,16 @@ def test_the_setting_reaches_the_template(template, thinking, prompt):
 @pytest.mark.parametrize(
     "template, tags, thinking, account",
     [
-        ("qwen2", "", True, "warning: no template or special token has </think>, and no switch: only a box after"),
-        ("closes", "", True, "warning: the template closes the thinking block in every prompt, and no switch: only"),
-        ("opens, verbatim", "", False, "warning: the template opens the thinking block in every prompt, and no switch"),
-        ("qwen2", "special", False, "warning: </think> is a special token, and no switch: a box within thinking"),
-        ("qwen2", "", False, "no template or special token has </think>; <|im_end|> ends a turn"),
+        ("qwen2", "", True, "warning: thinking = true: no template or special token has </think>, and no switch"),
+        ("closes", "", True, "warning: thinking = true: the template closes the thinking block in every prompt"),
+        ("opens, verbatim", "", False, "warning: thinking = false: the template opens the thinking block in every"),
+        ("qwen2", "special", False, "warning: thinking = false: </think> is a special token, and no switch: a box"),
+        ("qwen2", "", False, "thinking = false: no template or special token has </think>; <|im_end|> ends a turn"),
     ],
 )
 def test_a_setting_that_the_template_cannot_do_is_said(template, tags, thinking, account):
     found = read_chat(tokenizer_of(template, tags), thinking).account
-    assert found.startswith(f"thinking = {str(thinking).lower()}: {account}") and found.endswith("ends a turn")
+    assert found.startswith(account) and found.endswith("; <|im_end|> ends a turn")
 
 
 THOUGHT = "<think>\nAs 3 + 4 = 7.\n</think>\n\n\\boxed{7}"
@@ -177,16 +177,23 @@ def test_a_worked_example_is_learned_as_the_template_writes_it(template, thinkin
 def sequences_of(chat, *examples):
     """The sequences that fine-tuning learns from (prompt, reply) pairs, as (all tokens, tokens of the prompt)."""
     data = SimpleNamespace(worked_examples=lambda stage: ((f"row {i}", *pair) for i, pair in enumerate(examples, 1)))
-    worker = SimpleNamespace(chat=chat, message=lambda problem: {"role": "user", "content": problem.text})
+    worker = SimpleNamespace(chat=chat, processes=SimpleNamespace(say=print))
+    worker.message = lambda problem: {"role": "user", "content": problem.text}
     sequences = sft_sequences(data, SftStage(data="my.jsonl", steps=1, batch_sequences=1, max_tokens=900), worker)
     return [(sequence.tokens.tolist(), sequence.prompt_length) for sequence in sequences]
 
 
 def test_thinking_after_a_closed_block_is_refused():
     chat, pairs = read_chat(tokenizer_of("qwen3"), False), [(QUESTION, "7"), (QUESTION, THOUGHT)]
-    with pytest.raises(DataError, match="^row 2 in my.jsonl thinks, and thinking = false: "):
+    with pytest.raises(DataError, match="^row 2 in my.jsonl thinks, but the prompt has closed its thinking block: "):
         sequences_of(chat, *pairs)
     assert len(sequences_of(chat, *pairs[:1])) == 1
+
+
+def test_solutions_that_do_not_think_are_counted_where_the_prompt_opens_thinking(capsys):
+    sequences_of(read_chat(tokenizer_of("deepseek-r1")), (QUESTION, "7"), (QUESTION, THOUGHT), (QUESTION, "8"))
+    sequences_of(read_chat(tokenizer_of("qwen3")), (QUESTION, "7"))
+    assert capsys.readouterr().out == "my.jsonl: 2 of 3 solutions do not think: </think> added\n"
 
 
 def test_the_laptop_world_learns_its_solutions_to_the_letter():
@@ -209,8 +216,8 @@ def test_the_laptop_world_learns_its_solutions_to_the_letter():
     ],
 )
 def test_the_token_that_ends_a_turn_is_what_the_template_writes_after_a_reply(after, end):
-    template = f"{{% for m in messages %}}{{{{ m.content }}}}{{% if m.role == 'assistant' %}}{after}{{% endif %}}{{% endfor %}}"
-    tokenizer = tokenizer_of(template, "added")
+    reply = "{{ m.content }}{% if m.role == 'assistant' %}" + after + "{% endif %}"
+    tokenizer = tokenizer_of("{% for m in messages %}" + reply + "{% endfor %}", "added")
     chat = read_chat(tokenizer)
     assert tokenizer.convert_ids_to_tokens(chat.end) == end and chat.account.endswith(f"; {end} ends a turn")
 
