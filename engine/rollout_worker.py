@@ -23,6 +23,7 @@ from reward import Grade, last_boxed
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate
 
 SECONDS_BETWEEN_LINES = 10.0
+FIRST_RESPONSES = 64  # of a process: a wrong `thinking` is said here, not after hours of sampling
 
 
 @dataclass
@@ -160,14 +161,12 @@ class RolloutWorker:
             kept.append(keep(attempt))
             verdicts[attempt.grade.verdict] += 1
             seen += self.faults(attempt)
+            if seen["all"] == FIRST_RESPONSES:  # the shortest, so that only one cause is certain
+                self.warn(Counter(all=seen["all"], unclosed=seen["unclosed"]), sampling, label)
         everyone = self.processes.all_gather((stats, verdicts, seen, self.asked_to_stop()), "the end of sampling")
         all_stats, all_verdicts, all_seen, stopped = zip(*everyone, strict=True)
         check_grader(sum(all_verdicts, Counter()), self.most_failed_share)
-        for kind, sentence in wasted_responses(sum(all_seen, Counter()), sampling.max_new_tokens).items():
-            said = f"{label}: " * bool(label), kind
-            if said not in self.warned:
-                self.processes.say(f"warning: {said[0]}{sentence}")
-            self.warned.add(said)
+        self.warn(sum(all_seen, Counter()), sampling, label)
         return kept, combine(all_stats), any(stopped)
 
     def faults(self, attempt: Attempt) -> Counter:
@@ -177,6 +176,14 @@ class RolloutWorker:
             boxed = last_boxed(attempt.text, thinking=False) is not None
             seen.update({"unclosed": boxed, "no box": not boxed, "empty": not attempt.text.strip()})
         return seen
+
+    def warn(self, seen: Counter, sampling: Sampling, label: str | None) -> None:
+        """Say why nearly all responses are wasted, each cause once for a label."""
+        for kind, sentence in wasted_responses(seen, sampling.max_new_tokens).items():
+            said = f"{label}: " * bool(label), kind
+            if said not in self.warned:
+                self.processes.say(f"warning: {said[0]}{sentence}")
+            self.warned.add(said)
 
     def attempt(
         self,

@@ -43,7 +43,7 @@ class Chat:
 
     def prompt(self, messages: Sequence[dict]) -> list[int]:
         """Encode a chat up to the start of the assistant's reply."""
-        return encode(self.tokenizer, render(self.tokenizer, messages, self.thinking))
+        return encode(self.tokenizer, render(self.tokenizer, messages, thinking=self.thinking))
 
     def example(self, messages: Sequence[dict], reply: str) -> tuple[list[int], list[int]]:
         """Encode a chat up to a reply, and the reply with the token that ends it, as the template writes them.
@@ -51,12 +51,12 @@ class Chat:
         The reply stays as it is where the template does not continue the prompt with it, or leaves out its thinking.
         One without thinking closes the block that a prompt has opened.
         """
-        prompt, whole, text = render(self.tokenizer, messages, self.thinking), "", reply
+        prompt, whole, text = render(self.tokenizer, messages, thinking=self.thinking), "", reply
         if self.prompt_tag == THINK and reply.lstrip().startswith(THINK):
             text = reply.lstrip().removeprefix(THINK).lstrip("\n")
         with suppress(ModelError):  # of a template that renders prompts alone
             chat = [*messages, {"role": "assistant", "content": reply}]
-            whole = render(self.tokenizer, chat, self.thinking, prompt=False)
+            whole = render(self.tokenizer, chat, False, self.thinking)
         after = whole.removeprefix(prompt) if whole.startswith(prompt) else ""
         if "".join(text.split()) in "".join(after.split()):  # templates change the white space around thinking
             text = after.rpartition(self.tokenizer.convert_ids_to_tokens(self.end))[0] or after
@@ -75,7 +75,7 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, thinking: bool | str = "auto")
     A template with a switch decides by its default. Without one, a model thinks if its prompts leave <think> open, or
     if its template or a special token has </think>. A plain added token proves nothing: Qwen3-Instruct has it as well.
     """
-    default, on, off = (render(tokenizer, [QUESTION], state) for state in (None, True, False))
+    default, on, off = (render(tokenizer, [QUESTION], thinking=state) for state in (None, True, False))
     special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     if on != off:
         auto, found = default != off, "the template has a switch"
@@ -140,7 +140,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], thinking: bool | None = None, prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], prompt: bool = True, thinking: bool | None = None
 ) -> str:
     """Render a chat, up to the start of the assistant's reply if it is a `prompt`. ModelError if the template cannot.
 

@@ -158,6 +158,18 @@ def test_right_answers_that_earn_nothing_are_said_at_once_and_once(small_world, 
         assert len(lines) == len(starts) and all(map(str.startswith, lines, starts))
 
 
+def test_a_wrong_thinking_is_said_long_before_the_end_of_sampling(small_world, monkeypatch, capsys):
+    monkeypatch.setattr(rollout_worker, "FIRST_RESPONSES", 4)
+    problems, said = read_problems(small_world / "held-out.jsonl"), []
+    with Grader(thinking=True) as grader:
+        worker = make_worker(small_world, grader)
+        worker.chat = SimpleNamespace(prompt=worker.chat.prompt, decode=lambda tokens: r"\boxed{7}")
+        prompts = [worker.prompt(problem, 2) for problem in problems]
+        worker.sample(problems, prompts, Sampling(1.0, 40, (), 0), lambda _: said.append(capsys.readouterr().out))
+    assert [bool(text) for text in said].index(True) == 4 and said[4].startswith("warning: 4 of 4 responses have a box")
+    assert not any(said[5:]) and "have a box" not in capsys.readouterr().out
+
+
 def test_the_eta_is_not_estimated_from_the_shortest_responses(small_world, monkeypatch, capsys):
     """Guards: the ETA was wrong by hours after the first, short response."""
     monkeypatch.setattr(rollout_worker, "SECONDS_BETWEEN_LINES", 0.0)
