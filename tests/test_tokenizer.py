@@ -3,7 +3,6 @@
 The oracle is transformers' apply_chat_template, and the text that each template is known to write.
 """
 
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -234,5 +233,5 @@ def test_the_grader_sees_thinking_tags_and_no_other_special_token(tags):
 
 
 def test_a_template_that_cannot_be_rendered_is_one_sentence():
-    with pytest.raises(ModelError, match=re.escape("the chat template cannot render this chat (no questions)")):
+    with pytest.raises(ModelError, match="the chat template cannot render this chat .*no questions"):
         read_chat(tokenizer_of("{{ raise_exception('no questions') }}"))
