@@ -232,7 +232,7 @@ def test_other_settings_are_refused(command):
     command("-n", 1, "--max-tokens", 6, "--limit", 2)
     with pytest.raises(SystemExit, match="out was made with max_tokens = 6, not 7: use the same setting"):
         command("-n", 1, "--max-tokens", 7, "--limit", 2)
-    with pytest.raises(SystemExit, match="was made with problems = "):
+    with pytest.raises(SystemExit, match="was made with different prompts and problems: use the same"):
         command("-n", 1, "--max-tokens", 6, "--limit", 3)
 
 
@@ -245,12 +245,12 @@ def test_other_weights_or_answers_under_the_same_name_are_refused(command, small
     command(*options, model=model, data=())
     text = data.read_text()
     data.write_text(text.replace('"answers": ["', '"answers": ["1', 1))
-    with pytest.raises(SystemExit, match="was made with problems = "):
+    with pytest.raises(SystemExit, match="was made with different problems: use the same"):
         command(*options, model=model, data=())
     data.write_text(text)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    with pytest.raises(SystemExit, match="was made with weights = "):
+    with pytest.raises(SystemExit, match="was made with different weights: use the same"):
         command(*options, model=model, data=())
 
 

@@ -250,8 +250,8 @@ CHANGES = {
         lambda text: text.replace("temperature = 1.0", "temperature = 0.9"),
         "temperature was 1.0",
     ),
-    "data": ("world/train.jsonl", lambda text: text.replace(" - ", "  - ", 1), "data world/train.jsonl was"),
-    "model": ("world/model/config.json", lambda text: text + " ", "model was"),
+    "data": ("world/train.jsonl", lambda text: text.replace(" - ", "  - ", 1), "data world/train.jsonl changed"),
+    "model": ("world/model/config.json", lambda text: text + " ", "the model's config changed"),
 }
 
 
@@ -470,7 +470,8 @@ def test_data_filter_commands_filter_and_drop_as_the_run_did(finished, tmp_path,
         # the run dropped from the problems that its filter had kept, the command drops from all
         assert len(out.read_text().splitlines()) == filters[label]["kept"], label
     first = json.loads((folder / "pass-rates-1.jsonl").read_text().splitlines()[0])["settings"]
-    assert first["weights"] == fingerprint.model_identity(folder / "stage-0") and first["n"] == 8
+    model = fingerprint.model_identity(folder / "stage-0")
+    assert {part: first["identity"][part] for part in model} == model and first["n"] == 8
 
 
 # --------------------------------------------------------------------------- duplicates and benchmark problems
