@@ -136,11 +136,11 @@ def require_same(path: Path, held: dict | None, wanted: dict) -> None:
         )
     for name, value in wanted.items():
         if name == "identity":
-            if parts := other_parts(held[name], value):
-                hint = " (the template writes a date, or transformers is another version)" * (parts == ["prompts"])
-                raise DataError(
-                    f"{path} was made with different {_listed(parts)}{hint}: use the same, or give another name"
-                )
+            parts = other_parts(held[name], value)
+            hint = ", as the template writes a date or transformers is another version" * (parts == ["prompts"])
+            if parts:
+                what = f"other inputs (different: {_listed(parts)}{hint})"
+                raise DataError(f"{path} was made with {what}: use the same, or give another name")
         elif held.get(name) != value:
             raise DataError(
                 f"{path} was made with {name} = {held.get(name)}, not {value}: use the same setting, or give "

@@ -384,7 +384,10 @@ def test_a_checkpoint_that_continues_from_lost_lines_is_skipped(processes, tmp_p
 # -------------------------------------------------------------------------------------------------- fingerprint
 
 RECIPE = 'name = "a"\n[sampler]\nrows = 4\n[[stage]]\nkind = "sft"\nsteps = 3\n[[stage]]\nkind = "rl"\nsteps = 5\n'
-PRINT = {"recipe": RECIPE, "model": {"weights": "w1", "config": "c1"}, "code": "c1, torch 2, commit f", "data a.jsonl": "d1", "data b": "e1"}
+PRINT = {
+    "recipe": RECIPE, "model": {"weights": "w1", "config": "c1"}, "code": "c1, torch 2, commit f",
+    "data a.jsonl": "d1", "data b": "e1",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -438,7 +441,7 @@ MODEL_CHANGES = {
         ["chat template"],
     ),
     "a token": (lambda m: (m / "added_tokens.json").write_text('{"a": 7}'), ["tokenizer"]),
-    "the tokenizer's class": (lambda m: edit(m / "tokenizer_config.json", "{", '{"add_bos_token": true, '), ["tokenizer"]),
+    "how it splits": (lambda m: edit(m / "tokenizer_config.json", "{", '{"a": true, '), ["tokenizer"]),
     "a page about it": (lambda m: (m / "README.md").write_text("A model."), []),
     "other times": (lambda m: [os.utime(path, (0, 0)) for path in m.iterdir()], []),
 }
@@ -476,8 +479,8 @@ def test_an_identity_of_an_older_version_is_refused_in_words():
     for held, said in {
         None: "out does not say which model, prompts and problems it was made with",
         "w": "out does not say which model",
-        ("w", "other"): r"out was made with different prompts \(the template writes a date, or",
-        ("v", "other"): "out was made with different weights and prompts: use the same",
+        ("w", "other"): r"other inputs \(different: prompts, as the template writes a date or",
+        ("v", "other"): r"other inputs \(different: weights and prompts\): use",
     }.items():
         identity = dict(zip(("weights", "prompts"), held, strict=True)) if isinstance(held, tuple) else held
         with pytest.raises(DataError, match=said):

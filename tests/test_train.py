@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import grpo
 import train
 from bench import interrupt
-from engine import fingerprint, run_folder, start
+from engine import fingerprint, rollout_worker, run_folder, start
 from engine import run as runs
 from engine.checkpoint import CheckpointError, RunState
 from lab import difficulty
@@ -282,6 +282,14 @@ def test_changed_code_needs_a_flag_and_a_value_set_on_purpose_does_not(last_stag
     assert before["after_step"] == 0 and since["after_step"] == 156 and "learning_rate = 1e-05" in since["recipe"]
     # this is now the recipe, although no checkpoint has been written with it yet
     assert main(monkeypatch, "--resume", last_stage) == "train.py: resumed"
+
+
+def test_prompts_that_other_libraries_render_need_a_flag(last_stage, monkeypatch):
+    render = rollout_worker.encode_chat
+    monkeypatch.setattr(rollout_worker, "encode_chat", lambda *chat: [*render(*chat), 1])
+    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("resumed")))
+    refusal = main(monkeypatch, "--resume", last_stage)
+    assert "so far: prompts world/held-out.jsonl changed; prompts" in refusal and "--resume-anyway" in refusal
 
 
 def test_a_run_without_its_fingerprint_needs_a_flag(last_stage, monkeypatch):
