@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # metrics need no torch
     from engine.rollout_worker import Attempt, RolloutWorker
     from rollout import Sampling
 
+NORMAL_95 = 1.959964  # half width of a 95% interval in standard errors
+
 
 # --------------------------------------------------------------------------------------------------- responses
 
@@ -102,14 +104,13 @@ def share_interval(share: float, variance: float, problems: int) -> tuple[float,
     """Return Wilson's 95% interval, with Student's t, of a share that was estimated over problems with this variance.
 
     The share counts as one of as many independent trials as give the variance, with that of one more problem, solved or
-    not, since few problems understate it; as of one trial per problem where there is no spread to measure.
+    not, since few problems understate it. Without spread there is none to measure: one trial per problem, normal.
     """
     if problems < 2:
         return 0.0, 1.0  # one problem says nothing about others
-    trials, single = problems, share * (1 - share)
+    t, trials, single = NORMAL_95, problems, share * (1 - share)
     if variance > 1e-18:
-        trials = single / (variance * (problems - 1) / problems + single / problems**2)
-    t = student_95(problems - 1)
+        t, trials = student_95(problems - 1), single / (variance * (problems - 1) / problems + single / problems**2)
     centre = (share + t**2 / (2 * trials)) / (1 + t**2 / trials)
     half = t / (1 + t**2 / trials) * math.sqrt(single / trials + t**2 / (4 * trials**2))
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))

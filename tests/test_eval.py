@@ -104,7 +104,7 @@ def test_equal_scores_have_wilsons_interval(value):
     assert low <= value <= high and high - low > 0.05
     for bound in (low, high):
         if 0 < bound < 1:
-            assert (bound - value) ** 2 == pytest.approx(2.045230**2 * bound * (1 - bound) / 30)
+            assert (bound - value) ** 2 == pytest.approx(Z**2 * bound * (1 - bound) / 30)
 
 
 def answers_of(random, problems, n):
