@@ -11,7 +11,7 @@ import torch
 
 from engine import adapter
 from engine.files import file_checksums
-from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_config, resolve_folder, weight_files
+from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_config, resolve_folder
 from lab.problems import DataError, Problem
 from rollout import Prompt
 
@@ -30,7 +30,7 @@ def model_identity(folder: Path) -> dict[str, str]:
     Every byte of the weights counts: loading reads them too, and CRC-32 keeps up with a disk.
     """
     lora, words = adapter.read_config(folder), adapter.tokenizer_folder(folder)
-    weights = [folder / adapter.ADAPTER_WEIGHTS] if lora else set(weight_files(folder).values())
+    weights = folder.glob(adapter.ADAPTER_WEIGHTS if lora else "*.safetensors")
     configs = [folder / (adapter.TRAINED_CONFIG if lora else "config.json"), words / "generation_config.json"]
     settings, tokenizer = _read_json(folder / ADAPTER_CONFIG), _read_json(words / "tokenizer_config.json")
     settings.pop("base_model_name_or_path", None)  # what the base is counts, not where
@@ -86,7 +86,7 @@ def git_commit(folder: Path) -> str:
 def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str] = ()) -> list[str]:
     """Describe the differences between two fingerprints; `chosen` are recipe keys that were changed on purpose.
 
-    A fingerprint has "recipe" (TOML), "model" (of `model_identity`), "code" and, for each source, "data SOURCE" and
+    A fingerprint has "recipe" (TOML), "code", "model PART" (of `model_identity`) and, for each source, "data SOURCE" and
     "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only their names are given.
     """
     found = []
@@ -96,12 +96,8 @@ def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str]
         if old != new and not any(f"{key}.".startswith(f"{name}.") for name in chosen):
             found.append(f"recipe: {key} was {old!r}, is {new!r}")
     for name in sorted((then.keys() & now.keys()) - {"recipe"}):
-        old, new = then[name], now[name]
-        if isinstance(new, dict):
-            parts = other_parts(old, new)
-            found += [f"the {name}'s {_listed(parts)} changed"] * bool(parts)
-        elif old.partition(", commit")[0] != new.partition(", commit")[0]:
-            found.append(f"{name} was {old}, is {new}" if name == "code" else f"{name} changed")
+        if then[name].partition(", commit")[0] != now[name].partition(", commit")[0]:
+            found.append(f"{name} was {then[name]}, is {now[name]}" if name == "code" else f"{name} changed")
     return found
 
 
@@ -109,10 +105,6 @@ def other_parts(then: object, now: dict[str, str]) -> list[str]:
     """Name the parts of an identity that are not as they were; all of them where an older version recorded others."""
     then = then if isinstance(then, dict) else {}
     return [part for part, value in now.items() if then.get(part) != value]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(", ".join(names).rsplit(", ", 1))
 
 
 def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
@@ -139,7 +131,7 @@ def require_same(path: Path, held: dict | None, wanted: dict) -> None:
             parts = other_parts(held[name], value)
             hint = ", as the template writes a date or transformers is another version" * (parts == ["prompts"])
             if parts:
-                what = f"other inputs (different: {_listed(parts)}{hint})"
+                what = f"other inputs (different: {' and '.join(', '.join(parts).rsplit(', ', 1))}{hint})"
                 raise DataError(f"{path} was made with {what}: use the same, or give another name")
         elif held.get(name) != value:
             raise DataError(

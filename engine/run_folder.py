@@ -183,7 +183,7 @@ def hold(folder: Path) -> int:
 def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Return what a run depends on in addition to its checkpoint: see `fingerprint.differences`."""
     found = {"recipe": to_toml(recipe), "code": code_version(ROOT)}
-    found["model"] = model_identity(model_source(recipe, folder))
+    found |= {f"model {part}": value for part, value in model_identity(model_source(recipe, folder)).items()}
     data = RunData(recipe, folder)
     for source in sources(recipe):
         path = data.path(source)

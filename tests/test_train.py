@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 import grpo
 import train
 from bench import interrupt
-from engine import fingerprint, rollout_worker, run_folder, start
+from engine import fingerprint, run_folder, start
 from engine import run as runs
 from engine.checkpoint import CheckpointError, RunState
+from engine.rollout_worker import RolloutWorker
 from lab import difficulty
 from lab.glossary import DETERMINISTIC, GLOSSARY
 from lab.metrics import Metrics
@@ -251,7 +252,7 @@ CHANGES = {
         "temperature was 1.0",
     ),
     "data": ("world/train.jsonl", lambda text: text.replace(" - ", "  - ", 1), "data world/train.jsonl changed"),
-    "model": ("world/model/config.json", lambda text: text + " ", "the model's config changed"),
+    "model": ("world/model/config.json", lambda text: text + " ", "model config changed"),
 }
 
 
@@ -285,8 +286,12 @@ def test_changed_code_needs_a_flag_and_a_value_set_on_purpose_does_not(last_stag
 
 
 def test_prompts_that_other_libraries_render_need_a_flag(last_stage, monkeypatch):
-    render = rollout_worker.encode_chat
-    monkeypatch.setattr(rollout_worker, "encode_chat", lambda *chat: [*render(*chat), 1])
+    render = RolloutWorker.prompt
+
+    def other(*arguments):
+        return replace(prompt := render(*arguments), tokens=[*prompt.tokens, 1])
+
+    monkeypatch.setattr(RolloutWorker, "prompt", other)
     monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("resumed")))
     refusal = main(monkeypatch, "--resume", last_stage)
     assert "so far: prompts world/beyond-window.jsonl changed; prompts world/held" in refusal and "--resume-anyway" in refusal
