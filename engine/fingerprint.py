@@ -86,8 +86,8 @@ def git_commit(folder: Path) -> str:
 def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str] = ()) -> list[str]:
     """Describe the differences between two fingerprints; `chosen` are recipe keys that were changed on purpose.
 
-    A fingerprint has "recipe" (TOML), "code", "model PART" (of `model_identity`) and, for each source, "data SOURCE" and
-    "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only their names are given.
+    A fingerprint has "recipe" (TOML), "code", "model PART" (see `model_identity`) and, for each source, "data SOURCE"
+    and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only their names are given.
     """
     found = []
     values = [dict(_flat(tomllib.loads(fingerprint.get("recipe", "")))) for fingerprint in (then, now)]

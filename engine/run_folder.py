@@ -111,7 +111,7 @@ def require_same_prompts(
     The first problems of each source stand for all; a chat's first message for its prompts.
     """
     is_main, now = worker.processes.is_main, {}
-    launches = worker.processes.broadcast(json.loads((folder / LAUNCHES).read_text()) if is_main else None)
+    launches = worker.processes.broadcast(json.loads((folder / LAUNCHES).read_bytes()) if is_main else None)
     for source in sources(data.recipe):
         if has_chats(path := data.path(source)):
             problems = [Problem("chat", chat[0]["content"], ()) for chat in read_chats(path)[:PROMPTS_COMPARED]]
