@@ -8,9 +8,7 @@ from pathlib import Path
 
 def export_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line of model.py; exit with a message on a usage error."""
-    parser = argparse.ArgumentParser(
-        "model.py", description="Export a model, or a checkpoint of a run, as a folder."
-    )
+    parser = argparse.ArgumentParser("model.py", description="Export a model, or a checkpoint of a run, as a folder.")
     parser.add_argument("model", help="model folder, hub id, or RUN/checkpoints/step-N; adapters are merged")
     parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--yarn", type=float, metavar="FACTOR", help="extend the window by this factor")
