@@ -18,6 +18,9 @@ RECIPE.md has the facts, and where this project departs from the published recip
 """
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    from engine.terminal import prepare_terminal
+
+    prepare_terminal()
     from lab.options import training_arguments
 
     ARGUMENTS = training_arguments(__doc__)

@@ -221,12 +221,12 @@ class Run:
     def mark_finished(self) -> None:
         """Write a file that says that the run has finished."""
         if self.processes.is_main:
-            (self.folder / FINISHED).write_text(f"after step {self.state.step}\n")
+            (self.folder / FINISHED).write_text(f"after step {self.state.step}\n", encoding="utf-8")
 
     def mark_stopped(self) -> None:
         """Print the command that resumes the run, and write it to a file: torchrun hides its workers' exit codes."""
         if self.processes.is_main:
-            (self.folder / WANTS_RESUMING).write_text(f"{self.resume_command()}\n")
+            (self.folder / WANTS_RESUMING).write_text(f"{self.resume_command()}\n", encoding="utf-8")
         self.processes.say(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: Path) -> tuple[int, ...]:
     """Return all tokens that end a response: the template's, the tokenizer's, the config's, the generation config's."""
     generation = folder / "generation_config.json"
-    generation_config = json.loads(generation.read_text()) if generation.exists() else {}
+    generation_config = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
     found = {end_of_turn(tokenizer), tokenizer.eos_token_id}
     for config in (model.config.source, generation_config):
         ends = config.get("eos_token_id")

@@ -695,7 +695,7 @@ def work(memory_limit_bytes: int, time_limit_s: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     with suppress(ValueError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # the parser prints its complaints on stdout
     logging.disable()
     _read(r"\frac{1}{2}x")  # compiles the grammar, so that the first answer does not pay for it

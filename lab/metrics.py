@@ -44,7 +44,7 @@ class Metrics:
                 kept = [line for line, _ in islice(read_rows(path), position and position[i])]
                 write_atomically(path, kept)
                 self.position[i] = len(kept)
-        self.rows, self.rollouts = ((self.folder / name).open("a") for name in FILES)
+        self.rows, self.rollouts = ((self.folder / name).open("a", encoding="utf-8") for name in FILES)
         rows = read_metrics(self.folder)
         for row in rows:
             self._remember(row)

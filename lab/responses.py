@@ -78,7 +78,7 @@ def group_by_problem(problems: Sequence[Problem], responses: Iterable[Response],
 def read_settings(folder: Path) -> dict:
     """Read settings.json of an evaluation's folder. Raises DataError if it is missing or broken."""
     try:
-        settings = json.loads((folder / "settings.json").read_text())
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or not {"data", "n", "curve", "match", "thinking"} <= settings.keys():
             raise ValueError("keys are missing")
     except FileNotFoundError:
