@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TextIO
 
 from engine.errors import UserError
-from engine.files import read_jsonl, write_atomically
+from engine.files import read_jsonl, write_atomically, writing
 from lab.glossary import markdown_table
 
 FILES = ("metrics.jsonl", "rollouts.jsonl")
 
 
 class MetricsError(UserError):
-    """A file of the record cannot be read or written."""
+    """A file of the record cannot be read."""
 
 
 class Metrics:
@@ -94,14 +94,9 @@ class Metrics:
             self.steps.append(row)
 
     def _append(self, file: TextIO, rows: Sequence[dict]) -> None:
-        try:
+        with writing(Path(file.name)):
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
-        except OSError as error:
-            raise MetricsError(
-                f"{file.name}: a line cannot be written ({error.strerror}); free some space, then continue with "
-                f"--resume {self.folder}"
-            ) from None
 
 
 def read_rows(path: Path) -> Iterator[tuple[bytes, dict]]:

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from engine.errors import UserError
+from engine.errors import UserError, sentence
 from engine.files import write_atomically
 from engine.terminal import prepare_terminal
 from lab.charts import BINS, bar_chart, clean, format_number, line_chart, number, panels, svg
@@ -285,4 +285,4 @@ if __name__ == "__main__":
     try:
         print(write_report(run))
     except (UserError, OSError) as error:
-        sys.exit(f"lab.page: {error}")
+        sys.exit(f"lab.page: {sentence(error)}")
