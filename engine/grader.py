@@ -39,7 +39,7 @@ class _Worker:
         self.ready = False
 
     def read(self, limit_s: float) -> dict:
-        """Return the next reply. TimeoutError if it is late, ValueError if it is not one, BrokenPipeError if none comes."""
+        """Return the next reply. TimeoutError: it is late; ValueError: it is none; BrokenPipeError: it cannot come."""
         deadline, line = time.monotonic() + limit_s, b""
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
