@@ -181,17 +181,16 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns, metadata = range(file.metadata.num_columns), file.metadata
-            chunks = [[metadata.row_group(g).column(c) for g in range(metadata.num_row_groups)] for c in columns]
-            values = [sum(chunk.num_values for chunk in column) for column in chunks]
-            packed = sum(chunk.total_uncompressed_size for column in chunks for chunk in column)
-            if max([metadata.num_rows, *values]) > MOST_ROWS or packed > MOST_BYTES:
+            groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+            columns, unpacked = range(file.metadata.num_columns), 0
+            values = [sum(group.column(c).num_values for group in groups) for c in columns]
+            if (
+                max([file.metadata.num_rows, *values]) > MOST_ROWS
+                or sum(g.total_byte_size for g in groups) > MOST_BYTES
+            ):
                 raise too_large(path)
-            # a text of a megabyte that all rows share is a megabyte of `packed`: count it for every row
-            texts = [
-                column[0].path_in_schema for column in chunks if column and column[0].physical_type == "BYTE_ARRAY"
-            ]
-            unpacked = 0
+            # a text that many rows share is stored, and counted so far, once
+            texts = [leaf.path for leaf in map(file.schema.column, columns) if leaf.physical_type == "BYTE_ARRAY"]
             with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as shared:
                 for batch in shared.iter_batches():
                     unpacked += sum(map(unpacked_bytes, batch.columns))
@@ -212,10 +211,9 @@ def unpacked_bytes(column) -> int:
     if pyarrow.types.is_dictionary(column.type):
         lengths = pyarrow.compute.binary_length(column.dictionary)
         return pyarrow.compute.sum(lengths.take(column.indices).cast("int64")).as_py() or 0
-    if pyarrow.types.is_struct(column.type):
-        return sum(map(unpacked_bytes, column.flatten()))
-    if pyarrow.types.is_list(column.type) or pyarrow.types.is_map(column.type):
-        return unpacked_bytes(column.flatten())
+    if pyarrow.types.is_nested(column.type):
+        inner = column.flatten()  # a struct's fields, or a list's entries
+        return sum(map(unpacked_bytes, inner if isinstance(inner, list) else [inner]))
     return column.nbytes
 
 

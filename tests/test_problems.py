@@ -446,12 +446,13 @@ def test_a_small_file_that_unpacks_to_a_huge_one_is_refused_before_it_is_unpacke
     bombs = {
         "text": pa.table({"problem": words, "answer": ones}),
         "nested": pa.table({"prompt": prompts, "reward_model": truths}),
+        "large": pa.table({"prompt": prompts.cast(pa.large_list(message.type)), "reward_model": truths}),
         "rows": pa.table({"problem": repeated("1+1", 5001), "answer": repeated("2", 5001)}),
         "list": pa.table({"problem": ["1+1"], "answers": [["2"] * 5001]}),
     }
     for name, table in bombs.items():
         path = tmp_path / f"{name}.parquet"
-        parquet.write_table(table, path, store_schema=False)
+        parquet.write_table(table, path, store_schema=name == "large")
         assert path.stat().st_size < 10_000
         with pytest.raises(DataError, match=f"{name}.parquet holds more than 5,000 rows"):
             read_problems(path)
