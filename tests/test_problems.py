@@ -439,7 +439,7 @@ def test_a_small_file_that_unpacks_to_a_huge_one_is_refused_before_it_is_unpacke
     def repeated(text, times):
         return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([text]))
 
-    words, ones = repeated("x" * 1000, 1100), repeated("1", 1100)
+    words, ones = repeated("x" * 100_000, 1100), repeated("1", 1100)
     message = pa.StructArray.from_arrays([repeated("user", 1100), words], ["role", "content"])
     prompts = pa.ListArray.from_arrays(pa.array(range(1101), pa.int32()), message)
     truths = pa.StructArray.from_arrays([ones], ["ground_truth"])
@@ -452,10 +452,17 @@ def test_a_small_file_that_unpacks_to_a_huge_one_is_refused_before_it_is_unpacke
     }
     for name, table in bombs.items():
         path = tmp_path / f"{name}.parquet"
-        parquet.write_table(table, path, store_schema=name == "large")
+        parquet.write_table(table, path, store_schema=name == "large", compression="zstd")
         assert path.stat().st_size < 10_000
-        with pytest.raises(DataError, match=f"{name}.parquet holds more than 5,000 rows"):
-            read_problems(path)
+        usual = pa.default_memory_pool()
+        pool = pa.proxy_memory_pool(usual)
+        pa.set_memory_pool(pool)
+        try:
+            with pytest.raises(DataError, match=f"{name}.parquet holds more than 5,000 rows"):
+                read_problems(path)
+        finally:
+            pa.set_memory_pool(usual)
+        assert pool.max_memory() < 20e6  # bytes; the texts alone are 110e6
     write_rows(tmp_path / "rows.jsonl", [good(0)] * 5001)
     write_rows(tmp_path / "long.jsonl", [{"problem": "x" * (1 << 20), "answer": "1"}])
     for name in ("rows", "long"):
