@@ -13,6 +13,9 @@ N predicted positions.
 """
 
 if __name__ == "__main__":  # --help and usage errors must not wait for the import of torch
+    from engine.terminal import prepare_terminal
+
+    prepare_terminal()
     from lab.export import export_arguments
 
     arguments = export_arguments()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.errors import UserError
+from engine.files import writing
 from engine.sharding import fill, full_tensor
 from yarn import Llama3Scaling, Rope, Yarn
 
@@ -373,12 +374,13 @@ def new_folder(folder: Path, tokenizer_from: Path | None = None) -> Iterator[Pat
         raise ModelError(f"{folder}: exists already; choose another name")
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    for file in TOKENIZER_FILES if tokenizer_from else ():
-        if (tokenizer_from / file).exists():
-            shutil.copy(tokenizer_from / file, unfinished / file)
-    unfinished.rename(folder)
+    with writing(folder, unfinished):
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for file in TOKENIZER_FILES if tokenizer_from else ():
+            if (tokenizer_from / file).exists():
+                shutil.copy(tokenizer_from / file, unfinished / file)
+        unfinished.rename(folder)
 
 
 def write_model(folder: Path, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, config: dict) -> None:
@@ -401,4 +403,4 @@ def write_model(folder: Path, parameters: Mapping[str, nn.Parameter], dtype: tor
 
 def write_json(path: Path, value: dict) -> None:
     """Write JSON in Hugging Face's layout."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     from engine.adapter import merge_lora, tokenizer_folder
     from engine.checkpoint import MANIFEST
-    from engine.errors import UserError
+    from engine.errors import UserError, sentence
     from engine.start import load_checkpoint
     from model import extend_window, load, resolve_folder, save
 
@@ -40,5 +40,5 @@ def main(arguments: argparse.Namespace) -> None:
             )
         save(model, arguments.out, getattr(torch, arguments.dtype), folder)
     except (UserError, OSError) as error:
-        sys.exit(f"model.py: {error}")
+        sys.exit(f"model.py: {sentence(error)}")
     print(f"wrote {arguments.out}: window {model.config.max_position_embeddings:,} tokens, {model.config.rope}")
