@@ -3,10 +3,11 @@
 Each process answers its share of the prompts and grades every response while the next are being decoded.
 """
 
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from engine.distributed import Interrupted, Processes, StopRequest, note_place
 from engine.grader import Grader, check_grader
 from engine.sharding import gathered
-from engine.tokenizer import encode_chat
-from lab.problems import DataError, Problem, prompt_text
-from model import Transformer
+from engine.tokenizer import check_prompts, decode, encode_chat
+from lab.problems import DataError, Problem, first_names, prompt_text
+from model import ModelError, Transformer
 from reward import Grade
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate
 
@@ -64,17 +65,35 @@ class RolloutWorker:
     instruction: str
     stop: StopRequest | None = None  # abandons sampling
     most_failed_share: float = 0.02  # of answers on which the grader itself may fail before it stops the run
+    said: set[str] = field(default_factory=set)  # notes on prompts
 
-    def prompt(self, problem: Problem, n: int, most_tokens: int | None = None) -> Prompt:
-        """Return a problem's prompt. Raises DataError when it has more than `most_tokens`."""
+    def prompt(self, problem: Problem, n: int) -> Prompt:
+        """Return a problem's prompt."""
         message = {"role": "user", "content": prompt_text(problem, self.instruction)}
-        tokens = encode_chat(self.tokenizer, [message])
-        if most_tokens is not None and len(tokens) > most_tokens:
+        try:
+            return Prompt(problem.id, encode_chat(self.tokenizer, [message]), n)
+        except ModelError as error:
+            raise ModelError(f"problem {problem.id}: {error}") from None
+
+    def prompts(self, problems: Sequence[Problem], most_tokens: int | None = None) -> list[Prompt]:
+        """Return the prompts of all problems, checked. Raises DataError when some have more than `most_tokens`."""
+        prompts = [self.prompt(problem, 1) for problem in problems]
+        too_long = [prompt for prompt in prompts if most_tokens is not None and len(prompt.tokens) > most_tokens]
+        if too_long:
+            names = first_names([f"{prompt.problem_id} ({len(prompt.tokens)} tokens)" for prompt in too_long])
             raise DataError(
-                f"problem {problem.id}: its prompt has {len(tokens)} tokens, the stage allows {most_tokens}: "
-                f"raise max_prompt_tokens or remove the problem"
+                f"{len(too_long):,} of {len(prompts):,} prompts have more than the {most_tokens} tokens that the stage "
+                f"allows: raise max_prompt_tokens, or remove {names}"
             )
-        return Prompt(problem.id, tokens, n)
+        self.check({problem.id: (problem.text, own.tokens) for problem, own in zip(problems, prompts, strict=True)})
+        return prompts
+
+    def check(self, prompts: dict[str, tuple[str, Sequence[int]]]) -> None:
+        """Say once what `check_prompts` finds in prompts, given by name with the text asked and the tokens."""
+        for note in check_prompts(self.tokenizer, prompts):
+            if self.processes.is_main and note not in self.said:
+                print(f"note: {note}", file=sys.stderr)
+            self.said.add(note)
 
     def asked_to_stop(self) -> bool:
         """Whether this process was asked to stop."""
@@ -105,7 +124,7 @@ class RolloutWorker:
         with gathered(self.model):
             note_place("sampling", collective=False)
             for rollout in generate(self.model, prompts, sampling, self.limits, sampler, self.asked_to_stop):
-                text = self.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+                text = decode(self.tokenizer, rollout.tokens)
                 submitted = time.perf_counter()
                 ungraded.append((rollout, text, self.grader.submit(text, answers[rollout.problem_id])))
                 now, done, finished_tokens = time.perf_counter(), done + 1, finished_tokens + len(rollout.tokens)

@@ -20,10 +20,10 @@ from engine.sharding import shard
 from engine.tokenizer import encode, encode_chat, end_of_turn, load_tokenizer, stop_tokens
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
-from lab.problems import DATA_FILES, DataError, Problem, existing_file
+from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage
 from lab.run_data import RunData
-from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
+from model import ModelConfig, ModelError, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
 
 
@@ -110,32 +110,39 @@ def check_inputs(run: Run) -> None:
             continue
         problems = run.stage_problems(index)
         DataOrder(problems, stage.batch_problems, recipe.seed, index)
-        prompts = [worker.prompt(problem, 1, stage.max_prompt_tokens) for problem in problems]
+        prompts = worker.prompts(problems, stage.max_prompt_tokens)
         check_requests(model, prompts, run.sampling(stage, 1.0, 0), worker.limits)
     trained = model.config
     for settings in (recipe.eval, recipe.final):
         if settings.data:
             model.config = trained if settings is recipe.eval else final_config(trained, recipe)
-            prompts = [worker.prompt(problem, 1) for problem in run.data.problems(settings.data)]
+            prompts = worker.prompts(run.data.problems(settings.data))
             check_requests(model, prompts, run.evaluation_sampling(settings), worker.limits)
     model.config = trained
 
 
 def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list[TrainingSequence]:
     """Encode worked solutions or chats; the loss is on the assistant's tokens only, end-of-sequence included."""
-    tokenizer, sequences = worker.tokenizer, []
+    tokenizer, sequences, asked, too_long = worker.tokenizer, [], {}, []
     ending = [end_of_turn(tokenizer)]
     if ending == [None]:
         raise DataError(f"{stage.data}: the tokenizer names no end of sequence for its solutions: set its eos_token")
     for name, source, reply in data.worked_examples(stage):
-        prompt = worker.prompt(source, 1).tokens if isinstance(source, Problem) else encode_chat(tokenizer, source)
+        try:
+            prompt = worker.prompt(source, 1).tokens if isinstance(source, Problem) else encode_chat(tokenizer, source)
+        except ModelError as error:
+            raise DataError(f"{name} in {stage.data}: {error}") from None
+        asked[name] = source.text if isinstance(source, Problem) else source[-1]["content"], prompt
         response = encode(tokenizer, reply) + ending
         if len(prompt) + len(response) > stage.max_tokens:
-            raise DataError(
-                f"{name} in {stage.data}: {len(prompt) + len(response)} tokens exceed the stage's "
-                f"max_tokens = {stage.max_tokens}: raise it or remove the row"
-            )
+            too_long.append(f"{name} ({len(prompt) + len(response)} tokens)")
         sequences.append(TrainingSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
+    worker.check(asked)
+    if too_long:
+        raise DataError(
+            f"{stage.data}: {len(too_long):,} of {len(sequences):,} rows exceed the stage's max_tokens = "
+            f"{stage.max_tokens}: raise it, or remove {first_names(too_long)}"
+        )
     if len(sequences) < stage.batch_sequences:
         raise DataError(f"{stage.data}: {len(sequences)} solutions cannot fill a batch of {stage.batch_sequences}")
     return sequences

@@ -1,26 +1,75 @@
 """The tokenizer of a model folder: loading, encoding of chats, and the tokens that end a response."""
 
 import json
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 
-from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lab.problems import first_names
 from model import ModelError, Transformer
 
-MOST_PADDING = 1024  # unused rows that an embedding may have (Qwen2.5: 399)
+TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # of a chat template
+FIXED_DAY = datetime(2025, 1, 1)  # written for today, so that a run has the same prompts on every day
+
+
+@contextmanager
+def explained(what: str, remedy: str) -> Iterator[None]:
+    """Raise a ModelError of one sentence for whatever the libraries below, or a template, raise."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises Exception itself
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise ModelError(f"{what} ({reason[:300].rstrip('.')}): {remedy}") from None
+
+
+def read_mapping(path: Path) -> dict:
+    """Read a file with a JSON object; {} if there is no such file."""
+    with explained(f"{path} cannot be read", "correct it, or download it again"):
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError("it is not a JSON object")
+        return found
 
 
 def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder. ModelError if it does not fit the model."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
-    tokens, rows = len(tokenizer), model.config.vocab_size
-    if not tokens <= rows <= tokens + MOST_PADDING:
-        raise ModelError(f"{folder}: the tokenizer has {tokens} tokens, the model {rows}: use the model's tokenizer")
+    """Load the tokenizer of a model folder. ModelError if it is broken or does not fit the model.
+
+    The model may have more rows, which pad its embedding: 399 in Qwen2.5, 2,385 in DeepSeek's distilled models.
+    """
+    tokenizer, rows = read_tokenizer(folder), model.config.vocab_size
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise ModelError(
+            f"{folder}: the tokenizer has {largest + 1} tokens, the model {rows}: use the model's tokenizer"
+        )
+    return tokenizer
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Read tokenizer.json as it stands, with the special tokens and the chat template of the files beside it.
+
+    AutoTokenizer rebuilds it by a class that it finds in a config, and may split otherwise. It is the fallback.
+    """
+    file = folder / "tokenizer.json"
+    if file.exists():
+        with explained(f"{file} is no tokenizer", "download it again"):
+            Tokenizer.from_file(str(file))
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        read_mapping(folder / name)
+    remedy = "correct tokenizer_config.json or the chat template, or download them again"
+    with explained(f"{folder}: the tokenizer cannot be loaded", remedy):
+        if file.exists():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise ModelError(f"{folder}: the tokenizer has no chat template; add a chat_template.jinja to the folder")
     return tokenizer
@@ -28,8 +77,7 @@ def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: Path) -> tuple[int, ...]:
     """Return all tokens that end a response: the template's, the tokenizer's, the config's, the generation config's."""
-    generation = folder / "generation_config.json"
-    generation_config = json.loads(generation.read_text()) if generation.exists() else {}
+    generation_config = read_mapping(folder / "generation_config.json")
     found = {end_of_turn(tokenizer), tokenizer.eos_token_id}
     for config in (model.config.source, generation_config):
         ends = config.get("eos_token_id")
@@ -47,18 +95,108 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the reply"}]
     try:
-        _, reply, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("the reply")
-    except (TemplateError, TypeError, ValueError, KeyError):  # of a template that renders prompts alone
+        _, reply, after = render(tokenizer, messages, prompt=False).rpartition("the reply")
+    except ModelError:  # of a template that renders prompts alone
         reply = after = ""
     first, added = encode(tokenizer, after.strip())[:1] if reply else [], tokenizer.added_tokens_decoder
     return first[0] if first and first[0] in added and added[first[0]].special else tokenizer.eos_token_id
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode text without special tokens: the chat template has already written them."""
-    return tokenizer(text, add_special_tokens=False).input_ids
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, as_text: bool = False) -> list[int]:
+    """Encode text without adding special tokens: the chat template has already written them.
+
+    `as_text` encodes the names of special tokens like any other text.
+    """
+    with explained(
+        f"{tokenizer.name_or_path}: the tokenizer cannot encode {text[:80]!r}", "correct the tokenizer or the text"
+    ):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=as_text).input_ids
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], prompt: bool = True) -> str:
+    """Render a chat, up to the start of the assistant's reply if it is a `prompt`. ModelError if it cannot be."""
+    remedy = "correct chat_template.jinja, or chat_template in tokenizer_config.json"
+    with explained(f"{tokenizer.name_or_path}: the chat template cannot render this chat", remedy):
+        template = TODAY.sub(lambda call: repr(FIXED_DAY.strftime(call[2])), tokenizer.get_chat_template())
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
+        )
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) -> list[int]:
     """Encode a chat up to the start of the assistant's reply."""
-    return encode(tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    return encode_rendered(tokenizer, messages, render(tokenizer, messages))
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], text: str) -> list[int]:
+    """Encode a rendered chat; the special tokens are the template's, and their names in a user's message are text."""
+    tokens = []
+    for message in messages:
+        content = message["content"].strip()
+        if message["role"] == "user" and content in text and names_special(tokenizer, content):
+            before, _, text = text.partition(content)
+            tokens += encode(tokenizer, before) + encode(tokenizer, content, as_text=True)
+    return tokens + encode(tokenizer, text)
+
+
+@cache
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the text of all special tokens."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def names_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text has the name of a special token in it."""
+    return any(special in text for special in special_tokens(tokenizer))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Decode a response without special tokens; an id that pads the embedding, which has no token, reads as U+FFFD."""
+    runs = [(True, tokens)]
+    if max(tokens, default=0) >= len(tokenizer):
+        runs = groupby(map(int, tokens), lambda token: tokenizer.convert_ids_to_tokens(token) is not None)
+    return "".join(
+        tokenizer.decode(list(run), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if known
+        else "\ufffd" * len(list(run))
+        for known, run in runs
+    )
+
+
+def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: dict[str, tuple[str, Sequence[int]]]) -> list[str]:
+    """Return what a person should know of the prompts, given by name with the text asked and the tokens.
+
+    ModelError if no prompt contains its text.
+    """
+    notes, folder = [], tokenizer.name_or_path
+    rendered = tokenizer.batch_decode([list(tokens) for _, tokens in prompts.values()])
+    lost = [
+        name for name, whole in zip(prompts, rendered, strict=True) if _plain(prompts[name][0]) not in _plain(whole)
+    ]
+    if lost:
+        of_all = f"{len(lost):,} of {len(prompts):,} prompts lack some of their problem's text ({first_names(lost)})"
+        notes.append(f"{of_all}: see whether the tokenizer knows its characters")
+    if lost and len(lost) == len(prompts):
+        raise ModelError(
+            f"{folder}: no prompt contains its problem's text ({lost[0]} is {rendered[0][:200]!r}): correct the chat "
+            "template or the tokenizer"
+        )
+    if named := [name for name, (text, _) in prompts.items() if names_special(tokenizer, text)]:
+        notes.append(f"the text of {first_names(named)} names special tokens: they are encoded as text")
+    if TODAY.search(tokenizer.get_chat_template()):
+        notes.append(f"the chat template writes today's date: it is given {FIXED_DAY:%d %B %Y}, to stay the same")
+    if (Path(folder) / "tokenizer.json").exists():
+        with suppress(Exception):  # whoever wants AutoTokenizer will see why it fails
+            auto = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            ids = [own(rendered, add_special_tokens=False).input_ids for own in (tokenizer, auto)]
+            if other := sum(ours != theirs for ours, theirs in zip(*ids, strict=True)):
+                notes.append(
+                    f"tokenizer.json is loaded as it stands: AutoTokenizer's {type(auto).__name__} splits {other:,} of "
+                    f"{len(prompts):,} prompts otherwise"
+                )
+    return notes
+
+
+def _plain(text: str) -> str:
+    """Return a text without what a tokenizer may normalise: white space, case, the composition of characters."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())

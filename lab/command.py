@@ -42,7 +42,7 @@ def load_worker(
         model, tokenizer, sampling.stop_tokens, None, Grader(arguments.workers, thinking=not arguments.no_thinking),
         processes, arguments.instruction, StopRequest(stopping), arguments.most_failed_share,
     )  # fmt: skip
-    prompts = [worker.prompt(problem, 1) for problem in problems]
+    prompts = worker.prompts(problems)
     window = max((len(prompt.tokens) for prompt in prompts), default=0) + arguments.max_tokens
     page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
     worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)

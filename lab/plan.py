@@ -179,11 +179,9 @@ def mean_prompt(model: str, data: str, instruction: str) -> int:
     """Return the mean tokens of the prompts of a local file, by a local model's tokenizer; 0 if either is missing."""
     if not Path(data).is_file() or not (Path(model) / "tokenizer_config.json").is_file():
         return 0
-    from transformers import AutoTokenizer  # slow to import, and only here
+    from engine.tokenizer import encode_chat, read_tokenizer  # slow to import, and only here
 
-    from engine.tokenizer import encode_chat
-
-    tokenizer, texts = AutoTokenizer.from_pretrained(model), [prompt_text(p, instruction) for p in read_problems(data)]
+    tokenizer, texts = read_tokenizer(Path(model)), [prompt_text(p, instruction) for p in read_problems(data)]
     lengths = [len(encode_chat(tokenizer, [{"role": "user", "content": text}])) for text in texts]
     return round(sum(lengths) / max(1, len(lengths)))
 
