@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -65,19 +65,28 @@ class RolloutWorker:
     instruction: str
     stop: StopRequest | None = None  # abandons sampling
     most_failed_share: float = 0.02  # of answers on which the grader itself may fail before it stops the run
-    said: set[str] = field(default_factory=set)  # notes on prompts
 
     def prompt(self, problem: Problem, n: int) -> Prompt:
         """Return a problem's prompt."""
         message = {"role": "user", "content": prompt_text(problem, self.instruction)}
-        try:
-            return Prompt(problem.id, encode_chat(self.tokenizer, [message]), n)
-        except ModelError as error:
-            raise ModelError(f"problem {problem.id}: {error}") from None
+        return Prompt(problem.id, self.encode_chat(f"problem {problem.id}", [message]), n)
 
-    def prompts(self, problems: Sequence[Problem], most_tokens: int | None = None) -> list[Prompt]:
-        """Return the prompts of all problems, checked. Raises DataError when some have more than `most_tokens`."""
+    def encode_chat(self, name: str, messages: Sequence[dict]) -> list[int]:
+        """Encode a chat up to the assistant's reply. ModelError, by name, if it cannot be."""
+        try:
+            return encode_chat(self.tokenizer, messages)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from None
+
+    def prompts(
+        self, problems: Sequence[Problem], asked: dict[str, tuple[str, Sequence[int]]], most_tokens: int | None = None
+    ) -> list[Prompt]:
+        """Return the prompts of all problems, and add them to `asked`, which `check` takes.
+
+        Raises DataError when some have more than `most_tokens`.
+        """
         prompts = [self.prompt(problem, 1) for problem in problems]
+        asked |= {problem.id: (problem.text, own.tokens) for problem, own in zip(problems, prompts, strict=True)}
         too_long = [prompt for prompt in prompts if most_tokens is not None and len(prompt.tokens) > most_tokens]
         if too_long:
             names = first_names([f"{prompt.problem_id} ({len(prompt.tokens)} tokens)" for prompt in too_long])
@@ -85,15 +94,13 @@ class RolloutWorker:
                 f"{len(too_long):,} of {len(prompts):,} prompts have more than the {most_tokens} tokens that the stage "
                 f"allows: raise max_prompt_tokens, or remove {names}"
             )
-        self.check({problem.id: (problem.text, own.tokens) for problem, own in zip(problems, prompts, strict=True)})
         return prompts
 
-    def check(self, prompts: dict[str, tuple[str, Sequence[int]]]) -> None:
-        """Say once what `check_prompts` finds in prompts, given by name with the text asked and the tokens."""
-        for note in check_prompts(self.tokenizer, prompts):
-            if self.processes.is_main and note not in self.said:
+    def check(self, asked: dict[str, tuple[str, Sequence[int]]]) -> None:
+        """Say what `check_prompts` finds in prompts."""
+        for note in check_prompts(self.tokenizer, asked):
+            if self.processes.is_main:
                 print(f"note: {note}", file=sys.stderr)
-            self.said.add(note)
 
     def asked_to_stop(self) -> bool:
         """Whether this process was asked to stop."""

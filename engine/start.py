@@ -17,13 +17,13 @@ from engine.rollout_worker import RolloutWorker
 from engine.run import Run
 from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe
 from engine.sharding import shard
-from engine.tokenizer import encode, encode_chat, end_of_turn, load_tokenizer, stop_tokens
+from engine.tokenizer import encode, end_of_turn, load_tokenizer, stop_tokens
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage
 from lab.run_data import RunData
-from model import ModelConfig, ModelError, Transformer, extend_window, load_weights, read_config, resolve_folder
+from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
 
 
@@ -101,43 +101,44 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_inputs(run: Run) -> None:
     """Raise now the errors that later stages and evaluations would raise: rows, prompts, lengths."""
-    worker, recipe, model = run.worker, run.recipe, run.model
+    worker, recipe, model, asked = run.worker, run.recipe, run.model, {}
     for index, stage in enumerate(recipe.stage):
         if index < run.state.stage:
             continue
         if isinstance(stage, SftStage):
-            run.sft_sequences[index] = sft_sequences(run.data, stage, worker)
+            run.sft_sequences[index] = sft_sequences(run.data, stage, worker, asked)
             continue
         problems = run.stage_problems(index)
         DataOrder(problems, stage.batch_problems, recipe.seed, index)
-        prompts = worker.prompts(problems, stage.max_prompt_tokens)
+        prompts = worker.prompts(problems, asked, stage.max_prompt_tokens)
         check_requests(model, prompts, run.sampling(stage, 1.0, 0), worker.limits)
     trained = model.config
     for settings in (recipe.eval, recipe.final):
         if settings.data:
             model.config = trained if settings is recipe.eval else final_config(trained, recipe)
-            prompts = worker.prompts(run.data.problems(settings.data))
+            prompts = worker.prompts(run.data.problems(settings.data), asked)
             check_requests(model, prompts, run.evaluation_sampling(settings), worker.limits)
     model.config = trained
+    worker.check(asked)
 
 
-def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list[TrainingSequence]:
-    """Encode worked solutions or chats; the loss is on the assistant's tokens only, end-of-sequence included."""
-    tokenizer, sequences, asked, too_long = worker.tokenizer, [], {}, []
+def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker, asked: dict) -> list[TrainingSequence]:
+    """Encode worked solutions or chats; the loss is on the assistant's tokens only, end-of-sequence included.
+
+    Adds the prompts to `asked`, as `RolloutWorker.prompts` does.
+    """
+    tokenizer, sequences, too_long = worker.tokenizer, [], []
     ending = [end_of_turn(tokenizer)]
     if ending == [None]:
         raise DataError(f"{stage.data}: the tokenizer names no end of sequence for its solutions: set its eos_token")
     for name, source, reply in data.worked_examples(stage):
-        try:
-            prompt = worker.prompt(source, 1).tokens if isinstance(source, Problem) else encode_chat(tokenizer, source)
-        except ModelError as error:
-            raise DataError(f"{name} in {stage.data}: {error}") from None
-        asked[name] = source.text if isinstance(source, Problem) else source[-1]["content"], prompt
+        where = f"{name} in {stage.data}"
+        prompt = worker.prompt(source, 1).tokens if isinstance(source, Problem) else worker.encode_chat(where, source)
+        asked[where] = source.text if isinstance(source, Problem) else source[-1]["content"], prompt
         response = encode(tokenizer, reply) + ending
         if len(prompt) + len(response) > stage.max_tokens:
             too_long.append(f"{name} ({len(prompt) + len(response)} tokens)")
         sequences.append(TrainingSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
-    worker.check(asked)
     if too_long:
         raise DataError(
             f"{stage.data}: {len(too_long):,} of {len(sequences):,} rows exceed the stage's max_tokens = "

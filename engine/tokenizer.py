@@ -18,6 +18,7 @@ from model import ModelError, Transformer
 
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # of a chat template
 FIXED_DAY = datetime(2025, 1, 1)  # written for today, so that a run has the same prompts on every day
+COMPARED = 1000  # prompts that AutoTokenizer encodes too
 
 
 @contextmanager
@@ -64,11 +65,13 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             Tokenizer.from_file(str(file))
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         read_mapping(folder / name)
-    remedy = "correct tokenizer_config.json or the chat template, or download them again"
-    with explained(f"{folder}: the tokenizer cannot be loaded", remedy):
-        if file.exists():
+    if file.exists():
+        remedy = "correct tokenizer_config.json or the chat template, or download them again"
+        with explained(f"{folder}: the tokenizer cannot be loaded", remedy):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        else:
+    else:
+        remedy = "add a tokenizer.json; code that comes with a model is not run"
+        with explained(f"{folder}: there is no tokenizer.json, and AutoTokenizer cannot make one", remedy):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise ModelError(f"{folder}: the tokenizer has no chat template; add a chat_template.jinja to the folder")
@@ -185,15 +188,14 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: dict[str, tuple[s
         notes.append(f"the text of {first_names(named)} names special tokens: they are encoded as text")
     if TODAY.search(tokenizer.get_chat_template()):
         notes.append(f"the chat template writes today's date: it is given {FIXED_DAY:%d %B %Y}, to stay the same")
-    if (Path(folder) / "tokenizer.json").exists():
-        with suppress(Exception):  # whoever wants AutoTokenizer will see why it fails
-            auto = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            ids = [own(rendered, add_special_tokens=False).input_ids for own in (tokenizer, auto)]
-            if other := sum(ours != theirs for ours, theirs in zip(*ids, strict=True)):
-                notes.append(
-                    f"tokenizer.json is loaded as it stands: AutoTokenizer's {type(auto).__name__} splits {other:,} of "
-                    f"{len(prompts):,} prompts otherwise"
-                )
+    auto, some = None, rendered[:COMPARED]
+    with suppress(Exception):  # whoever loads by AutoTokenizer will see why it fails
+        auto = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if auto is not None:
+        ids = [own(some, add_special_tokens=False).input_ids for own in (tokenizer, auto)]
+        if other := sum(ours != theirs for ours, theirs in zip(*ids, strict=True)):
+            what = f"AutoTokenizer ({type(auto).__name__}) encodes {other:,} of {len(some):,} prompts otherwise"
+            notes.append(f"tokenizer.json is read as it stands: {what}")
     return notes
 
 

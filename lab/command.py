@@ -42,7 +42,9 @@ def load_worker(
         model, tokenizer, sampling.stop_tokens, None, Grader(arguments.workers, thinking=not arguments.no_thinking),
         processes, arguments.instruction, StopRequest(stopping), arguments.most_failed_share,
     )  # fmt: skip
-    prompts = worker.prompts(problems)
+    asked: dict = {}
+    prompts = worker.prompts(problems, asked)
+    worker.check(asked)
     window = max((len(prompt.tokens) for prompt in prompts), default=0) + arguments.max_tokens
     page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
     worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
