@@ -155,9 +155,10 @@ def names_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Decode a response without special tokens; an id that pads the embedding, which has no token, reads as U+FFFD."""
+    tokens = list(map(int, tokens))
     runs = [(True, tokens)]
     if max(tokens, default=0) >= len(tokenizer):
-        runs = groupby(map(int, tokens), lambda token: tokenizer.convert_ids_to_tokens(token) is not None)
+        runs = groupby(tokens, lambda token: tokenizer.convert_ids_to_tokens(token) is not None)
     return "".join(
         tokenizer.decode(list(run), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if known
