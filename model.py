@@ -241,6 +241,8 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """A causal language model. `load_weights` or `initialise` must fill its weights."""
 
+    name = "the model"  # its folder or hub id, for errors
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -412,6 +414,7 @@ def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
         model = Transformer(config)
         if lora:
             add_lora(model, lora)
+    model.name = str(name)
     model.to_empty(device=device).to(dtype)
     model.tie()
     load_weights(model, base)

@@ -17,7 +17,7 @@ from engine.rollout_worker import RolloutWorker
 from engine.run import Run
 from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe
 from engine.sharding import shard
-from engine.tokenizer import encode, end_of_turn, load_tokenizer, stop_tokens
+from engine.tokenizer import END_THINK, THINK, load_tokenizer, named, read_chat, stop_tokens
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
@@ -34,11 +34,12 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
     folder, lock, checkpoint, state = open_run(arguments, recipe, processes)
     model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, processes)
-    tokenizer = load_tokenizer(model_folder, model)
+    chat = read_chat(load_tokenizer(model_folder, model), recipe.thinking)
+    processes.say(chat.account)
     sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
-    stops = stop_tokens(tokenizer, model, model_folder)
+    stops = stop_tokens(chat, model, model_folder)
     limits = CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows)
-    grader = Grader(reward.workers, reward.time_limit_seconds, thinking=recipe.thinking)
+    grader = Grader(reward.workers, reward.time_limit_seconds, thinking=chat.thinking)
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -47,7 +48,7 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
         model_folder=model_folder,
         data=RunData(recipe, folder),
         worker=RolloutWorker(
-            model, tokenizer, stops, limits, grader, processes, recipe.instruction, stop, reward.most_failed_share
+            model, chat, stops, limits, grader, processes, recipe.instruction, stop, reward.most_failed_share
         ),
         metrics=Metrics(folder, recipe.run.tensorboard, processes.is_main, state.metrics_position),
         state=state,
@@ -127,15 +128,18 @@ def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker, asked: 
 
     Adds the prompts to `asked`, as `RolloutWorker.prompts` does.
     """
-    tokenizer, sequences, too_long = worker.tokenizer, [], []
-    ending = [end_of_turn(tokenizer)]
-    if ending == [None]:
+    chat, sequences, too_long, closed = worker.chat, [], [], 0
+    if chat.end is None:
         raise DataError(f"{stage.data}: the tokenizer names no end of sequence for its solutions: set its eos_token")
     for name, source, reply in data.worked_examples(stage):
-        where = f"{name} in {stage.data}"
-        prompt = worker.prompt(source, 1).tokens if isinstance(source, Problem) else worker.encode_chat(where, source)
-        asked[where] = source.text if isinstance(source, Problem) else source[-1]["content"], prompt
-        response = encode(tokenizer, reply) + ending
+        if chat.prompt_tag == END_THINK in reply:
+            what = f"{name} in {stage.data} thinks, but the prompt has closed its thinking block"
+            raise DataError(f"{what}: set thinking = true or remove the thinking")
+        closed += chat.prompt_tag == THINK and END_THINK not in reply
+        messages = [worker.message(source)] if isinstance(source, Problem) else source
+        with named(f"{name} in {stage.data}"):
+            prompt, response = chat.example(messages, reply)
+        asked[f"{name} in {stage.data}"] = source.text if isinstance(source, Problem) else source[-1]["content"], prompt
         if len(prompt) + len(response) > stage.max_tokens:
             too_long.append(f"{name} ({len(prompt) + len(response)} tokens)")
         sequences.append(TrainingSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
@@ -143,6 +147,10 @@ def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker, asked: 
         raise DataError(
             f"{stage.data}: {len(too_long):,} of {len(sequences):,} rows exceed the stage's max_tokens = "
             f"{stage.max_tokens}: raise it, or remove {first_names(too_long)}"
+        )
+    if closed:
+        worker.processes.say(
+            f"{stage.data}: {closed:,} of {len(sequences):,} solutions do not think: {END_THINK} added"
         )
     if len(sequences) < stage.batch_sequences:
         raise DataError(f"{stage.data}: {len(sequences)} solutions cannot fill a batch of {stage.batch_sequences}")
@@ -181,6 +189,7 @@ def build_model(folder: Path, recipe: Recipe, processes: Processes) -> Transform
     """
     with torch.device("meta"):
         model = Transformer(model_config(folder, recipe))
+    model.name = str(folder)
     if recipe.lora.rank:
         is_hub_id = not recipe.model.startswith("world/") and not Path(recipe.model).is_dir()
         add_lora(model, Lora(recipe.lora.rank, recipe.lora.alpha, recipe.model if is_hub_id else str(folder.resolve())))

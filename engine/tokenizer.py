@@ -1,10 +1,11 @@
-"""The tokenizer of a model folder: loading, encoding of chats, and the tokens that end a response."""
+"""The tokenizer of a model folder, and how its chat template begins and ends a response."""
 
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from itertools import groupby
@@ -19,6 +20,8 @@ from model import ModelError, Transformer
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # of a chat template
 FIXED_DAY = datetime(2025, 1, 1)  # written for today, so that a run has the same prompts on every day
 COMPARED = 1000  # prompts that AutoTokenizer encodes too
+THINK, END_THINK = "<think>", "</think>"
+QUESTION, REPLY = {"role": "user", "content": "a question"}, {"role": "assistant", "content": "a reply"}
 
 
 @contextmanager
@@ -38,6 +41,15 @@ def read_mapping(path: Path) -> dict:
         if not isinstance(found, dict):
             raise ValueError("it is not a JSON object")
         return found
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Name the row whose prompt raises a ModelError."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from None
 
 
 def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
@@ -78,10 +90,86 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Transformer, folder: Path) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class Chat:
+    """How a model's chat template begins and ends a response: see `read_chat`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    thinking: bool  # passed to the template; whether a response must close a thinking block
+    prompt_tag: str  # the last thinking tag of every prompt: <think> (left open), </think> (of a closed block) or ""
+    end: int | None  # the token that ends a turn
+    hidden: frozenset[int]  # tokens that a grader does not read: the end, and all special ones but the thinking tags
+    account: str  # of the above, in one line
+
+    def prompt(self, messages: Sequence[dict]) -> list[int]:
+        """Encode a chat up to the start of the assistant's reply."""
+        return encode_rendered(self.tokenizer, messages, render(self.tokenizer, messages, thinking=self.thinking))
+
+    def example(self, messages: Sequence[dict], reply: str) -> tuple[list[int], list[int]]:
+        """Encode a chat up to a reply, and the reply with the token that ends it, as the template writes them.
+
+        The reply stays as it is where the template does not continue the prompt with it, or leaves out its thinking.
+        One without thinking closes the block that a prompt has opened.
+        """
+        prompt, whole, text = render(self.tokenizer, messages, thinking=self.thinking), "", reply
+        if self.prompt_tag == THINK and reply.lstrip().startswith(THINK):
+            text = reply.lstrip().removeprefix(THINK).lstrip("\n")
+        with suppress(ModelError):  # of a template that renders prompts alone
+            chat = [*messages, {"role": "assistant", "content": reply}]
+            whole = render(self.tokenizer, chat, False, self.thinking)
+        after = whole.removeprefix(prompt) if whole.startswith(prompt) else ""
+        if "".join(text.split()) in "".join(after.split()):  # templates change the white space around thinking
+            text = after.rpartition(self.tokenizer.convert_ids_to_tokens(self.end))[0] or after
+        if self.prompt_tag == THINK and END_THINK not in text:
+            text = f"\n{END_THINK}\n\n{text}"
+        return encode_rendered(self.tokenizer, messages, prompt), [*encode(self.tokenizer, text), self.end]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Decode a response for the grader, with its thinking tags even where they are special tokens."""
+        return decode(self.tokenizer, [token for token in map(int, tokens) if token not in self.hidden])
+
+
+def read_chat(tokenizer: PreTrainedTokenizerBase, thinking: bool | str = "auto") -> Chat:
+    """Render a prompt and a reply to find how a template begins and ends a response, and what thinking = "auto" is.
+
+    A template with a switch decides by its default. Without one, a model thinks if its prompts leave <think> open, or
+    if its template or a special token has </think>. A plain added token proves nothing: Qwen3-Instruct has it as well.
+    """
+    default, on, off = (render(tokenizer, [QUESTION], thinking=state) for state in (None, True, False))
+    special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    if on != off:
+        auto, found = default != off, "the template has a switch"
+    elif tag := _last_tag(default):
+        auto = tag == THINK
+        found = f"the template {'opens' if auto else 'closes'} the thinking block in every prompt"
+    elif END_THINK in str(tokenizer.chat_template):
+        auto, found = True, f"the template reads {END_THINK}"
+    else:
+        auto = END_THINK in special.values()
+        found = f"{END_THINK} is a special token" if auto else f"no template or special token has {END_THINK}"
+    chosen, end = auto if thinking == "auto" else thinking, end_of_turn(tokenizer)
+    tag = _last_tag(on if chosen else off)
+    account = f"thinking = {str(chosen).lower()}{' (auto)' * (thinking == 'auto')}: {found}"
+    if chosen != auto and on == off:
+        result = f"only a box after {END_THINK} counts" if chosen else "a box within thinking counts as well"
+        account = f"warning: {account}, and no switch: {result}"
+    if end is not None:
+        account += f"; {tokenizer.convert_ids_to_tokens(end)} ends a turn"
+    hidden = frozenset({token for token, text in special.items() if text not in (THINK, END_THINK)} | {end})
+    return Chat(tokenizer, chosen, tag, end, hidden, account)
+
+
+def _last_tag(prompt: str) -> str:
+    """Return the last thinking tag after the question of a rendered prompt, or ""."""
+    tail = prompt.rpartition(QUESTION["content"])[2]
+    opened, closed = tail.rfind(THINK), tail.rfind(END_THINK)
+    return "" if opened == closed else THINK if opened > closed else END_THINK
+
+
+def stop_tokens(chat: Chat, model: Transformer, folder: Path) -> tuple[int, ...]:
     """Return all tokens that end a response: the template's, the tokenizer's, the config's, the generation config's."""
     generation_config = read_mapping(folder / "generation_config.json")
-    found = {end_of_turn(tokenizer), tokenizer.eos_token_id}
+    found = {chat.end, chat.tokenizer.eos_token_id}
     for config in (model.config.source, generation_config):
         ends = config.get("eos_token_id")
         found |= set(ends) if isinstance(ends, list) else {ends}
@@ -95,14 +183,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the special token that the chat template writes after a reply, or the tokenizer's end of sequence.
 
     They differ in many Base models: Qwen's template ends a turn with <|im_end|>, its tokenizer with <|endoftext|>.
+    An added token that is not special counts only where the reply ends with it.
     """
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the reply"}]
-    try:
-        _, reply, after = render(tokenizer, messages, prompt=False).rpartition("the reply")
-    except ModelError:  # of a template that renders prompts alone
-        reply = after = ""
-    first, added = encode(tokenizer, after.strip())[:1] if reply else [], tokenizer.added_tokens_decoder
-    return first[0] if first and first[0] in added and added[first[0]].special else tokenizer.eos_token_id
+    reply = after = ""
+    with suppress(ModelError):  # of a template that renders prompts alone
+        _, reply, after = render(tokenizer, [QUESTION, REPLY], prompt=False).rpartition(REPLY["content"])
+    tokens, added = encode(tokenizer, after.strip()) if reply else [], tokenizer.added_tokens_decoder
+    special = [token for token in tokens if token in added and added[token].special]
+    return next(iter(special or [token for token in tokens[:1] if token in added]), tokenizer.eos_token_id)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, as_text: bool = False) -> list[int]:
@@ -116,19 +204,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, as_text: bool = False)
         return tokenizer(text, add_special_tokens=False, split_special_tokens=as_text).input_ids
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], prompt: bool = True) -> str:
-    """Render a chat, up to the start of the assistant's reply if it is a `prompt`. ModelError if it cannot be."""
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], prompt: bool = True, thinking: bool | None = None
+) -> str:
+    """Render a chat, up to the start of the assistant's reply if it is a `prompt`. ModelError if it cannot be.
+
+    Templates call the switch enable_thinking (Qwen3, GLM, SmolLM3) or thinking (DeepSeek-V3.1, Granite).
+    """
+    switch = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
     remedy = "correct chat_template.jinja, or chat_template in tokenizer_config.json"
     with explained(f"{tokenizer.name_or_path}: the chat template cannot render this chat", remedy):
         template = TODAY.sub(lambda call: repr(FIXED_DAY.strftime(call[2])), tokenizer.get_chat_template())
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
+            messages, chat_template=template, add_generation_prompt=prompt, tokenize=False, **switch
         )
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) -> list[int]:
-    """Encode a chat up to the start of the assistant's reply."""
-    return encode_rendered(tokenizer, messages, render(tokenizer, messages))
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], text: str) -> list[int]:
@@ -154,15 +243,12 @@ def names_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Decode a response without special tokens; an id that pads the embedding, which has no token, reads as U+FFFD."""
-    tokens = list(map(int, tokens))
+    """Decode a response; an id that pads the embedding, which has no token, reads as U+FFFD."""
     runs = [(True, tokens)]
     if max(tokens, default=0) >= len(tokenizer):
         runs = groupby(tokens, lambda token: tokenizer.convert_ids_to_tokens(token) is not None)
     return "".join(
-        tokenizer.decode(list(run), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if known
-        else "\ufffd" * len(list(run))
+        tokenizer.decode(list(run), clean_up_tokenization_spaces=False) if known else "\ufffd" * len(list(run))
         for known, run in runs
     )
 

@@ -8,7 +8,7 @@ from engine import distributed
 from engine.distributed import Interrupted, StopRequest
 from engine.grader import Grader
 from engine.rollout_worker import RolloutWorker
-from engine.tokenizer import load_tokenizer, stop_tokens
+from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
 from lab.problems import Problem
 from lab.recipe import SamplerSettings
 from model import extend_window, load, resolve_folder, tokenizer_folder
@@ -33,13 +33,15 @@ def load_worker(
     if yarn is not None:
         model.config = extend_window(model.config, yarn, original_window)
         model.set_rope(model.config.rope)
-    tokenizer = load_tokenizer(tokenizer_from, model)
+    thinking = {"true": True, "false": False}.get(arguments.thinking, "auto")
+    chat = read_chat(load_tokenizer(tokenizer_from, model), thinking)
+    processes.say(chat.account)
     sampling = Sampling(
-        arguments.temperature, arguments.max_tokens, stop_tokens(tokenizer, model, tokenizer_from), arguments.seed,
+        arguments.temperature, arguments.max_tokens, stop_tokens(chat, model, tokenizer_from), arguments.seed,
         draw, arguments.top_k, arguments.top_p,
     )  # fmt: skip
     worker = RolloutWorker(
-        model, tokenizer, sampling.stop_tokens, None, Grader(arguments.workers, thinking=not arguments.no_thinking),
+        model, chat, sampling.stop_tokens, None, Grader(arguments.workers, thinking=chat.thinking),
         processes, arguments.instruction, StopRequest(stopping), arguments.most_failed_share,
     )  # fmt: skip
     asked: dict = {}

@@ -69,7 +69,7 @@ def start_session(arguments: argparse.Namespace) -> Session:
         **{name: getattr(arguments, name) for name in ("model", "temperature", "seed", *DECODING)},
         "weights": model_identity(folder),
         "problems": data_identity(problems),
-        "thinking": not arguments.no_thinking,
+        "thinking": worker.chat.thinking,
         "trained_length": trained,
         "data": list(sets),
         "curve": arguments.curve,

@@ -175,14 +175,15 @@ def count_problems(data: str) -> int:
 
 
 @cache
-def mean_prompt(model: str, data: str, instruction: str) -> int:
+def mean_prompt(model: str, data: str, instruction: str, thinking: bool | str = "auto") -> int:
     """Return the mean tokens of the prompts of a local file, by a local model's tokenizer; 0 if either is missing."""
     if not Path(data).is_file() or not (Path(model) / "tokenizer_config.json").is_file():
         return 0
-    from engine.tokenizer import encode_chat, read_tokenizer  # slow to import, and only here
+    from engine.tokenizer import read_chat, read_tokenizer  # slow to import, and only here
 
-    tokenizer, texts = read_tokenizer(Path(model)), [prompt_text(p, instruction) for p in read_problems(data)]
-    lengths = [len(encode_chat(tokenizer, [{"role": "user", "content": text}])) for text in texts]
+    chat = read_chat(read_tokenizer(Path(model)), thinking)
+    texts = [prompt_text(problem, instruction) for problem in read_problems(data)]
+    lengths = [len(chat.prompt([{"role": "user", "content": text}])) for text in texts]
     return round(sum(lengths) / max(1, len(lengths)))
 
 
@@ -203,7 +204,7 @@ def with_mean_prompt(recipe: Recipe, index: int) -> SftStage | RlStage:
     stage = recipe.stage[index]
     if isinstance(stage, SftStage):
         return stage
-    mean = mean_prompt(recipe.model, stage_data(recipe, index), recipe.instruction)
+    mean = mean_prompt(recipe.model, stage_data(recipe, index), recipe.instruction, recipe.thinking)
     return replace(stage, max_prompt_tokens=min(mean or stage.max_prompt_tokens, stage.max_prompt_tokens))
 
 
@@ -414,7 +415,7 @@ def show_cost(shape: Shape, recipe: Recipe, machine: Machine, run: Path | None =
     """Print a run's tokens, FLOPs, hours and cost, and what would shorten it if it takes too long."""
     mean = f"{machine.response_tokens:,} tokens" if machine.response_tokens else f"{RESPONSE_SHARE:.0%} of their limit"
     local = any(
-        mean_prompt(recipe.model, stage_data(recipe, i), recipe.instruction)
+        mean_prompt(recipe.model, stage_data(recipe, i), recipe.instruction, recipe.thinking)
         for i, stage in enumerate(recipe.stage)
         if isinstance(stage, RlStage)
     )

@@ -15,7 +15,6 @@ from engine.distributed import Interrupted
 from engine.files import read_jsonl, write_atomically
 from engine.grader import check_grader
 from engine.rollout_worker import Attempt, RolloutWorker, SamplingStats
-from engine.tokenizer import decode
 from eval import Response, response_of
 from lab.benchmarks import file_name
 from lab.problems import DataError, Problem, read_problems
@@ -165,7 +164,7 @@ class Recorder:
         tokens, cuts = attempt.rollout.tokens, {}
         for budget in budgets:
             if budget < len(tokens):
-                head = decode(self.worker.tokenizer, tokens[:budget])
+                head = self.worker.chat.decode(tokens[:budget])
                 cuts[str(budget)] = len(head.rstrip("\ufffd"))  # which a character split between tokens decodes to
         return cuts
 

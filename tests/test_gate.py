@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from engine.rollout_worker import RolloutWorker
-from engine.tokenizer import check_prompts, decode, encode_chat, load_tokenizer
+from engine.tokenizer import check_prompts, load_tokenizer, read_chat
 from lab.problems import DataError, Problem, read_chats
 from model import ModelError
 
@@ -47,11 +47,12 @@ def model(rows=1000):
 
 def worker(folder):
     processes = SimpleNamespace(is_main=True)
-    return RolloutWorker(model(), load_tokenizer(folder, model()), (2,), None, None, processes, instruction="")
+    chat = read_chat(load_tokenizer(folder, model()))
+    return RolloutWorker(model(), chat, (2,), None, None, processes, instruction="")
 
 
 def ask(folder, text="What is 123 + 12?"):
-    return encode_chat(load_tokenizer(folder, model()), [{"role": "user", "content": text}])
+    return read_chat(load_tokenizer(folder, model())).prompt([{"role": "user", "content": text}])
 
 
 # --------------------------------------------------------------------------------------------- broken files, templates
@@ -94,9 +95,16 @@ def test_a_broken_file_is_one_sentence_with_its_name(folder, name, content):
         ("{% include 'other.jinja' %}", "no loader"),
     ],
 )
-def test_a_template_that_fails_is_one_sentence_with_the_problem(folder, template, reason):
+def test_a_template_that_fails_is_one_sentence(folder, template, reason):
     (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(ModelError, match=f"^problem a: {folder}: the chat template cannot render .*{reason}.*correct"):
+    with pytest.raises(ModelError, match=f"^{folder}: the chat template cannot render .*{reason}.*correct"):
+        worker(folder)
+
+
+def test_a_template_that_fails_on_a_problem_names_it(folder):
+    fails = "{% if '123' in messages[0].content %}{{ raise_exception('no numbers') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(fails + CHATML)
+    with pytest.raises(ModelError, match=f"^problem a: {folder}: the chat template cannot .*no numbers.*correct"):
         worker(folder).prompt(QUESTION, 1)
 
 
@@ -149,7 +157,7 @@ def test_special_tokens_named_in_a_problem_are_text(folder):
     assert notes[0] == "the text of b names special tokens: they are encoded as text"
     roles = [("user", "hi"), ("assistant", "<|endoftext|>"), ("user", "?")]
     chat = [{"role": role, "content": content} for role, content in roles]
-    assert encode_chat(tokenizer, chat).count(0) == 1  # a reply may write special tokens
+    assert read_chat(tokenizer).prompt(chat).count(0) == 1  # a reply may write special tokens
 
 
 def test_a_template_writes_the_same_date_on_every_day(folder):
@@ -165,9 +173,9 @@ def test_any_padding_of_the_embedding_fits_and_its_ids_read_as_unknown(folder):
     tokenizer = load_tokenizer(folder, model(rows=261 + 2385))  # 3 special tokens, 256 bytes, 2 numbers
     with pytest.raises(ModelError, match="the tokenizer has 261 tokens, the model 260: use the model's tokenizer"):
         load_tokenizer(folder, model(rows=260))
-    number = tokenizer.convert_tokens_to_ids("123")
-    assert decode(tokenizer, [number, 261, 2000, number, 2]) == "123\ufffd\ufffd123"
-    assert decode(tokenizer, [number, 2]) == "123" and decode(tokenizer, []) == ""
+    number, chat = tokenizer.convert_tokens_to_ids("123"), read_chat(tokenizer)
+    assert chat.decode([number, 261, 2000, number, 2]) == "123\ufffd\ufffd123"
+    assert chat.decode([number, 2]) == "123" and chat.decode([]) == ""
 
 
 # ----------------------------------------------------------------------------------------------------- rows
