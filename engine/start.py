@@ -15,7 +15,7 @@ from engine.grader import Grader
 from engine.offload import Offload
 from engine.rollout_worker import RolloutWorker
 from engine.run import Run
-from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe
+from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe, require_same_prompts
 from engine.sharding import shard
 from engine.tokenizer import END_THINK, THINK, load_tokenizer, named, read_chat, stop_tokens
 from lab.benchmarks import find_data
@@ -60,6 +60,7 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
     )
     guard_data(run)
     check_inputs(run)
+    require_same_prompts(arguments, folder, run.data, run.worker, resumed=checkpoint is not None)
     if processes.is_main:
         for name in (WANTS_RESUMING, FINISHED):  # of an earlier launch
             (folder / name).unlink(missing_ok=True)

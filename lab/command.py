@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from engine import distributed
 from engine.distributed import Interrupted, StopRequest
+from engine.fingerprint import model_identity, prompts_identity
 from engine.grader import Grader
 from engine.rollout_worker import RolloutWorker
 from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
@@ -22,8 +22,8 @@ def load_worker(
     draw: int = 0,
     yarn: float | None = None,
     original_window: int | None = None,
-) -> tuple[RolloutWorker, Sampling, Path]:
-    """Load a model to sample these problems with lab.options.model_options; return its worker, Sampling and folder.
+) -> tuple[RolloutWorker, Sampling, dict[str, str]]:
+    """Load a model to sample these problems with lab.options.model_options; return worker, Sampling and identity.
 
     `stopping` is printed when a signal stops it; `draw` is the step that keys the random draws. The caller closes the
     worker's grader. Raises ModelError, DataError or RolloutError for whatever would fail later.
@@ -51,7 +51,7 @@ def load_worker(
     page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
     worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
     check_requests(model, prompts, sampling, worker.limits)
-    return worker, sampling, folder
+    return worker, sampling, model_identity(folder) | {"prompts": prompts_identity(prompts)}
 
 
 def run_command(script: str, command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:

@@ -382,7 +382,10 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
     print(f"{how}, bfloat16 compute on CUDA, {machine.gpus} x {machine.memory_gib:g} GiB; below, GiB of one process")
     if not recipe.sampler.cache_tokens:
         recipe = size_cache(shape, recipe, machine.gpus, machine.memory_gib * GIB)
-        print(f"cache_tokens = 0 comes to {recipe.sampler.cache_tokens:,} tokens on this card")
+        tokens = recipe.sampler.cache_tokens
+        print(
+            f"cache_tokens = 0 comes to {f'{tokens:,} tokens' if tokens > 1 else 'nothing: no memory is left'} on this card"
+        )
     plans = plan_stages(shape, recipe, machine.gpus)
     for plan in plans:
         sampling, update = sum(plan.sampling.values()), sum(plan.update.values())
