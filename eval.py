@@ -14,6 +14,9 @@ command resumes and ends with the same results. OUT also gets results.json and r
 """
 
 if __name__ == "__main__":  # --help and argument errors need no torch
+    from engine.terminal import prepare_terminal
+
+    prepare_terminal()
     from lab.options import evaluation_arguments
 
     ARGUMENTS = evaluation_arguments(__doc__)

@@ -12,6 +12,9 @@ N predicted positions.
 """
 
 if __name__ == "__main__":  # --help and usage errors must not wait for the import of torch
+    from engine.terminal import prepare_terminal
+
+    prepare_terminal()
     from lab.export import export_arguments
 
     arguments = export_arguments()
@@ -32,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from engine import adapter, huggingface
 from engine.adapter import Lora, add_lora, merge_lora, tokenizer_folder
 from engine.attention import PackedLayout, SharedLayout, packed_attention
-from engine.errors import UserError
+from engine.errors import UserError, sentence
 from engine.huggingface import ModelError, resolve_folder
 from engine.offload import Offload, recomputed
 from engine.sharding import full_tensor
@@ -449,7 +452,7 @@ def main(arguments: argparse.Namespace) -> None:
             )
         save(model, arguments.out, getattr(torch, arguments.dtype), tokenizer_folder(resolve_folder(arguments.model)))
     except (UserError, OSError) as error:
-        sys.exit(f"model.py: {error}")
+        sys.exit(f"model.py: {sentence(error)}")
     print(f"wrote {arguments.out}: window {model.config.max_position_embeddings:,} tokens, {model.config.rope}")
 
 

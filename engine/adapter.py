@@ -90,7 +90,7 @@ def read_config(folder: Path) -> Lora | None:
     if not path.exists():
         return None
     try:
-        source = json.loads(path.read_text())
+        source = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha, base = int(source["r"]), float(source["lora_alpha"]), str(source["base_model_name_or_path"])
         kind, targets = source["peft_type"], source["target_modules"]
     except KeyError as missing:

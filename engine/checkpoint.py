@@ -187,7 +187,7 @@ def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """Return what has changed in a checkpoint since it was written, None if nothing; each rank checks some files."""
     name = MANIFEST
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
         if _list_checksum(files) != manifest["checksum"]:
             return f"{MANIFEST} has changed since it was written"

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from engine.errors import UserError
+from engine.errors import UserError, sentence
 
 # ranks sample responses of very different length, and the first to finish waits for the last
 COLLECTIVE_TIME_LIMIT_SECONDS = 6 * 3600.0  # the environment variable of this name overrides it
@@ -274,16 +274,17 @@ def error_reported() -> bool:
         return False
 
 
-def report_error(error: BaseException, program: str) -> int | str:
+def report_error(error: BaseException, program: str, then: str = "repeat the command") -> int | str:
     """Print why this rank ends, unless another rank has; return the status for `exit_process`.
 
     Errors that a person can put right and failed collectives are one sentence; all others come with their traceback.
+    `then` is what to do about a full disk once it has space.
     """
     correctable = isinstance(error, (UserError, ImportError, OSError))
     if _watch is None:
         if not correctable:
             raise error
-        return f"{program}: {error}" if is_main_process() else 1
+        return f"{program}: {sentence(error, then)}" if is_main_process() else 1
     if _lost_contact(error):
         error, correctable = RankError(_missing_ranks(str(error))), True
     try:
@@ -291,7 +292,7 @@ def report_error(error: BaseException, program: str) -> int | str:
     except RuntimeError:  # the store's process is gone
         first = True
     if first:  # before this rank's connections close and the others notice
-        text = error if correctable else traceback.format_exc()
+        text = sentence(error, then) if correctable else traceback.format_exc()
         print(f"rank {_watch.rank}: {program}: {text}", file=sys.stderr, flush=True)
     return 1
 

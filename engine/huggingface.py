@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.errors import UserError
+from engine.files import writing
 from engine.sharding import fill, full_tensor
 from yarn import Llama3Scaling, Rope, Yarn
 
@@ -178,7 +179,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
     if (folder / ADAPTER_CONFIG).exists() and not path.exists():
         raise ModelError(f"{folder}: this is an adapter, not a model: merge it first (python model.py {folder} OUT)")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder}: no {name}, so this is not a Hugging Face model folder") from None
     except json.JSONDecodeError as error:
@@ -200,7 +201,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            return {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
         except (json.JSONDecodeError, KeyError) as error:
             raise ModelError(f"{index}: cannot be read ({error}): download it again") from None
     if not path.exists():
@@ -249,12 +250,13 @@ def new_folder(folder: Path, tokenizer_from: Path | None = None) -> Iterator[Pat
         raise ModelError(f"{folder}: exists already; choose another name")
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    for file in TOKENIZER_FILES if tokenizer_from else ():
-        if (tokenizer_from / file).exists():
-            shutil.copy(tokenizer_from / file, unfinished / file)
-    unfinished.rename(folder)
+    with writing(folder, unfinished):
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for file in TOKENIZER_FILES if tokenizer_from else ():
+            if (tokenizer_from / file).exists():
+                shutil.copy(tokenizer_from / file, unfinished / file)
+        unfinished.rename(folder)
 
 
 def write_model(folder: Path, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, config: dict) -> None:
@@ -277,4 +279,4 @@ def write_model(folder: Path, parameters: Mapping[str, nn.Parameter], dtype: tor
 
 def write_json(path: Path, value: dict) -> None:
     """Write JSON in Hugging Face's layout."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -76,7 +76,7 @@ def open_run(
             processes.say(f"resuming {folder} after step {state.step}")
         else:
             processes.say(f"{folder} has no checkpoint: starting over")
-    launches = json.loads((folder / LAUNCHES).read_text()) if (folder / LAUNCHES).exists() else []
+    launches = json.loads((folder / LAUNCHES).read_text(encoding="utf-8")) if (folder / LAUNCHES).exists() else []
     if checkpoint:
         # next to the name of a run, --set changes values on purpose; in a repeated command it changes nothing
         chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []

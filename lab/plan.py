@@ -58,7 +58,7 @@ def find_shape(name: str) -> tuple[Shape, str]:
         from huggingface_hub import try_to_load_from_cache  # local models do not need it
 
         if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
-            return Shape(parse_config(json.loads(Path(cached).read_text()), cached)), "the hub's cache"
+            return Shape(parse_config(json.loads(Path(cached).read_text(encoding="utf-8")), cached)), "the hub's cache"
     if name in PUBLISHED:
         source = dict(zip(PUBLISHED_KEYS, PUBLISHED[name], strict=True))
         return Shape(parse_config(source, name)), "the table of published shapes in plan.py"
