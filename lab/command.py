@@ -45,7 +45,9 @@ def load_worker(
         model, chat, sampling.stop_tokens, None, Grader(arguments.workers, thinking=chat.thinking),
         processes, arguments.instruction, StopRequest(stopping), arguments.most_failed_share,
     )  # fmt: skip
-    prompts = [worker.prompt(problem, 1) for problem in problems]
+    asked: dict = {}
+    prompts = worker.prompts(problems, asked)
+    worker.check(asked)
     window = max((len(prompt.tokens) for prompt in prompts), default=0) + arguments.max_tokens
     page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
     worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)

@@ -179,11 +179,9 @@ def mean_prompt(model: str, data: str, instruction: str, thinking: bool | str = 
     """Return the mean tokens of the prompts of a local file, by a local model's tokenizer; 0 if either is missing."""
     if not Path(data).is_file() or not (Path(model) / "tokenizer_config.json").is_file():
         return 0
-    from transformers import AutoTokenizer  # slow to import, and only here
+    from engine.tokenizer import read_chat, read_tokenizer  # slow to import, and only here
 
-    from engine.tokenizer import read_chat
-
-    chat = read_chat(AutoTokenizer.from_pretrained(model), thinking)
+    chat = read_chat(read_tokenizer(Path(model)), thinking)
     texts = [prompt_text(problem, instruction) for problem in read_problems(data)]
     lengths = [len(chat.prompt([{"role": "user", "content": text}])) for text in texts]
     return round(sum(lengths) / max(1, len(lengths)))
