@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from engine.huggingface import end_tokens, read_json
+from engine.huggingface import end_tokens, read_json, regular_file
 from lab.problems import first_names
 from model import ModelError, Transformer
 
@@ -65,7 +65,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     file = folder / "tokenizer.json"
     if file.exists():
         with explained(f"{file} is no tokenizer", "download it again"):
-            Tokenizer.from_file(str(file))
+            Tokenizer.from_file(str(regular_file(file)))
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
             read_json(folder / name)
