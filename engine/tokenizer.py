@@ -64,8 +64,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     file = folder / "tokenizer.json"
     if file.exists():
+        regular_file(file)
         with explained(f"{file} is no tokenizer", "download it again"):
-            Tokenizer.from_file(str(regular_file(file)))
+            Tokenizer.from_file(str(file))
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
             read_json(folder / name)
