@@ -27,8 +27,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "generation_config.json", "tokenizer.model",
 )  # fmt: skip
-
-
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list"}
 # keys of config.json, of its rotary blocks and of an adapter's config: type and, for numbers, bounds (both included)
 KEYS: dict[str, tuple] = {
@@ -147,7 +145,7 @@ def config_fields(source: dict, where: str | Path) -> dict:
     try:
         heads = source["num_attention_heads"]
         key_heads = source.get("num_key_value_heads") or heads
-        head_dim = source.get("head_dim") or source["hidden_size"] // heads
+        head_dim = source.get("head_dim") or (128 if kind == "qwen3" else source["hidden_size"] // heads)
         rope, notes = rope_from_config(source, head_dim)
     except ModelError as error:
         raise refuse(error) from None

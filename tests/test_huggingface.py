@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import SCALINGS, VOCABULARY, WINDOW, tiny_reference
 from safetensors.torch import load_file, save_file
 from test_model import FAMILIES, difference, our_logits, random_tokens, their_logits, tiny_config
@@ -288,6 +289,15 @@ def test_config_without_a_size_is_refused_by_name(key):
 def test_a_sliding_window_that_is_off_is_accepted(family):
     source = tiny_config(family, use_sliding_window=False, sliding_window=32, layer_types=["full_attention"] * 2)
     assert parse_config(source).model_type == family
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+def test_a_head_size_that_is_not_stated_is_that_of_transformers(kind):
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 9}
+    theirs = transformers.AutoConfig.for_model(kind, **sizes)
+    source = {key: value for key, value in theirs.to_dict().items() if key != "head_dim"}
+    expected = getattr(theirs, "head_dim", None) or 64 // 2
+    assert parse_config(source).head_dim == expected == (128 if kind == "qwen3" else 32)
 
 
 def test_the_window_of_yarn_is_factor_times_original_as_qwen_documents_it(capsys):
