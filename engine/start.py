@@ -26,6 +26,7 @@ from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe
 from lab.run_data import RunData
 from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
+from yarn import describe_ramp
 
 
 def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
@@ -59,6 +60,8 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
         micro_batch_tokens=recipe.micro_batch_tokens,
         saved=(state.step, state.stage, state.prepared) if checkpoint else None,
     )
+    if recipe.final.data:
+        processes.say(describe_ramp(final_config(model.config, recipe).rope))
     guard_data(run)
     check_inputs(run)
     require_same_prompts(arguments, folder, run.data, run.worker, resumed=checkpoint is not None)
@@ -181,7 +184,14 @@ def model_config(folder: Path, recipe: Recipe) -> ModelConfig:
 def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
     """Return the config of the final evaluation, with YaRN and the window that it extends."""
     final = recipe.final
-    return extend_window(config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor)
+    return extend_window(
+        config,
+        final.yarn_factor,
+        final.yarn_original_window,
+        final.yarn_attention_factor,
+        final.yarn_beta_fast,
+        final.yarn_beta_slow,
+    )
 
 
 def empty_model(folder: Path, recipe: Recipe) -> Transformer:

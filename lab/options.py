@@ -95,6 +95,27 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
     return arguments
 
 
+def add_yarn_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of YaRN."""
+    add = parser.add_argument
+    add("--yarn", type=float, metavar="FACTOR", help="extend the model's window by this factor")
+    add("--original-window", type=COUNT, metavar="TOKENS", help="the window that YaRN extends (default: the config's)")
+    add("--attention-factor", type=float, help="YaRN's scale of cos and sin (default: 1, off, as in POLARIS)")
+    add(
+        "--beta-fast", type=float, help="rotations over the original window above which a dimension stays (default: 32)"
+    )
+    add("--beta-slow", type=float, help="and below which it is interpolated fully (default: 1)")
+
+
+def yarn_settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Collect the options of YaRN as `arguments.yarn`, the arguments of model.extend_window; None without --yarn."""
+    names = {"original_window": None, "attention_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    given = {name: value for name in names if (value := vars(arguments).pop(name)) is not None}
+    if given and arguments.yarn is None:
+        parser.error(f"--{next(iter(given)).replace('_', '-')} requires --yarn")
+    arguments.yarn = None if arguments.yarn is None else {"factor": arguments.yarn, **names, **given}
+
+
 def evaluation_arguments(doc: str | None) -> argparse.Namespace:
     """Parse the command line of eval.py; `doc` is the start of --help."""
     parser = new_parser(doc, parents=[model_options(), reading_options()])
@@ -104,8 +125,7 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
     add("--folder", type=Path, help="where to search for known benchmarks before the hub")
     add("--temperature", type=bounded(float, 0), help="default: 1.4; 0 is greedy")
     add("--top-k", type=bounded(int, 0), default=20, help="0 is off")
-    add("--yarn", type=float, metavar="FACTOR", help="extend the model's window by this factor")
-    add("--original-window", type=COUNT, help="the window that YaRN extends (default: the config's)")
+    add_yarn_options(parser)
     add(
         "--trained-length", type=COUNT,
         help="the length bands are fractions of this (default: YaRN's original window, else --max-tokens)",
@@ -123,8 +143,7 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
         return arguments
     if not arguments.model or not arguments.data:
         parser.error("a model and at least one --data are required")
-    if arguments.original_window and arguments.yarn is None:
-        parser.error("--original-window requires --yarn")
+    yarn_settings(parser, arguments)
     if arguments.curve and arguments.match:
         parser.error("--curve and --match exclude each other")
     kind, *values = arguments.curve or [None]

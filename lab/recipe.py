@@ -110,6 +110,8 @@ class FinalSettings:
     yarn_factor: float = key(1.5, least=1)
     yarn_original_window: int = key(65_536, "a choice: POLARIS does not state it", least=1)
     yarn_attention_factor: float = key(1.0, "1: off, as in POLARIS", least=0)
+    yarn_beta_fast: float = key(32.0, "rotations over the original window above which a dimension stays", least=0)
+    yarn_beta_slow: float = key(1.0, "rotations below which it is interpolated fully", least=0)
 
 
 @dataclass(frozen=True)

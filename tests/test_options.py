@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ("m --data d --top-p 0", "argument --top-p: must be above 0 and at most 1, not 0"),
         ("m --data d --margin -1", "argument --margin: must be at least 0 and at most 1, not -1"),
         ("m --data d --original-window 64", "--original-window requires --yarn"),
+        ("m --data d --beta-fast 2", "--beta-fast requires --yarn"),
         ("m --data d --compare a b", "give no model and no --data"),
         ("m --data d --curve length --match 0.5", "--curve and --match exclude each other"),
     ],
@@ -45,6 +46,15 @@ def test_eval_refuses_bad_arguments(monkeypatch, capsys, words, sentence):
     with pytest.raises(SystemExit):
         evaluation_arguments(None)
     assert sentence in capsys.readouterr().err
+
+
+def test_eval_collects_the_options_of_yarn(monkeypatch):
+    words = "eval.py m --data d --yarn 2 --beta-fast 2 --original-window 64".split()
+    monkeypatch.setattr("sys.argv", words)
+    expected = {"factor": 2.0, "original_window": 64, "attention_factor": 1.0, "beta_fast": 2.0, "beta_slow": 1.0}
+    assert evaluation_arguments(None).yarn == expected
+    monkeypatch.setattr("sys.argv", words[:4])
+    assert evaluation_arguments(None).yarn is None
 
 
 @pytest.mark.parametrize(
