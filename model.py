@@ -12,6 +12,9 @@ N predicted positions.
 """
 
 if __name__ == "__main__":  # --help and usage errors must not wait for the import of torch
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while starting shows no traceback
     from lab.export import export_arguments
 
     arguments = export_arguments()

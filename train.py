@@ -18,6 +18,9 @@ RECIPE.md has the facts, and where this project departs from the published recip
 """
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while starting shows no traceback
     from lab.options import training_arguments
 
     ARGUMENTS = training_arguments(__doc__)
@@ -43,7 +46,7 @@ from data_filter import (
     zero_variance_share,
 )
 from engine import distributed
-from engine.distributed import Interrupted
+from engine.distributed import Interrupted, StopRequest
 from engine.grader import GraderError
 from engine.rollout_worker import Attempt
 from engine.run import Run
@@ -341,9 +344,9 @@ def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> N
 
 def main(arguments: Namespace) -> None:
     """Run a recipe, or resume a run of it."""
-    run, status = None, 0
+    run, status, stop = None, 0, StopRequest(starting=True)
     try:
-        run = start_run(arguments, distributed.start())
+        run = start_run(arguments, stop, distributed.start())
         train(run)
         run.metrics.close()
         if run.processes.is_main:
@@ -352,7 +355,9 @@ def main(arguments: Namespace) -> None:
             print(f"report in {write_report(run.folder)}")
         run.mark_finished()
     except Interrupted:
-        run.mark_stopped()
+        status = distributed.stop_status()
+        if run is not None:
+            run.mark_stopped()
     except Exception as error:
         status = distributed.report_error(error, "train.py")
     finally:

@@ -163,7 +163,10 @@ def exit_process(status: int | str) -> None:
     """Exit with a status as sys.exit takes it; one of several processes skips the interpreter's shutdown.
 
     During shutdown, a gloo thread that releases a Python object would abort a process whose work is done and saved.
+    Above 128, a signal ends the process, as in a shell's $?.
     """
+    if isinstance(status, int) and status > 128:
+        end_by_signal(status - 128)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if status:
             sys.exit(status)
@@ -296,21 +299,50 @@ def report_error(error: BaseException, program: str) -> int | str:
     return 1
 
 
-class Interrupted(Exception):
+def end_by_signal(number: int) -> None:
+    """End this process by a signal: a shell's loop ends with a program that SIGINT ended, not with an exit of 130."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
+_signal = 0  # that asked this process to stop
+
+
+def stop_status() -> int:
+    """Return the exit status, as a shell has it, of a program that a signal stopped, perhaps on another rank."""
+    return 128 + (_signal or signal.SIGINT)
+
+
+class Interrupted(BaseException):
     """Work was abandoned because the run was asked to stop; every process raises it."""
 
 
 class StopRequest:
-    """A request to save and exit, made by SIGINT or SIGTERM; a second signal stops the process at once."""
+    """A request to save and exit, made by SIGINT, SIGTERM or SIGHUP; a second signal stops the process at once.
 
-    def __init__(self, saved: str = "the last complete step is being saved") -> None:
-        self.asked, self.saved = False, saved
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+    While `starting`, when there is nothing to save, the first signal raises Interrupted.
+    """
+
+    def __init__(self, saved: str = "the last complete step is being saved", starting: bool = False) -> None:
+        self.asked, self.saved, self.starting = 0, saved, starting  # `asked`: the signal's number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
+        global _signal
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        if not error_reported():  # else torchrun is ending the other ranks after one that failed
+            end_by_signal(number)
+        self.asked = _signal = number
+        if self.starting:
+            raise Interrupted
+        if error_reported():  # torchrun is ending the other ranks after one that failed
+            return
+        try:
             print(f"\nstopping: {self.saved}; signal again to stop at once", file=sys.stderr, flush=True)
+        except OSError:  # the terminal is gone
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
