@@ -8,16 +8,19 @@ torchrun's store, so that the ranks that wait in vain can name the missing one a
 an error prints it; the others exit without output, or torchrun ends them.
 """
 
+import json
 import os
 import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -286,6 +289,7 @@ def report_error(error: BaseException, program: str) -> int | str:
     if _watch is None:
         if not correctable:
             raise error
+        _tell_torchrun(f"{program}: {error}")
         return f"{program}: {error}" if is_main_process() else 1
     if _lost_contact(error):
         error, correctable = RankError(_missing_ranks(str(error))), True
@@ -296,7 +300,15 @@ def report_error(error: BaseException, program: str) -> int | str:
     if first:  # before this rank's connections close and the others notice
         text = error if correctable else traceback.format_exc()
         print(f"rank {_watch.rank}: {program}: {text}", file=sys.stderr, flush=True)
+    _tell_torchrun(f"{program}: {error}")
     return 1
+
+
+def _tell_torchrun(text: str) -> None:
+    """Write why this rank ends into the file that torchrun's own report, the last thing on the screen, repeats."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
 
 
 def end_by_signal(number: int) -> None:
