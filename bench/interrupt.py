@@ -243,7 +243,7 @@ def killed_while_saving(start: Start, out: Path, kills: int, draw: random.Random
 def stopped(
     start: Start, out: Path, number: int, stops: int, first: float, last: float, draw: random.Random
 ) -> tuple[float, bool]:
-    """SIGTERM, SIGINT or SIGHUP at random moments; return the longest time to a clean exit, and whether the run survived."""
+    """Stop by a signal at random moments; return the longest time to a clean exit, and whether the run survived."""
     slowest = 0.0
     for _ in range(stops):
         launched, process = time.time(), start(out)
