@@ -346,7 +346,7 @@ def main(arguments: Namespace) -> None:
     """Run a recipe, or resume a run of it."""
     run, status, stop = None, 0, StopRequest(starting=True)
     try:
-        run = start_run(arguments, stop, distributed.start())
+        run = start_run(arguments, distributed.start(), stop)
         train(run)
         run.metrics.close()
         if run.processes.is_main:

@@ -300,14 +300,15 @@ def report_error(error: BaseException, program: str) -> int | str:
     if first:  # before this rank's connections close and the others notice
         text = error if correctable else traceback.format_exc()
         print(f"rank {_watch.rank}: {program}: {text}", file=sys.stderr, flush=True)
-    _tell_torchrun(f"{program}: {error}")
+    _tell_torchrun(f"{program}: {error}", first)
     return 1
 
 
-def _tell_torchrun(text: str) -> None:
+def _tell_torchrun(text: str, first: bool = True) -> None:
     """Write why this rank ends into the file that torchrun's own report, the last thing on the screen, repeats."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        at = int(time.time()) + (not first)  # torchrun takes the earliest for the cause, in whole seconds
+        details = {"py_callstack": text, "timestamp": str(at)}
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
 

@@ -27,16 +27,16 @@ from model import ModelConfig, Transformer, extend_window, load_weights, read_co
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
 
 
-def start_run(arguments: argparse.Namespace, stop: StopRequest, processes: Processes) -> Run:
+def start_run(arguments: argparse.Namespace, processes: Processes, stop: StopRequest) -> Run:
     """Build a run, after the checks that need the least work. If it cannot start, a new run's folder is removed."""
     recipe = read_recipe(arguments)
     check_recipe(recipe)
     with run_folder(arguments, recipe, processes) as (folder, resumed):
-        return build_run(arguments, recipe, folder, resumed, stop, processes)
+        return build_run(arguments, recipe, folder, resumed, processes, stop)
 
 
 def build_run(
-    arguments: argparse.Namespace, recipe: Recipe, folder: Path, resumed: bool, stop: StopRequest, processes: Processes
+    arguments: argparse.Namespace, recipe: Recipe, folder: Path, resumed: bool, processes: Processes, stop: StopRequest
 ) -> Run:
     """Build a run in its folder, and check all of its inputs."""
     lock, checkpoint, state = open_run(arguments, recipe, folder, resumed, processes)

@@ -272,7 +272,12 @@ def test_a_run_stops_when_its_folder_is_no_longer_in_its_place(last_stage, monke
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("[", "Expecting value"), ("[3]", "not subscriptable"), ('[{"recipe": "["}]', "Invalid"), ('[{"recipe": "", "code": 1}]', "texts")],
+    [
+        ("[", "Expecting value"),
+        ("[3]", "not subscriptable"),
+        ('[{"recipe": "["}]', "Invalid"),
+        ('[{"recipe": "", "code": 1}]', "texts"),
+    ],
 )
 def test_fingerprints_that_are_none_are_one_sentence(tmp_path, content, reason):
     path = tmp_path / "fingerprints.json"
@@ -680,7 +685,8 @@ def test_a_dangling_link_in_the_place_of_a_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["train.py"], ["eval.py", "m", "--data", "d"], ["data_filter.py", "estimate", "m", "d"], ["model.py", "m", "o"]]
+    "words",
+    [["train.py"], ["eval.py", "m", "--data", "d"], ["data_filter.py", "estimate", "m", "d"], ["model.py", "m", "o"]],
 )
 def test_ctrl_c_while_starting_is_no_traceback(tmp_path, words):
     """The signal comes when the import of torch begins."""
