@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -327,6 +328,26 @@ _signal = 0  # that asked this process to stop
 def stop_status() -> int:
     """Return the exit status, as a shell has it, of a program that a signal stopped, perhaps on another rank."""
     return 128 + (_signal or signal.SIGINT)
+
+
+SAY_AFTER = """import sys, time
+for _ in range(30_000):
+    time.sleep(0.001)
+    try:
+        words = open(f"/proc/{sys.argv[1]}/cmdline").read()
+    except OSError:
+        words = ""
+    if not words:  # it is exiting, which its shell does not know yet
+        print(sys.argv[2], flush=True)
+        break
+"""
+
+
+def say_last(sentence: str) -> None:
+    """Print a sentence, and again when torchrun has ended: it prints a traceback when a signal stops it."""
+    print(sentence, flush=True)
+    if dist.is_torchelastic_launched() and os.path.exists("/proc/self/cmdline"):
+        subprocess.Popen([sys.executable, "-c", SAY_AFTER, str(os.getppid()), sentence], start_new_session=True)
 
 
 class Interrupted(BaseException):

@@ -16,7 +16,7 @@ import torch
 
 from engine.batches import TrainingSequence
 from engine.checkpoint import CheckpointError, RunState, load_weights_and_optimizer, save_checkpoint
-from engine.distributed import Interrupted, Processes, StopRequest
+from engine.distributed import Interrupted, Processes, StopRequest, say_last
 from engine.fingerprint import model_identity
 from engine.memory import UpdateError
 from engine.offload import HostAdamW
@@ -242,7 +242,7 @@ class Run:
         """Print the command that resumes the run, and write it to a file: torchrun hides its workers' exit codes."""
         if self.processes.is_main:
             (self.folder / WANTS_RESUMING).write_text(f"{self.resume_command()}\n")
-        self.processes.say(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
+            say_last(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
 
     def close(self) -> None:
         """Stop the grader and release the folder."""

@@ -3,6 +3,7 @@
 import os
 import pty
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -198,6 +199,16 @@ def test_a_stop_after_the_terminal_has_gone_says_the_rest_to_nobody(stop, monkey
     os.close(terminal)
     assert replaced == [("/dev/null", 1), ("/dev/null", 2)] and asked.asked == signal.SIGHUP
     assert distributed.stop_status() == 129
+
+
+def test_the_last_sentence_comes_after_what_the_launcher_prints_at_its_end(tmp_path):
+    """Guards: torchrun, stopped by Ctrl-C, prints a traceback below the command that resumes the run."""
+    with (tmp_path / "screen").open("ab") as screen:
+        program = "import time; time.sleep(0.3); print('its traceback', flush=True)"
+        with subprocess.Popen([sys.executable, "-c", program], stdout=screen) as launcher:
+            words = [sys.executable, "-c", distributed.SAY_AFTER, str(launcher.pid), "resume with this"]
+            subprocess.run(words, stdout=screen, check=True, timeout=20)
+    assert (tmp_path / "screen").read_text() == "its traceback\nresume with this\n"
 
 
 def test_nohup_is_respected_and_a_start_is_abandoned_at_once(stop):
