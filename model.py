@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from engine import adapter, huggingface
 from engine.adapter import Lora, add_lora, merge_lora, tokenizer_folder
-from engine.attention import PackedLayout, packed_attention
+from engine.attention import PackedLayout, SharedLayout, packed_attention
 from engine.errors import UserError
 from engine.huggingface import ModelError, resolve_folder
 from engine.offload import Offload, recomputed
@@ -119,20 +119,11 @@ class Packed:
 
 
 class SharedPrompts(Packed):
-    """Packed sequences whose common prompts are in the row once, so that layers compute each prompt once.
+    """Packed sequences whose common prompts are in the row once, so that each prompt is computed once."""
 
-    Attention alone runs on the unshared sequences. `unshare` (sum of lengths,) int64 gives the row's token at each
-    place of these; `share` (T,) int64 gives one place of each of the row's tokens.
-    """
-
-    def __init__(self, lengths: Sequence[int], unshare: Tensor, share: Tensor, device: torch.device | str = "cpu"):
-        super().__init__(lengths, device)
-        self.unshare, self.share = unshare.to(device), share.to(device)
-        self.positions = self.positions[self.share]  # (T,)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.index_select(0, self.unshare) for x in (q, k, v))  # (sum of lengths, H or K, D)
-        return packed_attention(q, k, v, self.layout).index_select(0, self.share)
+    def __init__(self, layout: SharedLayout):
+        self.layout = layout
+        self.positions = torch.cat([torch.arange(n) for n in layout.lengths]).to(layout.device)[layout.share]  # (T,)
 
 
 # -------------------------------------------------------------------------------------------------- the model
@@ -243,6 +234,8 @@ class Decoder(nn.Module):
 
 class Transformer(nn.Module):
     """A causal language model. `load_weights` or `initialise` must fill its weights."""
+
+    name = "the model"  # its folder or hub id, for errors
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -415,6 +408,7 @@ def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
         model = Transformer(config)
         if lora:
             add_lora(model, lora)
+    model.name = str(name)
     model.to_empty(device=device).to(dtype)
     model.tie()
     load_weights(model, base)

@@ -211,9 +211,9 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
     """
     path, history = run.folder / f"pass-rates-{index}.jsonl", run.state.history
     sampling = run.sampling(stage, run_temperature(run, stage), draw=ESTIMATE_DRAW)
-    weights = run.model_identity(index)
+    identity = run.identity(index, problems)
     visits = (index + BEFORE_STAGE, run.state.step)
-    known = estimate(run.worker, problems, stage.group_size, sampling, path, weights, *visits, restart=True)
+    known = estimate(run.worker, problems, stage.group_size, sampling, path, identity, *visits, restart=True)
     estimated = [visit for problem in problems for visit in known.visits(problem.id)]
     for visit in estimated:
         history.append(visit)

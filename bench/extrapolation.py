@@ -27,7 +27,7 @@ from engine.files import write_atomically  # noqa: E402
 from engine.grader import Grader  # noqa: E402
 from engine.rollout_worker import RolloutWorker  # noqa: E402
 from engine.run import EVALUATION_DRAW  # noqa: E402
-from engine.tokenizer import encode, load_tokenizer, stop_tokens  # noqa: E402
+from engine.tokenizer import encode, load_tokenizer, read_chat, stop_tokens  # noqa: E402
 from eval import evaluate  # noqa: E402
 from lab.arithmetic import FILLER  # noqa: E402
 from lab.problems import Problem, read_problems  # noqa: E402
@@ -44,7 +44,7 @@ SETTINGS = ("no scaling", "YaRN, attention temperature", "YaRN alone")
 def lengthen(problem: Problem, worker: RolloutWorker, end: int) -> Problem:
     """Return the sum after enough filler for prompt and correct response to end at token `end`, or without filler."""
     bare = replace(problem, text=problem.text.replace(FILLER, ""))
-    own = len(worker.prompt(bare, 1).tokens) + len(encode(worker.tokenizer, problem.solution)) + 1  # the stop
+    own = len(worker.prompt(bare, 1).tokens) + len(encode(worker.chat.tokenizer, problem.solution)) + 1  # the stop
     return replace(bare, text=FILLER * max(0, end - own) + bare.text)
 
 
@@ -63,12 +63,12 @@ def measure(folder: Path, window: int, ratios: list[float]) -> list[dict]:
     held_out = folder / recipe.eval.data if recipe.eval.data.startswith("world/") else Path(recipe.eval.data)
     problems = read_problems(held_out.with_name("beyond-window.jsonl"))
     model = load(trained, processes.device, processes.compute_dtype)
-    plain, tokenizer = model.config, load_tokenizer(trained, model)
-    stops, rows = stop_tokens(tokenizer, model, trained), []
+    plain, chat = model.config, read_chat(load_tokenizer(trained, model), recipe.thinking)
+    stops, rows = stop_tokens(chat, model, trained), []
     sampling = Sampling(1.0, recipe.eval.max_response_tokens, stops, recipe.seed, EVALUATION_DRAW)
-    with Grader(1, thinking=recipe.thinking) as grader:
+    with Grader(1, thinking=chat.thinking) as grader:
         for ratio in ratios:
-            worker = RolloutWorker(model, tokenizer, stops, None, grader, processes, recipe.instruction)
+            worker = RolloutWorker(model, chat, stops, None, grader, processes, recipe.instruction)
             later = [lengthen(problem, worker, round(ratio * window)) for problem in problems]
             longest = max(len(worker.prompt(problem, 1).tokens) for problem in later) + sampling.max_new_tokens
             worker.limits = CacheLimits((ROWS + SPARE_ROWS) * longest, longest, ROWS)

@@ -22,8 +22,7 @@ import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,15 +43,13 @@ from torch.distributed.checkpoint.state_dict import (
 from data_filter import History
 from engine.distributed import Processes
 from engine.errors import UserError
-from engine.files import atomic_file, sync_folder, write_atomically
+from engine.files import atomic_file, checksum, file_checksums, sync_folder, write_atomically
 from grpo import Sinks
 from lab.metrics import FILES
 from model import Transformer
 from rollout import Rollout
 
 MANIFEST = "manifest.json"
-CHECKSUM_BLOCK = 2**26  # bytes that one thread reads, in chunks
-CHUNK = 2**20
 
 
 class CheckpointError(UserError):
@@ -165,26 +162,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]  # of the first process that failed
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def checksum(path: Path) -> int:
-    """Return the CRC-32 of the CRC-32s of a file's blocks."""
-
-    def block_crc(start: int) -> bytes:
-        crc = 0
-        with path.open("rb") as file:
-            file.seek(start)
-            for _ in range(CHECKSUM_BLOCK // CHUNK):
-                crc = zlib.crc32(file.read(CHUNK), crc)
-        return crc.to_bytes(4, "little")
-
-    with ThreadPoolExecutor(8) as threads:
-        return zlib.crc32(b"".join(threads.map(block_crc, range(0, path.stat().st_size, CHECKSUM_BLOCK))))
-
-
-def file_checksums(paths: Iterable[Path]) -> dict[str, list[int]]:
-    """Return each file's size in bytes and checksum, by name."""
-    return {path.name: [path.stat().st_size, checksum(path)] for path in paths}
 
 
 def write_manifest(checkpoint: Path, files: dict[str, list[int]]) -> None:

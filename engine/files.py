@@ -1,12 +1,17 @@
-"""Write files atomically; read JSON lines whose last line may be cut off."""
+"""Write files atomically; sum them; read JSON lines whose last line may be cut off."""
 
 import json
 import os
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+CHECKSUM_BLOCK = 2**26  # bytes that one thread reads, in chunks
+CHUNK = 2**20
 
 
 @contextmanager
@@ -36,6 +41,26 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of the CRC-32s of a file's blocks."""
+
+    def block_crc(start: int) -> bytes:
+        crc = 0
+        with path.open("rb") as file:
+            file.seek(start)
+            for _ in range(CHECKSUM_BLOCK // CHUNK):
+                crc = zlib.crc32(file.read(CHUNK), crc)
+        return crc.to_bytes(4, "little")
+
+    with ThreadPoolExecutor(8) as threads:
+        return zlib.crc32(b"".join(threads.map(block_crc, range(0, path.stat().st_size, CHECKSUM_BLOCK))))
+
+
+def file_checksums(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Return each file's size in bytes and checksum, by name."""
+    return {path.name: [path.stat().st_size, checksum(path)] for path in paths}
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, bytes, object]]:

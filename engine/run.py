@@ -17,7 +17,7 @@ import torch
 from engine.batches import TrainingSequence
 from engine.checkpoint import CheckpointError, RunState, load_weights_and_optimizer, save_checkpoint
 from engine.distributed import Interrupted, Processes, StopRequest, say_last
-from engine.fingerprint import model_identity
+from engine.fingerprint import model_identity, prompts_identity
 from engine.memory import UpdateError
 from engine.offload import HostAdamW
 from engine.rollout_worker import RolloutWorker
@@ -224,10 +224,11 @@ class Run:
         if not self.processes.broadcast(export.exists()):
             save(self.model, export, self.processes.compute_dtype, tokenizer_from=self.model_folder)
 
-    def model_identity(self, index: int) -> str:
-        """Return the fingerprint of the model that stage INDEX starts from."""
+    def identity(self, index: int, problems: list[Problem]) -> dict[str, str]:
+        """Return the identity of the model that stage INDEX starts from, and of its prompts."""
         folder = self.folder / f"stage-{index - 1}" if index else self.model_folder
-        return self.processes.broadcast(model_identity(folder) if self.processes.is_main else None)
+        found = self.processes.broadcast(model_identity(folder) if self.processes.is_main else None)
+        return found | {"prompts": prompts_identity(self.worker.prompt(problem, 1) for problem in problems)}
 
     def resume_command(self) -> str:
         """Return the command that resumes the run."""

@@ -20,10 +20,11 @@ import transformers
 from engine.checkpoint import CheckpointError, RunState, read_state
 from engine.distributed import Processes
 from engine.files import write_atomically
-from engine.fingerprint import code_version, data_identity, differences, git_commit, model_identity
+from engine.fingerprint import code_version, data_identity, differences, git_commit, model_identity, prompts_identity
+from engine.rollout_worker import RolloutWorker
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
-from lab.problems import has_chats, read_chats
+from lab.problems import Problem, has_chats, read_chats
 from lab.recipe import Recipe, RecipeError, load_recipe, to_toml
 from lab.run_data import RunData
 from model import resolve_folder
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the code
 FINISHED = "finished"  # a file in a run's folder: the run has ended
 WANTS_RESUMING = "resume-me"  # the run was asked to stop and can be resumed
 LAUNCHES = "fingerprints.json"  # the fingerprint of every launch that changed something
+PROMPTS_COMPARED = 64  # of each source
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -140,6 +142,34 @@ def read_launches(path: Path) -> list[dict[str, str]]:
         ) from None
 
 
+def require_same_prompts(
+    arguments: argparse.Namespace, folder: Path, data: RunData, worker: RolloutWorker, resumed: bool
+) -> None:
+    """Refuse to resume a run with other prompts than so far, and record them: they are known once a tokenizer is.
+
+    The first problems of each source stand for all; a chat's first message for its prompts.
+    """
+    is_main, now = worker.processes.is_main, {}
+    launches = worker.processes.broadcast(json.loads((folder / LAUNCHES).read_bytes()) if is_main else None)
+    for source in sources(data.recipe):
+        if has_chats(path := data.path(source)):
+            problems = [Problem("chat", chat[0]["content"], ()) for chat in read_chats(path)[:PROMPTS_COMPARED]]
+        else:
+            problems = data.problems(source)[:PROMPTS_COMPARED]
+        now[f"prompts {source}"] = prompts_identity(worker.prompt(problem, 1) for problem in problems)
+    then = {name: value for launch in launches for name, value in launch.items() if name in now}
+    on_purpose = {"instruction", "thinking"} & {value.partition("=")[0] for value in arguments.set}
+    differing = differences(then, now)
+    if resumed and differing and not on_purpose and not arguments.resume_anyway:
+        raise CheckpointError(
+            f"{folder} differs from the run so far: {'; '.join(differing)}, though the model's files did not (its "
+            "template writes a date, or transformers is another version): resume with it by --resume-anyway"
+        )
+    if is_main and then != now:
+        launches[-1] |= now
+        write_atomically(folder / LAUNCHES, [json.dumps(launches, indent=1).encode()])
+
+
 def new_folder(parent: Path, name: str) -> Path:
     """Make the folder NAME, or NAME-2 and so on where that exists: nothing is ever overwritten."""
     for number in count(1):
@@ -196,13 +226,17 @@ def hold(folder: Path) -> int:
 def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Return what a run depends on in addition to its checkpoint: see `fingerprint.differences`."""
     found = {"recipe": to_toml(recipe), "code": code_version(ROOT)}
-    found["model"] = model_identity(model_source(recipe, folder))
+    found |= {f"model {part}": value for part, value in model_identity(model_source(recipe, folder)).items()}
     data = RunData(recipe, folder)
-    for source in {stage.data for stage in recipe.stage} | {recipe.eval.data, recipe.final.data}:
-        if source:
-            path = data.path(source)
-            found[f"data {source}"] = data_identity(read_chats(path) if has_chats(path) else data.problems(source))
+    for source in sources(recipe):
+        path = data.path(source)
+        found[f"data {source}"] = data_identity(read_chats(path) if has_chats(path) else data.problems(source))
     return found
+
+
+def sources(recipe: Recipe) -> set[str]:
+    """Return the names of all data of a recipe."""
+    return {*(stage.data for stage in recipe.stage), recipe.eval.data, recipe.final.data} - {""}
 
 
 def model_source(recipe: Recipe, folder: Path) -> Path:

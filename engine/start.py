@@ -15,9 +15,17 @@ from engine.grader import Grader
 from engine.offload import Offload
 from engine.rollout_worker import RolloutWorker
 from engine.run import Run
-from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe, run_folder
+from engine.run_folder import (
+    FINISHED,
+    WANTS_RESUMING,
+    model_source,
+    open_run,
+    read_recipe,
+    require_same_prompts,
+    run_folder,
+)
 from engine.sharding import shard
-from engine.tokenizer import encode, encode_chat, end_of_turn, load_tokenizer, stop_tokens
+from engine.tokenizer import END_THINK, THINK, load_tokenizer, read_chat, stop_tokens
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file
@@ -42,11 +50,12 @@ def build_run(
     lock, checkpoint, state = open_run(arguments, recipe, folder, resumed, processes)
     model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, processes)
-    tokenizer = load_tokenizer(model_folder, model)
+    chat = read_chat(load_tokenizer(model_folder, model), recipe.thinking)
+    processes.say(chat.account)
     sampler, reward = recipe.sampler, recipe.reward
-    stops = stop_tokens(tokenizer, model, model_folder)
+    stops = stop_tokens(chat, model, model_folder)
     limits = CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows)
-    grader = Grader(reward.workers, reward.time_limit_seconds, thinking=recipe.thinking)
+    grader = Grader(reward.workers, reward.time_limit_seconds, thinking=chat.thinking)
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -55,7 +64,7 @@ def build_run(
         model_folder=model_folder,
         data=RunData(recipe, folder),
         worker=RolloutWorker(
-            model, tokenizer, stops, limits, grader, processes, recipe.instruction, stop, reward.most_failed_share
+            model, chat, stops, limits, grader, processes, recipe.instruction, stop, reward.most_failed_share
         ),
         metrics=Metrics(folder, recipe.run.tensorboard, processes.is_main, state.metrics_position),
         state=state,
@@ -67,6 +76,7 @@ def build_run(
     )
     guard_data(run)
     check_inputs(run)
+    require_same_prompts(arguments, folder, run.data, run.worker, resumed=checkpoint is not None)
     if processes.is_main:
         for name in (WANTS_RESUMING, FINISHED):  # of an earlier launch
             (folder / name).unlink(missing_ok=True)
@@ -132,19 +142,26 @@ def check_inputs(run: Run) -> None:
 
 def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list[TrainingSequence]:
     """Encode worked solutions or chats; the loss is on the assistant's tokens only, end-of-sequence included."""
-    tokenizer, sequences = worker.tokenizer, []
-    ending = [end_of_turn(tokenizer)]
-    if ending == [None]:
+    chat, sequences, closed = worker.chat, [], 0
+    if chat.end is None:
         raise DataError(f"{stage.data}: the tokenizer names no end of sequence for its solutions: set its eos_token")
     for name, source, reply in data.worked_examples(stage):
-        prompt = worker.prompt(source, 1).tokens if isinstance(source, Problem) else encode_chat(tokenizer, source)
-        response = encode(tokenizer, reply) + ending
+        if chat.prompt_tag == END_THINK in reply:
+            what = f"{name} in {stage.data} thinks, but the prompt has closed its thinking block"
+            raise DataError(f"{what}: set thinking = true or remove the thinking")
+        closed += chat.prompt_tag == THINK and END_THINK not in reply
+        messages = [worker.message(source)] if isinstance(source, Problem) else source
+        prompt, response = chat.example(messages, reply)
         if len(prompt) + len(response) > stage.max_tokens:
             raise DataError(
                 f"{name} in {stage.data}: {len(prompt) + len(response)} tokens exceed the stage's "
                 f"max_tokens = {stage.max_tokens}: raise it or remove the row"
             )
         sequences.append(TrainingSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
+    if closed:
+        worker.processes.say(
+            f"{stage.data}: {closed:,} of {len(sequences):,} solutions do not think: {END_THINK} added"
+        )
     if len(sequences) < stage.batch_sequences:
         raise DataError(f"{stage.data}: {len(sequences)} solutions cannot fill a batch of {stage.batch_sequences}")
     return sequences
@@ -182,6 +199,7 @@ def build_model(folder: Path, recipe: Recipe, processes: Processes) -> Transform
     """
     with torch.device("meta"):
         model = Transformer(model_config(folder, recipe))
+    model.name = str(folder)
     if recipe.lora.rank:
         is_hub_id = not recipe.model.startswith("world/") and not Path(recipe.model).is_dir()
         add_lora(model, Lora(recipe.lora.rank, recipe.lora.alpha, recipe.model if is_hub_id else str(folder.resolve())))

@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from engine import distributed
 from engine.distributed import Interrupted, StopRequest
+from engine.fingerprint import model_identity, prompts_identity
 from engine.grader import Grader
 from engine.rollout_worker import RolloutWorker
-from engine.tokenizer import load_tokenizer, stop_tokens
+from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
 from lab.problems import Problem
 from lab.recipe import SamplerSettings
 from model import extend_window, load, resolve_folder, tokenizer_folder
@@ -22,8 +22,8 @@ def load_worker(
     draw: int = 0,
     yarn: float | None = None,
     original_window: int | None = None,
-) -> tuple[RolloutWorker, Sampling, Path]:
-    """Load a model to sample these problems with lab.options.model_options; return its worker, Sampling and folder.
+) -> tuple[RolloutWorker, Sampling, dict[str, str]]:
+    """Load a model to sample these problems with lab.options.model_options; return worker, Sampling and identity.
 
     `stopping` is printed when a signal stops it; `draw` is the step that keys the random draws. The caller closes the
     worker's grader. Raises ModelError, DataError or RolloutError for whatever would fail later.
@@ -33,13 +33,15 @@ def load_worker(
     if yarn is not None:
         model.config = extend_window(model.config, yarn, original_window)
         model.set_rope(model.config.rope)
-    tokenizer = load_tokenizer(tokenizer_from, model)
+    thinking = {"true": True, "false": False}.get(arguments.thinking, "auto")
+    chat = read_chat(load_tokenizer(tokenizer_from, model), thinking)
+    processes.say(chat.account)
     sampling = Sampling(
-        arguments.temperature, arguments.max_tokens, stop_tokens(tokenizer, model, tokenizer_from), arguments.seed,
+        arguments.temperature, arguments.max_tokens, stop_tokens(chat, model, tokenizer_from), arguments.seed,
         draw, arguments.top_k, arguments.top_p,
     )  # fmt: skip
     worker = RolloutWorker(
-        model, tokenizer, sampling.stop_tokens, None, Grader(arguments.workers, thinking=not arguments.no_thinking),
+        model, chat, sampling.stop_tokens, None, Grader(arguments.workers, thinking=chat.thinking),
         processes, arguments.instruction, StopRequest(stopping), arguments.most_failed_share,
     )  # fmt: skip
     prompts = [worker.prompt(problem, 1) for problem in problems]
@@ -47,7 +49,7 @@ def load_worker(
     page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
     worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
     check_requests(model, prompts, sampling, worker.limits)
-    return worker, sampling, folder
+    return worker, sampling, model_identity(folder) | {"prompts": prompts_identity(prompts)}
 
 
 def run_command(script: str, command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:

@@ -57,7 +57,9 @@ def model_options() -> argparse.ArgumentParser:
     add("-n", type=COUNT, default=8, help="responses per problem")
     add("--top-p", type=bounded(float, 0, 1, above=True), default=1.0)
     add("--max-tokens", type=COUNT, default=8192, help="of a response")
-    add("--no-thinking", action="store_true", help="the model does not think: only the box counts")
+    what = "whether only a box after </think> counts; given to the template, which decides auto"
+    add("--thinking", choices=("auto", "true", "false"), default="auto", help=what)
+    add("--no-thinking", dest="thinking", action="store_const", const="false", help="--thinking false")
     add("--instruction", default=INSTRUCTION, help="appended to problems that do not contain it")
     add("--seed", type=int, default=0)
     add("--rows", type=COUNT, default=64, help="sequences decoded at once")

@@ -232,7 +232,11 @@ class Recipe:
     stage: tuple[SftStage | RlStage, ...]
     seed: int = key(0, least=0)
     max_position_embeddings: int = key(0, "the model's window; 0: as in its config", least=0)
-    thinking: bool = key(True, "whether a response must close its thinking block")
+    thinking: bool | str = key(
+        "auto",
+        "whether only a box after </think> counts; given to the template, which decides auto",
+        one_of=("auto", True, False),
+    )
     instruction: str = key(INSTRUCTION, "appended to a problem that does not contain it")
     micro_batch_tokens: int = key(65_536, "per forward and backward; a longer sequence goes alone", least=1)
     recompute_activations: bool = True

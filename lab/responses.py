@@ -164,7 +164,7 @@ class Recorder:
         tokens, cuts = attempt.rollout.tokens, {}
         for budget in budgets:
             if budget < len(tokens):
-                head = self.worker.tokenizer.decode(tokens[:budget], skip_special_tokens=True)
+                head = self.worker.chat.decode(tokens[:budget])
                 cuts[str(budget)] = len(head.rstrip("\ufffd"))  # which a character split between tokens decodes to
         return cuts
 

@@ -3,6 +3,7 @@
 import builtins
 import errno
 import io
+import json
 import operator
 import os
 import pickle
@@ -25,8 +26,8 @@ from data_filter import Visit
 from engine import checkpoint as checkpoints
 from engine import distributed, files, fingerprint, sharding
 from engine.checkpoint import CheckpointError, RunState, list_checkpoints, load_weights_and_optimizer, read_state
-from lab.problems import Problem
-from rollout import Rollout
+from lab.problems import DataError, Problem
+from rollout import Prompt, Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = {
@@ -285,14 +286,14 @@ def test_a_step_stays_readable_at_every_moment_of_saving_it_again(processes, tmp
 
 
 def test_a_checksum_is_the_crc_of_the_crcs_of_blocks(tmp_path, monkeypatch):
-    size = 3 * checkpoints.CHUNK
-    monkeypatch.setattr(checkpoints, "CHECKSUM_BLOCK", size)
+    size = 3 * files.CHUNK
+    monkeypatch.setattr(files, "CHECKSUM_BLOCK", size)
     data = np.random.default_rng(0).bytes(10 * 2**20 + 3)
     (tmp_path / "file").write_bytes(data)
     blocks = [zlib.crc32(data[i : i + size]) for i in range(0, len(data), size)]
-    assert checkpoints.checksum(tmp_path / "file") == zlib.crc32(np.array(blocks, dtype="<u4").tobytes())
+    assert files.checksum(tmp_path / "file") == zlib.crc32(np.array(blocks, dtype="<u4").tobytes())
     (tmp_path / "empty").touch()
-    assert checkpoints.checksum(tmp_path / "empty") == 0
+    assert files.checksum(tmp_path / "empty") == 0
 
 
 def test_a_run_without_a_checkpoint_reads_as_none(processes, tmp_path):
@@ -388,7 +389,10 @@ def test_a_checkpoint_that_continues_from_lost_lines_is_skipped(processes, tmp_p
 # -------------------------------------------------------------------------------------------------- fingerprint
 
 RECIPE = 'name = "a"\n[sampler]\nrows = 4\n[[stage]]\nkind = "sft"\nsteps = 3\n[[stage]]\nkind = "rl"\nsteps = 5\n'
-PRINT = {"recipe": RECIPE, "model": "m1", "code": "c1, torch 2, commit f", "data a.jsonl": "d1", "data b": "e1"}
+PRINT = {
+    "recipe": RECIPE, "model weights": "w1", "model config": "c1", "code": "c1, torch 2, commit f",
+    "data a.jsonl": "d1", "data b": "e1",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -400,8 +404,8 @@ PRINT = {"recipe": RECIPE, "model": "m1", "code": "c1, torch 2, commit f", "data
         ({"recipe": RECIPE.replace("rows = 4", "rows = 5")}, ["sampler"], []),
         ({"recipe": RECIPE.replace("rows = 4", "rows = 5")}, ["sampler.row"], ["recipe: sampler.rows was 4, is 5"]),
         ({"recipe": RECIPE + "warmup = 1\n"}, (), ["recipe: stage.1.warmup was None, is 1"]),
-        ({"model": "m2"}, ["model"], ["model was m1, is m2"]),
-        ({"data a.jsonl": "d2", "data c": "new"}, (), ["data a.jsonl was d1, is d2"]),
+        ({"model weights": "w2"}, ["model"], ["model weights changed"]),
+        ({"data a.jsonl": "d2", "data c": "new"}, (), ["data a.jsonl changed"]),
         ({"code": "c2, torch 2, commit f"}, (), ["code was c1, torch 2, commit f, is c2, torch 2, commit f"]),
         ({"code": "c1, torch 2, commit g"}, (), []),  # the same code in another commit
     ],
@@ -410,20 +414,88 @@ def test_differences_are_named(change, chosen, expected):
     assert fingerprint.differences(PRINT, PRINT | change, chosen) == expected
 
 
-def test_a_model_is_identified_by_its_files(tmp_path):
-    shape = {"a": torch.zeros(700_000), "b": torch.ones(3)}
-    seen = set()
-    for change in ("none", "first weight", "last weight", "name", "config"):
-        folder = tmp_path / change
+@pytest.fixture
+def model_folder(tmp_path, small_world):
+    """A copy of a laptop model with weights of 3 MB; no weight is read."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_world / "model", folder)
+    save_file({"a": torch.zeros(800_000), "b": torch.ones(3)}, folder / "model.safetensors")
+    return folder
+
+
+def flip_a_byte(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+MODEL_CHANGES = {
+    "a byte in the middle of the weights": (lambda m: flip_a_byte(m / "model.safetensors", 1_600_000), ["weights"]),
+    "the last byte": (lambda m: flip_a_byte(m / "model.safetensors", -1), ["weights"]),
+    "a frequency": (lambda m: edit(m / "config.json", '"rope_theta": 1', '"rope_theta": 2'), ["config"]),
+    "another end": (lambda m: (m / "generation_config.json").write_text('{"eos_token_id": 7}'), ["config"]),
+    "the role": (lambda m: edit(m / "chat_template.jinja", "message", "messages"), ["chat template"]),
+    "a template in the tokenizer's config": (
+        lambda m: edit(m / "tokenizer_config.json", "{", '{"chat_template": "x", '),
+        ["chat template"],
+    ),
+    "a token": (lambda m: (m / "added_tokens.json").write_text('{"a": 7}'), ["tokenizer"]),
+    "how it splits": (lambda m: edit(m / "tokenizer_config.json", "{", '{"a": true, '), ["tokenizer"]),
+    "a page about it": (lambda m: (m / "README.md").write_text("A model."), []),
+    "other times": (lambda m: [os.utime(path, (0, 0)) for path in m.iterdir()], []),
+}
+
+
+@pytest.mark.parametrize("change", MODEL_CHANGES)
+def test_a_model_is_identified_by_what_decides_its_responses(model_folder, tmp_path, change):
+    """Guards: a change in the middle of large weights was the same model, and a README another one."""
+    before = fingerprint.model_identity(model_folder)
+    shutil.copytree(model_folder, tmp_path / "copy")
+    make, expected = MODEL_CHANGES[change]
+    make(tmp_path / "copy")
+    assert fingerprint.other_parts(before, fingerprint.model_identity(tmp_path / "copy")) == expected
+
+
+def test_an_adapter_is_identified_by_its_base_wherever_that_lies(model_folder, tmp_path):
+    """Guards: an adapter whose base had changed was the same model."""
+    seen = []
+    for place in ("here", "there", "changed"):
+        base, folder = tmp_path / place, tmp_path / f"{place}-adapter"
+        shutil.copytree(model_folder, base)
         folder.mkdir()
-        tensors = {name: tensor.clone() for name, tensor in shape.items()}
-        tensors["a"][0] += change == "first weight"
-        tensors["b"][2] += change == "last weight"
-        save_file(tensors, folder / ("other" if change == "name" else "model.safetensors"))
-        (folder / "config.json").write_text("{ }" if change == "config" else "{}")
-        seen.add(fingerprint.model_identity(folder))
-        assert fingerprint.model_identity(folder) in seen
-    assert len(seen) == 5
+        if place == "changed":
+            flip_a_byte(base / "model.safetensors", -1)
+        config = {"r": 1, "lora_alpha": 1, "peft_type": "LORA", "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+        save_file({"a": torch.zeros(3)}, folder / "adapter_model.safetensors")
+        seen.append(fingerprint.model_identity(folder))
+    assert fingerprint.other_parts(*seen[:2]) == [] and fingerprint.other_parts(seen[0], seen[2]) == ["adapter's base"]
+
+
+def test_an_identity_of_an_older_version_is_refused_in_words():
+    wanted = {"n": 2, "identity": {"weights": "w", "prompts": "p"}}
+    fingerprint.require_same("out", wanted | {"identity": {"weights": "w", "prompts": "p", "more": "m"}}, wanted)
+    for held, said in {
+        None: "out does not say which model, prompts and problems it was made with",
+        "w": "out does not say which model",
+        ("w", "other"): r"other inputs \(different: prompts, as the template writes a date or",
+        ("v", "other"): r"other inputs \(different: weights and prompts\): use",
+    }.items():
+        identity = dict(zip(("weights", "prompts"), held, strict=True)) if isinstance(held, tuple) else held
+        with pytest.raises(DataError, match=said):
+            fingerprint.require_same("out", held and {"n": 2, "identity": identity}, wanted)
+
+
+def test_prompts_are_identified_in_any_order():
+    a, b, c = Prompt("a", [1, 2], 1), Prompt("b", (3,), 4, 2), Prompt("b", [4], 1)
+    assert fingerprint.prompts_identity([a, b]) == fingerprint.prompts_identity([replace(b, n=1), a])
+    assert fingerprint.prompts_identity([a, b]) != fingerprint.prompts_identity([a, c])
 
 
 def test_data_is_identified_by_ids_texts_and_order():

@@ -13,6 +13,7 @@ import forked
 import numpy as np
 import pytest
 
+from engine.adapter import Lora, add_lora, initialise_lora
 from engine.grader import Grader
 from engine.rollout_worker import RolloutWorker
 from eval import Response, interval
@@ -20,6 +21,7 @@ from lab import responses
 from lab.evaluation import length_curve, main
 from lab.options import evaluation_arguments
 from lab.problems import Problem, read_problems
+from model import load, save
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ["--temperature", "1", "--top-k", "0", "--instruction", ""]
@@ -232,7 +234,7 @@ def test_other_settings_are_refused(command):
     command("-n", 1, "--max-tokens", 6, "--limit", 2)
     with pytest.raises(SystemExit, match="out was made with max_tokens = 6, not 7: use the same setting"):
         command("-n", 1, "--max-tokens", 7, "--limit", 2)
-    with pytest.raises(SystemExit, match="was made with problems = "):
+    with pytest.raises(SystemExit, match=r"other inputs \(different: prompts and problems\): use"):
         command("-n", 1, "--max-tokens", 6, "--limit", 3)
 
 
@@ -245,13 +247,38 @@ def test_other_weights_or_answers_under_the_same_name_are_refused(command, small
     command(*options, model=model, data=())
     text = data.read_text()
     data.write_text(text.replace('"answers": ["', '"answers": ["1', 1))
-    with pytest.raises(SystemExit, match="was made with problems = "):
+    with pytest.raises(SystemExit, match=r"other inputs \(different: problems\): use"):
         command(*options, model=model, data=())
     data.write_text(text)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    with pytest.raises(SystemExit, match="was made with weights = "):
+    with pytest.raises(SystemExit, match=r"other inputs \(different: weights\): use"):
         command(*options, model=model, data=())
+
+
+def test_a_copied_model_goes_on_and_another_template_or_adapter_base_does_not(command, small_world, tmp_path):
+    """Guards: responses of an adapter on two bases, and of a prompt rendered in two ways, in one table."""
+    import shutil
+
+    for name in ("model", "moved", "worded"):
+        shutil.copytree(small_world / "model", tmp_path / name)
+    options = ["--max-tokens", 6, "--limit", 2]
+    command("-n", 1, *options, model=tmp_path / "model")
+    _, rows = command("-n", 2, *options, model=tmp_path / "moved")
+    assert len(rows) == 4
+    template = tmp_path / "worded" / "chat_template.jinja"
+    template.write_text("0 " + template.read_text())
+    with pytest.raises(SystemExit, match=r"other inputs \(different: chat template and prompts\): use"):
+        command("-n", 3, *options, model=tmp_path / "worded")
+    model = load(tmp_path / "model")
+    add_lora(model, Lora(1, 1.0, str(tmp_path / "model")))
+    initialise_lora(model, 0)
+    save(model, tmp_path / "adapter")
+    command("-n", 1, *options, model=tmp_path / "adapter", out="second")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(SystemExit, match=r"other inputs \(different: adapter's base\): use"):
+        command("-n", 2, *options, model=tmp_path / "adapter", out="second")
 
 
 def test_a_broken_line_is_named(command, tmp_path):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from bench import interrupt
 from engine import fingerprint, run_folder, start
 from engine import run as runs
 from engine.checkpoint import CheckpointError, RunState
+from engine.rollout_worker import RolloutWorker
 from lab import difficulty
 from lab.glossary import DETERMINISTIC, GLOSSARY
 from lab.metrics import Metrics
@@ -293,8 +294,8 @@ CHANGES = {
         lambda text: text.replace("temperature = 1.0", "temperature = 0.9"),
         "temperature was 1.0",
     ),
-    "data": ("world/train.jsonl", lambda text: text.replace(" - ", "  - ", 1), "data world/train.jsonl was"),
-    "model": ("world/model/config.json", lambda text: text + " ", "model was"),
+    "data": ("world/train.jsonl", lambda text: text.replace(" - ", "  - ", 1), "data world/train.jsonl changed"),
+    "model": ("world/model/config.json", lambda text: text + " ", "model config changed"),
 }
 
 
@@ -325,6 +326,19 @@ def test_changed_code_needs_a_flag_and_a_value_set_on_purpose_does_not(last_stag
     assert before["after_step"] == 0 and since["after_step"] == 156 and "learning_rate = 1e-05" in since["recipe"]
     # this is now the recipe, although no checkpoint has been written with it yet
     assert main(monkeypatch, "--resume", last_stage) == "train.py: resumed"
+
+
+def test_prompts_that_other_libraries_render_need_a_flag(last_stage, monkeypatch):
+    render = RolloutWorker.prompt
+
+    def other(*arguments):
+        return replace(prompt := render(*arguments), tokens=[*prompt.tokens, 1])
+
+    monkeypatch.setattr(RolloutWorker, "prompt", other)
+    monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("resumed")))
+    refusal = main(monkeypatch, "--resume", last_stage)
+    assert "so far: prompts world/beyond-window.jsonl changed; prompts world/held" in refusal
+    assert "--resume-anyway" in refusal
 
 
 def test_a_run_without_its_fingerprint_needs_a_flag(last_stage, monkeypatch):
@@ -513,7 +527,8 @@ def test_data_filter_commands_filter_and_drop_as_the_run_did(finished, tmp_path,
         # the run dropped from the problems that its filter had kept, the command drops from all
         assert len(out.read_text().splitlines()) == filters[label]["kept"], label
     first = json.loads((folder / "pass-rates-1.jsonl").read_text().splitlines()[0])["settings"]
-    assert first["weights"] == fingerprint.model_identity(folder / "stage-0") and first["n"] == 8
+    model = fingerprint.model_identity(folder / "stage-0")
+    assert {part: first["identity"][part] for part in model} == model and first["n"] == 8
 
 
 # --------------------------------------------------------------------------- duplicates and benchmark problems
