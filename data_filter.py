@@ -13,9 +13,9 @@ estimate; the first line of its file records the model, problems and sampling se
 """
 
 if __name__ == "__main__":  # answer --help and usage errors before importing torch
-    import signal
+    from engine.terminal import prepare_terminal
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while starting shows no traceback
+    prepare_terminal()
     from lab.options import difficulty_arguments
 
     ARGUMENTS = difficulty_arguments(__doc__)

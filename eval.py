@@ -14,9 +14,9 @@ command resumes and ends with the same results. OUT also gets results.json and r
 """
 
 if __name__ == "__main__":  # --help and argument errors need no torch
-    import signal
+    from engine.terminal import prepare_terminal
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while starting shows no traceback
+    prepare_terminal()
     from lab.options import evaluation_arguments
 
     ARGUMENTS = evaluation_arguments(__doc__)

@@ -18,9 +18,9 @@ RECIPE.md has the facts, and where this project departs from the published recip
 """
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
-    import signal
+    from engine.terminal import prepare_terminal
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while starting shows no traceback
+    prepare_terminal()
     from lab.options import training_arguments
 
     ARGUMENTS = training_arguments(__doc__)
@@ -344,22 +344,24 @@ def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> N
 
 def main(arguments: Namespace) -> None:
     """Run a recipe, or resume a run of it."""
-    run, status, stop = None, 0, StopRequest(starting=True)
+    run, status, stop, then = None, 0, StopRequest(starting=True), "repeat the command"
     try:
         run = start_run(arguments, distributed.start(), stop)
+        then = f"resume with: {run.resume_command()}"
         train(run)
         run.metrics.close()
+        run.mark_finished()
+        then = f"write the report of the finished run with: python -m lab.page {run.folder}"
         if run.processes.is_main:
             from lab.page import write_report
 
             print(f"report in {write_report(run.folder)}")
-        run.mark_finished()
     except Interrupted:
         status = distributed.stop_status()
         if run is not None:
             run.mark_stopped()
     except Exception as error:
-        status = distributed.report_error(error, "train.py")
+        status = distributed.report_error(error, "train.py", then)
     finally:
         if run is not None:
             run.close()

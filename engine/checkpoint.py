@@ -21,6 +21,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -194,7 +195,7 @@ def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """Return what has changed in a checkpoint since it was written, None if nothing; each rank checks some files."""
     name = MANIFEST
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
         if _list_checksum(files) != manifest["checksum"]:
             return f"{MANIFEST} has changed since it was written"
@@ -293,17 +294,20 @@ class DataPlanner(dcp.DefaultLoadPlanner):
         super().load_bytes(read_item, io.BytesIO(plain.getvalue()))
 
 
-def trained_parts(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """Return the tensors of a checkpoint, without a frozen base, which is in the model's folder."""
+def trained_weights(model: Transformer) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint, without a frozen base, which is in the model's folder."""
     weights = get_model_state_dict(model)
-    if model.lora:
-        weights = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
+    return {name: tensor for name, tensor in weights.items() if not model.lora or ".lora_" in name}
+
+
+def trained_parts(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """Return the tensors of a checkpoint."""
     fresh = not optimizer.state
     moments = get_optimizer_state_dict(model, optimizer)
     if fresh:  # torch has created the moments with a step at rate 0, and counted it
         for state in [*moments["state"].values(), *optimizer.state.values()]:
             state["step"].zero_()
-    return {"model": weights, "optimizer": moments}
+    return {"model": trained_weights(model), "optimizer": moments}
 
 
 def load_weights_and_optimizer(
@@ -311,22 +315,35 @@ def load_weights_and_optimizer(
 ) -> None:
     """Load a checkpoint into model and optimizer, on any number of processes. Every process calls it."""
     parts = trained_parts(model, optimizer)
+    _load(parts, checkpoint, model, process_group=processes.gloo)
+    # not strict: a checkpoint does not contain a frozen base
+    set_model_state_dict(model, parts["model"], options=StateDictOptions(strict=not model.lora))
+    set_optimizer_state_dict(model, optimizer, parts["optimizer"])
+
+
+def load_trained_weights(checkpoint: Path, model: Transformer) -> None:
+    """Copy a checkpoint's weights into an unsharded model, without processes: for export."""
+    if fault := damage(checkpoint):
+        raise CheckpointError(f"{checkpoint} cannot be used ({fault}): export another one")
+    with warnings.catch_warnings(action="ignore"):  # of a single process, as intended
+        _load({"model": trained_weights(model)}, checkpoint, model, no_dist=True)
+
+
+def _load(parts: dict[str, dict], checkpoint: Path, model: Transformer, **options: Any) -> None:
+    """Copy a checkpoint's tensors into those of `parts`. Raises CheckpointError for another lora.rank."""
     wanted = model.lora.rank if model.lora else 0
     try:
         reader = DataReader(checkpoint)
         saved_tensors = reader.read_metadata().state_dict_metadata
         saved = next((tensor.size[0] for name, tensor in saved_tensors.items() if name.endswith(".lora_A")), 0)
         if saved == wanted:
-            dcp.load(parts, storage_reader=reader, planner=DataPlanner(), process_group=processes.gloo)
+            dcp.load(parts, storage_reader=reader, planner=DataPlanner(), **options)
     except (Exception, dcp.api.CheckpointException) as error:  # of any type: the files may contain anything
         raise CheckpointError(
             f"{checkpoint} cannot be read ({_reason(error)}): remove it to resume from an older one"
         ) from None
     if saved != wanted:
         raise CheckpointError(f"{checkpoint} was saved with lora.rank = {saved}, not {wanted}: resume with that rank")
-    # not strict: a checkpoint does not contain a frozen base
-    set_model_state_dict(model, parts["model"], options=StateDictOptions(strict=not wanted))
-    set_optimizer_state_dict(model, optimizer, parts["optimizer"])
 
 
 def _pack(state: RunState) -> dict:

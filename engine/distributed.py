@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from engine.errors import UserError
+from engine.errors import UserError, sentence
+from engine.terminal import printable
 
 # ranks sample responses of very different length, and the first to finish waits for the last
 COLLECTIVE_TIME_LIMIT_SECONDS = 6 * 3600.0  # the environment variable of this name overrides it
@@ -281,17 +282,18 @@ def error_reported() -> bool:
         return False
 
 
-def report_error(error: BaseException, program: str) -> int | str:
+def report_error(error: BaseException, program: str, then: str = "repeat the command") -> int | str:
     """Print why this rank ends, unless another rank has; return the status for `exit_process`.
 
     Errors that a person can put right and failed collectives are one sentence; all others come with their traceback.
+    `then` is what to do about a full disk once it has space.
     """
     correctable = isinstance(error, (UserError, ImportError, OSError))
     if _watch is None:
         if not correctable:
             raise error
-        _tell_torchrun(f"{program}: {error}")
-        return f"{program}: {error}" if is_main_process() else 1
+        _tell_torchrun(f"{program}: {sentence(error, then)}")
+        return f"{program}: {sentence(error, then)}" if is_main_process() else 1
     if _lost_contact(error):
         error, correctable = RankError(_missing_ranks(str(error))), True
     try:
@@ -299,16 +301,16 @@ def report_error(error: BaseException, program: str) -> int | str:
     except RuntimeError:  # the store's process is gone
         first = True
     if first:  # before this rank's connections close and the others notice
-        text = error if correctable else traceback.format_exc()
+        text = sentence(error, then) if correctable else traceback.format_exc()
         print(f"rank {_watch.rank}: {program}: {text}", file=sys.stderr, flush=True)
-    _tell_torchrun(f"{program}: {error}", first)
+    _tell_torchrun(f"{program}: {sentence(error, then)}", first)
     return 1
 
 
 def _tell_torchrun(text: str, first: bool = True) -> None:
     """Write why this rank ends into the file that torchrun's own report, the last thing on the screen, repeats."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        at = int(time.time()) + (not first)  # torchrun takes the earliest for the cause, in whole seconds
+        text, at = printable(text), int(time.time()) + (not first)  # torchrun takes the earliest for the cause
         details = {"py_callstack": text, "timestamp": str(at)}
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
@@ -343,11 +345,12 @@ for _ in range(30_000):
 """
 
 
-def say_last(sentence: str) -> None:
+def say_last(text: str) -> None:
     """Print a sentence, and again when torchrun has ended: it prints a traceback when a signal stops it."""
-    print(sentence, flush=True)
+    print(text, flush=True)
     if dist.is_torchelastic_launched() and os.path.exists("/proc/self/cmdline"):
-        subprocess.Popen([sys.executable, "-c", SAY_AFTER, str(os.getppid()), sentence], start_new_session=True)
+        words = [sys.executable, "-c", SAY_AFTER, str(os.getppid()), printable(text)]
+        subprocess.Popen(words, start_new_session=True)
 
 
 class Interrupted(BaseException):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -15,14 +17,33 @@ CHUNK = 2**20
 
 
 @contextmanager
+def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Name the path in an OSError of writing it, and remove what was written so far: it may fill the disk.
+
+    What safetensors and tokenizers raise for an error of the system becomes an OSError as well.
+    """
+    try:
+        yield
+    except Exception as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        theirs = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else theirs and int(theirs[1])
+        if not number or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write under another name, renamed when it is on disk: the path holds the old bytes or all new ones."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path, temporary):
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     sync_folder(path.parent)
 
 

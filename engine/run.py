@@ -17,6 +17,7 @@ import torch
 from engine.batches import TrainingSequence
 from engine.checkpoint import CheckpointError, RunState, load_weights_and_optimizer, save_checkpoint
 from engine.distributed import Interrupted, Processes, StopRequest, say_last
+from engine.files import write_atomically
 from engine.fingerprint import model_identity, prompts_identity
 from engine.memory import UpdateError
 from engine.offload import HostAdamW
@@ -237,12 +238,12 @@ class Run:
     def mark_finished(self) -> None:
         """Write a file that says that the run has finished."""
         if self.processes.is_main:
-            (self.folder / FINISHED).write_text(f"after step {self.state.step}\n")
+            write_atomically(self.folder / FINISHED, [f"after step {self.state.step}\n".encode()])
 
     def mark_stopped(self) -> None:
         """Print the command that resumes the run, and write it to a file: torchrun hides its workers' exit codes."""
         if self.processes.is_main:
-            (self.folder / WANTS_RESUMING).write_text(f"{self.resume_command()}\n")
+            write_atomically(self.folder / WANTS_RESUMING, [f"{self.resume_command()}\n".encode()])
             say_last(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from engine import distributed
+from engine.adapter import tokenizer_folder
 from engine.distributed import Interrupted, StopRequest
 from engine.fingerprint import model_identity, prompts_identity
 from engine.grader import Grader
@@ -11,7 +12,7 @@ from engine.rollout_worker import RolloutWorker
 from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
 from lab.problems import Problem
 from lab.recipe import SamplerSettings
-from model import extend_window, load, resolve_folder, tokenizer_folder
+from model import extend_window, load, resolve_folder
 from rollout import CacheLimits, Sampling, check_requests
 
 
@@ -44,7 +45,9 @@ def load_worker(
         model, chat, sampling.stop_tokens, None, Grader(arguments.workers, thinking=chat.thinking),
         processes, arguments.instruction, StopRequest(stopping), arguments.most_failed_share,
     )  # fmt: skip
-    prompts = [worker.prompt(problem, 1) for problem in problems]
+    asked: dict = {}
+    prompts = worker.prompts(problems, asked)
+    worker.check(asked)
     window = max((len(prompt.tokens) for prompt in prompts), default=0) + arguments.max_tokens
     page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
     worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)

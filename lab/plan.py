@@ -58,7 +58,7 @@ def find_shape(name: str) -> tuple[Shape, str]:
         from huggingface_hub import try_to_load_from_cache  # local models do not need it
 
         if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
-            return Shape(parse_config(json.loads(Path(cached).read_text()), cached)), "the hub's cache"
+            return Shape(parse_config(json.loads(Path(cached).read_text(encoding="utf-8")), cached)), "the hub's cache"
     if name in PUBLISHED:
         source = dict(zip(PUBLISHED_KEYS, PUBLISHED[name], strict=True))
         return Shape(parse_config(source, name)), "the table of published shapes in plan.py"
@@ -179,11 +179,9 @@ def mean_prompt(model: str, data: str, instruction: str, thinking: bool | str = 
     """Return the mean tokens of the prompts of a local file, by a local model's tokenizer; 0 if either is missing."""
     if not Path(data).is_file() or not (Path(model) / "tokenizer_config.json").is_file():
         return 0
-    from transformers import AutoTokenizer  # slow to import, and only here
+    from engine.tokenizer import read_chat, read_tokenizer  # slow to import, and only here
 
-    from engine.tokenizer import read_chat
-
-    chat = read_chat(AutoTokenizer.from_pretrained(model), thinking)
+    chat = read_chat(read_tokenizer(Path(model)), thinking)
     texts = [prompt_text(problem, instruction) for problem in read_problems(data)]
     lengths = [len(chat.prompt([{"role": "user", "content": text}])) for text in texts]
     return round(sum(lengths) / max(1, len(lengths)))

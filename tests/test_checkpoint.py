@@ -26,6 +26,7 @@ from data_filter import Visit
 from engine import checkpoint as checkpoints
 from engine import distributed, files, fingerprint, sharding
 from engine.checkpoint import CheckpointError, RunState, list_checkpoints, load_weights_and_optimizer, read_state
+from lab.export import export_arguments, main
 from lab.problems import DataError, Problem
 from rollout import Prompt, Rollout
 
@@ -513,6 +514,27 @@ def test_the_program_is_identified_by_its_files(tmp_path):
     assert fingerprint.code_version(tmp_path) == first
     (tmp_path / "a.py").write_text("2")
     assert fingerprint.code_version(tmp_path) != first
+
+
+def test_a_checkpoint_becomes_a_model_folder(processes, tmp_path, capsys):
+    parts = trained(processes, 0)
+    models.save(trained(processes, 1)[0], tmp_path / "base")  # other weights
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    folder = save(processes, tmp_path / "run", 5, parts=parts)
+    (tmp_path / "run" / "recipe.toml").write_text(
+        f'name = "run"\nmodel = "{tmp_path}/base"\nmax_position_embeddings = 64\n'
+        '[[stage]]\nkind = "sft"\ndata = "none.jsonl"\nsteps = 1\nbatch_sequences = 1\nmax_tokens = 64\n'
+    )
+    main(export_arguments([str(folder), str(tmp_path / "out"), "--dtype", "float32"]))
+    exported, (wanted, _) = models.load(tmp_path / "out"), parts
+    for (name, parameter), (_, trained_one) in zip(exported.named_parameters(), wanted.named_parameters(), strict=True):
+        assert torch.equal(parameter, trained_one.full_tensor()), name
+    assert exported.config.max_position_embeddings == 64 and (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(models.ModelError, match="a checkpoint of a run, no model: export it first"):
+        models.load(folder)
+    (folder / "run.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"^model.py: .*step-5 cannot be used \(run.pt has 0 bytes"):
+        main(export_arguments([str(folder), str(tmp_path / "again")]))
 
 
 def test_nothing_draws_from_a_generator_that_checkpoints_do_not_save():

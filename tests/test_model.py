@@ -14,7 +14,7 @@ from conftest import SCALINGS, VOCABULARY, WINDOW, tiny_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from lab.export import export_arguments
+from lab.export import export_arguments, main
 from model import (
     Packed,
     TokenLogprobs,
@@ -337,7 +337,7 @@ def test_command_line_errors_are_one_sentence_and_nothing_is_written(checkpoint,
         ((scaled, out, "--yarn", 1.5), "already has Yarn"),
     ]:
         with pytest.raises(SystemExit) as stopped:
-            model_file.main(export_arguments([*map(str, arguments)]))
+            main(export_arguments([*map(str, arguments)]))
         message = stopped.value.code
         assert message.startswith("model.py: ") and sentence in message and "\n" not in message
         assert [file.name for file in tmp_path.iterdir()] == ["taken"] and not list((tmp_path / "taken").iterdir())

@@ -222,6 +222,20 @@ def test_original_window_defaults_to_the_models_window():
     assert rope.scaling.original_max_position_embeddings == 4_096
 
 
+@pytest.mark.parametrize("scaling", [
+    {"rope_type": "yarn", "factor": 4.0, "beta_slow": 2}, {"rope_type": "yarn", "factor": 2, "attention_factor": 1.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+])  # fmt: skip
+@pytest.mark.parametrize("places", [{"original_max_position_embeddings": 256}, {}])
+def test_the_original_window_is_found_where_transformers_finds_it(scaling, places):
+    """Regression: one at the top of the config was ignored."""
+    keys = {"max_position_embeddings": 4_096, "rope_theta": 1e6, "rope_scaling": scaling} | places
+    rope, _ = rope_from_config(keys, 64)
+    reference = transformers_rotary(keys, "llama" if scaling["rope_type"] == "llama3" else "qwen3", 64)
+    assert torch.equal(frequencies(rope), reference.inv_freq)
+    assert attention_factor(rope) == pytest.approx(reference.attention_scaling)
+
+
 @pytest.mark.parametrize("name", ROPES)
 @pytest.mark.parametrize("dropped", [["rope_parameters"], ["rope_scaling", "rope_theta"], []])
 def test_round_trip_through_old_and_new_keys(name, dropped):
@@ -243,6 +257,10 @@ def test_round_trip_through_old_and_new_keys(name, dropped):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64,
                            "low_freq_factor": 1.0}}, "lacks 'high_freq_factor'"),
+        ({"rope_scaling": YARN | {"beta_fast": 0}}, "beta_fast must be a number from 0.001 to 1,000,000"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, "factor must be a number"),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 64}, "disagree about original_max_position"),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 1e6}}, "about rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
@@ -257,5 +275,5 @@ def test_unsupported_rope_configs_are_refused(config, sentence):
 def test_rope_scaling_next_to_rope_parameters_is_not_silently_ignored():
     """Regression: rope_parameters hid a rope_scaling that a user had added; transformers prefers the latter."""
     config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN}
-    with pytest.raises(ModelError, match="disagree about rope_type"):
+    with pytest.raises(ModelError, match="disagree about .*rope_type"):
         rope_from_config(config, 128)
