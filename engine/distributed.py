@@ -313,7 +313,7 @@ def _tell_torchrun(text: str, first: bool = True) -> None:
         text, at = printable(text), int(time.time()) + (not first)  # torchrun takes the earliest for the cause
         details = {"py_callstack": text, "timestamp": str(at)}
         with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
+            Path(path).write_bytes(json.dumps({"message": {"message": text, "extraInfo": details}}).encode())
 
 
 def end_by_signal(number: int) -> None:
@@ -336,9 +336,9 @@ SAY_AFTER = """import sys, time
 for _ in range(30_000):
     time.sleep(0.001)
     try:
-        words = open(f"/proc/{sys.argv[1]}/cmdline").read()
+        words = open(f"/proc/{sys.argv[1]}/cmdline", "rb").read()
     except OSError:
-        words = ""
+        words = b""
     if not words:  # it is exiting, which its shell does not know yet
         print(sys.argv[2], flush=True)
         break
