@@ -63,7 +63,7 @@ def run_command(script: str, command: Callable[[argparse.Namespace], None], argu
     try:
         command(arguments)
     except (Interrupted, KeyboardInterrupt):
-        status = 130
+        status = distributed.stop_status()
         if distributed.is_main_process():
             print(f"stopped; the same command resumes from {arguments.out}")
     except Exception as error:

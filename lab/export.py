@@ -3,16 +3,19 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
-from lab.options import add_yarn_options, yarn_settings
+from lab.options import add_yarn_options, user_path, yarn_settings
 
 
 def export_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line of model.py; exit with a message on a usage error."""
     parser = argparse.ArgumentParser("model.py", description="Export a model, or a checkpoint of a run, as a folder.")
-    parser.add_argument("model", help="model folder, hub id, or RUN/checkpoints/step-N; adapters are merged")
-    parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
+    parser.add_argument(
+        "model", type=expanduser, help="model folder, hub id, or RUN/checkpoints/step-N; adapters are merged"
+    )
+    parser.add_argument("out", type=user_path, help="the folder to write; it must not exist")
     add_yarn_options(parser)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     arguments = parser.parse_args(command_line)

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import operator
+import os
 import tomllib
 import typing
 from collections.abc import Iterator, Sequence
@@ -368,7 +369,9 @@ def _convert(value: object, kind: typing.Any, where: str) -> typing.Any:
     if kind == tuple[str, ...]:
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
             raise RecipeError(f"{where} must be a list of texts, not {_shown(value)}")
-        return tuple(value)
+        return tuple(map(os.path.expanduser, value))  # benchmarks
+    if type(value) is str and where.rpartition(".")[2] in ("model", "data"):
+        value = os.path.expanduser(value)
     options = typing.get_args(kind) or (kind,)  # of a union
     for option in options:
         if is_dataclass(option):

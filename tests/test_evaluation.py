@@ -38,7 +38,7 @@ def command(small_world, tmp_path, monkeypatch):
         files = [word for name in data for word in ("--data", str(small_world / f"{name}.jsonl"))]
         settings = [*OPTIONS[0 if temperature else 2 :], "--out", str(tmp_path / out)]
         monkeypatch.setattr("sys.argv", ["eval.py", str(model), *files, *settings, *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             main(evaluation_arguments(None))
         finally:
@@ -301,7 +301,7 @@ def test_a_signal_keeps_the_finished_responses(small_world, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == -signal.SIGINT, err
     assert "stopping: the finished responses are kept" in err and "the same command resumes" in out
     kept = responses.read_responses(part)
     assert 0 < len(kept) < 6 * 300
