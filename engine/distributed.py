@@ -364,6 +364,8 @@ class StopRequest:
     """
 
     def __init__(self, saved: str = "the last complete step is being saved", starting: bool = False) -> None:
+        global _signal
+        _signal = 0
         self.asked, self.saved, self.starting = 0, saved, starting  # `asked`: the signal's number
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
