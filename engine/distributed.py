@@ -327,14 +327,17 @@ def stop_status() -> int:
     return 128 + (_signal or signal.SIGINT)
 
 
+SAY_AFTER = "import select, sys; select.select([int(sys.argv[1])], [], [], 30)[0] and print(sys.argv[2])"
+
+
 def say_last(text: str) -> None:
     """Print a sentence, and again when torchrun has ended: it prints a traceback when a signal stops it."""
     print(text, flush=True)
-    if dist.is_torchelastic_launched() and hasattr(os, "pidfd_open"):
-        parent = os.pidfd_open(os.getppid())  # is readable when the process has ended
-        wait = "import select, sys; select.select([int(sys.argv[1])], [], [], 30)[0] and print(sys.argv[2])"
-        words = [sys.executable, "-Ic", wait, str(parent), printable(text)]
-        subprocess.Popen(words, start_new_session=True, pass_fds=[parent])
+    if dist.is_torchelastic_launched():
+        with suppress(AttributeError, OSError):  # Linux alone has pidfd_open
+            parent = os.pidfd_open(os.getppid())  # readable when the process has ended
+            words = [sys.executable, "-c", SAY_AFTER, str(parent), printable(text)]
+            subprocess.Popen(words, start_new_session=True, pass_fds=[parent])
 
 
 class Interrupted(BaseException):
