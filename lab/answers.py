@@ -92,7 +92,7 @@ DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 PLAIN_FRACTION = re.compile(rf"\\frac ?\{{(-?{DECIMAL})\}} ?\{{(-?{DECIMAL})\}}", re.ASCII)
 NUMBER = re.compile(
     rf"(?P<sign>[-+]?) ?(?:(?P<whole>\d+) (?=\d+/))?(?P<a>{DECIMAL})"
-    rf"(?: ?/ ?(?P<b>-?{DECIMAL})|\\(?:times|cdot) ?10\^(?P<power>\d|\{{[-+]?\d+\}}))? ?(?P<percent>\\?%)?",
+    rf"(?: ?/ ?(?P<b>-?{DECIMAL})| ?\\(?:times|cdot) ?10\^(?P<power>\d|\{{[-+]?\d+\}}))? ?(?P<percent>\\?%)?",
     re.ASCII,
 )
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
@@ -119,7 +119,7 @@ TIDY = [
         (r"(?<![\d.,_^])[1-9]\d{0,2}(?:(?:,| |\\,)\d{3})+(?![\d,])", _joined),
         (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+", " "),
         (r"\\(?:(?:text|math)(?:rm|bf|it|sf|tt|normal)?|mbox|boldsymbol|bm|bold|underline) ?\{ ?([^{}]*?) ?\}", r"\\text{\1}"),
-        (r"\\text\{([eid]|[^A-Za-z{}]*)\}", r"\1"),
+        (r"\\text\{([eid]|[^A-Za-z{}][^{}]*)\}", r"\1"),
         (rf"\\(?:text|operatorname)\{{({FUNCTION})\}}|(?<![A-Za-z\\])({FUNCTION})(?![A-Za-z])", lambda f: rf"\{f[1] or f[2]} "),
         (r"\\sqrt ?(?:\(([^()]*)\)|(\d+(?=\d)\d))", lambda root: rf"\sqrt{{{root[1] or root[2]}}}"),
         (r"\\[dtc](frac|binom)", r"\\\1"),
@@ -139,7 +139,7 @@ TIDY = [
         (r"\\\\ ?\[\d+(?:pt|mm|em|ex)\]", r"\\\\"),
         (r"^\\\{ ?(\w) ?(?:\\in ?\\mathbb\{?R\}?)? ?(?:\\mid|[|:])(?=.*(?:<|>|\\[lgn]e)) ?(.*)\\\}$", r"\2"),
         (r"(?<![\w}]) | (?![\w\\])|(?<=[\w})\]%°'])\.\s*$", ""),
-        (r"^([-+]?[0-9.]+)[eE]([-+]?[0-9]{1,3})$", r"\1\\times 10^{\2}"),
+        (r"(^|[(\[{,=] ?)([-+]?[0-9.]+)[eE]([-+]?[0-9]{1,3})(?=$|[)\]},])", r"\1\2\\times 10^{\3}"),
     )
 ]
 
@@ -221,10 +221,10 @@ SYMBOL = re.compile(rf"\\(?:{FUNCTION}|frac|binom|cdot|times|div)(?![A-Za-z])|(\
 CHOICE = re.compile(r"(?:(?i:option|choice|answer):? ?)?\(?([A-J])(?:\)|\.|:|$)[).:]* *(.*)", re.DOTALL)
 OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z]| [a-z])")  # "(B) A circle" begins with the article
 
-UPRIGHT = r"(?:\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?|°C?F?|(?<!')''?(?!'))"
+UPRIGHT = r"\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?"
 COMMON_UNIT = r"(?:[ckm]m|[km]g|ft|in|hrs?|min|sec|mph)"  # that follow a number without a space
 UNIT = re.compile(
-    rf"(?: ?{UPRIGHT})(?: ?(?:/|\\cdot)? ?{UPRIGHT})*+$|(?<=\d)_(?:\d|\{{\d\d?\}})$|\\?%$"
+    rf"(?<![°'])(?: ?{UPRIGHT}(?: ?(?:/|\\cdot)? ?{UPRIGHT})*+| ?°[CF]?|°\\text\{{[CF]\}}|''?)$|(?<=\d)_(?:\d|\{{\d\d?\}})$|\\?%$"
     rf"|(?<=[\d}}])(?P<word>(?: (?:[A-Za-z]{{3,}}|{COMMON_UNIT})|{COMMON_UNIT})(?:[ /][A-Za-z]+)*+(?:\^\{{?\d\}}?)?)$"
 )
 NO_UNIT = frozenset(
@@ -276,7 +276,7 @@ def _entries(text: str) -> tuple[str, list[str]]:
 
 def _before_approximation(text: str) -> str:
     r"""What is said to be near something: 1/3 of `1/3 \approx 0.33`, 5 of `x \approx 5`; nothing of `5 \approx 6`."""
-    first, *_, last = [*_split(text, APPROXIMATES), ""] if r"\approx" in text else (text, text)
+    first, last = (_split(text, APPROXIMATES)[end] for end in (0, -1))
     figures = _figure(first), _figure(last)
     if None not in figures and abs(figures[0][0] - figures[1][0]) > MOST_ROUNDING * abs(figures[0][0]):
         return ""
@@ -294,7 +294,7 @@ def _phrase(text: str) -> str | None:
 
 def _choice(text: str) -> str | None:
     """The letter of a multiple-choice answer, alone or before its text."""
-    match = CHOICE.fullmatch(TEXT.sub(r"\1", text).strip())
+    match = CHOICE.fullmatch(TEXT.sub(r"\1", text).strip("{} "))
     return match[1] if match and not OTHER_CHOICE.search(match[2]) else None
 
 
@@ -447,13 +447,13 @@ def text_verdict(answer: str, golds: Sequence[str]) -> tuple[str | None, list[st
 # The worker: math-verify, with a guard around each of its known faults
 
 RELATIVE_TOLERANCE = 2e-6  # of decimals against closed forms: 0.333333 is 1/3 to six figures
-PRODUCT = re.compile(r"(?:\\times|\\cdot|\*(?!\*))(?! ?10(?:\^|\*\*))|\\begin|\*\*.*\*\*")
+PRODUCT = re.compile(r"(?:\\times|\\cdot|(?<!\*)\*(?!\*))(?! ?10(?:\^|\*\*))|\\begin")
 
 
 def _repeating(match: re.Match) -> str:
     whole, start, cycle = match.groups()
     above = int(whole + start + cycle) - int(whole + start or "0")
-    return rf"{{\frac{{{above}}}{{{'9' * len(cycle)}{'0' * len(start)}}}}}"
+    return rf"\frac{{{above}}}{{{'9' * len(cycle)}{'0' * len(start)}}}"
 
 
 # What its grammar misreads or does not know, in words that it does.
@@ -461,6 +461,8 @@ READABLE = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
         (r";", ","),
+        (r"(\d*)\.(\d*)\\overline\{(\d+)\}", _repeating),
+        (r"(\d*)\.(\d+)", lambda d: rf"\frac{{{d[1]}{d[2]}}}{{1{'0' * len(d[2])}}}"),  # no float: it hides sums
         (r"°", r"^\\circ "),
         (r"(?:\*\*|\^) ?(-?(?:\d+|[A-Za-z]))", r"^{\1}"),  # 2^10 and 2**10 are typed for 2^{10}
         (r"(?<=[A-Za-z])'+", lambda primes: "_{" + "p" * len(primes[0]) + "}"),
@@ -472,8 +474,6 @@ READABLE = [
             r"\1\\cdot (",
         ),
         (r"\)\(|(?<![_^\d])(\d+)\(", lambda found: (found[1] or ")") + r"\cdot ("),
-        (r"(\d*)\.(\d*)\\overline\{(\d+)\}", _repeating),
-        (r"(\d*)\.(\d+)", lambda d: rf"{{\frac{{{d[1]}{d[2]}}}{{1{'0' * len(d[2])}}}}}"),  # a float would hide sums
     )
 ]
 
@@ -512,10 +512,8 @@ def _is_open(value) -> bool:
         if value.is_Mul and -1 in terms and not all(arg.is_Number for arg in value.args):
             terms.remove(-1)  # a sign
         rational = [term for term in terms if term.doit().is_rational]
-        is_scientific = len(terms) == 2 and value.is_Mul and any(t.is_Pow and t.base == 10 for t in terms)
-        if len(rational) > 1 and not (is_scientific and any(t.is_Rational for t in terms)):
-            return True
-        if len(terms) > 1 and not rational and value.doit().is_rational:
+        is_scientific = len(terms) == 2 and value.is_Mul and any(t.is_Pow and t.base == 10 for t in terms) and any(t.is_Rational for t in terms)
+        if len(terms) > 1 and not is_scientific and (len(rational) > 1 or value.doit().is_rational):
             return True
     return any(_is_open(arg) for arg in value.args)
 
