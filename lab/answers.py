@@ -57,26 +57,23 @@ MAX_DEPTH = 50  # of its brackets
 OPERAND = r"[-−]?+\\?+\$?+(?:[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?+|\.[0-9]++)"
 OPERATOR = r"(?:[-−+*/×÷·]|\\times|\\cdot|\\div|x(?=[ \t]*+[$0-9]))"
 SIDE = re.compile(rf"{OPERAND}(?:[ \t]*+{OPERATOR}[ \t]*+{OPERAND})*+")
-OPERAND, OPERATOR, SPACES = re.compile(OPERAND), re.compile(OPERATOR), re.compile(r"[ \t]*+")
+STEP, OPERAND = re.compile(rf"[ \t]*+({OPERATOR})?[ \t]*+({OPERAND})"), re.compile(OPERAND)
 PLAIN_OPERATOR = {"−": "-", "×": "*", "x": "*", "·": "*", r"\times": "*", r"\cdot": "*", "÷": "/", r"\div": "/"}
 
 
 def evaluate(side: str) -> Fraction | None:
     """Value of `a op b op c ...`, products first; None when it divides by zero."""
-    match = OPERAND.match(side)
-    total, product = 0, _exact(match[0])
-    while match.end() < len(side):
-        operator = OPERATOR.match(side, SPACES.match(side, match.end()).end())
-        match = OPERAND.match(side, SPACES.match(side, operator.end()).end())
-        sign, value = PLAIN_OPERATOR.get(operator[0], operator[0]), _exact(match[0])
+    total = product = 0
+    for operator, operand in STEP.findall(side):
+        sign, value = PLAIN_OPERATOR.get(operator, operator), _exact(operand)
         if sign == "*":
             product *= value
+        elif sign == "/" and value == 0:
+            return None
         elif sign == "/":
-            if value == 0:
-                return None
             product = Fraction(product) / value
         else:
-            total, product = total + product, value if sign == "+" else -value
+            total, product = total + product, -value if sign == "-" else value
     return total + product
 
 
@@ -98,9 +95,10 @@ NUMBER = re.compile(
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log|exp|sqrt|pi|infty"  # that are typed as words
 CHARACTERS = str.maketrans(
-    {"−": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "²": "^{2}", "³": "^{3}", "π": r"\pi ", "∞": r"\infty "}
+    {"−": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty "}
     | {"√": r"\sqrt ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm "}
 )
+SUPERSCRIPT, SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁻]+"), str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 SIGNS = {"lt": "<", "gt": ">", "vert": "|", "lvert": "|", "rvert": "|", "langle": "(", "rangle": ")", "colon": ":"}
 ARGUMENT = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 
@@ -114,7 +112,7 @@ TIDY = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
         (r"^\s*\\[(\[]|\\[)\]]\s*$|\\?\$|[€£]|\\\\\s*$|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
-        (r"\{,\}|,\s*\\!\s*", ","),
+        (r"\{([,:])\}|(,)\s*\\!\s*", r"\1\2"),
         (r"\\!|\\(?:[lL]arge|LARGE|huge|small)(?![A-Za-z])", ""),
         (r"(?<![\d.,_^])[1-9]\d{0,2}(?:(?:,| |\\,)\d{3})+(?![\d,])", _joined),
         (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+", " "),
@@ -133,7 +131,7 @@ TIDY = [
         (r"\\(lt|gt|vert|lvert|rvert|langle|rangle|colon)(?![A-Za-z])", lambda name: SIGNS[name[1]]),
         (r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}", r"\\emptyset"),
         (r" ?(?:\\text\{percent\}|\bpercent\b)", r"\\%"),
-        (r"\^ ?\{ ?\\text\{(?:st|nd|rd|th)\} ?\}|^\s*\\approx(?![A-Za-z])", ""),
+        (r"(?<=\d) ?\^ ?\{? ?(?:\\text\{)?(?:st|nd|rd|th)(?![A-Za-z])[} ]*|^\s*\\approx(?![A-Za-z])", ""),
         (r"[(\[]?\\begin\{(?:[pb]?(?:small)?matrix|array)\}(?:\{[lcr| ]*\})?", r"\\begin{pmatrix}"),
         (r"\\end\{(?:[pb]?(?:small)?matrix|array)\}[)\]]?", r"\\end{pmatrix}"),
         (r"\\\\ ?\[\d+(?:pt|mm|em|ex)\]", r"\\\\"),
@@ -146,7 +144,7 @@ TIDY = [
 
 def tidy(text: str) -> str:
     """The same answer with its typesetting removed: math delimiters, spacing, sized brackets, synonyms."""
-    text = text.translate(CHARACTERS)
+    text = SUPERSCRIPT.sub(lambda raised: f"^{{{raised[0].translate(SUPERSCRIPTS)}}}", text.translate(CHARACTERS))
     for pattern, replacement in TIDY:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -222,9 +220,9 @@ CHOICE = re.compile(r"(?:(?i:option|choice|answer):? ?)?\(?([A-J])(?:\)|\.|:|$)[
 OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z]| [a-z])")  # "(B) A circle" begins with the article
 
 UPRIGHT = r"\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?"
-COMMON_UNIT = r"(?:[ckm]m|[km]g|ft|in|hrs?|min|sec|mph)"  # that follow a number without a space
+COMMON_UNIT = r"(?:st|nd|rd|th|[ckm]m|[km]g|ft|in|hrs?|min|sec|mph)"  # that follow a number without a space
 UNIT = re.compile(
-    rf"(?<![°'])(?: ?{UPRIGHT}(?: ?(?:/|\\cdot)? ?{UPRIGHT})*+| ?°[CF]?|°\\text\{{[CF]\}}|''?)$|(?<=\d)_(?:\d|\{{\d\d?\}})$|\\?%$"
+    rf"(?<![°'])(?: ?{UPRIGHT}(?: ?(?:/|\\cdot)? ?{UPRIGHT})*+| ?°[CF]?|°\\text\{{[CF]\}}|''?)$|(?<=\d)_(?:\d|\{{\d\d?\}})$|(?<!%)\\?%$"
     rf"|(?<=[\d}}])(?P<word>(?: (?:[A-Za-z]{{3,}}|{COMMON_UNIT})|{COMMON_UNIT})(?:[ /][A-Za-z]+)*+(?:\^\{{?\d\}}?)?)$"
 )
 NO_UNIT = frozenset(
@@ -349,7 +347,7 @@ def compare(gold: str, answer: str, engine) -> bool:
         return False
     related = [len(_split(text, RELATION)) > 1 for text in (gold, answer)]
     if any(related):
-        is_set = [r or bool(SET_LIKE.search(text)) for r, text in zip(related, (gold, answer), strict=True)]
+        is_set = [r or bool(SET_LIKE.search(_split(text, EQUALS)[-1])) for r, text in zip(related, (gold, answer), strict=True)]
         return all(is_set) and engine(gold, answer)
     (gold_kind, golds), (kind, answers) = _entries(gold), _entries(answer)
     if gold_kind or kind:
@@ -464,7 +462,7 @@ READABLE = [
         (r"(\d*)\.(\d*)\\overline\{(\d+)\}", _repeating),
         (r"(\d*)\.(\d+)", lambda d: rf"\frac{{{d[1]}{d[2]}}}{{1{'0' * len(d[2])}}}"),  # no float: it hides sums
         (r"°", r"^\\circ "),
-        (r"(?:\*\*|\^) ?(-?(?:\d+|[A-Za-z]))", r"^{\1}"),  # 2^10 and 2**10 are typed for 2^{10}
+        (r"(?:\*\*|\^) ?(-?(?:\d+|[A-Za-z]|\\frac\{\d+\}\{\d+\}))", r"^{\1}"),  # 2^10 and 2**10 are typed for 2^{10}
         (r"(?<=[A-Za-z])'+", lambda primes: "_{" + "p" * len(primes[0]) + "}"),
         (r"\\gamma(?![A-Za-z])", r"\\mho "),
         (r"(?<![A-Za-z\\])[eE](?=_)", lambda e: r"\eth" if e[0] == "e" else r"\Finv"),
@@ -485,7 +483,7 @@ def _read(text: str):
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
-    if re.search(r"(?<![_^\d])\d+\s+\d|!!|\d_", text):  # it would add the numbers, take 3!! for (3!)!, drop the index
+    if re.search(r"(?<![_^\d])\d+\s+\d|!!|\d_|[\d°]'", text):  # it would add the numbers, take 3!! for (3!)!, drop the index
         return None
     for pattern, replacement in READABLE:
         text = pattern.sub(replacement, text)
@@ -501,11 +499,14 @@ def _read(text: str):
     return value if isinstance(value, sympy.Basic | sympy.MatrixBase) and not value.has(sympy.zoo, sympy.nan) else None
 
 
+OPEN = ("Sum", "Product", "Integral", "Limit", "Derivative", "Mod", "Max", "Min", "UnevaluatedExpr")  # gcd is the last
+
+
 def _is_open(value) -> bool:
     """Whether a sum, difference or product of rational values is anywhere left to be worked out."""
     import sympy
 
-    if isinstance(value, sympy.Sum | sympy.Product | sympy.Integral | sympy.Limit | sympy.Derivative):
+    if type(value).__name__ in OPEN:
         return True
     if isinstance(value, sympy.Add | sympy.Mul):
         terms = [arg for arg in value.args if not (value.is_Mul and arg.is_Pow and arg.exp == -1)]
