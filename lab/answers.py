@@ -99,7 +99,10 @@ CHARACTERS = str.maketrans(
     | {"√": r"\sqrt ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm "}
 )
 SUPERSCRIPT, SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁻]+"), str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-SIGNS = {"lt": "<", "gt": ">", "vert": "|", "lvert": "|", "rvert": "|", "langle": "(", "rangle": ")", "colon": ":"}
+SIGNS = {"lt": "<", "gt": ">", "vert": "|", "lvert": "|", "rvert": "|", "langle": "(", "rangle": ")"}
+RELATIONS = {"l": r"\le ", "<": r"\le ", "g": r"\ge ", ">": r"\ge ", "n": r"\ne ", "!": r"\ne ", "=": r"\ne "}
+UPRIGHT = r"(?:text|math)(?:rm|bf|it|sf|tt|normal)?|mbox|boldsymbol|bm|bold|underline"
+TOKEN = r"\d|[A-Za-z]|\\(?!sqrt)[A-Za-z]+"
 ARGUMENT = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 
 
@@ -111,31 +114,28 @@ def _joined(digits: re.Match) -> str:
 TIDY = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
-        (r"^\s*\\[(\[]|\\[)\]]\s*$|\\?\$|[€£]|\\\\\s*$|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
-        (r"\{([,:])\}|(,)\s*\\!\s*", r"\1\2"),
-        (r"\\!|\\(?:[lL]arge|LARGE|huge|small)(?![A-Za-z])", ""),
+        (r"^\s*\\[(\[]|\\[)\]]\s*$|\\?\$|\\\\\s*$|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
+        (r"\{([,:])\}|(,)\s*\\!\s*|\\!", r"\1\2"),
         (r"(?<![\d.,_^])[1-9]\d{0,2}(?:(?:,| |\\,)\d{3})+(?![\d,])", _joined),
         (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+", " "),
-        (r"\\(?:(?:text|math)(?:rm|bf|it|sf|tt|normal)?|mbox|boldsymbol|bm|bold|underline) ?\{ ?([^{}]*?) ?\}", r"\\text{\1}"),
+        (rf"\\(?:{UPRIGHT}) ?\{{ ?([^{{}}]*?) ?\}}", r"\\text{\1}"),
         (r"\\text\{([eid]|[^A-Za-z{}][^{}]*)\}", r"\1"),
-        (rf"\\(?:text|operatorname)\{{({FUNCTION})\}}|(?<![A-Za-z\\])({FUNCTION})(?![A-Za-z])", lambda f: rf"\{f[1] or f[2]} "),
-        (r"\\sqrt ?(?:\(([^()]*)\)|(\d+(?=\d)\d))", lambda root: rf"\sqrt{{{root[1] or root[2]}}}"),
+        (rf"\\(?:text|operatorname)\{{({FUNCTION})\}}|(?<![A-Za-z\\])({FUNCTION})(?![A-Za-z])", r"\\\1\2 "),
+        (r"\\sqrt ?(?:\(([^()]*)\)|(\d(?=\d)\d+))", r"\\sqrt{\1\2}"),
         (r"\\[dtc](frac|binom)", r"\\\1"),
-        (r"\\(frac|binom) ?(\d|\\(?!sqrt)[A-Za-z]+|[A-Za-z])", r"\\\1{\2}"),
-        (rf"(\\(?:frac|binom) ?{ARGUMENT}) ?(\d|\\(?!sqrt)[A-Za-z]+|[A-Za-z])", r"\1{\2}"),
+        (rf"\\(frac|binom) ?({TOKEN})", r"\\\1{\2}"),
+        (rf"(\\(?:frac|binom) ?{ARGUMENT}) ?({TOKEN})", r"\1{\2}"),
         (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", "°"),
         (r"\^ ?\{?((?: ?\\prime(?![A-Za-z]))+) ?\}?", lambda primes: "'" * primes[1].count("p")),
-        (r"(?:\\(?:leqslant|leq|le)(?![A-Za-z])|<=) ?", r"\\le "),
-        (r"(?:\\(?:geqslant|geq|ge)(?![A-Za-z])|>=) ?", r"\\ge "),
-        (r"(?:\\(?:neq|ne|not ?=)(?![A-Za-z])|!=) ?", r"\\ne "),
-        (r"\\(lt|gt|vert|lvert|rvert|langle|rangle|colon)(?![A-Za-z])", lambda name: SIGNS[name[1]]),
+        (r"\\([lgn])e(?:q(?:slant)?)?(?![A-Za-z]) ?|([<>!])= ?|\\not ?(=) ?", lambda r: RELATIONS[r[1] or r[2] or r[3]]),
+        (r"\\(lt|gt|vert|lvert|rvert|langle|rangle)(?![A-Za-z])", lambda name: SIGNS[name[1]]),
         (r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}", r"\\emptyset"),
         (r" ?(?:\\text\{percent\}|\bpercent\b)", r"\\%"),
-        (r"(?<=\d) ?\^ ?\{? ?(?:\\text\{)?(?:st|nd|rd|th)(?![A-Za-z])[} ]*|^\s*\\approx(?![A-Za-z])", ""),
+        (r"(?<=\d) ?\^ ?\{? ?(?:\\text\{)?(?:st|nd|rd|th)(?![A-Za-z])[} ]*", ""),
         (r"[(\[]?\\begin\{(?:[pb]?(?:small)?matrix|array)\}(?:\{[lcr| ]*\})?", r"\\begin{pmatrix}"),
         (r"\\end\{(?:[pb]?(?:small)?matrix|array)\}[)\]]?", r"\\end{pmatrix}"),
         (r"\\\\ ?\[\d+(?:pt|mm|em|ex)\]", r"\\\\"),
-        (r"^\\\{ ?(\w) ?(?:\\in ?\\mathbb\{?R\}?)? ?(?:\\mid|[|:])(?=.*(?:<|>|\\[lgn]e)) ?(.*)\\\}$", r"\2"),
+        (r"^\\\{ ?(\w) ?(?:\\in ?\\mathbb ?\{?R\}?)? ?(?:\\mid|[|:])(?=.*(?:<|>|\\[lgn]e)) ?(.*)\\\}$", r"\2"),
         (r"(?<![\w}]) | (?![\w\\])|(?<=[\w})\]%°'])\.\s*$", ""),
         (r"(^|[(\[{,=] ?)([-+]?[0-9.]+)[eE]([-+]?[0-9]{1,3})(?=$|[)\]},])", r"\1\2\\times 10^{\3}"),
     )
@@ -219,10 +219,10 @@ SYMBOL = re.compile(rf"\\(?:{FUNCTION}|frac|binom|cdot|times|div)(?![A-Za-z])|(\
 CHOICE = re.compile(r"(?:(?i:option|choice|answer):? ?)?\(?([A-J])(?:\)|\.|:|$)[).:]* *(.*)", re.DOTALL)
 OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z]| [a-z])")  # "(B) A circle" begins with the article
 
-UPRIGHT = r"\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?"
+TEXT_UNIT = r"\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?"
 COMMON_UNIT = r"(?:st|nd|rd|th|[ckm]m|[km]g|ft|in|hrs?|min|sec|mph)"  # that follow a number without a space
 UNIT = re.compile(
-    rf"(?<![°'])(?: ?{UPRIGHT}(?: ?(?:/|\\cdot)? ?{UPRIGHT})*+| ?°[CF]?|°\\text\{{[CF]\}}|''?)$|(?<=\d)_(?:\d|\{{\d\d?\}})$|(?<!%)\\?%$"
+    rf"(?<![°'])(?: ?{TEXT_UNIT}(?: ?(?:/|\\cdot)? ?{TEXT_UNIT})*+| ?°[CF]?|°\\text\{{[CF]\}}|''?)$|(?<=\d)_(?:\d|\{{\d\d?\}})$|(?<!%)\\?%$"
     rf"|(?<=[\d}}])(?P<word>(?: (?:[A-Za-z]{{3,}}|{COMMON_UNIT})|{COMMON_UNIT})(?:[ /][A-Za-z]+)*+(?:\^\{{?\d\}}?)?)$"
 )
 NO_UNIT = frozenset(
@@ -278,7 +278,7 @@ def _before_approximation(text: str) -> str:
     figures = _figure(first), _figure(last)
     if None not in figures and abs(figures[0][0] - figures[1][0]) > MOST_ROUNDING * abs(figures[0][0]):
         return ""
-    return last if NAME.fullmatch(first) else first
+    return last if not first or NAME.fullmatch(first) else first
 
 
 def _phrase(text: str) -> str | None:
@@ -445,7 +445,7 @@ def text_verdict(answer: str, golds: Sequence[str]) -> tuple[str | None, list[st
 # The worker: math-verify, with a guard around each of its known faults
 
 RELATIVE_TOLERANCE = 2e-6  # of decimals against closed forms: 0.333333 is 1/3 to six figures
-PRODUCT = re.compile(r"(?:\\times|\\cdot|(?<!\*)\*(?!\*))(?! ?10(?:\^|\*\*))|\\begin")
+PRODUCT = re.compile(r"(?:\\times|\\cdot|(?<!\*)\*(?!\*))(?! ?10(?:\^|\*\*))|\\begin|\)\(|(?<![_^\d])\d+\(")
 
 
 def _repeating(match: re.Match) -> str:
@@ -458,20 +458,14 @@ def _repeating(match: re.Match) -> str:
 READABLE = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
-        (r";", ","),
         (r"(\d*)\.(\d*)\\overline\{(\d+)\}", _repeating),
         (r"(\d*)\.(\d+)", lambda d: rf"\frac{{{d[1]}{d[2]}}}{{1{'0' * len(d[2])}}}"),  # no float: it hides sums
         (r"°", r"^\\circ "),
-        (r"(?:\*\*|\^) ?(-?(?:\d+|[A-Za-z]|\\frac\{\d+\}\{\d+\}))", r"^{\1}"),  # 2^10 and 2**10 are typed for 2^{10}
+        (r"\*\*", "^"),
         (r"(?<=[A-Za-z])'+", lambda primes: "_{" + "p" * len(primes[0]) + "}"),
         (r"\\gamma(?![A-Za-z])", r"\\mho "),
         (r"(?<![A-Za-z\\])[eE](?=_)", lambda e: r"\eth" if e[0] == "e" else r"\Finv"),
-        (r"_(?:\\([A-Za-z]+)|\{ ?\\([A-Za-z]+) ?\})", lambda name: "_{" + (name[1] or name[2]) + "}"),
-        (
-            r"(\\(?:alpha|beta|delta|epsilon|eta|theta|lambda|mho|mu|rho|sigma|tau|phi|omega)) ?\((?=[^()]*[-+])",
-            r"\1\\cdot (",
-        ),
-        (r"\)\(|(?<![_^\d])(\d+)\(", lambda found: (found[1] or ")") + r"\cdot ("),
+        (r"_(?:\\([A-Za-z]+)|\{ ?\\([A-Za-z]+) ?\})", r"_{\1\2}"),
     )
 ]
 
