@@ -130,6 +130,7 @@ TIDY = [
         (r"\\([lgn])e(?:q(?:slant)?)?(?![A-Za-z]) ?|([<>!])= ?|\\not ?(=) ?", lambda r: RELATIONS[r[1] or r[2] or r[3]]),
         (r"\\(lt|gt|vert|lvert|rvert|langle|rangle)(?![A-Za-z])", lambda name: SIGNS[name[1]]),
         (r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}", r"\\emptyset"),
+        (r"\b([aApP])\. ?[mM]\.", r"\1m"),
         (r" ?(?:\\text\{percent\}|\bpercent\b)", r"\\%"),
         (r"(?<=\d) ?\^ ?\{? ?(?:\\text\{)?(?:st|nd|rd|th)(?![A-Za-z])[} ]*", ""),
         (r"[(\[]?\\begin\{(?:[pb]?(?:small)?matrix|array)\}(?:\{[lcr| ]*\})?", r"\\begin{pmatrix}"),
@@ -220,7 +221,7 @@ CHOICE = re.compile(r"(?:(?i:option|choice|answer):? ?)?\(?([A-J])(?:\)|\.|:|$)[
 OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z]| [a-z])")  # "(B) A circle" begins with the article
 
 TEXT_UNIT = r"\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?"
-COMMON_UNIT = r"(?:st|nd|rd|th|[ckm]m|[km]g|ft|in|hrs?|min|sec|mph)"  # that follow a number without a space
+COMMON_UNIT = r"(?:st|nd|rd|th|(?i:[ap]m)|[ckm]m|[km]g|ft|in|hrs?|min|sec|mph)"  # that follow a number without a space
 UNIT = re.compile(
     rf"(?<![°'])(?: ?{TEXT_UNIT}(?: ?(?:/|\\cdot)? ?{TEXT_UNIT})*+| ?°[CF]?|°\\text\{{[CF]\}}|''?)$|(?<=\d)_(?:\d|\{{\d\d?\}})$|(?<!%)\\?%$"
     rf"|(?<=[\d}}])(?P<word>(?: (?:[A-Za-z]{{3,}}|{COMMON_UNIT})|{COMMON_UNIT})(?:[ /][A-Za-z]+)*+(?:\^\{{?\d\}}?)?)$"
@@ -258,18 +259,14 @@ def _inside(text: str) -> tuple[str, str]:
 
 
 def _entries(text: str) -> tuple[str, list[str]]:
-    r"""The kind of a collection ("list", "set", "[)") and its entries; ("", [text]) of one value."""
+    r"""The kind of a collection ("list", "set", "[)") and its entries; ("", [text]) of one value. \pm makes two."""
     pair, content = _inside(_split(text, EQUALS)[-1])
-    entries, parts = _split(content, LIST), _split(text, LIST)
-    if len(parts) == 1:
-        if pair == r"\{\}":
-            return "set", entries
-        if pair == "[]" or (pair in ("()", "(]", "[)") and len(entries) > 1):
-            return pair, entries
-    for place, terms in reversed([(i, _split(part, PLUS_MINUS)) for i, part in enumerate(parts)]):
-        if len(terms) == 2:
-            parts[place : place + 1] = [(terms[0] + "+" + terms[1]).removeprefix("+"), terms[0] + "-" + terms[1]]
-    return ("list", parts) if len(parts) > 1 else ("", [text])
+    parts, entries = _split(text, LIST), _split(content, LIST)
+    if len(parts) > 1 or pair not in (r"\{\}", "[]", "()", "(]", "[)") or (pair == "()" and len(entries) == 1):
+        pair, entries = "list", parts
+    terms = [_split(entry, PLUS_MINUS) for entry in entries]
+    entries = [e for t in terms for e in ([f"{t[0]}+{t[1]}".removeprefix("+"), f"{t[0]}-{t[1]}"] if len(t) == 2 else t)]
+    return ("", [text]) if pair == "list" and len(entries) == 1 else (pair, entries)
 
 
 def _before_approximation(text: str) -> str:
@@ -373,7 +370,7 @@ def compare(gold: str, answer: str, engine) -> bool:
 
 def _match_entries(gold_kind: str, golds: list[str], kind: str, answers: list[str], engine) -> bool:
     """Whether the entries of two collections match, in order unless the gold is a list or a set."""
-    kinds = {"list": ("list", "set", "()", "[]"), "set": ("list", "set"), "()": ("()", "list")}.get(gold_kind, (gold_kind,))
+    kinds = {"list": ("list", r"\{\}", "()", "[]"), r"\{\}": (r"\{\}", "list"), "()": ("()", "list")}.get(gold_kind, (gold_kind,))
     if kind not in kinds or len(golds) != len(answers):
         return False
     names = [[_split(entry, EQUALS)[0] if "=" in entry else "" for entry in entries] for entries in (golds, answers)]
@@ -383,7 +380,7 @@ def _match_entries(gold_kind: str, golds: list[str], kind: str, answers: list[st
             golds, answers = sorted(golds), sorted(answers)
             if sorted(names[0]) != sorted(names[1]):
                 return False
-    if gold_kind not in ("list", "set"):
+    if gold_kind not in ("list", r"\{\}"):
         return all(compare(g, a, engine) for g, a in zip(golds, answers, strict=True))
     left = list(answers)
     for gold in golds:
@@ -548,29 +545,25 @@ def _is_value(gold, value, is_plain: bool, has_decimal: bool) -> bool:
 
 
 def _is_equation(gold, answer) -> bool:
-    """Whether the difference of the sides of one equation is a constant times that of the other."""
-    import sympy
-
-    if not all(isinstance(side, sympy.Expr) for side in gold.args + answer.args):
+    """Whether the difference of the sides of one equation is a constant times that of the other: at four points."""
+    points = [[_sample(equation.lhs - equation.rhs, seed) for equation in (gold, answer)] for seed in range(4)]
+    if any(None in point or 0 in point for point in points):
         return False
-    differences = gold.lhs - gold.rhs, answer.lhs - answer.rhs
-    a, b, c, d = (_sample(value, seed) for seed in (0, 1) for value in differences)
-    if None not in (a, b, c, d) and abs(a * d - b * c) > 1e-9 * abs(a * d):
-        return False
-    ratio = sympy.simplify(differences[0] / differences[1])
-    return bool(ratio.is_number and ratio.is_finite and ratio.is_zero is False)
+    ratios = [a / b for a, b in points]
+    return all(abs(ratio - ratios[0]) <= 1e-9 * abs(ratio) for ratio in ratios)
 
 
 def _as_set(text: str):
     """The set in which an inequality in one variable holds; what is no inequality, and any other, as it is read."""
     import sympy
+    from math_verify.grader import unwrap_fcs
 
     parts = _split(text, LIST) if len(_split(text, RELATION)) > 1 else [text]
     if len(parts) > 1:
         sets = [_as_set(part) for part in parts]
         combine = sympy.Intersection if re.search(r"and\b|\\land|\\wedge", text) else sympy.Union
         return combine(*sets) if all(isinstance(s, sympy.Set) for s in sets) else None
-    value = _read(_split(text, EQUALS)[-1])
+    value = unwrap_fcs(_read(_split(text, EQUALS)[-1]))
     if isinstance(value, sympy.logic.boolalg.Boolean) and len(value.free_symbols) == 1:
         parts = value._unsorted_args if isinstance(value, sympy.And) else [value]
         return sympy.Intersection(*(part.as_set() for part in parts))
