@@ -30,7 +30,6 @@ A worker runs this file as a program, `python -P lab/answers.py BYTES SECONDS`: 
 engine/grader.py owns the workers.
 """
 
-import cmath
 import gc
 import itertools
 import json
@@ -86,24 +85,44 @@ def _exact(operand: str) -> Fraction | int:
 # Tidying, and plain numbers
 
 DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
-PLAIN_FRACTION = re.compile(rf"\\frac ?\{{(-?{DECIMAL})\}} ?\{{(-?{DECIMAL})\}}", re.ASCII)
+PLAIN_FRACTION = re.compile(rf"\\frac\{{(-?{DECIMAL})\}}\{{(-?{DECIMAL})\}}", re.ASCII)
 NUMBER = re.compile(
     rf"(?P<sign>[-+]?) ?(?:(?P<whole>\d+) (?=\d+/))?(?P<a>{DECIMAL})"
-    rf"(?: ?/ ?(?P<b>-?{DECIMAL})| ?\\(?:times|cdot) ?10\^(?P<power>\d|\{{[-+]?\d+\}}))? ?(?P<percent>\\?%)?",
+    rf"(?:/(?P<b>-?{DECIMAL})|\\(?:times|cdot) ?10\^(?P<power>\d|\{{[-+]?\d+\}}))? ?(?P<percent>\\?%)?",
     re.ASCII,
 )
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
+SYNONYMS = {
+    **{"−": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty "},
+    **{"∪": r"\cup ", "≈": r"\approx ", "±": r"\pm ", r"\varnothing": r"\emptyset ", r"\{\}": r"\emptyset "},
+    **{r"\$": "", "$": "", r"\left": "", r"\right": "", r"\big": "", r"\Big": "", r"\displaystyle": "", r"\lt": "<"},
+    **{
+        r"\gt": ">",
+        r"\vert": "|",
+        r"\lvert": "|",
+        r"\rvert": "|",
+        r"\langle": "(",
+        r"\rangle": ")",
+        r"\dfrac": r"\frac",
+    },
+    **{
+        r"\tfrac": r"\frac",
+        r"\cfrac": r"\frac",
+        r"\dbinom": r"\binom",
+        r"^{\circ}": "°",
+        r"^\circ": "°",
+        r"\degree": "°",
+    },
+    **{"percent": r"\%", r"\text{percent}": r"\%", "p.m.": "pm", "a.m.": "am"},
+    **dict.fromkeys(("≤", "<=", r"\leq", r"\leqslant"), r"\le "),
+    **dict.fromkeys(("≥", ">=", r"\geq", r"\geqslant"), r"\ge "),
+    **dict.fromkeys(("≠", "!=", r"\neq", r"\not="), r"\ne "),
+}
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log|exp|sqrt|pi|infty"  # that are typed as words
-CHARACTERS = str.maketrans(
-    {"−": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty "}
-    | {"√": r"\sqrt ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm "}
-)
-SUPERSCRIPT, SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁻]+"), str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-SIGNS = {"lt": "<", "gt": ">", "vert": "|", "lvert": "|", "rvert": "|", "langle": "(", "rangle": ")"}
-RELATIONS = {"l": r"\le ", "<": r"\le ", "g": r"\ge ", ">": r"\ge ", "n": r"\ne ", "!": r"\ne ", "=": r"\ne "}
 UPRIGHT = r"(?:text|math)(?:rm|bf|it|sf|tt|normal)?|mbox|boldsymbol|bm|bold|underline"
 TOKEN = r"\d|[A-Za-z]|\\(?!sqrt)[A-Za-z]+"
-ARGUMENT = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+MATRIX = r"(?:[pb]?(?:small)?matrix|array)"
 
 
 def _joined(digits: re.Match) -> str:
@@ -111,44 +130,45 @@ def _joined(digits: re.Match) -> str:
     return digits[0] if re.search(r"[(\[]|\\\{", digits.string) else re.sub(r"\D", "", digits[0])
 
 
+# Each beside what needs it, apart from the golden cases: G a real gold, W a natural way to write one, R a reported case.
 TIDY = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
-        (r"^\s*\\[(\[]|\\[)\]]\s*$|\\?\$|\\\\\s*$|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
-        (r"\{([,:])\}|(,)\s*\\!\s*|\\!", r"\1\2"),
-        (r"(?<![\d.,_^])[1-9]\d{0,2}(?:(?:,| |\\,)\d{3})+(?![\d,])", _joined),
-        (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+", " "),
-        (rf"\\(?:{UPRIGHT}) ?\{{ ?([^{{}}]*?) ?\}}", r"\\text{\1}"),
-        (r"\\text\{([eid]|[^A-Za-z{}][^{}]*)\}", r"\1"),
-        (rf"\\(?:text|operatorname)\{{({FUNCTION})\}}|(?<![A-Za-z\\])({FUNCTION})(?![A-Za-z])", r"\\\1\2 "),
-        (r"\\sqrt ?(?:\(([^()]*)\)|(\d(?=\d)\d+))", r"\\sqrt{\1\2}"),
-        (r"\\[dtc](frac|binom)", r"\\\1"),
-        (rf"\\(frac|binom) ?({TOKEN})", r"\\\1{\2}"),
-        (rf"(\\(?:frac|binom) ?{ARGUMENT}) ?({TOKEN})", r"\1{\2}"),
-        (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", "°"),
-        (r"\^ ?\{?((?: ?\\prime(?![A-Za-z]))+) ?\}?", lambda primes: "'" * primes[1].count("p")),
-        (r"\\([lgn])e(?:q(?:slant)?)?(?![A-Za-z]) ?|([<>!])= ?|\\not ?(=) ?", lambda r: RELATIONS[r[1] or r[2] or r[3]]),
-        (r"\\(lt|gt|vert|lvert|rvert|langle|rangle)(?![A-Za-z])", lambda name: SIGNS[name[1]]),
-        (r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}", r"\\emptyset"),
-        (r"\b([aApP])\. ?[mM]\.", r"\1m"),
-        (r" ?(?:\\text\{percent\}|\bpercent\b)", r"\\%"),
-        (r"(?<=\d) ?\^ ?\{? ?(?:\\text\{)?(?:st|nd|rd|th)(?![A-Za-z])[} ]*", ""),
-        (r"[(\[]?\\begin\{(?:[pb]?(?:small)?matrix|array)\}(?:\{[lcr| ]*\})?", r"\\begin{pmatrix}"),
-        (r"\\end\{(?:[pb]?(?:small)?matrix|array)\}[)\]]?", r"\\end{pmatrix}"),
-        (r"\\\\ ?\[\d+(?:pt|mm|em|ex)\]", r"\\\\"),
-        (r"^\\\{ ?(\w) ?(?:\\in ?\\mathbb ?\{?R\}?)? ?(?:\\mid|[|:])(?=.*(?:<|>|\\[lgn]e)) ?(.*)\\\}$", r"\2"),
-        (r"(?<![\w}]) | (?![\w\\])|(?<=[\w})\]%°'])\.\s*$", ""),
-        (r"(^|[(\[{,=] ?)([-+]?[0-9.]+)[eE]([-+]?[0-9]{1,3})(?=$|[)\]},])", r"\1\2\\times 10^{\3}"),
+        (r"^\s*\\[(\[]|\\[)\]]\s*$|\\\\\s*$", ""),  # W \(5\)
+        (r"\{([,:])\}|(,)\s*\\!\s*|\\!", r"\1\2"),  # G \$306,\!956.63, 8\!:\!34
+        (r"(?<![\d.,_^])[1-9]\d{0,2}(?:(?:,| |\\,)\d{3})+(?![\d,])", _joined),  # W 14,400
+        (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+", " "),  # W 1.5\ \text{m}
+        (r"(?<![\w}]) | (?![\w\\])", ""),  # G 2 x^{2} + 1
+        (rf"\\(?:{UPRIGHT}) ?\{{ ?([^{{}}]*?) ?\}}", r"\\text{\1}"),  # G \mbox{ inches}
+        (r"\\text\{([eid]|[^A-Za-z{}][^{}]*)\}", r"\1"),  # R \frac{1}{\mathrm{e}}
+        ("|".join(re.escape(key) + "(?![A-Za-z])" * key[-1].isalpha() for key in SYNONYMS), lambda s: SYNONYMS[s[0]]),
+        ("[⁰¹²³⁴-⁹⁻]+", lambda raised: f"^{{{raised[0].translate(SUPERSCRIPTS)}}}"),  # R x²
+        (rf"\\(?:text|operatorname)\{{({FUNCTION})\}}|(?<![A-Za-z\\])({FUNCTION})(?![A-Za-z])", r"\\\1\2 "),  # R -2*pi
+        (r"\\sqrt ?(?:\(([^()]*)\)|(\d(?=\d)\d+))", r"\\sqrt{\1\2}"),  # W √19
+        (rf"\\(frac|binom) ?({TOKEN})", r"\\\1{\2}"),  # R \frac2\pi
+        (rf"(\\(?:frac|binom)\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}) ?({TOKEN})", r"\1{\2}"),  # R \frac{1}\pi
+        (r"\^\{?((?:\\prime ?)+)\}?", lambda primes: "'" * primes[1].count("p")),  # G 0.003^{\prime \prime}
+        (r"(?<=\d) ?\^\{?(?:\\text\{)?(?:st|nd|rd|th)(?![A-Za-z])\}*", ""),  # R 12^{\text{th}}
+        (
+            rf"[(\[]?\\(begin)\{{{MATRIX}\}}(?:\{{[lcr| ]*\}})?|\\(end)\{{{MATRIX}\}}[)\]]?",
+            r"\\\1\2{pmatrix}",
+        ),  # R {c c}
+        (r"\\\\\[\d+(?:pt|mm|em|ex)\]", r"\\\\"),
+        (
+            r"^\\\{(\w)(?:\\in ?\\mathbb\{?R\}?)? ?(?:\\mid|[|:])(?=.*(?:<|>|\\[lgn]e)) ?(.*)\\\}$",
+            r"\2",
+        ),  # R \{x \mid x>2\}
+        (r"(?<=[\w})\]%°'])\.$", ""),  # W 5.
+        (r"(^|[(\[{,=])([-+]?[0-9.]+)[eE]([-+]?[0-9]{1,3})(?=$|[)\]},])", r"\1\2\\times 10^{\3}"),  # G 4.5e33
     )
 ]
 
 
 def tidy(text: str) -> str:
     """The same answer with its typesetting removed: math delimiters, spacing, sized brackets, synonyms."""
-    text = SUPERSCRIPT.sub(lambda raised: f"^{{{raised[0].translate(SUPERSCRIPTS)}}}", text.translate(CHARACTERS))
     for pattern, replacement in TIDY:
-        text = pattern.sub(replacement, text)
-    return text.strip()
+        text = pattern.sub(replacement, text).strip()
+    return text
 
 
 def _figure(text: str) -> tuple[Fraction, bool] | None:
@@ -186,30 +206,20 @@ def normal_form(answer: str) -> str:
     return re.sub(r"(?<![A-Za-z\\])[A-Za-z]{2,}", lambda word: word[0].casefold(), TEXT.sub(r"\1", tidy(text))).strip()
 
 
-def _too_complex(answer: str) -> bool:
-    if len(answer) > MAX_ANSWER_LENGTH:
-        return True
-    depth = itertools.accumulate((c in "{[(") - (c in "}])") for c in answer)
-    return max(depth, default=0) > MAX_DEPTH
+def _depths(text: str) -> list[int]:
+    """How many brackets are open after each character."""
+    return list(itertools.accumulate((c in "{[(") - (c in "}])") for c in text))
 
 
 # ---------------------------------------------------------------------------------------------
 # The structure of a tidy answer, read from its text: lists, equations, units, words
 
-BRACKETS = r"(?P<open>\\\{|[({\[])|(?P<close>\\\}|[)}\]])|\\[A-Za-z]+|\\."
 AND_OR = r"(?:\\text\{[ ,]*(?:and|or)[ ,]*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\(?:lor|land|vee|wedge)\b)"
-LIST, EQUALS, APPROXIMATES, RELATION, COLON, PLUS_MINUS, NOTHING = (
-    re.compile(rf"(?P<cut>{cut})|{BRACKETS}", re.DOTALL)
-    for cut in (
-        rf"[,; ]*{AND_OR}[,; ]*|[,;]",
-        r"(?<![<>!:])[:&]?=|\\in(?![A-Za-z])",
-        r"\\(?:approx|simeq)(?![A-Za-z])",
-        r"<|>|\\(?:le|ge|ne|notin)(?![A-Za-z])",
-        ":",
-        r"\\(?:pm|mp)(?![A-Za-z])",
-        r"(?!)",
-    )
-)
+LIST = re.compile(rf"[,; ]*{AND_OR}[,; ]*|[,;]")
+EQUALS = re.compile(r"(?<![<>!:])[:&]?=|\\in(?![A-Za-z])")
+APPROXIMATES = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])")
+RELATION = re.compile(r"<|>|\\(?:le|ge|ne|notin)(?![A-Za-z])")
+COLON, PLUS_MINUS = re.compile(":"), re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 SET_LIKE = re.compile(r"\\(?:infty|cup|cap|mathbb|emptyset|setminus)(?![A-Za-z])|^[(\[].*,.*[)\]]$")
 NAME = re.compile(
     r"(?:\\(?:text|bar|vec|hat|overline|angle|triangle) ?(?:\{[^{}]*\}|[A-Z ]+)"
@@ -220,11 +230,12 @@ SYMBOL = re.compile(rf"\\(?:{FUNCTION}|frac|binom|cdot|times|div)(?![A-Za-z])|(\
 CHOICE = re.compile(r"(?:(?i:option|choice|answer):? ?)?\(?([A-J])(?:\)|\.|:|$)[).:]* *(.*)", re.DOTALL)
 OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z]| [a-z])")  # "(B) A circle" begins with the article
 
-TEXT_UNIT = r"\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?"
-COMMON_UNIT = r"(?:st|nd|rd|th|(?i:[ap]m)|[ckm]m|[km]g|ft|in|hrs?|min|sec|mph)"  # that follow a number without a space
+UPRIGHT_UNIT = r"\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?"
+COMMON_UNIT = r"(?:st|nd|rd|th|(?i:[ap]m)|[ckm]m|[km]g|ft|in|hrs?|min|sec|mph)"  # may follow a number without a space
 UNIT = re.compile(
-    rf"(?<![°'])(?: ?{TEXT_UNIT}(?: ?(?:/|\\cdot)? ?{TEXT_UNIT})*+| ?°[CF]?|°\\text\{{[CF]\}}|''?)$|(?<=\d)_(?:\d|\{{\d\d?\}})$|(?<!%)\\?%$"
-    rf"|(?<=[\d}}])(?P<word>(?: (?:[A-Za-z]{{3,}}|{COMMON_UNIT})|{COMMON_UNIT})(?:[ /][A-Za-z]+)*+(?:\^\{{?\d\}}?)?)$"
+    rf"(?<![°'])(?: ?{UPRIGHT_UNIT}(?: ?(?:/|\\cdot)? ?{UPRIGHT_UNIT})*+| ?°[CF]?|°\\text\{{[CF]\}}|''?)$"
+    rf"|(?<=\d)_(?:\d|\{{\d\d?\}})$|(?<!%)\\?%$"
+    rf"|(?<=[\d}}])(?P<word>(?: [A-Za-z]{{3,}}| ?{COMMON_UNIT})(?:[ /][A-Za-z]+)*+(?:\^\{{?\d\}}?)?)$"
 )
 NO_UNIT = frozenset(
     """hundred thousand million billion trillion dozen half halve third quarter tenth hundredth thousandth one two three
@@ -236,26 +247,18 @@ EXACT_DECIMAL = Fraction(1, 10**12)  # relative error of a decimal that stands f
 
 def _split(text: str, cuts: re.Pattern) -> list[str]:
     """The parts between the separators that stand in no bracket."""
-    parts, start, depth = [], 0, 0
-    for token in cuts.finditer(text):
-        depth += bool(token["open"]) - bool(token["close"])
-        if token["cut"] and depth == 0:
-            parts.append(text[start : token.start()].strip())
-            start = token.end()
-    return [*parts, text[start:].strip()]
+    places = [cut.span() for cut in cuts.finditer(text)]
+    depths = _depths(text) if places else []
+    ends = [0, *(place for span in places if depths[span[0]] == 0 for place in span), len(text)]
+    return [text[start:end].strip() for start, end in zip(ends[::2], ends[1::2], strict=True)]
 
 
 def _inside(text: str) -> tuple[str, str]:
     r"""The brackets around the whole text ("()", "[)", "\{\}") and what they enclose; ("", text) if there are none."""
-    depth, first = 0, None
-    for token in NOTHING.finditer(text):
-        first = first or token
-        depth += bool(token["open"]) - bool(token["close"])
-        if depth <= 0:
-            if first.start() == 0 and first["open"] and token.end() == len(text):
-                return first[0] + token[0], text[first.end() : token.start()].strip()
-            break
-    return "", text
+    enclosed = re.fullmatch(r"(\\?[({\[])(.*?)(\\?[)}\]])", text, re.DOTALL)
+    if enclosed is None or min(_depths(enclosed[2]), default=0) < 0:
+        return "", text
+    return enclosed[1] + enclosed[3], enclosed[2].strip()
 
 
 def _entries(text: str) -> tuple[str, list[str]]:
@@ -281,10 +284,9 @@ def _before_approximation(text: str) -> str:
 def _phrase(text: str) -> str | None:
     r"""The casefolded words of an answer; None if it is no word of two letters."""
     bare = TEXT.sub(r"\1", text).strip()
-    if not re.fullmatch(r"[A-Za-z]++(?:[ ']+[A-Za-z]++|-[A-Za-z]{3,}+)*+", bare):
-        if not (TEXT.fullmatch(text) and bare[:1].isalpha()):
-            return None
-    return " ".join(re.findall(r"\w+", bare.casefold())) if re.search(r"[A-Za-z]{2}", bare) else None
+    is_phrase = re.fullmatch(r"[A-Za-z]++(?:[ ']++[A-Za-z]++|-[A-Za-z]{3,}+)*+", bare) or TEXT.fullmatch(text)
+    words = re.findall(r"\w+", bare.casefold())
+    return " ".join(words) if is_phrase and bare[:1].isalpha() and re.search(r"[A-Za-z]{2}", bare) else None
 
 
 def _choice(text: str) -> str | None:
@@ -301,7 +303,7 @@ def _unit(text: str) -> tuple[str, str | None]:
     name = re.sub(r"[\s{}]|s(?![A-Za-z])", "", TEXT.sub(r" \1", unit[0]).replace("°", "degree").casefold())
     words = re.findall(r"[a-z]+", TEXT.sub(r" \1 ", unit[0]).casefold())
     is_argument = "°" in unit[0] and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", value)
-    if is_argument or NO_UNIT.intersection(word.removesuffix("s") for word in words) or re.search(r"\d", TEXT.sub("", "")):
+    if is_argument or NO_UNIT.intersection(word.removesuffix("s") for word in words):
         return text, None
     return value, name
 
@@ -344,7 +346,10 @@ def compare(gold: str, answer: str, engine) -> bool:
         return False
     related = [len(_split(text, RELATION)) > 1 for text in (gold, answer)]
     if any(related):
-        is_set = [r or bool(SET_LIKE.search(_split(text, EQUALS)[-1])) for r, text in zip(related, (gold, answer), strict=True)]
+        is_set = [
+            r or bool(SET_LIKE.search(_split(text, EQUALS)[-1]))
+            for r, text in zip(related, (gold, answer), strict=True)
+        ]
         return all(is_set) and engine(gold, answer)
     (gold_kind, golds), (kind, answers) = _entries(gold), _entries(answer)
     if gold_kind or kind:
@@ -361,8 +366,9 @@ def compare(gold: str, answer: str, engine) -> bool:
     (gold_value, gold_unit), (value, unit) = _unit(gold), _unit(answer)
     if gold_unit and unit and gold_unit != unit:
         return False
-    gold_value, value = (content if pair in ("()", "{}") else text
-                         for text in (gold_value, value) for pair, content in [_inside(text)])
+    gold_value, value = (
+        content if pair in ("()", "{}") else text for text in (gold_value, value) for pair, content in [_inside(text)]
+    )
     if (gold_value, value) != (gold, answer):
         return compare(gold_value, value, engine)
     return bool(value) and engine(gold, answer)
@@ -370,7 +376,9 @@ def compare(gold: str, answer: str, engine) -> bool:
 
 def _match_entries(gold_kind: str, golds: list[str], kind: str, answers: list[str], engine) -> bool:
     """Whether the entries of two collections match, in order unless the gold is a list or a set."""
-    kinds = {"list": ("list", r"\{\}", "()", "[]"), r"\{\}": (r"\{\}", "list"), "()": ("()", "list")}.get(gold_kind, (gold_kind,))
+    kinds = {"list": ("list", r"\{\}", "()", "[]"), r"\{\}": (r"\{\}", "list"), "()": ("()", "list")}.get(
+        gold_kind, (gold_kind,)
+    )
     if kind not in kinds or len(golds) != len(answers):
         return False
     names = [[_split(entry, EQUALS)[0] if "=" in entry else "" for entry in entries] for entries in (golds, answers)]
@@ -426,7 +434,7 @@ def _undecided(gold: str, answer: str) -> bool:
 
 def text_verdict(answer: str, golds: Sequence[str]) -> tuple[str | None, list[str]]:
     """The verdict if it needs no worker, else None with the golds that are left to compare."""
-    if _too_complex(answer):
+    if len(answer) > MAX_ANSWER_LENGTH or max(_depths(answer), default=0) > MAX_DEPTH:
         return "wrong", []
     answer, left = tidy(answer), []
     for gold in map(tidy, golds):
@@ -441,7 +449,7 @@ def text_verdict(answer: str, golds: Sequence[str]) -> tuple[str | None, list[st
 # ---------------------------------------------------------------------------------------------
 # The worker: math-verify, with a guard around each of its known faults
 
-RELATIVE_TOLERANCE = 2e-6  # of decimals against closed forms: 0.333333 is 1/3 to six figures
+SIX_FIGURES = 2e-6  # relative, of a decimal against a closed form
 PRODUCT = re.compile(r"(?:\\times|\\cdot|(?<!\*)\*(?!\*))(?! ?10(?:\^|\*\*))|\\begin|\)\(|(?<![_^\d])\d+\(")
 
 
@@ -474,7 +482,9 @@ def _read(text: str):
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
-    if re.search(r"(?<![_^\d])\d+\s+\d|!!|\d_|[\d°]'", text):  # it would add the numbers, take 3!! for (3!)!, drop the index
+    if re.search(
+        r"(?<![_^\d])\d+\s+\d|!!|\d_|[\d°]'", text
+    ):  # it would add the numbers, take 3!! for (3!)!, drop the index
         return None
     for pattern, replacement in READABLE:
         text = pattern.sub(replacement, text)
@@ -504,26 +514,30 @@ def _is_open(value) -> bool:
         if value.is_Mul and -1 in terms and not all(arg.is_Number for arg in value.args):
             terms.remove(-1)  # a sign
         rational = [term for term in terms if term.doit().is_rational]
-        is_scientific = len(terms) == 2 and value.is_Mul and any(t.is_Pow and t.base == 10 for t in terms) and any(t.is_Rational for t in terms)
+        is_scientific = (
+            len(terms) == 2
+            and value.is_Mul
+            and any(t.is_Pow and t.base == 10 for t in terms)
+            and any(t.is_Rational for t in terms)
+        )
         if len(terms) > 1 and not is_scientific and (len(rational) > 1 or value.doit().is_rational):
             return True
     return any(_is_open(arg) for arg in value.args)
 
 
-def _sample(value, seed: int) -> complex | None:
-    """The value where every variable, function and derivative is some number; None if that is none."""
+def _sample(value, seed: int):
+    """The value to 40 digits where every variable, function and derivative is some number; None if that is none."""
     import sympy
     from sympy.core.function import AppliedUndef
 
-    if value.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit):
-        return None
     unknowns = value.atoms(AppliedUndef, sympy.Derivative) | value.free_symbols
-    point = {u: sympy.Rational(zlib.crc32(f"{seed} {u}".encode()) % 9973 + 5000, 7919) for u in unknowns}
-    try:
-        sampled = complex(value.xreplace(point).evalf(25))
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
-        return None
-    return sampled if cmath.isfinite(sampled) else None
+    point = {u: sympy.Rational(zlib.crc32(f"{seed} {u}".encode()) % 99991 - 40000, 7919) for u in unknowns}
+    sampled = value.xreplace(point).evalf(40)
+    return sampled if sampled.is_number and sampled.is_finite and sampled.is_comparable is not None else None
+
+
+def _are_close(a, b, tolerance) -> bool:
+    return bool(abs(a - b) <= tolerance * max(abs(a), abs(b)))
 
 
 def _is_value(gold, value, is_plain: bool, has_decimal: bool) -> bool:
@@ -534,23 +548,24 @@ def _is_value(gold, value, is_plain: bool, has_decimal: bool) -> bool:
     if (is_plain or gold.is_Rational) and (value.free_symbols or _is_open(value)):
         return False
     i = sympy.Symbol("i", real=True)  # the imaginary unit, unless it counts the terms of a sum
-    gold, value = (side.xreplace({i: sympy.I}) if i in side.free_symbols else side for side in (gold, value))
-    a, b = _sample(gold, 0), _sample(value, 0)
-    if a is not None and b is not None:  # math-verify rounds to six decimals, where all small numbers are 0
-        rounded = has_decimal and not gold.free_symbols | value.free_symbols and not (gold.is_rational and value.is_rational)
-        is_close = abs(a - b) <= (RELATIVE_TOLERANCE if rounded else 1e-9) * max(abs(a), abs(b))
-        if rounded or not is_close:
-            return is_close
-    return verify(gold.doit(), value.doit(), timeout_seconds=None, raise_on_error=True)
+    gold, value = (side.xreplace({i: sympy.I} if i in side.free_symbols else {}).doit() for side in (gold, value))
+    if gold.is_Rational and value.is_Rational:
+        return gold == value
+    unknowns = gold.free_symbols | value.free_symbols
+    pairs = [(_sample(gold, seed), _sample(value, seed)) for seed in range(8 if unknowns else 1)]
+    pairs = [pair for pair in pairs if None not in pair]
+    if not pairs:
+        return verify(gold, value, timeout_seconds=None, raise_on_error=True)
+    return all(_are_close(*pair, SIX_FIGURES if has_decimal and not unknowns else 1e-20) for pair in pairs)
 
 
 def _is_equation(gold, answer) -> bool:
-    """Whether the difference of the sides of one equation is a constant times that of the other: at four points."""
+    """Whether the difference of the sides of one equation is a constant times that of the other, at four points."""
     points = [[_sample(equation.lhs - equation.rhs, seed) for equation in (gold, answer)] for seed in range(4)]
     if any(None in point or 0 in point for point in points):
         return False
     ratios = [a / b for a, b in points]
-    return all(abs(ratio - ratios[0]) <= 1e-9 * abs(ratio) for ratio in ratios)
+    return all(_are_close(ratio, ratios[0], 1e-20) for ratio in ratios)
 
 
 def _as_set(text: str):
@@ -585,8 +600,10 @@ def ask_math_verify(gold: str, answer: str) -> bool:
     if is_plain and PRODUCT.search(answer):
         return False
     if isinstance(gold_value, sympy.MatrixBase):
-        return isinstance(value, sympy.MatrixBase) and gold_value.shape == value.shape and all(
-            _is_value(g, a, False, has_decimal) for g, a in zip(gold_value, value, strict=True)
+        return (
+            isinstance(value, sympy.MatrixBase)
+            and gold_value.shape == value.shape
+            and all(_is_value(g, a, False, has_decimal) for g, a in zip(gold_value, value, strict=True))
         )
     if isinstance(gold_value, sympy.Eq) and isinstance(value, sympy.Eq):
         return _is_equation(gold_value, value)
