@@ -88,41 +88,24 @@ DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 PLAIN_FRACTION = re.compile(rf"\\frac\{{(-?{DECIMAL})\}}\{{(-?{DECIMAL})\}}", re.ASCII)
 NUMBER = re.compile(
     rf"(?P<sign>[-+]?) ?(?:(?P<whole>\d+) (?=\d+/))?(?P<a>{DECIMAL})"
-    rf"(?:/(?P<b>-?{DECIMAL})|\\(?:times|cdot) ?10\^(?P<power>\d|\{{[-+]?\d+\}}))? ?(?P<percent>\\?%)?",
+    rf"(?:/(?P<b>-?{DECIMAL})| ?\\(?:times|cdot) ?10\^(?P<power>\d|\{{[-+]?\d+\}}))? ?(?P<percent>\\?%)?",
     re.ASCII,
 )
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
+SYNONYMS = r"""- −, \times ×, \cdot ·, \div ÷, \sqrt √, \pi π, \infty ∞, \cup ∪, \approx ≈, \pm ±,
+\le ≤ <= \leq \leqslant, \ge ≥ >= \geq \geqslant, \ne ≠ != \neq \not=, < \lt, > \gt, | \vert \lvert \rvert, ( \langle, ) \rangle,
+\frac \dfrac \tfrac \cfrac, \binom \dbinom \tbinom, \emptyset \varnothing \{\} ∅, ° ^{\circ} ^\circ \degree,
+\% percent \text{percent}, pm p.m., am a.m."""
+SYNONYMS = [row.split() for row in SYNONYMS.split(",")]
 SYNONYMS = {
-    **{"−": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty "},
-    **{"∪": r"\cup ", "≈": r"\approx ", "±": r"\pm ", r"\varnothing": r"\emptyset ", r"\{\}": r"\emptyset "},
-    **{r"\$": "", "$": "", r"\left": "", r"\right": "", r"\big": "", r"\Big": "", r"\displaystyle": "", r"\lt": "<"},
-    **{
-        r"\gt": ">",
-        r"\vert": "|",
-        r"\lvert": "|",
-        r"\rvert": "|",
-        r"\langle": "(",
-        r"\rangle": ")",
-        r"\dfrac": r"\frac",
-    },
-    **{
-        r"\tfrac": r"\frac",
-        r"\cfrac": r"\frac",
-        r"\dbinom": r"\binom",
-        r"^{\circ}": "°",
-        r"^\circ": "°",
-        r"\degree": "°",
-    },
-    **{"percent": r"\%", r"\text{percent}": r"\%", "p.m.": "pm", "a.m.": "am"},
-    **dict.fromkeys(("≤", "<=", r"\leq", r"\leqslant"), r"\le "),
-    **dict.fromkeys(("≥", ">=", r"\geq", r"\geqslant"), r"\ge "),
-    **dict.fromkeys(("≠", "!=", r"\neq", r"\not="), r"\ne "),
+    other: name + " " * (name[-1].isalpha() > other[-1].isalpha()) for name, *others in SYNONYMS for other in others
 }
+SYNONYM = "|".join(re.escape(other) + "(?![A-Za-z])" * other[-1].isalpha() for other in SYNONYMS)
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log|exp|sqrt|pi|infty"  # that are typed as words
 UPRIGHT = r"(?:text|math)(?:rm|bf|it|sf|tt|normal)?|mbox|boldsymbol|bm|bold|underline"
 TOKEN = r"\d|[A-Za-z]|\\(?!sqrt)[A-Za-z]+"
-MATRIX = r"(?:[pb]?(?:small)?matrix|array)"
+MATRIX = r"\{(?:[pb]?(?:small)?matrix|array)\}"
 
 
 def _joined(digits: re.Match) -> str:
@@ -130,18 +113,18 @@ def _joined(digits: re.Match) -> str:
     return digits[0] if re.search(r"[(\[]|\\\{", digits.string) else re.sub(r"\D", "", digits[0])
 
 
-# Each beside what needs it, apart from the golden cases: G a real gold, W a natural way to write one, R a reported case.
+# Beside each, what needs it apart from its own tests: a real gold (G), a natural way to write one (W), a report (R).
 TIDY = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
-        (r"^\s*\\[(\[]|\\[)\]]\s*$|\\\\\s*$", ""),  # W \(5\)
+        (r"^\s*\\[(\[]|\\[)\]]\s*$|\\\\\s*$|\\?\$|\\(?:left|right|[bB]ig|displaystyle)(?![A-Za-z])", ""),  # W \(5\)
         (r"\{([,:])\}|(,)\s*\\!\s*|\\!", r"\1\2"),  # G \$306,\!956.63, 8\!:\!34
         (r"(?<![\d.,_^])[1-9]\d{0,2}(?:(?:,| |\\,)\d{3})+(?![\d,])", _joined),  # W 14,400
         (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+", " "),  # W 1.5\ \text{m}
         (r"(?<![\w}]) | (?![\w\\])", ""),  # G 2 x^{2} + 1
         (rf"\\(?:{UPRIGHT}) ?\{{ ?([^{{}}]*?) ?\}}", r"\\text{\1}"),  # G \mbox{ inches}
         (r"\\text\{([eid]|[^A-Za-z{}][^{}]*)\}", r"\1"),  # R \frac{1}{\mathrm{e}}
-        ("|".join(re.escape(key) + "(?![A-Za-z])" * key[-1].isalpha() for key in SYNONYMS), lambda s: SYNONYMS[s[0]]),
+        (SYNONYM, lambda found: SYNONYMS[found[0]]),  # W \dfrac, 18°; R 2π
         ("[⁰¹²³⁴-⁹⁻]+", lambda raised: f"^{{{raised[0].translate(SUPERSCRIPTS)}}}"),  # R x²
         (rf"\\(?:text|operatorname)\{{({FUNCTION})\}}|(?<![A-Za-z\\])({FUNCTION})(?![A-Za-z])", r"\\\1\2 "),  # R -2*pi
         (r"\\sqrt ?(?:\(([^()]*)\)|(\d(?=\d)\d+))", r"\\sqrt{\1\2}"),  # W √19
@@ -149,15 +132,12 @@ TIDY = [
         (rf"(\\(?:frac|binom)\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}) ?({TOKEN})", r"\1{\2}"),  # R \frac{1}\pi
         (r"\^\{?((?:\\prime ?)+)\}?", lambda primes: "'" * primes[1].count("p")),  # G 0.003^{\prime \prime}
         (r"(?<=\d) ?\^\{?(?:\\text\{)?(?:st|nd|rd|th)(?![A-Za-z])\}*", ""),  # R 12^{\text{th}}
-        (
-            rf"[(\[]?\\(begin)\{{{MATRIX}\}}(?:\{{[lcr| ]*\}})?|\\(end)\{{{MATRIX}\}}[)\]]?",
-            r"\\\1\2{pmatrix}",
-        ),  # R {c c}
+        (rf"[(\[]?\\(begin){MATRIX}(?:\{{[lcr| ]*\}})?|\\(end){MATRIX}[)\]]?", r"\\\1\2{pmatrix}"),  # R {c c}
         (r"\\\\\[\d+(?:pt|mm|em|ex)\]", r"\\\\"),
         (
-            r"^\\\{(\w)(?:\\in ?\\mathbb\{?R\}?)? ?(?:\\mid|[|:])(?=.*(?:<|>|\\[lgn]e)) ?(.*)\\\}$",
+            r"^\\\{(\w) ?(?:\\in ?\\mathbb\{?R\}?)? ?(?:\\mid|[|:])(?=.*(?:<|>|\\[lgn]e)) ?(.*)\\\}$",
             r"\2",
-        ),  # R \{x \mid x>2\}
+        ),  # R x \mid x>2
         (r"(?<=[\w})\]%°'])\.$", ""),  # W 5.
         (r"(^|[(\[{,=])([-+]?[0-9.]+)[eE]([-+]?[0-9]{1,3})(?=$|[)\]},])", r"\1\2\\times 10^{\3}"),  # G 4.5e33
     )
@@ -220,7 +200,7 @@ EQUALS = re.compile(r"(?<![<>!:])[:&]?=|\\in(?![A-Za-z])")
 APPROXIMATES = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])")
 RELATION = re.compile(r"<|>|\\(?:le|ge|ne|notin)(?![A-Za-z])")
 COLON, PLUS_MINUS = re.compile(":"), re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
-SET_LIKE = re.compile(r"\\(?:infty|cup|cap|mathbb|emptyset|setminus)(?![A-Za-z])|^[(\[].*,.*[)\]]$")
+SET_LIKE = re.compile(RELATION.pattern + r"|\\(?:infty|cup|cap|mathbb|emptyset|setminus)(?![A-Za-z])|^[(\[].*,.*[)\]]$")
 NAME = re.compile(
     r"(?:\\(?:text|bar|vec|hat|overline|angle|triangle) ?(?:\{[^{}]*\}|[A-Z ]+)"
     rf"|\\(?!(?:{FUNCTION}|frac|binom|sum|prod|int|lim|max|min|gcd|l?floor|l?ceil)\b)[A-Za-z]+|[A-Za-z]+"
@@ -233,14 +213,14 @@ OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z]| [a-z])")  # "(B) A 
 UPRIGHT_UNIT = r"\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?"
 COMMON_UNIT = r"(?:st|nd|rd|th|(?i:[ap]m)|[ckm]m|[km]g|ft|in|hrs?|min|sec|mph)"  # may follow a number without a space
 UNIT = re.compile(
-    rf"(?<![°'])(?: ?{UPRIGHT_UNIT}(?: ?(?:/|\\cdot)? ?{UPRIGHT_UNIT})*+| ?°[CF]?|°\\text\{{[CF]\}}|''?)$"
+    rf"(?<![°'])(?: ?{UPRIGHT_UNIT}(?: ?(?:/|\\cdot)? ?{UPRIGHT_UNIT})*+| ?°(?: ?[CF]| ?\\text\{{[CF]\}})?|''?)$"
     rf"|(?<=\d)_(?:\d|\{{\d\d?\}})$|(?<!%)\\?%$"
     rf"|(?<=[\d}}])(?P<word>(?: [A-Za-z]{{3,}}| ?{COMMON_UNIT})(?:[ /][A-Za-z]+)*+(?:\^\{{?\d\}}?)?)$"
 )
-NO_UNIT = frozenset(
-    """hundred thousand million billion trillion dozen half halve third quarter tenth hundredth thousandth one two three
-    four five six seven eight nine ten zero plus minus times over squared cubed more less or and not no if k x y z n""".split()
-)
+NO_UNIT = """hundred thousand million billion trillion dozen half halve third quarter tenth hundredth thousandth one
+two three four five six seven eight nine ten zero plus minus times over squared cubed more less or and not no
+if k x y z n"""
+NO_UNIT = frozenset(NO_UNIT.split())
 MOST_ROUNDING = Fraction(1, 10)  # relative, of `a \\approx b`
 EXACT_DECIMAL = Fraction(1, 10**12)  # relative error of a decimal that stands for a fraction that no decimal equals
 
@@ -344,13 +324,8 @@ def compare(gold: str, answer: str, engine) -> bool:
         return phrases[0] == phrases[1]
     if any(phrase and TEXT.fullmatch(text) for phrase, text in zip(phrases, (gold, answer), strict=True)):
         return False
-    related = [len(_split(text, RELATION)) > 1 for text in (gold, answer)]
-    if any(related):
-        is_set = [
-            r or bool(SET_LIKE.search(_split(text, EQUALS)[-1]))
-            for r, text in zip(related, (gold, answer), strict=True)
-        ]
-        return all(is_set) and engine(gold, answer)
+    if any(len(_split(text, RELATION)) > 1 for text in (gold, answer)):
+        return all(SET_LIKE.search(_split(text, EQUALS)[-1]) for text in (gold, answer)) and engine(gold, answer)
     (gold_kind, golds), (kind, answers) = _entries(gold), _entries(answer)
     if gold_kind or kind:
         if gold_kind != kind and SET_LIKE.search(gold) and SET_LIKE.search(answer) and "\\" in gold + answer:
