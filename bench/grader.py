@@ -118,6 +118,23 @@ def perturbed(gold: str, rng: random.Random) -> str | None:
     return rng.choice(ways) if ways else None
 
 
+def open_sums(count: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield `count` pairs (gold, a sum, difference or product with its value that is not worked out)."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        whole = rng.randrange(2, 50)
+        terms = [("1", 1), ("-1", -1), (str(whole), whole), (f"-{whole}", -whole), (f"{whole}.0", whole), ("0.5", 0.5)]
+        terms += [(f"2^{{{whole % 9}}}", 2 ** (whole % 9)), (rf"\sqrt{{{whole**2}}}", whole), ("3!", 6), (r"\frac12", 0.5)]
+        terms += [(rf"\sqrt{{{whole**2}.0}}", whole), (rf"{whole} \times 10^{{3}}", 1000 * whole)]
+        (first, value), *others = rng.choices(terms, k=rng.randrange(2, 4))
+        text, value, sign = first, Fraction(value), rng.choice((r"\cdot", r"\times", "*", "+", "-", "+", "-"))
+        for term, other in others:
+            text += sign + (f"({term})" if term[0] == "-" else term)
+            value = value + other if sign == "+" else value - other if sign == "-" else value * Fraction(other)
+        form = rng.choice(("{}", "({})", "x={}", r"{}\text{{ cm}}", r"\frac{{{}}}{{1}}", "{}.", "${}$"))
+        yield str(value), form.format(text)
+
+
 # ---- answers built to be wrong -------------------------------------------------------------
 
 HOSTILE = [

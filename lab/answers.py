@@ -179,11 +179,11 @@ def normal_form(answer: str) -> str:
     Of a plain number its exact fraction (`0.5`, `\frac12` and `50\%` are `1/2`); of anything else the tidied
     text, out of \text{}, words in lower case, cut at MAX_ANSWER_LENGTH. Linear time, no worker.
     """
-    text = answer[:MAX_ANSWER_LENGTH]
-    value = number(text)
+    value = number(answer)
     if value is not None:
         return str(value)
-    return re.sub(r"(?<![A-Za-z\\])[A-Za-z]{2,}", lambda word: word[0].casefold(), TEXT.sub(r"\1", tidy(text))).strip()
+    text = TEXT.sub(r"\1", tidy(answer[:MAX_ANSWER_LENGTH])[:MAX_ANSWER_LENGTH]).strip()
+    return re.sub(r"(?<![A-Za-z\\])[A-Za-z]{2,}", lambda word: word[0].casefold(), text)
 
 
 def _depths(text: str) -> list[int]:
@@ -195,7 +195,7 @@ def _depths(text: str) -> list[int]:
 # The structure of a tidy answer, read from its text: lists, equations, units, words
 
 AND_OR = r"(?:\\text\{[ ,]*(?:and|or)[ ,]*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\(?:lor|land|vee|wedge)\b)"
-LIST = re.compile(rf"[,; ]*{AND_OR}[,; ]*|[,;]")
+LIST = re.compile(rf"(?<![,; ])[,; ]*+{AND_OR}[,; ]*+|[,;]")
 EQUALS = re.compile(r"(?<![<>!:])[:&]?=|\\in(?![A-Za-z])")
 APPROXIMATES = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])")
 RELATION = re.compile(r"<|>|\\(?:le|ge|ne|notin)(?![A-Za-z])")
@@ -518,7 +518,6 @@ def _are_close(a, b, tolerance) -> bool:
 def _is_value(gold, value, is_plain: bool, has_decimal: bool) -> bool:
     """Whether one expression is the other. Not symmetric: the gold decides the form."""
     import sympy
-    from math_verify import verify
 
     if (is_plain or gold.is_Rational) and (value.free_symbols or _is_open(value)):
         return False
@@ -530,6 +529,8 @@ def _is_value(gold, value, is_plain: bool, has_decimal: bool) -> bool:
     pairs = [(_sample(gold, seed), _sample(value, seed)) for seed in range(8 if unknowns else 1)]
     pairs = [pair for pair in pairs if None not in pair]
     if not pairs:
+        from math_verify import verify
+
         return verify(gold, value, timeout_seconds=None, raise_on_error=True)
     return all(_are_close(*pair, SIX_FIGURES if has_decimal and not unknowns else 1e-20) for pair in pairs)
 
