@@ -133,7 +133,6 @@ TIDY = [
         (r"\^\{?((?:\\prime ?)+)\}?", lambda primes: "'" * primes[1].count("p")),  # G 0.003^{\prime \prime}
         (r"(?<=\d) ?\^\{?(?:\\text\{)?(?:st|nd|rd|th)(?![A-Za-z])\}*", ""),  # R 12^{\text{th}}
         (rf"[(\[]?\\(begin){MATRIX}(?:\{{[lcr| ]*\}})?|\\(end){MATRIX}[)\]]?", r"\\\1\2{pmatrix}"),  # R {c c}
-        (r"\\\\\[\d+(?:pt|mm|em|ex)\]", r"\\\\"),
         (
             r"^\\\{(\w) ?(?:\\in ?\\mathbb\{?R\}?)? ?(?:\\mid|[|:])(?=.*(?:<|>|\\[lgn]e)) ?(.*)\\\}$",
             r"\2",
@@ -194,12 +193,12 @@ def _depths(text: str) -> list[int]:
 # ---------------------------------------------------------------------------------------------
 # The structure of a tidy answer, read from its text: lists, equations, units, words
 
-AND_OR = r"(?:\\text\{[ ,]*(?:and|or)[ ,]*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\(?:lor|land|vee|wedge)\b)"
+AND_OR = r"(?:\\text\{[ ,]*(?:and|or)[ ,]*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))"
 LIST = re.compile(rf"(?<![,; ])[,; ]*+{AND_OR}[,; ]*+|[,;]")
-EQUALS = re.compile(r"(?<![<>!:])[:&]?=|\\in(?![A-Za-z])")
-APPROXIMATES = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])")
-RELATION = re.compile(r"<|>|\\(?:le|ge|ne|notin)(?![A-Za-z])")
-COLON, PLUS_MINUS = re.compile(":"), re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+EQUALS = re.compile(r"(?<![<>!])=|\\in(?![A-Za-z])")
+APPROXIMATES = re.compile(r"\\approx(?![A-Za-z])")
+RELATION = re.compile(r"<|>|\\(?:le|ge|ne)(?![A-Za-z])")
+COLON, PLUS_MINUS = re.compile(":"), re.compile(r"\\pm(?![A-Za-z])")
 SET_LIKE = re.compile(RELATION.pattern + r"|\\(?:infty|cup|cap|mathbb|emptyset|setminus)(?![A-Za-z])|^[(\[].*,.*[)\]]$")
 NAME = re.compile(
     r"(?:\\(?:text|bar|vec|hat|overline|angle|triangle) ?(?:\{[^{}]*\}|[A-Z ]+)"
@@ -207,7 +206,7 @@ NAME = re.compile(
     r"|\\frac\{d[^{}]*\}\{d[^{}]*\})'*(?:_(?:\w|\{[^{}]*\}))?'*(?:\^\{-1\})? ?(?:\([^()=]*\))?"
 )
 SYMBOL = re.compile(rf"\\(?:{FUNCTION}|frac|binom|cdot|times|div)(?![A-Za-z])|(\\?[A-Za-z]+(?:_\w|_\{{[^{{}}]*\}})?)")
-CHOICE = re.compile(r"(?:(?i:option|choice|answer):? ?)?\(?([A-J])(?:\)|\.|:|$)[).:]* *(.*)", re.DOTALL)
+CHOICE = re.compile(r"\(?([A-J])(?:\)|\.|:|$)[).:]* *(.*)", re.DOTALL)
 OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z]| [a-z])")  # "(B) A circle" begins with the article
 
 UPRIGHT_UNIT = r"\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?"
@@ -292,6 +291,10 @@ def _unit(text: str) -> tuple[str, str | None]:
 # The comparison. Text settles what it can; what is left raises _Undecided, or goes to math-verify in a worker.
 
 
+# The kinds of collection that may match each kind of gold, besides its own.
+MATCHING = {"list": ("list", r"\{\}", "()", "[]"), r"\{\}": (r"\{\}", "list"), "()": ("()", "list")}
+
+
 class _Undecided(Exception):
     """The texts alone do not tell."""
 
@@ -341,8 +344,10 @@ def compare(gold: str, answer: str, engine) -> bool:
     (gold_value, gold_unit), (value, unit) = _unit(gold), _unit(answer)
     if gold_unit and unit and gold_unit != unit:
         return False
+    (gold_pair, gold_content), (pair, content) = _inside(gold_value), _inside(value)
     gold_value, value = (
-        content if pair in ("()", "{}") else text for text in (gold_value, value) for pair, content in [_inside(text)]
+        gold_content if gold_pair in ("()", "{}") else gold_value,
+        content if pair in ("()", "{}") else value,
     )
     if (gold_value, value) != (gold, answer):
         return compare(gold_value, value, engine)
@@ -351,18 +356,12 @@ def compare(gold: str, answer: str, engine) -> bool:
 
 def _match_entries(gold_kind: str, golds: list[str], kind: str, answers: list[str], engine) -> bool:
     """Whether the entries of two collections match, in order unless the gold is a list or a set."""
-    kinds = {"list": ("list", r"\{\}", "()", "[]"), r"\{\}": (r"\{\}", "list"), "()": ("()", "list")}.get(
-        gold_kind, (gold_kind,)
-    )
-    if kind not in kinds or len(golds) != len(answers):
+    if kind not in MATCHING.get(gold_kind, (gold_kind,)) or len(golds) != len(answers):
         return False
     names = [[_split(entry, EQUALS)[0] if "=" in entry else "" for entry in entries] for entries in (golds, answers)]
     if all(names[0]) and len({*names[0]}) == len(golds):  # x=1, y=2 is y=2, x=1, but not 2, 1
         gold_kind = "()"
-        if all(names[1]):
-            golds, answers = sorted(golds), sorted(answers)
-            if sorted(names[0]) != sorted(names[1]):
-                return False
+        golds, answers = (sorted(golds), sorted(answers)) if all(names[1]) else (golds, answers)
     if gold_kind not in ("list", r"\{\}"):
         return all(compare(g, a, engine) for g, a in zip(golds, answers, strict=True))
     left = list(answers)
@@ -385,22 +384,18 @@ def _match_sides(gold_sides: list[str], sides: list[str], engine) -> bool:
             return compare(*sorted((side, value), key=lambda text: _figure(text) is not None), engine)
         return False
 
-    gold_named = NAME.fullmatch(gold_sides[0]) is not None
-    if len(sides) == 1:
-        if all(_figure(side) for side in gold_sides):  # 0.56 = 56%
-            return any(compare(side, sides[0], engine) for side in gold_sides)
-        return gold_named and compare(gold_sides[-1], sides[0], engine)
-    if not symbols(sides[0]) and NAME.fullmatch(sides[-1]):
-        sides = [sides[-1], *sides[:-1]]  # 5 = x
-    *others, value = [_unit(side)[0] for side in sides]
-    if any(not symbols(side) and not is_true(side, value) for side in others):
-        return False
-    named = NAME.fullmatch(sides[0]) is not None
-    if len(gold_sides) == 1:
-        return (named or len(symbols(sides[0])) != 1) and compare(gold_sides[0], sides[-1], engine)  # 2x = 6 is no 6
-    if gold_named and named and compare(gold_sides[-1], sides[-1], engine):
+    if len(sides) > 1:
+        if not symbols(sides[0]) and NAME.fullmatch(sides[-1]):
+            sides = [sides[-1], *sides[:-1]]  # 5 = x
+        *others, value = [_unit(side)[0] for side in sides]
+        if any(not symbols(side) and not is_true(side, value) for side in others):
+            return False
+    gold_named = len(gold_sides) == 1 or NAME.fullmatch(gold_sides[0]) or _figure(gold_sides[0])  # 0.56 = 56%
+    named = len(sides) == 1 or NAME.fullmatch(sides[0]) or (len(gold_sides) == 1 and len(symbols(sides[0])) != 1)
+    if gold_named and named and compare(gold_sides[-1], sides[-1], engine):  # but 2x = 6 is no 6
         return True
-    return engine("=".join(gold_sides[:: len(gold_sides) - 1]), "=".join(sides[:: len(sides) - 1]))
+    first_and_last = ("=".join(equation[:: len(equation) - 1]) for equation in (gold_sides, sides) if len(equation) > 1)
+    return len(gold_sides) > 1 < len(sides) and engine(*first_and_last)
 
 
 def _undecided(gold: str, answer: str) -> bool:
@@ -428,18 +423,19 @@ SIX_FIGURES = 2e-6  # relative, of a decimal against a closed form
 PRODUCT = re.compile(r"(?:\\times|\\cdot|(?<!\*)\*(?!\*))(?! ?10(?:\^|\*\*))|\\begin|\)\(|(?<![_^\d])\d+\(")
 
 
-def _repeating(match: re.Match) -> str:
-    whole, start, cycle = match.groups()
-    above = int(whole + start + cycle) - int(whole + start or "0")
-    return rf"\frac{{{above}}}{{{'9' * len(cycle)}{'0' * len(start)}}}"
+def _fraction(decimal: re.Match) -> str:
+    """A decimal, repeating or not, as a fraction: as a float it would hide sums."""
+    whole, start, cycle = decimal.groups(default="")
+    above = int(whole + start + cycle) - (int(whole + start or 0) if cycle else 0)
+    return rf"\frac{{{above}}}{{{'9' * len(cycle) or 1}{'0' * len(start)}}}"
 
 
+MISREAD = re.compile(r"(?<![_^\d])\d+\s+\d|!!|\d_|[\d°]'")  # 1 2 would be added, 3!! (3!)!; the others dropped
 # What its grammar misreads or does not know, in words that it does.
 READABLE = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
-        (r"(\d*)\.(\d*)\\overline\{(\d+)\}", _repeating),
-        (r"(\d*)\.(\d+)", lambda d: rf"\frac{{{d[1]}{d[2]}}}{{1{'0' * len(d[2])}}}"),  # no float: it hides sums
+        (r"(\d*)\.(?=\d|\\overline)(\d*)(?:\\overline\{(\d+)\})?", _fraction),
         (r"°", r"^\\circ "),
         (r"\*\*", "^"),
         (r"(?<=[A-Za-z])'+", lambda primes: "_{" + "p" * len(primes[0]) + "}"),
@@ -457,9 +453,7 @@ def _read(text: str):
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
-    if re.search(
-        r"(?<![_^\d])\d+\s+\d|!!|\d_|[\d°]'", text
-    ):  # it would add the numbers, take 3!! for (3!)!, drop the index
+    if MISREAD.search(text):
         return None
     for pattern, replacement in READABLE:
         text = pattern.sub(replacement, text)
@@ -485,17 +479,14 @@ def _is_open(value) -> bool:
     if type(value).__name__ in OPEN:
         return True
     if isinstance(value, sympy.Add | sympy.Mul):
-        terms = [arg for arg in value.args if not (value.is_Mul and arg.is_Pow and arg.exp == -1)]
-        if value.is_Mul and -1 in terms and not all(arg.is_Number for arg in value.args):
-            terms.remove(-1)  # a sign
-        rational = [term for term in terms if term.doit().is_rational]
+        has_sign = value.is_Mul and not all(arg.is_Number for arg in value.args)
+        below = [arg for arg in value.args if value.is_Mul and arg.is_Pow and arg.exp == -1]
+        terms = [arg for arg in value.args if arg not in below and not (has_sign and arg == -1)]
         is_scientific = (
-            len(terms) == 2
-            and value.is_Mul
-            and any(t.is_Pow and t.base == 10 for t in terms)
-            and any(t.is_Rational for t in terms)
+            len(terms) == 2 and any(t.is_Rational for t in terms) and any(t.as_base_exp()[0] == 10 for t in terms)
         )
-        if len(terms) > 1 and not is_scientific and (len(rational) > 1 or value.doit().is_rational):
+        is_rational = sum(bool(term.doit().is_rational) for term in terms) > 1 or value.doit().is_rational
+        if len(terms) > 1 and is_rational and not (value.is_Mul and is_scientific):
             return True
     return any(_is_open(arg) for arg in value.args)
 
@@ -507,17 +498,19 @@ def _sample(value, seed: int):
 
     unknowns = value.atoms(AppliedUndef, sympy.Derivative) | value.free_symbols
     point = {u: sympy.Rational(zlib.crc32(f"{seed} {u}".encode()) % 99991 - 40000, 7919) for u in unknowns}
-    sampled = value.xreplace(point).evalf(40)
-    return sampled if sampled.is_number and sampled.is_finite and sampled.is_comparable is not None else None
+    with suppress(ArithmeticError, TypeError, ValueError):
+        sampled = value.xreplace(point).evalf(40)
+        return sampled if sampled.is_number and sampled.is_finite else None
 
 
 def _are_close(a, b, tolerance) -> bool:
-    return bool(abs(a - b) <= tolerance * max(abs(a), abs(b)))
+    return b is not None and bool(abs(a - b) <= tolerance * max(abs(a), abs(b)))
 
 
 def _is_value(gold, value, is_plain: bool, has_decimal: bool) -> bool:
     """Whether one expression is the other. Not symmetric: the gold decides the form."""
     import sympy
+    from math_verify import verify
 
     if (is_plain or gold.is_Rational) and (value.free_symbols or _is_open(value)):
         return False
@@ -526,13 +519,11 @@ def _is_value(gold, value, is_plain: bool, has_decimal: bool) -> bool:
     if gold.is_Rational and value.is_Rational:
         return gold == value
     unknowns = gold.free_symbols | value.free_symbols
-    pairs = [(_sample(gold, seed), _sample(value, seed)) for seed in range(8 if unknowns else 1)]
-    pairs = [pair for pair in pairs if None not in pair]
-    if not pairs:
-        from math_verify import verify
-
+    points = [(a, seed) for seed in range(8 if unknowns else 1) if (a := _sample(gold, seed)) is not None]
+    if not points:
         return verify(gold, value, timeout_seconds=None, raise_on_error=True)
-    return all(_are_close(*pair, SIX_FIGURES if has_decimal and not unknowns else 1e-20) for pair in pairs)
+    tolerance = SIX_FIGURES if has_decimal and not unknowns else 1e-20
+    return all(_are_close(a, _sample(value, seed), tolerance) for a, seed in points)
 
 
 def _is_equation(gold, answer) -> bool:
@@ -552,7 +543,7 @@ def _as_set(text: str):
     parts = _split(text, LIST) if len(_split(text, RELATION)) > 1 else [text]
     if len(parts) > 1:
         sets = [_as_set(part) for part in parts]
-        combine = sympy.Intersection if re.search(r"and\b|\\land|\\wedge", text) else sympy.Union
+        combine = sympy.Intersection if re.search(r"and\b", text) else sympy.Union
         return combine(*sets) if all(isinstance(s, sympy.Set) for s in sets) else None
     value = unwrap_fcs(_read(_split(text, EQUALS)[-1]))
     if isinstance(value, sympy.logic.boolalg.Boolean) and len(value.free_symbols) == 1:
