@@ -7,24 +7,25 @@ The policy:
      difference or product of rational values, anywhere in the answer, leaves the work to the grader and
      is wrong; an unreduced fraction, a power, root, factorial or binomial may match. Against a closed form
      a decimal needs its first six figures, against a fraction that no decimal equals its first twelve.
-  3. A list, a set, `or`, `and`, `;`, \pm never earn a single value. A list matches in any order, each entry
-     as often as in the gold; tuples, intervals, matrices entry by entry. A bare list may stand for a tuple.
-     `100,200` is one number, `100, 200` is two.
+  3. A list, a set, `or`, `and`, `;`, \pm never earn a single value. A list or set matches in any order, each
+     entry as often as in the gold; tuples, intervals, matrices entry by entry. A bare list may stand for a
+     tuple. `100,200` is one number, `100, 200` is two.
   4. `x = 3` is 3, so is `3 = x`; `2x = 6` is not. Sides that are numbers must be equal: `2+3=5` is 5, `4=5`
      nothing; `1/3 \approx 0.33` is 1/3, `5 \approx 6` nothing. One equation is another if it is a multiple of
      it, or gives its value under another name.
   5. `x<3` is `(-\infty,3)` and `\{x \mid x<3\}`, whatever the variable; an inequality earns no number.
-  6. A unit, a degree sign, a base (`52_8`) may be left out on either side. If both state one, it must be the
-     same word, in any case and number: none is converted or expanded (cm is not centimeters). A bare letter
+  6. A unit, a degree sign, a base (`52_8`) may be left out on either side. Where both state one it must be the
+     same word, in any case and number; none is converted or spelt out (cm is not centimeters). A bare letter
      (`2t`) is a variable.
   7. Words (of two letters or more) match as text, in any case. A choice (`A`) may stand in parentheses and
      be followed by its text. What has a colon (05:00, 1:2) matches part by part.
-  8. What is typed counts as what it stands for: `pi/2`, `sqrt(2)`, `2^10`, `exp(1)`, `x²`, `√2`. A box has
-     braces: `\boxed 5` holds no answer.
-  9. math-verify (0.9, gold first) decides everything else, in a worker process that runs under a memory
-     limit, and is killed and replaced when it is late: a hard answer costs its own verdict, never the run.
-     No answer is evaluated as code. Guards prevent what it would do: fold upper case, take small numbers for 0,
-     2(3) and 5 6 for mixed numbers, y' for y, gamma for a function, the letters of a word for factors.
+  8. What is typed counts as what it stands for: `pi/2`, `sqrt(2)`, `2^10`, `exp(1)`, `x²`, `√2`. But a box has
+     braces: `\boxed 5` holds no answer, because TeX would box one digit of `\boxed 55`.
+  9. What is left, math-verify (0.9) reads; expressions are equal if they are at eight random points, to twenty
+     figures, and rational numbers exactly. It runs in a worker process under a memory limit, which is killed and
+     replaced when it is late: a hard answer costs its own verdict, never the run. No answer is evaluated as code.
+     Guards prevent what its parser would do: fold upper case, add 5 6, take 2(3) for a mixed number, y' for y,
+     gamma for a function.
 
 A worker runs this file as a program, `python -P lab/answers.py BYTES SECONDS`: a JSON line in, a JSON line out.
 engine/grader.py owns the workers.
@@ -93,9 +94,9 @@ NUMBER = re.compile(
 )
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 SYNONYMS = r"""- −, \times ×, \cdot ·, \div ÷, \sqrt √, \pi π, \infty ∞, \cup ∪, \approx ≈, \pm ±,
-\le ≤ <= \leq \leqslant, \ge ≥ >= \geq \geqslant, \ne ≠ != \neq \not=, < \lt, > \gt, | \vert \lvert \rvert, ( \langle, ) \rangle,
-\frac \dfrac \tfrac \cfrac, \binom \dbinom \tbinom, \emptyset \varnothing \{\} ∅, ° ^{\circ} ^\circ \degree,
-\% percent \text{percent}, pm p.m., am a.m."""
+\le ≤ <= \leq \leqslant, \ge ≥ >= \geq \geqslant, \ne ≠ != \neq \not=, < \lt, > \gt, | \vert \lvert \rvert,
+( \langle, ) \rangle, \frac \dfrac \tfrac \cfrac, \binom \dbinom \tbinom, \emptyset \varnothing \{\} ∅,
+° ^{\circ} ^\circ \degree, \% percent \text{percent}, pm p.m., am a.m."""
 SYNONYMS = [row.split() for row in SYNONYMS.split(",")]
 SYNONYMS = {
     other: name + " " * (name[-1].isalpha() > other[-1].isalpha()) for name, *others in SYNONYMS for other in others
@@ -275,21 +276,20 @@ def _choice(text: str) -> str | None:
 
 
 def _unit(text: str) -> tuple[str, str | None]:
-    r"""A value and its unit or base, None if none is stated: in \text{}, or a word after a plain number."""
-    unit = UNIT.search(text)
-    if unit is None or not (value := text[: unit.start()].rstrip()) or (unit["word"] and _figure(value) is None):
-        return text, None
-    name = re.sub(r"[\s{}]|s(?![A-Za-z])", "", TEXT.sub(r" \1", unit[0]).replace("°", "degree").casefold())
-    words = re.findall(r"[a-z]+", TEXT.sub(r" \1 ", unit[0]).casefold())
-    is_argument = "°" in unit[0] and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", value)
-    if is_argument or NO_UNIT.intersection(word.removesuffix("s") for word in words):
-        return text, None
-    return value, name
+    r"""A value out of parentheses, and its unit or base: in \text{}, or a word after a plain number; else None."""
+    unit, value, name = UNIT.search(text), text, None
+    if unit and (before := text[: unit.start()].rstrip()) and (not unit["word"] or _figure(before)):
+        words = re.findall(r"[a-z]+", TEXT.sub(r" \1 ", unit[0]).casefold())
+        is_argument = "°" in unit[0] and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", before)
+        if not is_argument and not NO_UNIT.intersection(word.removesuffix("s") for word in words):
+            name = TEXT.sub(r" \1", unit[0]).replace("°", "degree").casefold()
+            value, name = before, re.sub(r"[\s{}]|s(?![a-z])", "", name)
+    pair, content = _inside(value)
+    return content if pair in ("()", "{}") else value, name
 
 
 # ---------------------------------------------------------------------------------------------
 # The comparison. Text settles what it can; what is left raises _Undecided, or goes to math-verify in a worker.
-
 
 # The kinds of collection that may match each kind of gold, besides its own.
 MATCHING = {"list": ("list", r"\{\}", "()", "[]"), r"\{\}": (r"\{\}", "list"), "()": ("()", "list")}
@@ -344,11 +344,6 @@ def compare(gold: str, answer: str, engine) -> bool:
     (gold_value, gold_unit), (value, unit) = _unit(gold), _unit(answer)
     if gold_unit and unit and gold_unit != unit:
         return False
-    (gold_pair, gold_content), (pair, content) = _inside(gold_value), _inside(value)
-    gold_value, value = (
-        gold_content if gold_pair in ("()", "{}") else gold_value,
-        content if pair in ("()", "{}") else value,
-    )
     if (gold_value, value) != (gold, answer):
         return compare(gold_value, value, engine)
     return bool(value) and engine(gold, answer)
@@ -462,9 +457,9 @@ def _read(text: str):
     try:
         text = normalize_latex(text, rules)
         value = latex2sympy(text, is_real=True, convert_degrees=True, normalization_config=None, conversion_config=case)
-    except MemoryError:
-        raise
-    except Exception:  # the parser raises that very class
+    except Exception as error:  # the parser raises that very class
+        if isinstance(error, MemoryError):
+            raise
         return None
     return value if isinstance(value, sympy.Basic | sympy.MatrixBase) and not value.has(sympy.zoo, sympy.nan) else None
 
@@ -474,29 +469,22 @@ OPEN = ("Sum", "Product", "Integral", "Limit", "Derivative", "Mod", "Max", "Min"
 
 def _is_open(value) -> bool:
     """Whether a sum, difference or product of rational values is anywhere left to be worked out."""
-    import sympy
-
-    if type(value).__name__ in OPEN:
-        return True
-    if isinstance(value, sympy.Add | sympy.Mul):
+    if value.is_Add or value.is_Mul:
         has_sign = value.is_Mul and not all(arg.is_Number for arg in value.args)
         below = [arg for arg in value.args if value.is_Mul and arg.is_Pow and arg.exp == -1]
         terms = [arg for arg in value.args if arg not in below and not (has_sign and arg == -1)]
-        is_scientific = (
-            len(terms) == 2 and any(t.is_Rational for t in terms) and any(t.as_base_exp()[0] == 10 for t in terms)
-        )
         is_rational = sum(bool(term.doit().is_rational) for term in terms) > 1 or value.doit().is_rational
-        if len(terms) > 1 and is_rational and not (value.is_Mul and is_scientific):
+        kinds = sorted("number" if t.is_Rational else str(t.as_base_exp()[0]) for t in terms)
+        if len(terms) > 1 and is_rational and not (value.is_Mul and kinds == ["10", "number"]):
             return True
-    return any(_is_open(arg) for arg in value.args)
+    return type(value).__name__ in OPEN or any(_is_open(arg) for arg in value.args)
 
 
 def _sample(value, seed: int):
     """The value to 40 digits where every variable, function and derivative is some number; None if that is none."""
     import sympy
-    from sympy.core.function import AppliedUndef
 
-    unknowns = value.atoms(AppliedUndef, sympy.Derivative) | value.free_symbols
+    unknowns = value.atoms(sympy.core.function.AppliedUndef, sympy.Derivative) | value.free_symbols
     point = {u: sympy.Rational(zlib.crc32(f"{seed} {u}".encode()) % 99991 - 40000, 7919) for u in unknowns}
     with suppress(ArithmeticError, TypeError, ValueError):
         sampled = value.xreplace(point).evalf(40)
@@ -566,21 +554,13 @@ def ask_math_verify(gold: str, answer: str) -> bool:
     is_plain, has_decimal = _figure(gold) is not None, "." in gold + answer
     if is_plain and PRODUCT.search(answer):
         return False
-    if isinstance(gold_value, sympy.MatrixBase):
-        return (
-            isinstance(value, sympy.MatrixBase)
-            and gold_value.shape == value.shape
-            and all(_is_value(g, a, False, has_decimal) for g, a in zip(gold_value, value, strict=True))
-        )
+    if gold_value.is_Matrix and value.is_Matrix and gold_value.shape == value.shape:
+        return all(_is_value(g, a, False, has_decimal) for g, a in zip(gold_value, value, strict=True))
     if isinstance(gold_value, sympy.Eq) and isinstance(value, sympy.Eq):
         return _is_equation(gold_value, value)
     if isinstance(gold_value, sympy.Expr) and isinstance(value, sympy.Expr):
         return _is_value(gold_value, value, is_plain, has_decimal)
     return not is_plain and verify(gold_value, value, timeout_seconds=None, raise_on_error=True)
-
-
-# What sympy and ANTLR are seen to raise on odd LaTeX. Anything else ends the worker, which the parent reports too.
-ODD_LATEX = (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
 def work(memory_limit_bytes: int, time_limit_s: float) -> None:
@@ -606,15 +586,13 @@ def work(memory_limit_bytes: int, time_limit_s: float) -> None:
         for gold in job["golds"]:
             try:
                 right = right or compare(gold, job["answer"], ask_math_verify)
-            except (MemoryError, OverflowError, RecursionError):
-                # the text's own doing, as being late is; what is left of this process is not to be used
+            except (MemoryError, OverflowError, RecursionError):  # the text's own doing, as being late is
                 print(json.dumps({"id": job["id"], "exceeded": True}), file=replies)
                 return
-            except ODD_LATEX:
+            except Exception:  # whatever sympy raises on odd LaTeX: counted as the grader's failure
                 errors += 1
         signal.setitimer(signal.ITIMER_REAL, 0)
-        failed = errors and not right
-        print(json.dumps({"id": job["id"], "right": None if failed else right}), file=replies)
+        print(json.dumps({"id": job["id"], "right": None if errors and not right else right}), file=replies)
 
 
 if __name__ == "__main__":

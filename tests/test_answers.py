@@ -272,7 +272,6 @@ GOLDEN = {
         (r"125\textnormal{ miles}", "125", True, "another command for text"),
         ("18", r"\boldsymbol{18}", True, "bold"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\mathbf{v} = \begin{pmatrix}1\\2\end{pmatrix}", True, "a named vector"),
-        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\[4pt]2\end{pmatrix}", True, "row spacing"),
         (
             r"\begin{pmatrix}1\\2\end{pmatrix}",
             r"\mathbf{v} = \begin{pmatrix}1\\3\end{pmatrix}",
