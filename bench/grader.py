@@ -124,8 +124,8 @@ def open_sums(count: int, seed: int) -> Iterator[tuple[str, str]]:
     for _ in range(count):
         whole = rng.randrange(2, 50)
         terms = [("1", 1), ("-1", -1), (str(whole), whole), (f"-{whole}", -whole), (f"{whole}.0", whole), ("0.5", 0.5)]
-        terms += [(f"2^{{{whole % 9}}}", 2 ** (whole % 9)), (rf"\sqrt{{{whole**2}}}", whole), ("3!", 6), (r"\frac12", 0.5)]
-        terms += [(rf"\sqrt{{{whole**2}.0}}", whole), (rf"{whole} \times 10^{{3}}", 1000 * whole)]
+        terms += [(f"2^{{{whole % 9}}}", 2 ** (whole % 9)), (rf"\sqrt{{{whole**2}}}", whole), ("3!", 6)]
+        terms += [(r"\frac12", 0.5), (rf"\sqrt{{{whole**2}.0}}", whole), (rf"{whole} \times 10^{{3}}", 1000 * whole)]
         (first, value), *others = rng.choices(terms, k=rng.randrange(2, 4))
         text, value, sign = first, Fraction(value), rng.choice((r"\cdot", r"\times", "*", "+", "-", "+", "-"))
         for term, other in others:

@@ -310,7 +310,7 @@ GOLDEN = {
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", W, "transposed"),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}", W, "another shape"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", "1,2", W, "a list is no column"),
-        (r"\begin{pmatrix}1&2\end{pmatrix}", r"\left(\begin{array}{c c}1&2\end{array}\right)", R, "columns spaced"),
+        (r"\begin{pmatrix}1&2\end{pmatrix}", r"\left(\begin{array}{c c}1&2\end{array}\right)", R, "spaced"),
         (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5", R, "two entries by one sign"),
         (r"\begin{pmatrix}x&1\\0&y\end{pmatrix}", r"\begin{pmatrix}x&1\\0&y+0\end{pmatrix}", R, "symbols in a matrix"),
     ],
@@ -619,7 +619,7 @@ def test_a_reformatted_number_matches_and_a_changed_digit_does_not():
 
 def test_a_sum_left_open_earns_nothing_and_its_value_does():
     """Terms of both kinds: integers, and -1, decimals, powers, roots; their values by Fraction."""
-    cases = list(bench.open_sums(200, 3))
+    cases = list(bench.open_sums(80, 3))
     assert [case for case in cases if bench.by_engine(*case)] == []
     for gold, answer in cases[::10]:
         assert bench.by_engine(gold, bench.reformatted_number(Fraction(gold), random.Random(answer)).rstrip("."))
@@ -681,7 +681,7 @@ def test_hostile_text_does_not_delay_the_caller():
 
 
 def test_answers_settled_by_text_need_no_worker():
-    settled = [("5", "x>5"), ("5", "1,2"), (r"12 \text{ cm}", "12 mm"), ("(1,2)", "(1,3)"), ("A", "B"), ("5:00", "6:00")]
+    settled = [("5", "x>5"), ("5", "1,2"), (r"2 \text{ cm}", "2 mm"), ("(1,2)", "(1,3)"), ("A", "B"), ("5:00", "6:00")]
     settled += [("5", r"\text{five}"), ("5", r"\{5\}")]
     assert [answers.text_verdict(answer, [gold]) for gold, answer in settled] == [("wrong", [])] * len(settled)
     assert answers.text_verdict("x+1", ["1+x", "5 + x"]) == (None, ["1+x", "5+x"])
