@@ -507,11 +507,11 @@ def _is_value(gold, value, is_plain: bool, has_decimal: bool) -> bool:
     if gold.is_Rational and value.is_Rational:
         return gold == value
     unknowns = gold.free_symbols | value.free_symbols
-    points = [(a, seed) for seed in range(8 if unknowns else 1) if (a := _sample(gold, seed)) is not None]
-    if not points:
-        return verify(gold, value, timeout_seconds=None, raise_on_error=True)
     tolerance = SIX_FIGURES if has_decimal and not unknowns else 1e-20
-    return all(_are_close(a, _sample(value, seed), tolerance) for a, seed in points)
+    gold_samples = (_sample(gold, seed) for seed in range(8 if unknowns else 1))
+    checks = (_are_close(a, _sample(value, seed), tolerance) for seed, a in enumerate(gold_samples) if a is not None)
+    first = next(checks, None)
+    return verify(gold, value, timeout_seconds=None, raise_on_error=True) if first is None else first and all(checks)
 
 
 def _is_equation(gold, answer) -> bool:
