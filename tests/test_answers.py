@@ -309,6 +309,7 @@ GOLDEN = {
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", R, "other brackets"),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", W, "transposed"),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}", W, "another shape"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\[4pt]2\end{pmatrix}", True, "row spacing"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", "1,2", W, "a list is no column"),
         (r"\begin{pmatrix}1&2\end{pmatrix}", r"\left(\begin{array}{c c}1&2\end{array}\right)", R, "spaced"),
         (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5", R, "two entries by one sign"),
