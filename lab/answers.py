@@ -97,10 +97,8 @@ SYNONYMS = r"""- −, \times ×, \cdot ·, \div ÷, \sqrt √, \pi π, \infty �
 \le ≤ <= \leq \leqslant, \ge ≥ >= \geq \geqslant, \ne ≠ != \neq \not=, < \lt, > \gt, | \vert \lvert \rvert,
 ( \langle, ) \rangle, \frac \dfrac \tfrac \cfrac, \binom \dbinom \tbinom, \emptyset \varnothing \{\} ∅,
 ° ^{\circ} ^\circ \degree, \% percent \text{percent}, pm p.m., am a.m."""
-SYNONYMS = [row.split() for row in SYNONYMS.split(",")]
-SYNONYMS = {
-    other: name + " " * (name[-1].isalpha() > other[-1].isalpha()) for name, *others in SYNONYMS for other in others
-}
+SYNONYMS = [(other, name) for name, *others in map(str.split, SYNONYMS.split(",")) for other in others]
+SYNONYMS = {other: name + " " * (name[-1].isalpha() > other[-1].isalpha()) for other, name in SYNONYMS}
 SYNONYM = "|".join(re.escape(other) + "(?![A-Za-z])" * other[-1].isalpha() for other in SYNONYMS)
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log|exp|sqrt|pi|infty"  # that are typed as words
@@ -134,6 +132,7 @@ TIDY = [
         (r"\^\{?((?:\\prime ?)+)\}?", lambda primes: "'" * primes[1].count("p")),  # G 0.003^{\prime \prime}
         (r"(?<=\d) ?\^\{?(?:\\text\{)?(?:st|nd|rd|th)(?![A-Za-z])\}*", ""),  # R 12^{\text{th}}
         (rf"[(\[]?\\(begin){MATRIX}(?:\{{[lcr| ]*\}})?|\\(end){MATRIX}[)\]]?", r"\\\1\2{pmatrix}"),  # R {c c}
+        (r"\\\\ ?\[\d+(?:pt|mm|em|ex)\]", r"\\\\"),  # W \\[4pt]
         (
             r"^\\\{(\w) ?(?:\\in ?\\mathbb\{?R\}?)? ?(?:\\mid|[|:])(?=.*(?:<|>|\\[lgn]e)) ?(.*)\\\}$",
             r"\2",
