@@ -13,6 +13,9 @@ estimate; the first line of its file records the model, problems and sampling se
 """
 
 if __name__ == "__main__":  # answer --help and usage errors before importing torch
+    from engine.terminal import prepare_terminal
+
+    prepare_terminal()
     from lab.options import difficulty_arguments
 
     ARGUMENTS = difficulty_arguments(__doc__)
@@ -149,21 +152,19 @@ def estimate(
     n: int,
     sampling: Sampling,
     path: Path,
-    weights: str,
+    identity: dict[str, str],
     stage: float = BEFORE_STAGE,
     step: int = 0,
     restart: bool = False,
 ) -> History:
     """Estimate every problem's pass rate over n rollouts; problems that `path` holds already are not sampled again.
 
-    `weights` is the model's fingerprint; visits are recorded under `stage` and `step`. Every process calls this and
-    gets the same history. `restart` replaces a file of other settings, which is a DataError otherwise. Raises
+    `identity` is of the model and its prompts; visits are recorded under `stage` and `step`. Every process calls this
+    and gets the same history. `restart` replaces a file of other settings, which is a DataError otherwise. Raises
     Interrupted on a stop request, after saving the finished problems; GraderError when grading often fails.
     """
     processes = worker.processes
     settings = {
-        "weights": weights,
-        "problems": problems_fingerprint(problems),
         "n": n,
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -172,6 +173,7 @@ def estimate(
         "instruction": worker.instruction,
         "thinking": worker.grader.thinking,
         "seed": sampling.seed,
+        "identity": identity | {"problems": problems_fingerprint(problems)},
     }
     known = History.load(path) if path.exists() else History()
     if restart and known.settings not in (None, settings):

@@ -14,6 +14,9 @@ command resumes and ends with the same results. OUT also gets results.json and r
 """
 
 if __name__ == "__main__":  # --help and argument errors need no torch
+    from engine.terminal import prepare_terminal
+
+    prepare_terminal()
     from lab.options import evaluation_arguments
 
     ARGUMENTS = evaluation_arguments(__doc__)
@@ -22,6 +25,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,22 +85,38 @@ def evaluate(
 # ------------------------------------------------------------------------------------------- accuracy: avg@k, pass@k
 
 
-def interval(problem_means: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% interval of avg@k, the mean over problems, clustered by problem and cut to [0, 1].
+@cache
+def student_95(freedom: int) -> float:
+    """Return half a 95% interval in standard errors for these degrees of freedom: the 97.5% quantile of Student's t.
 
-    If all problems scored the same there is no spread to measure: Wilson's interval, one trial per problem.
+    Of t = sqrt(freedom) tan(angle), the angle has the density cos(angle) ** (freedom - 1): summed here, to 6 digits.
     """
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    share = np.cumsum(np.cos((angles[1:] + angles[:-1]) / 2) ** (freedom - 1))
+    return math.sqrt(freedom) * math.tan(np.interp(0.95 * share[-1], share, angles[1:]))
+
+
+def interval(problem_means: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% interval of avg@k, the mean over problems, clustered by problem; all of [0, 1] for one problem."""
     means = np.asarray(problem_means, dtype=float)
-    problems, mean = len(means), means.mean()
+    spread = means.var(ddof=1) if len(means) > 1 else 0.0
+    return share_interval(float(means.mean()), float(spread) / len(means), len(means))
+
+
+def share_interval(share: float, variance: float, problems: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval, with Student's t, of a share that was estimated over problems with this variance.
+
+    The share counts as one of as many independent trials as give the variance, with that of one more problem, solved or
+    not, since few problems understate it. Without spread there is none to measure: one trial per problem, normal.
+    """
     if problems < 2:
         return 0.0, 1.0  # one problem says nothing about others
-    if np.ptp(means) < 1e-9:
-        z2 = NORMAL_95**2
-        centre = (mean + z2 / (2 * problems)) / (1 + z2 / problems)
-        half = NORMAL_95 / (1 + z2 / problems) * math.sqrt(mean * (1 - mean) / problems + z2 / (4 * problems**2))
-    else:
-        centre, half = mean, NORMAL_95 * means.std(ddof=1) / math.sqrt(problems)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    t, trials, single = NORMAL_95, problems, share * (1 - share)
+    if variance > 1e-18:
+        t, trials = student_95(problems - 1), single / (variance * (problems - 1) / problems + single / problems**2)
+    centre = (share + t**2 / (2 * trials)) / (1 + t**2 / trials)
+    half = t / (1 + t**2 / trials) * math.sqrt(single / trials + t**2 / (4 * trials**2))
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -106,8 +126,8 @@ def half_width(values: Sequence[float]) -> float:
     """
     if len(values) < 2:
         return 1.0
-    spread = float(np.std(values, ddof=1))
-    return min(1.0, NORMAL_95 * spread / math.sqrt(len(values)) if spread > 1e-9 else 3 / len(values))
+    spread, t = float(np.std(values, ddof=1)), student_95(len(values) - 1)
+    return min(1.0, t * spread / math.sqrt(len(values)) if spread > 1e-9 else 3 / len(values))
 
 
 def pass_at(right: np.ndarray, n: int, k: int) -> np.ndarray:

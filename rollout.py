@@ -31,7 +31,7 @@ from engine.decode import sampling_forward, step_graphs
 from engine.errors import UserError
 from engine.memory import free_memory_bytes, out_of_memory
 from engine.paged_attention import has_paged_attention, paged_attention
-from model import ModelConfig, Packed, Transformer
+from model import ModelConfig, ModelError, Packed, Transformer
 
 LARGEST_PREFILL = 16_384  # tokens in one prefill forward; a longer prompt is prefilled alone
 LARGEST_CPU_PREFILL = 2_048  # fits the caches of a CPU
@@ -126,7 +126,11 @@ def check_requests(
             raise RolloutError(f"{problem}: the prompt is empty")
         sequence = f"{problem}: prompt of {length} tokens + {new} new"
         if length + new > window:
-            raise RolloutError(f"{sequence} exceeds the model's window of {window}: shorten either or extend with YaRN")
+            others = sum(len(other.tokens) + new > window for other in prompts) - 1
+            also = f", and {others:,} more do so" * (others > 0)
+            raise RolloutError(
+                f"{sequence} exceeds the model's window of {window}{also}: shorten either or extend with YaRN"
+            )
         if limits.tokens and math.ceil((length + new) / size) + 1 > limits.tokens // size:
             raise RolloutError(f"{sequence} and a spare page exceed the cache of {limits.tokens} tokens: enlarge it")
     return size, math.ceil(longest / size)
@@ -333,7 +337,7 @@ def generate(
     """Yield every rollout as it finishes, in no particular order. Needs gathered weights and torch.no_grad.
 
     `abandon` is called before each decode; when it returns True, unfinished responses are dropped.
-    Raises what `check_requests` raises, before any work.
+    Raises what `check_requests` raises, before any work, and ModelError where the logits are not finite.
     """
     return _Sampler(model, list(prompts), sampling, limits, stats or SamplerStats()).run(abandon)
 
@@ -372,7 +376,7 @@ class _Sampler:
         self, model: Transformer, prompts: list[Prompt], sampling: Sampling, limits: CacheLimits, stats: SamplerStats
     ):
         self.page_size, self.pages_per_row = check_requests(model, prompts, sampling, limits)
-        self.sampling, self.stats, self.device = sampling, stats, model.device
+        self.sampling, self.stats, self.device, self.name = sampling, stats, model.device, model.name
         self.rows: list[_Row] = []
         self.waiting: deque[_Row] = deque()
         self.admissions = 0
@@ -537,6 +541,12 @@ class _Sampler:
         stop, finished = self.sampling.stop_tokens, []
         for i, row in enumerate(self.rows):
             for token, logprob in zip(tokens[i], logprobs[i], strict=True):
+                if not math.isfinite(logprob):
+                    raise ModelError(
+                        f"{self.name}: the logits of token {len(row.tokens) + 1} of a response to problem "
+                        f"{row.prompt.problem_id} are not finite: its weights hold NaN or infinity, or overflow: "
+                        f"download or convert the model again, or train it at a lower learning rate"
+                    )
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
                 self.stats.decoded_tokens += 1

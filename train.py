@@ -18,6 +18,9 @@ RECIPE.md has the facts, and where this project departs from the published recip
 """
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    from engine.terminal import prepare_terminal
+
+    prepare_terminal()
     from lab.options import training_arguments
 
     ARGUMENTS = training_arguments(__doc__)
@@ -43,7 +46,7 @@ from data_filter import (
     zero_variance_share,
 )
 from engine import distributed
-from engine.distributed import Interrupted
+from engine.distributed import Interrupted, StopRequest
 from engine.grader import GraderError
 from engine.rollout_worker import Attempt
 from engine.run import Run
@@ -208,9 +211,9 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
     """
     path, history = run.folder / f"pass-rates-{index}.jsonl", run.state.history
     sampling = run.sampling(stage, run_temperature(run, stage), draw=ESTIMATE_DRAW)
-    weights = run.model_identity(index)
+    identity = run.identity(index, problems)
     visits = (index + BEFORE_STAGE, run.state.step)
-    known = estimate(run.worker, problems, stage.group_size, sampling, path, weights, *visits, restart=True)
+    known = estimate(run.worker, problems, stage.group_size, sampling, path, identity, *visits, restart=True)
     estimated = [visit for problem in problems for visit in known.visits(problem.id)]
     for visit in estimated:
         history.append(visit)
@@ -341,20 +344,24 @@ def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> N
 
 def main(arguments: Namespace) -> None:
     """Run a recipe, or resume a run of it."""
-    run, status = None, 0
+    run, status, stop, then = None, 0, StopRequest(starting=True), "repeat the command"
     try:
-        run = start_run(arguments, distributed.start())
+        run = start_run(arguments, distributed.start(), stop)
+        then = f"resume with: {run.resume_command()}"
         train(run)
         run.metrics.close()
+        run.mark_finished()
+        then = f"write the report of the finished run with: python -m lab.page {run.folder}"
         if run.processes.is_main:
             from lab.page import write_report
 
             print(f"report in {write_report(run.folder)}")
-        run.mark_finished()
     except Interrupted:
-        run.mark_stopped()
+        status = distributed.stop_status()
+        if run is not None:
+            run.mark_stopped()
     except Exception as error:
-        status = distributed.report_error(error, "train.py")
+        status = distributed.report_error(error, "train.py", then)
     finally:
         if run is not None:
             run.close()

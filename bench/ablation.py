@@ -37,6 +37,7 @@ from extrapolation import SETTINGS as SCALINGS  # noqa: E402
 from extrapolation import WINDOW  # noqa: E402
 
 from engine.files import write_atomically  # noqa: E402
+from eval import student_95  # noqa: E402
 from lab import charts  # noqa: E402
 from lab.console import format_eta  # noqa: E402
 from lab.metrics import read_metrics  # noqa: E402
@@ -58,11 +59,6 @@ SETTINGS: dict[str, dict] = {  # differences from the full recipe, in every rl s
     "no-clip-higher": {"clip_high": 0.2},
     "vanilla": STATIC | {"temperature": 1.0, "rescue": False, "substitute": False},
 }
-# Student's 97.5% quantile for 1, 2, ... degrees of freedom (tables of any textbook)
-T_QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 SECONDS_BETWEEN_LINES = 60.0
 GRID = 25  # points of the drawn curves
 
@@ -305,8 +301,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return float(np.mean(values)), math.inf
-    quantile = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1]
-    return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / math.sqrt(n))
+    return float(np.mean(values)), float(student_95(n - 1) * np.std(values, ddof=1) / math.sqrt(n))
 
 
 def steps_to(scores: Sequence[tuple[int, int, float]], target: float) -> float:

@@ -5,9 +5,9 @@
 
 Difficulty must not grow with length, or a floor hides the effect. So the sums stay the same (the run's world/
 beyond-window set without its filler), and filler tokens are added before each until prompt and correct response end at
-RATIO x the trained window. Each ratio is evaluated without scaling, with YaRN and its attention temperature
-(0.1 ln s + 1, arXiv 2309.00071), and with YaRN alone, as in the recipe; s is the ratio. Inside the window s is 1.5, to
-show what scaling costs there.
+RATIO x the trained window. Each ratio is evaluated without scaling and with YaRN at beta_fast 32 (the default) and 2,
+each alone and with its attention temperature (0.1 ln s + 1, arXiv 2309.00071); s is the ratio. Inside the window s is
+1.5, to show what scaling costs there.
 
 The scores are avg@8 with 95% intervals over problems. The figures are also written to RUN/extrapolation.json.
 """
@@ -27,7 +27,7 @@ from engine.files import write_atomically  # noqa: E402
 from engine.grader import Grader  # noqa: E402
 from engine.rollout_worker import RolloutWorker  # noqa: E402
 from engine.run import EVALUATION_DRAW  # noqa: E402
-from engine.tokenizer import encode, load_tokenizer, stop_tokens  # noqa: E402
+from engine.tokenizer import encode, load_tokenizer, read_chat, stop_tokens  # noqa: E402
 from eval import evaluate  # noqa: E402
 from lab.arithmetic import FILLER  # noqa: E402
 from lab.problems import Problem, read_problems  # noqa: E402
@@ -38,21 +38,22 @@ from rollout import CacheLimits, Sampling  # noqa: E402
 
 WINDOW, RATIOS = 128, (0.75, 1.0, 1.25, 1.5, 2.0)  # tokens; 0.75 ends inside the trained positions
 INSIDE_FACTOR, SAMPLES, ROWS, SPARE_ROWS = 1.5, 8, 256, 64
-SETTINGS = ("no scaling", "YaRN, attention temperature", "YaRN alone")
+BETAS = {f"beta_fast {beta:g}{text}": (beta, text) for beta in (32.0, 2.0) for text in ("", ", attention temperature")}
+SETTINGS = ("no scaling", *BETAS)
 
 
 def lengthen(problem: Problem, worker: RolloutWorker, end: int) -> Problem:
     """Return the sum after enough filler for prompt and correct response to end at token `end`, or without filler."""
     bare = replace(problem, text=problem.text.replace(FILLER, ""))
-    own = len(worker.prompt(bare, 1).tokens) + len(encode(worker.tokenizer, problem.solution)) + 1  # the stop
+    own = len(worker.prompt(bare, 1).tokens) + len(encode(worker.chat.tokenizer, problem.solution)) + 1  # the stop
     return replace(bare, text=FILLER * max(0, end - own) + bare.text)
 
 
 def scaled(config: ModelConfig, setting: str, ratio: float, window: int, longest: int) -> ModelConfig:
     """Return the config of a setting at a ratio, with a window of `longest` tokens; only rotary scaling differs."""
     if setting != SETTINGS[0]:
-        factor = ratio if ratio > 1 else INSIDE_FACTOR
-        config = extend_window(config, factor, window, 0.1 * math.log(factor) + 1 if setting == SETTINGS[1] else 1.0)
+        factor, (beta_fast, temperature) = ratio if ratio > 1 else INSIDE_FACTOR, BETAS[setting]
+        config = extend_window(config, factor, window, 0.1 * math.log(factor) + 1 if temperature else 1.0, beta_fast)
     return replace(config, max_position_embeddings=longest)
 
 
@@ -63,12 +64,12 @@ def measure(folder: Path, window: int, ratios: list[float]) -> list[dict]:
     held_out = folder / recipe.eval.data if recipe.eval.data.startswith("world/") else Path(recipe.eval.data)
     problems = read_problems(held_out.with_name("beyond-window.jsonl"))
     model = load(trained, processes.device, processes.compute_dtype)
-    plain, tokenizer = model.config, load_tokenizer(trained, model)
-    stops, rows = stop_tokens(tokenizer, model, trained), []
+    plain, chat = model.config, read_chat(load_tokenizer(trained, model), recipe.thinking)
+    stops, rows = stop_tokens(chat, model, trained), []
     sampling = Sampling(1.0, recipe.eval.max_response_tokens, stops, recipe.seed, EVALUATION_DRAW)
-    with Grader(1, thinking=recipe.thinking) as grader:
+    with Grader(1, thinking=chat.thinking) as grader:
         for ratio in ratios:
-            worker = RolloutWorker(model, tokenizer, stops, None, grader, processes, recipe.instruction)
+            worker = RolloutWorker(model, chat, stops, None, grader, processes, recipe.instruction)
             later = [lengthen(problem, worker, round(ratio * window)) for problem in problems]
             longest = max(len(worker.prompt(problem, 1).tokens) for problem in later) + sampling.max_new_tokens
             worker.limits = CacheLimits((ROWS + SPARE_ROWS) * longest, longest, ROWS)

@@ -31,7 +31,7 @@ import model as model_file  # noqa: E402
 import rollout  # noqa: E402
 from bench.machine import LiveBytes  # noqa: E402
 from engine.adapter import Lora, add_lora  # noqa: E402
-from engine.attention import PackedLayout  # noqa: E402
+from engine.attention import PackedLayout, SharedLayout  # noqa: E402
 from engine.batches import TrainingSequence  # noqa: E402
 from engine.sharding import gathered, shard  # noqa: E402
 from grpo import PolicyLoss, optimizer_step  # noqa: E402
@@ -91,7 +91,9 @@ def fake_cuda() -> Iterator[None]:
     """Use fake tensors, and the CUDA kernels' memory instead of the CPU's."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-        return FlashShapes.apply(q, k, v)
+        if not isinstance(layout, SharedLayout):
+            return FlashShapes.apply(q, k, v)
+        return FlashShapes.apply(*(x.index_select(0, layout.unshare) for x in (q, k, v))).index_select(0, layout.share)
 
     def norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
         return NormShapes.apply(x, weight)

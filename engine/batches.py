@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.attention import SharedLayout
 from model import Packed, SharedPrompts, Transformer
 
 
@@ -71,7 +72,9 @@ def pack(sequences: Sequence[TrainingSequence], device: torch.device) -> TokenBa
         context = Packed(lengths, device)
     else:
         place = (first_copy.cumsum() - 1)[place]
-        context = SharedPrompts(lengths, torch.from_numpy(place), torch.from_numpy(np.flatnonzero(first_copy)), device)
+        share, prompts = np.flatnonzero(first_copy), [sequence.prompt_length for sequence in sequences]
+        layout = SharedLayout(lengths, prompts, torch.from_numpy(place), torch.from_numpy(share), device)
+        context = SharedPrompts(layout)
     response = np.flatnonzero(np.concatenate([np.arange(len(s.tokens)) >= s.prompt_length for s in sequences]))
     responses = [s.response_length for s in sequences]
     old = [np.zeros(s.response_length) if s.old_logprobs is None else s.old_logprobs for s in sequences]

@@ -1,23 +1,49 @@
-"""Write files atomically; read JSON lines whose last line may be cut off."""
+"""Write files atomically; sum them; read JSON lines whose last line may be cut off."""
 
 import json
 import os
+import re
+import shutil
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+CHECKSUM_BLOCK = 2**26  # bytes that one thread reads, in chunks
+CHUNK = 2**20
+
+
+@contextmanager
+def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Name the path in an OSError of writing it, and remove what was written so far: it may fill the disk.
+
+    What safetensors and tokenizers raise for an error of the system becomes an OSError as well.
+    """
+    try:
+        yield
+    except Exception as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        theirs = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else theirs and int(theirs[1])
+        if not number or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write under another name, renamed when it is on disk: the path holds the old bytes or all new ones."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path, temporary):
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     sync_folder(path.parent)
 
 
@@ -36,6 +62,26 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of the CRC-32s of a file's blocks."""
+
+    def block_crc(start: int) -> bytes:
+        crc = 0
+        with path.open("rb") as file:
+            file.seek(start)
+            for _ in range(CHECKSUM_BLOCK // CHUNK):
+                crc = zlib.crc32(file.read(CHUNK), crc)
+        return crc.to_bytes(4, "little")
+
+    with ThreadPoolExecutor(8) as threads:
+        return zlib.crc32(b"".join(threads.map(block_crc, range(0, path.stat().st_size, CHECKSUM_BLOCK))))
+
+
+def file_checksums(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Return each file's size in bytes and checksum, by name."""
+    return {path.name: [path.stat().st_size, checksum(path)] for path in paths}
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, bytes, object]]:

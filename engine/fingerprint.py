@@ -9,33 +9,61 @@ from pathlib import Path
 
 import torch
 
+from engine import adapter
+from engine.files import file_checksums
+from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_config, resolve_folder
 from lab.problems import DataError, Problem
+from rollout import Prompt
 
-IDENTITY_BYTES = 2**20  # hashed at each end of a file: the start of a weights file holds its header
+CHAT_TEMPLATE = "chat_template.jinja"
+OTHER_PARTS = ("tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE)  # of TOKENIZER_FILES
 
 
 def data_identity(rows: Iterable[Problem | list[dict]]) -> str:
     """Hash problems (ids, texts, answers, solutions) or chats, in their order."""
-    found = hashlib.blake2b(digest_size=8)
-    for row in rows:
-        found.update(json.dumps(vars(row) if isinstance(row, Problem) else row).encode())
-    return found.hexdigest()
+    return _hash(vars(row) if isinstance(row, Problem) else row for row in rows)
 
 
-def model_identity(folder: Path) -> str:
-    """Hash the files of a model folder: name, size, and the first and last MiB.
+def model_identity(folder: Path) -> dict[str, str]:
+    """Hash what decides a model's responses, by part; where the folder lies, and what else is in it, does not count.
 
-    Tells models and their fine-tunes apart within a second, but misses a change in the middle of a large file.
+    Every byte of the weights counts: loading reads them too, and CRC-32 keeps up with a disk.
     """
+    lora, words = adapter.read_config(folder), adapter.tokenizer_folder(folder)
+    weights = folder.glob(adapter.ADAPTER_WEIGHTS if lora else "*.safetensors")
+    configs = [folder / (adapter.TRAINED_CONFIG if lora else "config.json"), words / "generation_config.json"]
+    settings, tokenizer = _read_json(folder / ADAPTER_CONFIG), _read_json(words / "tokenizer_config.json")
+    settings.pop("base_model_name_or_path", None)  # what the base is counts, not where
+    found = {
+        "weights": sorted(_checksums(weights).values()),  # the files' names do not count
+        "config": (settings, _checksums(configs)),
+        "chat template": (tokenizer.pop("chat_template", None), _checksums([words / CHAT_TEMPLATE])),
+        "tokenizer": (tokenizer, _checksums(words / name for name in TOKENIZER_FILES if name not in OTHER_PARTS)),
+    }
+    if lora:
+        base = model_identity(resolve_folder(lora.base))
+        found["adapter's base"] = base["weights"], base["config"]
+    return {part: _hash([value]) for part, value in found.items()}
+
+
+def prompts_identity(prompts: Iterable[Prompt]) -> str:
+    """Hash rendered prompts, in any order: a model's files alone do not decide them, templates may write the date."""
+    return _hash(sorted(_hash([prompt.problem_id, *prompt.tokens]) for prompt in prompts))
+
+
+def _hash(values: Iterable[object]) -> str:
     found = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = path.stat().st_size
-        found.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            found.update(file.read(IDENTITY_BYTES))
-            file.seek(max(0, size - IDENTITY_BYTES))
-            found.update(file.read())
+    for value in values:
+        found.update(json.dumps(value, sort_keys=True).encode())
     return found.hexdigest()
+
+
+def _checksums(paths: Iterable[Path]) -> dict[str, list[int]]:
+    return file_checksums(path for path in paths if path.is_file())
+
+
+def _read_json(path: Path) -> dict:
+    return read_config(path.parent, path.name) if path.is_file() else {}
 
 
 def code_version(folder: Path) -> str:
@@ -58,7 +86,8 @@ def git_commit(folder: Path) -> str:
 def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str] = ()) -> list[str]:
     """Describe the differences between two fingerprints; `chosen` are recipe keys that were changed on purpose.
 
-    A fingerprint has "recipe" (TOML), "model", "code" and "data SOURCE" for each source. Commits are not compared.
+    A fingerprint has "recipe" (TOML), "code", "model PART" (see `model_identity`) and, for each source, "data SOURCE"
+    and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only their names are given.
     """
     found = []
     values = [dict(_flat(tomllib.loads(fingerprint.get("recipe", "")))) for fingerprint in (then, now)]
@@ -68,8 +97,14 @@ def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str]
             found.append(f"recipe: {key} was {old!r}, is {new!r}")
     for name in sorted((then.keys() & now.keys()) - {"recipe"}):
         if then[name].partition(", commit")[0] != now[name].partition(", commit")[0]:
-            found.append(f"{name} was {then[name]}, is {now[name]}")
+            found.append(f"{name} was {then[name]}, is {now[name]}" if name == "code" else f"{name} changed")
     return found
+
+
+def other_parts(then: object, now: dict[str, str]) -> list[str]:
+    """Name the parts of an identity that are not as they were; all of them where an older version recorded others."""
+    then = then if isinstance(then, dict) else {}
+    return [part for part, value in now.items() if then.get(part) != value]
 
 
 def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
@@ -82,14 +117,23 @@ def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
 
 
 def require_same(path: Path, held: dict | None, wanted: dict) -> None:
-    """Raise DataError unless a file or folder that was made with the settings `held` has all that are wanted."""
-    if held is None:
+    """Raise DataError unless a file or folder that was made with the settings `held` has all that are wanted.
+
+    "identity" holds hashes by what they are of: `model_identity`'s, "prompts", "problems".
+    """
+    if not isinstance((held or {}).get("identity"), dict):
         raise DataError(
-            f"{path} does not say in its first line which model and problems it was made with; move it away and "
-            f"estimate again"
+            f"{path} does not say which model, prompts and problems it was made with (an older version wrote less); "
+            f"move it away and begin again"
         )
     for name, value in wanted.items():
-        if held.get(name) != value:
+        if name == "identity":
+            parts = other_parts(held[name], value)
+            hint = ", as the template writes a date or transformers is another version" * (parts == ["prompts"])
+            if parts:
+                what = f"other inputs (different: {' and '.join(', '.join(parts).rsplit(', ', 1))}{hint})"
+                raise DataError(f"{path} was made with {what}: use the same, or give another name")
+        elif held.get(name) != value:
             raise DataError(
                 f"{path} was made with {name} = {held.get(name)}, not {value}: use the same setting, or give "
                 f"another name"

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 
 from engine.errors import UserError
 from lab import answers as answer_matching
@@ -20,6 +21,7 @@ from lab.answers import text_verdict, tidy
 from reward import Grade, format_reward, last_boxed, step_reward
 
 CACHED_VERDICTS = 20_000  # one per pair of golds and answer
+ATTEMPTS = 3  # at an answer whose workers are killed: by the system for its memory, or by the answer
 START_LIMIT_S = 60.0  # for a worker to import math-verify
 LEAST_FAILURES = 5  # fewer grader failures than this never stop a run
 
@@ -37,7 +39,7 @@ class _Worker:
         self.ready = False
 
     def read(self, limit_s: float) -> dict:
-        """Return the next reply. Raises TimeoutError if it is late, ValueError if it is not a reply."""
+        """Return the next reply. TimeoutError: it is late; ValueError: it is none; BrokenPipeError: it cannot come."""
         deadline, line = time.monotonic() + limit_s, b""
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -46,12 +48,18 @@ class _Worker:
                     raise TimeoutError
                 chunk = self.process.stdout.read(4096)
                 if not chunk:
-                    raise ValueError("the worker ended")
+                    raise BrokenPipeError("the worker ended")
                 line += chunk
         reply = json.loads(line)
         if not isinstance(reply, dict):
             raise ValueError(f"the worker replied {reply!r}")
         return reply
+
+    def ended_by_signal(self) -> bool:
+        """Whether a signal ends the process, such as that of a system without memory."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(1.0) < 0
+        return False
 
     def kill(self) -> None:
         self.process.kill()
@@ -147,7 +155,11 @@ class Grader:
         while (job := self._jobs.get()) is not None:
             ticket, golds, answer, result = job
             key = (*golds, answer)
-            verdict = self._verdicts.get(key) or self._ask(slot, ticket, golds, answer)
+            verdict = self._verdicts.get(key)
+            for _ in range(ATTEMPTS if verdict is None else 0):
+                if (verdict := self._ask(slot, ticket, golds, answer)) != "killed":
+                    break
+            verdict = "grader failed" if verdict == "killed" else verdict
             if verdict in ("right", "wrong"):  # a failure or a time-out may not repeat
                 with self._lock:
                     self._verdicts[key] = verdict
@@ -157,6 +169,7 @@ class Grader:
         self._drop(slot)
 
     def _ask(self, slot: int, ticket: int, golds: list[str], answer: str) -> str:
+        """Return a worker's verdict, or "killed" if a signal ended the worker."""
         verdict, worker = "grader failed", None
         try:
             with self._lock:
@@ -175,7 +188,9 @@ class Grader:
                 return {True: "right", False: "wrong", None: "grader failed"}[reply["right"]]
         except TimeoutError:
             verdict = "timed out" if worker.ready else "grader failed"
-        except (OSError, ValueError):  # the worker cannot start, died, or sent nonsense
+        except BrokenPipeError:
+            verdict = "killed" if worker.ended_by_signal() else verdict
+        except (OSError, ValueError):  # the worker cannot start, or sent nonsense
             pass
         self._drop(slot)
         return verdict

@@ -3,26 +3,28 @@
 Each process answers its share of the prompts and grades every response while the next are being decoded.
 """
 
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from engine.distributed import Interrupted, Processes, StopRequest, note_place
 from engine.grader import Grader, check_grader
 from engine.sharding import gathered
-from engine.tokenizer import encode_chat
-from lab.problems import DataError, Problem, prompt_text
+from engine.tokenizer import Chat, check_prompts, named
+from lab.console import wasted_responses
+from lab.problems import DataError, Problem, first_names, prompt_text
 from model import Transformer
-from reward import Grade
+from reward import Grade, last_boxed
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate
 
 SECONDS_BETWEEN_LINES = 10.0
+FIRST_RESPONSES = 64  # of a process: a wrong `thinking` is said here, not after hours of sampling
 
 
 @dataclass
@@ -53,10 +55,10 @@ class SamplingStats:
 
 @dataclass
 class RolloutWorker:
-    """What a process needs to sample and grade: the model, its tokenizer, the cache limits and a grader."""
+    """What a process needs to sample and grade: the model, its chats, the cache limits and a grader."""
 
     model: Transformer
-    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
     stop_tokens: tuple[int, ...]
     limits: CacheLimits
     grader: Grader
@@ -64,17 +66,40 @@ class RolloutWorker:
     instruction: str
     stop: StopRequest | None = None  # abandons sampling
     most_failed_share: float = 0.02  # of answers on which the grader itself may fail before it stops the run
+    warned: set[tuple[str, str]] = field(default_factory=set)  # (label, kind) of warnings said
 
-    def prompt(self, problem: Problem, n: int, most_tokens: int | None = None) -> Prompt:
-        """Return a problem's prompt. Raises DataError when it has more than `most_tokens`."""
-        message = {"role": "user", "content": prompt_text(problem, self.instruction)}
-        tokens = encode_chat(self.tokenizer, [message])
-        if most_tokens is not None and len(tokens) > most_tokens:
+    def message(self, problem: Problem) -> dict:
+        """Return a problem as a user's message."""
+        return {"role": "user", "content": prompt_text(problem, self.instruction)}
+
+    def prompt(self, problem: Problem, n: int) -> Prompt:
+        """Return a problem's prompt."""
+        with named(f"problem {problem.id}"):
+            return Prompt(problem.id, self.chat.prompt([self.message(problem)]), n)
+
+    def prompts(
+        self, problems: Sequence[Problem], asked: dict[str, tuple[str, Sequence[int]]], most_tokens: int | None = None
+    ) -> list[Prompt]:
+        """Return the prompts of all problems, and add them to `asked`, which `check` takes.
+
+        Raises DataError when some have more than `most_tokens`.
+        """
+        prompts = [self.prompt(problem, 1) for problem in problems]
+        asked |= {problem.id: (problem.text, own.tokens) for problem, own in zip(problems, prompts, strict=True)}
+        too_long = [prompt for prompt in prompts if most_tokens is not None and len(prompt.tokens) > most_tokens]
+        if too_long:
+            names = first_names([f"{prompt.problem_id} ({len(prompt.tokens)} tokens)" for prompt in too_long])
             raise DataError(
-                f"problem {problem.id}: its prompt has {len(tokens)} tokens, the stage allows {most_tokens}: "
-                f"raise max_prompt_tokens or remove the problem"
+                f"{len(too_long):,} of {len(prompts):,} prompts have more than the {most_tokens} tokens that the stage "
+                f"allows: raise max_prompt_tokens, or remove {names}"
             )
-        return Prompt(problem.id, tokens, n)
+        return prompts
+
+    def check(self, asked: dict[str, tuple[str, Sequence[int]]]) -> None:
+        """Say what `check_prompts` finds in prompts."""
+        for note in check_prompts(self.chat.tokenizer, asked):
+            if self.processes.is_main:
+                print(f"note: {note}", file=sys.stderr)
 
     def asked_to_stop(self) -> bool:
         """Whether this process was asked to stop."""
@@ -105,7 +130,7 @@ class RolloutWorker:
         with gathered(self.model):
             note_place("sampling", collective=False)
             for rollout in generate(self.model, prompts, sampling, self.limits, sampler, self.asked_to_stop):
-                text = self.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+                text = self.chat.decode(rollout.tokens)
                 submitted = time.perf_counter()
                 ungraded.append((rollout, text, self.grader.submit(text, answers[rollout.problem_id])))
                 now, done, finished_tokens = time.perf_counter(), done + 1, finished_tokens + len(rollout.tokens)
@@ -151,14 +176,34 @@ class RolloutWorker:
         """
         expected = [None] * len(prompts) if expected_tokens is None else expected_tokens
         share = deal(prompts, expected, sampling.max_new_tokens, self.processes.world_size)[self.processes.rank]
-        kept, stats, verdicts = [], SamplingStats(), Counter()
+        kept, stats, verdicts, seen = [], SamplingStats(), Counter(), Counter()
         for attempt in self.stream(problems, share, sampling, stats, label):
             kept.append(keep(attempt))
             verdicts[attempt.grade.verdict] += 1
-        everyone = self.processes.all_gather((stats, verdicts, self.asked_to_stop()), "the end of sampling")
-        all_stats, all_verdicts, stopped = zip(*everyone, strict=True)
+            seen += self.faults(attempt)
+            if seen["all"] == FIRST_RESPONSES:  # the shortest, so that only one cause is certain
+                self.warn(Counter(all=seen["all"], unclosed=seen["unclosed"]), sampling, label)
+        everyone = self.processes.all_gather((stats, verdicts, seen, self.asked_to_stop()), "the end of sampling")
+        all_stats, all_verdicts, all_seen, stopped = zip(*everyone, strict=True)
         check_grader(sum(all_verdicts, Counter()), self.most_failed_share)
+        self.warn(sum(all_seen, Counter()), sampling, label)
         return kept, combine(all_stats), any(stopped)
+
+    def faults(self, attempt: Attempt) -> Counter:
+        """Count a response for `wasted_responses`."""
+        seen = Counter(all=1, cut=attempt.rollout.finish_reason == "length")
+        if attempt.grade.verdict == "no answer":
+            boxed = last_boxed(attempt.text, thinking=False) is not None
+            seen.update({"unclosed": boxed, "no box": not boxed, "empty": not attempt.text.strip()})
+        return seen
+
+    def warn(self, seen: Counter, sampling: Sampling, label: str | None) -> None:
+        """Say why nearly all responses are wasted, each cause once for a label."""
+        for kind, sentence in wasted_responses(seen, sampling.max_new_tokens).items():
+            said = f"{label}: " * bool(label), kind
+            if said not in self.warned:
+                self.processes.say(f"warning: {said[0]}{sentence}")
+            self.warned.add(said)
 
     def attempt(
         self,

@@ -6,6 +6,7 @@ checkpoints and stopping. `engine.start` builds it.
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 
 from engine.batches import TrainingSequence
-from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
-from engine.distributed import Interrupted, Processes, StopRequest
-from engine.fingerprint import model_identity
+from engine.checkpoint import CheckpointError, RunState, load_weights_and_optimizer, save_checkpoint
+from engine.distributed import Interrupted, Processes, StopRequest, say_last
+from engine.files import write_atomically
+from engine.fingerprint import model_identity, prompts_identity
 from engine.memory import UpdateError
 from engine.offload import HostAdamW
 from engine.rollout_worker import RolloutWorker
@@ -141,6 +143,7 @@ class Run:
 
     def record(self, index: int, row: dict) -> dict:
         """Add step and stage to a row, write it to metrics.jsonl and return it."""
+        self._require_folder()
         row = {"kind": row["kind"], "step": self.state.step, "stage": index} | row
         self.metrics.write(row)
         return row
@@ -194,10 +197,23 @@ class Run:
         position = self.state.step, self.state.stage, self.state.prepared
         if self.optimizer is None or self.saved == position:
             return
+        self._require_folder()
         self.metrics.sync()
         kept = self.recipe.run.checkpoints_kept
         save_checkpoint(self.folder, self.model, self.optimizer, self.state, self.processes, kept)
         self.saved = position
+
+    def _require_folder(self) -> None:
+        """Raise CheckpointError if the run's folder is no longer in its place: nothing could be resumed from it."""
+        if self.lock is None:
+            return
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(os.fstat(self.lock), os.stat(self.folder)) and (self.folder / "recipe.toml").exists():
+                return
+        raise CheckpointError(
+            f"{self.folder} was deleted, moved or replaced during the run, which stops after step {self.state.step}: "
+            "restore the folder to resume it, or start again"
+        )
 
     def export_model(self, index: int) -> None:
         """Write the model after stage INDEX as a Hugging Face folder, stage-INDEX."""
@@ -209,10 +225,11 @@ class Run:
         if not self.processes.broadcast(export.exists()):
             save(self.model, export, self.processes.compute_dtype, tokenizer_from=self.model_folder)
 
-    def model_identity(self, index: int) -> str:
-        """Return the fingerprint of the model that stage INDEX starts from."""
+    def identity(self, index: int, problems: list[Problem]) -> dict[str, str]:
+        """Return the identity of the model that stage INDEX starts from, and of its prompts."""
         folder = self.folder / f"stage-{index - 1}" if index else self.model_folder
-        return self.processes.broadcast(model_identity(folder) if self.processes.is_main else None)
+        found = self.processes.broadcast(model_identity(folder) if self.processes.is_main else None)
+        return found | {"prompts": prompts_identity(self.worker.prompt(problem, 1) for problem in problems)}
 
     def resume_command(self) -> str:
         """Return the command that resumes the run."""
@@ -221,13 +238,13 @@ class Run:
     def mark_finished(self) -> None:
         """Write a file that says that the run has finished."""
         if self.processes.is_main:
-            (self.folder / FINISHED).write_text(f"after step {self.state.step}\n")
+            write_atomically(self.folder / FINISHED, [f"after step {self.state.step}\n".encode()])
 
     def mark_stopped(self) -> None:
         """Print the command that resumes the run, and write it to a file: torchrun hides its workers' exit codes."""
         if self.processes.is_main:
-            (self.folder / WANTS_RESUMING).write_text(f"{self.resume_command()}\n")
-        self.processes.say(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
+            write_atomically(self.folder / WANTS_RESUMING, [f"{self.resume_command()}\n".encode()])
+            say_last(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
 
     def close(self) -> None:
         """Stop the grader and release the folder."""

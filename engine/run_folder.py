@@ -7,6 +7,10 @@ import json
 import os
 import platform
 import re
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -16,10 +20,11 @@ import transformers
 from engine.checkpoint import CheckpointError, RunState, read_state
 from engine.distributed import Processes
 from engine.files import write_atomically
-from engine.fingerprint import code_version, data_identity, differences, git_commit, model_identity
+from engine.fingerprint import code_version, data_identity, differences, git_commit, model_identity, prompts_identity
+from engine.rollout_worker import RolloutWorker
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
-from lab.problems import has_chats, read_chats
+from lab.problems import Problem, has_chats, read_chats
 from lab.recipe import Recipe, RecipeError, load_recipe, to_toml
 from lab.run_data import RunData
 from model import resolve_folder
@@ -28,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the code
 FINISHED = "finished"  # a file in a run's folder: the run has ended
 WANTS_RESUMING = "resume-me"  # the run was asked to stop and can be resumed
 LAUNCHES = "fingerprints.json"  # the fingerprint of every launch that changed something
+PROMPTS_COMPARED = 64  # of each source
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -40,15 +46,9 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     return load_recipe(path, arguments.set)
 
 
-def open_run(
-    arguments: argparse.Namespace, recipe: Recipe, processes: Processes
-) -> tuple[Path, int | None, Path | None, RunState]:
-    """Make a new run's folder, or find an old run and where it stopped. Every process calls it.
-
-    Returns the folder, its lock (None except on the main process), the checkpoint to continue from (None for a new
-    start) and the state. Raises CheckpointError when another process uses the folder, when no checkpoint can be used,
-    or when recipe, data, model or code differ from those of the run so far.
-    """
+@contextmanager
+def run_folder(arguments: argparse.Namespace, recipe: Recipe, processes: Processes) -> Iterator[tuple[Path, bool]]:
+    """Yield a new run's folder, or an old one and True. A new one disappears if the block fails: nothing has begun."""
     folder = arguments.resume if isinstance(arguments.resume, Path) else None
     # torchrun --max-restarts starts the same command again, which then resumes
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -57,9 +57,33 @@ def open_run(
         folder = processes.broadcast(find_unfinished(arguments.out, recipe, anyway) if processes.is_main else None)
         if folder is None:
             processes.say(f"no unfinished run of {recipe.name} in {arguments.out}: starting a new one")
-    resumed, lock = folder is not None, None
-    if not resumed:
+    if folder is not None:
+        yield folder, True
+        return
+    missing = [path for path in (arguments.out, *arguments.out.parents) if not os.path.lexists(path)]
+    try:
         folder = processes.broadcast(new_folder(arguments.out, recipe.name) if processes.is_main else None)
+        yield folder, False
+    except BaseException:
+        if processes.is_main:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # another run may have begun there
+                for path in missing:
+                    path.rmdir()
+        raise
+
+
+def open_run(
+    arguments: argparse.Namespace, recipe: Recipe, folder: Path, resumed: bool, processes: Processes
+) -> tuple[int | None, Path | None, RunState]:
+    """Lock and fill a new run's folder, or find where an old run stopped. Every process calls it.
+
+    Returns the lock (None except on the main process), the checkpoint to continue from (None for a new start) and the
+    state. Raises CheckpointError when another process uses the folder, when no checkpoint can be used, or when recipe,
+    data, model or code differ from those of the run so far.
+    """
+    lock = None
     if processes.is_main:
         lock = hold(folder)
         if not resumed and recipe.world:
@@ -74,7 +98,7 @@ def open_run(
             processes.say(f"resuming {folder} after step {state.step}")
         else:
             processes.say(f"{folder} has no checkpoint: starting over")
-    launches = json.loads((folder / LAUNCHES).read_text()) if (folder / LAUNCHES).exists() else []
+    launches = read_launches(folder / LAUNCHES)
     if checkpoint:
         # next to the name of a run, --set changes values on purpose; in a repeated command it changes nothing
         chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []
@@ -98,7 +122,52 @@ def open_run(
         write_atomically(folder / "recipe.toml", [(versions + now["recipe"]).encode()])
         launches.append({"after_step": state.step} | now)
         write_atomically(folder / LAUNCHES, [json.dumps(launches, indent=1).encode()])
-    return folder, lock, checkpoint, state
+    return lock, checkpoint, state
+
+
+def read_launches(path: Path) -> list[dict[str, str]]:
+    """Return the fingerprints of a run's launches, [] without the file. Raises CheckpointError if it is another's."""
+    try:
+        launches = json.loads(path.read_bytes())
+        for launch in launches:
+            tomllib.loads(launch["recipe"])
+            if not all(isinstance(value, str) for name, value in launch.items() if name != "after_step"):
+                raise ValueError("not all values are texts")
+        return launches
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): restore it, or remove it and resume with --resume-anyway"
+        ) from None
+
+
+def require_same_prompts(
+    arguments: argparse.Namespace, folder: Path, data: RunData, worker: RolloutWorker, resumed: bool
+) -> None:
+    """Refuse to resume a run with other prompts than so far, and record them: they are known once a tokenizer is.
+
+    The first problems of each source stand for all; a chat's first message for its prompts.
+    """
+    is_main, now = worker.processes.is_main, {}
+    launches = worker.processes.broadcast(json.loads((folder / LAUNCHES).read_bytes()) if is_main else None)
+    for source in sources(data.recipe):
+        if has_chats(path := data.path(source)):
+            problems = [Problem("chat", chat[0]["content"], ()) for chat in read_chats(path)[:PROMPTS_COMPARED]]
+        else:
+            problems = data.problems(source)[:PROMPTS_COMPARED]
+        now[f"prompts {source}"] = prompts_identity(worker.prompt(problem, 1) for problem in problems)
+    then = {name: value for launch in launches for name, value in launch.items() if name in now}
+    on_purpose = {"instruction", "thinking"} & {value.partition("=")[0] for value in arguments.set}
+    differing = differences(then, now)
+    if resumed and differing and not on_purpose and not arguments.resume_anyway:
+        raise CheckpointError(
+            f"{folder} differs from the run so far: {'; '.join(differing)}, though the model's files did not (its "
+            "template writes a date, or transformers is another version): resume with it by --resume-anyway"
+        )
+    if is_main and then != now:
+        launches[-1] |= now
+        write_atomically(folder / LAUNCHES, [json.dumps(launches, indent=1).encode()])
 
 
 def new_folder(parent: Path, name: str) -> Path:
@@ -108,10 +177,14 @@ def new_folder(parent: Path, name: str) -> Path:
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            continue
         except OSError as error:
-            raise RecipeError(f"{folder} cannot be made ({error.strerror}); give another --out") from None
+            if isinstance(error, FileExistsError) and folder.exists():
+                continue
+            link = next(
+                (path for path in (folder, *folder.parents) if os.path.islink(path) and not os.path.exists(path)), None
+            )
+            reason = f"{link} links to {os.readlink(link)}: is its disk mounted?" if link else error.strerror
+            raise RecipeError(f"{folder} cannot be made ({reason}); give another --out or name") from None
 
 
 def find_unfinished(out: Path, recipe: Recipe, anyway: bool) -> Path | None:
@@ -153,13 +226,17 @@ def hold(folder: Path) -> int:
 def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Return what a run depends on in addition to its checkpoint: see `fingerprint.differences`."""
     found = {"recipe": to_toml(recipe), "code": code_version(ROOT)}
-    found["model"] = model_identity(model_source(recipe, folder))
+    found |= {f"model {part}": value for part, value in model_identity(model_source(recipe, folder)).items()}
     data = RunData(recipe, folder)
-    for source in {stage.data for stage in recipe.stage} | {recipe.eval.data, recipe.final.data}:
-        if source:
-            path = data.path(source)
-            found[f"data {source}"] = data_identity(read_chats(path) if has_chats(path) else data.problems(source))
+    for source in sources(recipe):
+        path = data.path(source)
+        found[f"data {source}"] = data_identity(read_chats(path) if has_chats(path) else data.problems(source))
     return found
+
+
+def sources(recipe: Recipe) -> set[str]:
+    """Return the names of all data of a recipe."""
+    return {*(stage.data for stage in recipe.stage), recipe.eval.data, recipe.final.data} - {""}
 
 
 def model_source(recipe: Recipe, folder: Path) -> Path:

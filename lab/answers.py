@@ -48,6 +48,7 @@ from functools import lru_cache
 MAX_NUMBER_LENGTH = 400  # characters of a plain number; also bounds its power of ten
 MAX_ANSWER_LENGTH = 2000  # characters of an answer that is looked at
 MAX_DEPTH = 50  # of its brackets
+MAX_COMPARISONS = 2000  # of entries outside a worker, which no clock limits
 
 
 # ---------------------------------------------------------------------------------------------
@@ -396,16 +397,27 @@ def _undecided(gold: str, answer: str) -> bool:
     raise _Undecided
 
 
+def _comparisons(gold: str, answer: str) -> int:
+    """A bound on the comparisons of entries: every entry with every other, doubled by every set around them."""
+    if len(gold) > MAX_ANSWER_LENGTH or len(re.findall(r"[({\[]", gold)) > 4 * MAX_DEPTH:
+        return MAX_COMPARISONS + 1
+    entries = [1 + len(re.findall(r"[,;&]|\\\\|and|or|\\\{", text)) for text in (gold, answer)]
+    return entries[0] * entries[1] << min(30, gold.count(r"\{"), answer.count(r"\{"))
+
+
 def text_verdict(answer: str, golds: Sequence[str]) -> tuple[str | None, list[str]]:
     """The verdict if it needs no worker, else None with the golds that are left to compare."""
     if len(answer) > MAX_ANSWER_LENGTH or max(_depths(answer), default=0) > MAX_DEPTH:
         return "wrong", []
     answer, left = tidy(answer), []
     for gold in map(tidy, golds):
+        if _comparisons(gold, answer) > MAX_COMPARISONS:
+            left.append(gold)
+            continue
         try:
             if answer and compare(gold, answer, _undecided):
                 return "right", []
-        except _Undecided:
+        except (_Undecided, RecursionError):
             left.append(gold)
     return (None, left) if left else ("wrong", [])
 
@@ -569,7 +581,7 @@ def work(memory_limit_bytes: int, time_limit_s: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     with suppress(ValueError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # the parser prints its complaints on stdout
     logging.disable()
     _read(r"\frac{1}{2}x")  # compiles the grammar, so that the first answer does not pay for it

@@ -23,6 +23,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from engine.terminal import prepare_terminal
 from lab.problems import DataError, Problem, write_problems
 from lab.recipe import World
 from model import Transformer, initialise, parse_config, save
@@ -200,4 +201,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     main()

@@ -1,7 +1,7 @@
 """Console output of a training step: one line with aligned columns, and alarms about metrics that go wrong."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 SMOOTHED = 5  # steps that an alarm averages over
 QUIET = 10  # steps without an alarm before it is printed again
@@ -11,6 +11,7 @@ MOST_TRUNCATED = 0.1  # of rollouts: fewer were cut at 52K; just under 15% did h
 MOST_GROWTH = 2.0  # a choice: of the mean length within a stage, unless accuracy grew as well
 LEAST_DIVERSITY, MOST_DIVERSITY = 0.75, 1.25  # a choice: of distinct-4 at the stage's start, which a stage restores
 LEAST_ENTROPY = 0.25  # a choice: of the entropy at the stage's start
+MOST_WASTED = 0.9  # a choice: of responses; from here on the cause is no problem's difficulty
 
 
 def format_eta(seconds: float) -> str:
@@ -90,6 +91,22 @@ def active_alarms(steps: Sequence[dict]) -> dict[str, str]:
     if now < LEAST_ENTROPY * was:
         found["entropy"] = f"entropy collapses: {was:.3f} to {now:.3f} nats per token"
     return found
+
+
+def wasted_responses(seen: Mapping[str, int], most_tokens: int) -> dict[str, str]:
+    """Return the ways in which nearly all responses of one sampling are wasted: a sentence by kind.
+
+    `seen` counts "all" responses, those "cut" at most_tokens, and those without an answer: with "no box", among them
+    "empty" ones, or "unclosed", with a box that no </think> precedes.
+    """
+    causes = {
+        "cut": f"are cut at {most_tokens:,} tokens: allow longer ones, or check which token ends the model's turn",
+        "no box": f"have no box ({seen['empty']:,} are empty): check the instruction, and that the model follows it",
+        "unclosed": "have a box, but no </think> before it, which thinking = true requires: set thinking = false "
+        "(--no-thinking) for a model that does not think, or allow longer responses",
+    }
+    least = max(1, MOST_WASTED * seen["all"])
+    return {k: f"{seen[k]:,} of {seen['all']:,} responses {text}" for k, text in causes.items() if seen[k] >= least}
 
 
 def new_alarms(steps: Sequence[dict]) -> list[str]:

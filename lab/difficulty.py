@@ -21,7 +21,7 @@ from data_filter import (
 from engine import distributed
 from engine.checkpoint import read_state
 from engine.files import write_atomically
-from engine.fingerprint import model_identity, require_same
+from engine.fingerprint import require_same
 from engine.run import steps_left
 from lab import charts
 from lab.benchmarks import text_table
@@ -46,12 +46,12 @@ def read_data(arguments: argparse.Namespace) -> list[Problem]:
 def estimate_command(arguments: argparse.Namespace) -> None:
     """Estimate pass rates on all processes, and print the shape of their histogram."""
     problems = read_data(arguments)
-    worker, sampling, folder = load_worker(arguments, problems, "saving the finished problems", ESTIMATE_DRAW)
+    worker, sampling, identity = load_worker(arguments, problems, "saving the finished problems", ESTIMATE_DRAW)
     is_main = worker.processes.is_main
     if is_main:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with worker.grader:
-        history = estimate(worker, problems, arguments.n, sampling, arguments.out, model_identity(folder))
+        history = estimate(worker, problems, arguments.n, sampling, arguments.out, identity)
     if is_main:
         rates = [history.estimate(problem.id) for problem in problems]
         shape = verdict(histogram(rates, arguments.n))
@@ -62,7 +62,7 @@ def estimate_command(arguments: argparse.Namespace) -> None:
 def filter_command(arguments: argparse.Namespace) -> None:
     """Drop the problems that are always solved, by the pass rates of a file."""
     problems, history = read_data(arguments), History.load(arguments.pass_rates)
-    require_same(arguments.pass_rates, history.settings, {"problems": problems_fingerprint(problems)})
+    require_same(arguments.pass_rates, history.settings, {"identity": {"problems": problems_fingerprint(problems)}})
     n = history.settings["n"]
     bounds = arguments.drop_at, arguments.keep_above, arguments.max_unsolved_share
     write_filtered(arguments, filter_mirrored_j(problems, history, *bounds, arguments.seed, n), n)

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.distributed import Processes
 from engine.files import write_atomically
-from engine.fingerprint import data_identity, model_identity, require_same
+from engine.fingerprint import data_identity, other_parts, require_same
 from engine.grader import Grader, check_grader
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
 from lab import eval_page
@@ -26,7 +26,7 @@ from lab.scores import Evaluation, compare, print_evaluation, summarise
 from reward import last_boxed
 from rollout import Sampling
 
-DECODING = ("top_k", "top_p", "max_tokens", "yarn", "original_window", "instruction")
+DECODING = ("top_k", "top_p", "max_tokens", "yarn", "instruction")
 LENGTH_BUDGETS = 16  # points of the curve of accuracy against length
 CURVE_MARGIN, MATCH_MARGIN = 0.03, 0.01  # default half widths of the 95% intervals of a curve, a search
 
@@ -58,23 +58,21 @@ def start_session(arguments: argparse.Namespace) -> Session:
         for name, place in find_data(arguments.data, arguments.folder).items()
     }
     problems = list(chain(*sets.values()))
-    worker, sampling, folder = load_worker(
-        arguments, problems, "the finished responses are kept",
-        yarn=arguments.yarn, original_window=arguments.original_window,
+    worker, sampling, identity = load_worker(
+        arguments, problems, "the finished responses are kept", yarn=arguments.yarn
     )  # fmt: skip
     original = getattr(worker.model.config.rope.scaling, "original_max_position_embeddings", None)
     trained = arguments.trained_length or original or arguments.max_tokens
     # everything that decides the responses and their metrics; a folder holds one such evaluation
     settings = {
         **{name: getattr(arguments, name) for name in ("model", "temperature", "seed", *DECODING)},
-        "weights": model_identity(folder),
-        "problems": data_identity(problems),
-        "thinking": not arguments.no_thinking,
+        "thinking": worker.chat.thinking,
         "trained_length": trained,
         "data": list(sets),
         "curve": arguments.curve,
         "match": arguments.match,
         "n": arguments.n,
+        "identity": identity | {"problems": data_identity(problems)},
     }
     targets = {name: target_diversity(arguments.match, name, settings) for name in sets} if arguments.match else {}
     if worker.processes.is_main:
@@ -84,9 +82,9 @@ def start_session(arguments: argparse.Namespace) -> Session:
 
 
 def open_folder(out: Path, settings: dict, sets: dict[str, list[Problem]]) -> None:
-    """Create a folder, or reopen one of the same evaluation, in which only -n may differ."""
+    """Create a folder, or reopen one of the same evaluation, in which only -n and the model's place may differ."""
     if (out / "settings.json").exists():
-        require_same(out, read_settings(out), {name: value for name, value in settings.items() if name != "n"})
+        require_same(out, read_settings(out), {k: v for k, v in settings.items() if k not in ("n", "model")})
         print(f"resuming in {out}")
     elif out.exists() and any(out.iterdir()):
         raise DataError(f"{out} already exists and is not an evaluation; give another --out")
@@ -111,7 +109,8 @@ def target_diversity(given: str, name: str, settings: dict) -> Diversity:
     run = Path(given)
     if (run / "settings.json").exists():
         before = read_settings(run)
-        require_same(run, before, {setting: settings[setting] for setting in ("n", "problems", *DECODING)})
+        problems = {"identity": {"problems": settings["identity"]["problems"]}}
+        require_same(run, before, {setting: settings[setting] for setting in ("n", *DECODING)} | problems)
         groups = read_groups(run, name, before["n"])[1]
         shares = {group[0].problem_id: distinct_share([response.text for response in group]) for group in groups}
         known = {problem_id: share for problem_id, share in shares.items() if share is not None}
@@ -326,9 +325,12 @@ def regrade(arguments: argparse.Namespace) -> None:
 def compare_runs(a: Path, b: Path) -> None:
     """Print the paired difference of two evaluations, B minus A, for each set in both."""
     then, now = read_settings(a), read_settings(b)
-    for name in ("n", "temperature", *DECODING, "thinking", "problems"):
+    for name in ("n", "temperature", *DECODING, "thinking"):
         if then.get(name) != now.get(name):
             print(f"note: {name} is {then.get(name)} in {a} and {now.get(name)} in {b}")
+    for part in other_parts(then.get("identity"), now.get("identity", {})):
+        if part in ("prompts", "problems"):
+            print(f"note: the {part} of {a} and {b} differ")
     shared = [name for name in then["data"] if name in now["data"]]
     if not shared:
         raise DataError(f"{a} has {', '.join(then['data'])}, {b} {', '.join(now['data'])}: no set is in both")

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TextIO
 
 from engine.errors import UserError
-from engine.files import read_jsonl, write_atomically
+from engine.files import read_jsonl, write_atomically, writing
 from lab.glossary import markdown_table
 
 FILES = ("metrics.jsonl", "rollouts.jsonl")
 
 
 class MetricsError(UserError):
-    """A file of the record cannot be read or written."""
+    """A file of the record cannot be read."""
 
 
 class Metrics:
@@ -44,7 +44,7 @@ class Metrics:
                 kept = [line for line, _ in islice(read_rows(path), position and position[i])]
                 write_atomically(path, kept)
                 self.position[i] = len(kept)
-        self.rows, self.rollouts = ((self.folder / name).open("a") for name in FILES)
+        self.rows, self.rollouts = ((self.folder / name).open("a", encoding="utf-8") for name in FILES)
         rows = read_metrics(self.folder)
         for row in rows:
             self._remember(row)
@@ -94,14 +94,9 @@ class Metrics:
             self.steps.append(row)
 
     def _append(self, file: TextIO, rows: Sequence[dict]) -> None:
-        try:
+        with writing(Path(file.name)):
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
-        except OSError as error:
-            raise MetricsError(
-                f"{file.name}: a line cannot be written ({error.strerror}); free some space, then continue with "
-                f"--resume {self.folder}"
-            ) from None
 
 
 def read_rows(path: Path) -> Iterator[tuple[bytes, dict]]:

@@ -18,8 +18,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from engine.errors import UserError
+from engine.errors import UserError, sentence
 from engine.files import write_atomically
+from engine.terminal import prepare_terminal
 from lab.charts import BINS, bar_chart, clean, format_number, line_chart, number, panels, svg
 from lab.console import format_eta
 from lab.glossary import GLOSSARY
@@ -235,7 +236,7 @@ def write_report(folder: Path) -> Path:
     Needs metrics.jsonl; rollouts.jsonl and recipe.toml may be missing, and any key of a row but kind, step and stage.
     Raises FileNotFoundError without metrics.jsonl, MetricsError (file and line) at a broken line."""
     rows = read_metrics(folder)
-    recipe_text = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").exists() else ""
+    recipe_text = (folder / "recipe.toml").read_text(encoding="utf-8") if (folder / "recipe.toml").exists() else ""
     recipe, stages = tomllib.loads(recipe_text), _stages(rows)
     title = recipe.get("name", folder.resolve().name)
     rows_of = {kind: [row for row in rows if row["kind"] == kind] for kind in ("sft", "rl", "filter", "temperature")}
@@ -273,6 +274,7 @@ def write_report(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     parser = argparse.ArgumentParser(
         "python -m lab.page", description="Write a run's report.html and curves.svg again."
     )
@@ -283,4 +285,4 @@ if __name__ == "__main__":
     try:
         print(write_report(run))
     except (UserError, OSError) as error:
-        sys.exit(f"lab.page: {error}")
+        sys.exit(f"lab.page: {sentence(error)}")

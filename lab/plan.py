@@ -58,7 +58,7 @@ def find_shape(name: str) -> tuple[Shape, str]:
         from huggingface_hub import try_to_load_from_cache  # local models do not need it
 
         if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
-            return Shape(parse_config(json.loads(Path(cached).read_text()), cached)), "the hub's cache"
+            return Shape(parse_config(json.loads(Path(cached).read_text(encoding="utf-8")), cached)), "the hub's cache"
     if name in PUBLISHED:
         source = dict(zip(PUBLISHED_KEYS, PUBLISHED[name], strict=True))
         return Shape(parse_config(source, name)), "the table of published shapes in plan.py"
@@ -175,16 +175,15 @@ def count_problems(data: str) -> int:
 
 
 @cache
-def mean_prompt(model: str, data: str, instruction: str) -> int:
+def mean_prompt(model: str, data: str, instruction: str, thinking: bool | str = "auto") -> int:
     """Return the mean tokens of the prompts of a local file, by a local model's tokenizer; 0 if either is missing."""
     if not Path(data).is_file() or not (Path(model) / "tokenizer_config.json").is_file():
         return 0
-    from transformers import AutoTokenizer  # slow to import, and only here
+    from engine.tokenizer import read_chat, read_tokenizer  # slow to import, and only here
 
-    from engine.tokenizer import encode_chat
-
-    tokenizer, texts = AutoTokenizer.from_pretrained(model), [prompt_text(p, instruction) for p in read_problems(data)]
-    lengths = [len(encode_chat(tokenizer, [{"role": "user", "content": text}])) for text in texts]
+    chat = read_chat(read_tokenizer(Path(model)), thinking)
+    texts = [prompt_text(problem, instruction) for problem in read_problems(data)]
+    lengths = [len(chat.prompt([{"role": "user", "content": text}])) for text in texts]
     return round(sum(lengths) / max(1, len(lengths)))
 
 
@@ -205,7 +204,7 @@ def with_mean_prompt(recipe: Recipe, index: int) -> SftStage | RlStage:
     stage = recipe.stage[index]
     if isinstance(stage, SftStage):
         return stage
-    mean = mean_prompt(recipe.model, stage_data(recipe, index), recipe.instruction)
+    mean = mean_prompt(recipe.model, stage_data(recipe, index), recipe.instruction, recipe.thinking)
     return replace(stage, max_prompt_tokens=min(mean or stage.max_prompt_tokens, stage.max_prompt_tokens))
 
 
@@ -383,7 +382,9 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
     print(f"{how}, bfloat16 compute on CUDA, {machine.gpus} x {machine.memory_gib:g} GiB; below, GiB of one process")
     if not recipe.sampler.cache_tokens:
         recipe = size_cache(shape, recipe, machine.gpus, machine.memory_gib * GIB)
-        print(f"cache_tokens = 0 comes to {recipe.sampler.cache_tokens:,} tokens on this card")
+        tokens = recipe.sampler.cache_tokens
+        size = f"{tokens:,} tokens" if tokens > 1 else "nothing: no memory is left"
+        print(f"cache_tokens = 0 comes to {size} on this card")
     plans = plan_stages(shape, recipe, machine.gpus)
     for plan in plans:
         sampling, update = sum(plan.sampling.values()), sum(plan.update.values())
@@ -416,7 +417,7 @@ def show_cost(shape: Shape, recipe: Recipe, machine: Machine, run: Path | None =
     """Print a run's tokens, FLOPs, hours and cost, and what would shorten it if it takes too long."""
     mean = f"{machine.response_tokens:,} tokens" if machine.response_tokens else f"{RESPONSE_SHARE:.0%} of their limit"
     local = any(
-        mean_prompt(recipe.model, stage_data(recipe, i), recipe.instruction)
+        mean_prompt(recipe.model, stage_data(recipe, i), recipe.instruction, recipe.thinking)
         for i, stage in enumerate(recipe.stage)
         if isinstance(stage, RlStage)
     )

@@ -1,5 +1,6 @@
 """Problems: read them from the common formats, write them, and find copies of the same one."""
 
+import codecs
 import difflib
 import hashlib
 import json
@@ -18,6 +19,9 @@ from engine.files import write_atomically
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 DATA_FILES = (".parquet", ".jsonl", ".json")
+MOST_ROWS = 10_000_000  # of a file, and entries of its lists
+MOST_BYTES = 4 << 30  # of a file, and of its texts once unpacked
+BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
 MAX_SHOWN = 300  # characters of a file's content in an error
 TOO_LARGE = "holds a number of too many digits, or too deep a nesting"
 HUB_ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(:(?P<split>[\w./-]+))?")
@@ -72,11 +76,20 @@ def read_chats(source: str | Path) -> list[list[dict]]:
     for number, row in rows_of(path):
         messages = row.get("messages") if isinstance(row, dict) else None
         turns = [m if isinstance(m, dict) else {} for m in messages] if isinstance(messages, list) else []
+        turns = [m | {"content": message_text(m.get("content"))} for m in turns]
         complete = all(isinstance(m.get(key), str) for m in turns for key in ("role", "content"))
         if not turns or not complete or turns[-1]["role"] != "assistant":
             raise DataError(f"{path}, row {number} is not a chat that ends with the assistant's message; fix the row.")
-        chats.append(messages)
+        chats.append(turns)
     return chats
+
+
+def message_text(content: object) -> str | None:
+    """Return a message's content as text, the parts of one in parts on lines of their own; None if any is no text."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "\n".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
 
 
 def has_chats(source: str | Path) -> bool:
@@ -84,6 +97,11 @@ def has_chats(source: str | Path) -> bool:
     path = Path(source)
     _, row = next(iter(rows_of(path)), (0, {})) if path.is_file() else (0, {})
     return isinstance(row, dict) and "messages" in row
+
+
+def first_names(names: Sequence[str], most: int = 20) -> str:
+    """Return names for a sentence, the first ones of many."""
+    return ", ".join(names[:most]) + f" and {len(names) - most:,} more" * (len(names) > most)
 
 
 def existing_file(path: Path) -> Path:
@@ -154,26 +172,88 @@ def read_file(path: Path, stem: str, on_bad_row: str) -> list[Problem]:
 
 def rows_of(path: Path) -> Iterator[tuple[int, dict | str]]:
     """Yield (row number from 1, row) of a file; an unusable row is a string that says what is wrong with it."""
-    return parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
+    if path.stat().st_size > MOST_BYTES:
+        raise too_large(path)
+    for number, row in parquet_rows(path) if path.suffix == ".parquet" else json_rows(path):
+        if number > MOST_ROWS:
+            raise too_large(path)
+        yield number, row
+
+
+def too_large(path: Path) -> DataError:
+    """Return the error of a file whose rows do not belong into memory all at once, whatever its size on disk."""
+    return DataError(
+        f"{path} holds more than {MOST_ROWS:,} rows or entries of lists, or {MOST_BYTES >> 30} GiB once unpacked; keep "
+        "the rows and columns that a run needs, or split it into several files."
+    )
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield the numbered rows of a parquet file."""
+    """Yield the numbered rows of a parquet file, after a look at what they unpack to."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+            columns, unpacked = range(file.metadata.num_columns), 0
+            values = [sum(group.column(c).num_values for group in groups) for c in columns]
+            if (
+                max([file.metadata.num_rows, *values]) > MOST_ROWS
+                or sum(g.total_byte_size for g in groups) > MOST_BYTES
+            ):
+                raise too_large(path)
+            # a text that many rows share is stored, and counted so far, once
+            texts = [leaf.path for leaf in map(file.schema.column, columns) if leaf.physical_type == "BYTE_ARRAY"]
+            with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as shared:
+                for batch in shared.iter_batches():
+                    unpacked += sum(map(unpacked_bytes, batch.columns))
+                    if unpacked > MOST_BYTES:
+                        raise too_large(path)
+            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} is not a readable parquet file ({reason}); download it again.") from error
 
 
+def unpacked_bytes(column) -> int:
+    """Return the bytes of an Arrow array's values, each counted as often as it occurs."""
+    import pyarrow
+    import pyarrow.compute
+
+    if pyarrow.types.is_dictionary(column.type):
+        lengths = pyarrow.compute.binary_length(column.dictionary)
+        return pyarrow.compute.sum(lengths.take(column.indices).cast("int64")).as_py() or 0
+    if pyarrow.types.is_nested(column.type):
+        inner = column.flatten()  # a struct's fields, or a list's entries
+        return sum(map(unpacked_bytes, inner if isinstance(inner, list) else [inner]))
+    return column.nbytes
+
+
 def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
     """Yield the rows of a JSON array or of JSON lines."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        array = json.loads(text) if text.lstrip().startswith("[") else None
+        with path.open("rb") as file:
+            if next(filter(None, (line.strip(BLANK) for line in file)), b"").startswith(b"["):
+                text = path.read_text(encoding="utf-8-sig")
+                yield from enumerate((checked_row(row, "\\u" in text) for row in json.loads(text)), start=1)
+                return
+            file.seek(0)
+            # a file's lines, not splitlines(): a JSON string may contain U+2028
+            for number, line in enumerate(file, start=1):
+                if not line.strip(BLANK):
+                    continue
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    yield number, checked_row(json.loads(text), "\\u" in text)
+                except json.JSONDecodeError as error:
+                    yield number, f"is malformed JSON ({error.msg}, column {error.colno})"
+                except UnicodeDecodeError as error:
+                    error.start += file.tell() - len(line)
+                    raise
+                except (ValueError, RecursionError):
+                    yield number, TOO_LARGE
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno} is malformed JSON ({error.msg}); fix that line.") from error
     except UnicodeDecodeError as error:
@@ -182,19 +262,6 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
         raise DataError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
     except (ValueError, RecursionError):  # a number or a nesting that Python refuses
         raise DataError(f"{path} {TOO_LARGE}; fix the file.") from None
-    if array is not None:
-        yield from enumerate((checked_row(row, "\\u" in text) for row in array), start=1)
-        return
-    # not splitlines(): a JSON string may contain U+2028
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, checked_row(json.loads(line), "\\u" in line)
-        except json.JSONDecodeError as error:
-            yield number, f"is malformed JSON ({error.msg}, column {error.colno})"
-        except (ValueError, RecursionError):
-            yield number, TOO_LARGE
 
 
 def checked_row(row: object, escaped: bool) -> dict | str:
@@ -249,7 +316,7 @@ def problem_of(row: dict, schema: Schema) -> Problem:
     if schema.name == "verl":
         # the chat template writes its own system message; a problem with earlier turns is unusable
         messages = [m for m in text if isinstance(m, dict)] if isinstance(text, list) else []
-        turns = [m.get("content") for m in messages if m.get("role") != "system"]
+        turns = [message_text(m.get("content")) for m in messages if m.get("role") != "system"]
         text = turns[0] if len(turns) == 1 else None
         answers = answers.get("ground_truth") if isinstance(answers, dict) else None
         ids = row["extra_info"] if isinstance(row.get("extra_info"), dict) else {}

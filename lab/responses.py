@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from engine.distributed import Interrupted
-from engine.files import read_jsonl, write_atomically
+from engine.files import read_jsonl, write_atomically, writing
 from engine.grader import check_grader
 from engine.rollout_worker import Attempt, RolloutWorker, SamplingStats
 from eval import Response, response_of
@@ -78,7 +78,7 @@ def group_by_problem(problems: Sequence[Problem], responses: Iterable[Response],
 def read_settings(folder: Path) -> dict:
     """Read settings.json of an evaluation's folder. Raises DataError if it is missing or broken."""
     try:
-        settings = json.loads((folder / "settings.json").read_text())
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or not {"data", "n", "curve", "match", "thinking"} <= settings.keys():
             raise ValueError("keys are missing")
     except FileNotFoundError:
@@ -116,7 +116,8 @@ class Recorder:
         def keep(attempt: Attempt) -> None:
             row = asdict(response_of(name, attempt, self._cuts(attempt, budgets) if budgets else None))
             part = path.with_suffix(f".{processes.rank}.part")
-            with part.open("a", encoding="utf-8") as file:  # closed each time, so that other machines see the line
+            # closed each time, so that other machines see the line
+            with writing(part), part.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
         have = None
@@ -164,7 +165,7 @@ class Recorder:
         tokens, cuts = attempt.rollout.tokens, {}
         for budget in budgets:
             if budget < len(tokens):
-                head = self.worker.tokenizer.decode(tokens[:budget], skip_special_tokens=True)
+                head = self.worker.chat.decode(tokens[:budget])
                 cuts[str(budget)] = len(head.rstrip("\ufffd"))  # which a character split between tokens decodes to
         return cuts
 

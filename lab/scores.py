@@ -1,6 +1,6 @@
 """Metrics of graded responses: avg@k, pass@k and maj@k with intervals, accuracy by group, paired differences.
 
-Every figure has two 95% intervals, in the normal approximation and cut to [0, 1]:
+Every figure has two 95% intervals, by Student's t and cut to [0, 1]:
 
     low, high                       over other problems of the same kind: clustered by problem, since the responses to
                                     one problem are correlated
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval import NORMAL_95, Response, distinct_ngrams, half_width, interval, pass_at
+from eval import Response, distinct_ngrams, half_width, interval, pass_at, share_interval, student_95
 from lab.answers import normal_form
 from lab.problems import DataError, Problem
 
@@ -91,17 +91,24 @@ class Evaluation:
 def pass_half_width(right: np.ndarray, n: int, k: int) -> float:
     """Return the half width of pass@k over new responses, from the number of right responses of each problem (P,).
 
-    The variance of pass@k is exact given a problem's chance p, and averaged over the posterior of p under Jeffreys'
-    prior: a problem solved 0 or n times of n need not have p = 0 or 1.
+    The variance of pass@k is exact given a problem's chance p, and averaged over the posterior of p: a problem solved 0
+    or n times of n need not have p = 0 or 1. The prior is the Beta distribution with the mean and the spread within
+    problems, p (1 - p), of these problems and one more with p = 1/2.
     """
+    problems, counts = len(right), np.arange(n + 1)
     chances = (np.arange(2000) + 0.5) / 2000  # (M,)
-    counts = np.arange(n + 1)
-    binomial = np.array([float(math.comb(n, c)) for c in counts])[:, None]
-    likelihood = binomial * chances ** counts[:, None] * (1 - chances) ** (n - counts[:, None])  # (n + 1, M)
-    posterior = likelihood / np.sqrt(chances * (1 - chances))
+    log_p, log_q = np.log(chances), np.log1p(-chances)
+    ways = np.array([math.lgamma(n + 1) - math.lgamma(c + 1) - math.lgamma(n - c + 1) for c in counts])[:, None]
+    likelihood = np.exp(ways + counts[:, None] * log_p + (n - counts[:, None]) * log_q)  # (n + 1, M)
+    mean = ((right / n).sum() + 0.5) / (problems + 1)
+    within = ((right * (n - right)).sum() / (n * (n - 1)) + 0.25) / (problems + 1)  # unbiased for the mean p (1 - p)
+    between = max(mean * (1 - mean) - within, mean * (1 - mean) / 50)
+    size = within / between  # a + b of Beta(a, b)
+    posterior = likelihood * np.exp((mean * size - 1) * log_p + ((1 - mean) * size - 1) * log_q)
     posterior /= posterior.sum(1, keepdims=True)
-    variance = pass_at(counts, n, k) ** 2 @ likelihood - (1 - (1 - chances) ** k) ** 2  # per problem at each p, (M,)
-    return NORMAL_95 * math.sqrt(float((posterior @ variance)[right].sum())) / len(right)
+    error = pass_at(counts, n, k)[:, None] - (1 - (1 - chances) ** k)  # (n + 1, M)
+    variance = (error**2 * likelihood).sum(0)  # per problem at each p, (M,)
+    return student_95(problems * (n - 1)) * math.sqrt(float((posterior @ variance)[right].sum())) / problems
 
 
 def majority_half_width(votes: np.ndarray, vote_is_right: np.ndarray, k: int) -> float:
@@ -115,7 +122,7 @@ def majority_half_width(votes: np.ndarray, vote_is_right: np.ndarray, k: int) ->
         majority(np.take_along_axis(votes, rng.integers(0, n, (problems, n)), 1), vote_is_right, k).mean()
         for _ in range(RESAMPLES)
     ]
-    return NORMAL_95 * float(np.std(figures)) * math.sqrt(n / (n - 1))
+    return student_95(problems * (n - 1)) * float(np.std(figures)) * math.sqrt(n / (n - 1))
 
 
 # -------------------------------------------------------------------------------------------------- the metrics
@@ -201,13 +208,8 @@ def length_bands(groups: Sequence[Sequence[Response]], trained_length: int) -> l
         accuracy = low = high = None
         if inside:
             accuracy = float(right.sum() / responses.sum())
-            if len(inside) > 1 and 0 < accuracy < 1:
-                spread = right - accuracy * responses
-                m = len(inside)
-                half = NORMAL_95 * math.sqrt(m / (m - 1) * (spread**2).sum()) / responses.sum()
-                low, high = max(0.0, accuracy - half), min(1.0, accuracy + half)
-            else:
-                low, high = interval([accuracy] * len(inside))
+            m, spread = len(inside), right - accuracy * responses
+            low, high = share_interval(accuracy, m / max(1, m - 1) * (spread**2).sum() / responses.sum() ** 2, m)
         bands.append(LengthBand(above, None if math.isinf(up_to) else up_to, int(responses.sum()), accuracy, low, high))
     return bands
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as models
-from engine.tokenizer import encode_chat, load_tokenizer, stop_tokens
+from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
 from lab import arithmetic
 from lab.arithmetic import FILLER, World, make_problems, make_terms, make_tokenizer, solve, write_sum, write_world
 from lab.problems import DataError, read_problems
@@ -188,7 +188,7 @@ def test_the_closing_tag_is_one_token_that_decoding_keeps(tokenizer):
 
 
 def test_the_chat_template_opens_the_thinking_block(tokenizer):
-    tokens = encode_chat(tokenizer, [{"role": "user", "content": " 7 + 5"}])
+    tokens = read_chat(tokenizer).prompt([{"role": "user", "content": " 7 + 5"}])
     assert tokenizer.decode(tokens) == "<|user|> 7 + 5<|end|><|assistant|><think>"
     messages = [{"role": "user", "content": " 7 + 5"}, {"role": "assistant", "content": " 7 + 5 = 12</think>"}]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -212,7 +212,7 @@ def test_transformers_loads_the_model(world):
 
 def test_tokenizer_and_model_agree_on_where_a_response_ends(world):
     model = models.load(world / "model")
-    assert stop_tokens(load_tokenizer(world / "model", model), model, world / "model") == (0,)
+    assert stop_tokens(read_chat(load_tokenizer(world / "model", model)), model, world / "model") == (0,)
 
 
 def test_the_command_line_writes_a_world_once(tmp_path, monkeypatch, capsys):

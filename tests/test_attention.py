@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_model import difference
 
-from engine.attention import PackedLayout, packed_attention, padded_runs
+from engine import attention
+from engine.attention import PackedLayout, SharedLayout, packed_attention, padded_runs
 
 
 def naive_attention(q, k, v, lengths):
@@ -38,11 +39,11 @@ def test_padded_runs_keep_every_token_once_and_bound_the_padding(most_padding):
         lengths = [generator.choice([1, 2, 3, generator.randint(1, 50)]) for _ in range(generator.randint(1, 20))]
         kept = []
         for run in padded_runs(lengths, "cpu", most_padding):
-            longest = len(run.gather) // run.rows
-            assert len(run.keep) >= (1 - most_padding) * len(run.gather)
+            longest = run.queries.shape[1]
+            assert len(run.keep) >= (1 - most_padding) * run.queries.numel()
             row_of_cell = run.keep // longest
-            for row in range(run.rows):  # a row is one complete sequence, then padding
-                tokens = run.gather[run.keep[row_of_cell == row]].tolist()
+            for row in range(len(run.queries)):  # a row is one complete sequence, then padding
+                tokens = run.queries.flatten()[run.keep[row_of_cell == row]].tolist()
                 start = sum(lengths[: sequences_done(kept, lengths)])
                 assert tokens == list(range(start, start + len(tokens)))
                 kept.extend(tokens)
@@ -57,3 +58,40 @@ def sequences_done(kept: list[int], lengths: list[int]) -> int:
         tokens -= lengths[done]
         done += 1
     return done
+
+
+@pytest.mark.parametrize("most_masked", [0.0, 1e9])
+@pytest.mark.parametrize("heads, key_heads", [(4, 4), (6, 1)])
+def test_shared_prompts_give_the_attention_of_separate_sequences(heads, key_heads, most_masked, monkeypatch):
+    monkeypatch.setattr(attention, "MOST_MASKED", most_masked)  # each prompt once, or once a response
+    prompts, responses = [9, 9, 9, 3, 9, 3], [5, 1, 5, 7, 2, 7]
+    places, first, row = [], {}, 0  # groups: sequences 0, 1, 2; 3, 5; and 4 with another prompt of 9 tokens
+    for group, prompt, response in zip("aaabcb", prompts, responses, strict=True):
+        if group not in first:
+            first[group], row = list(range(row, row + prompt)), row + prompt
+        places.append(first[group] + list(range(row, row + response)))
+        row += response
+    lengths, unshare = [len(sequence) for sequence in places], torch.tensor(sum(places, []))
+    share = torch.tensor([unshare.tolist().index(token) for token in range(row)])
+    q, k, v = (torch.randn(row, n, 8, requires_grad=True) for n in (heads, key_heads, key_heads))
+    layout = SharedLayout(lengths, prompts, unshare, share, "cpu")
+    assert (layout.once is None) == (most_masked == 0.0)
+    found = packed_attention(q, k, v, layout)
+    expected = naive_attention(*(x[unshare] for x in (q, k, v)), lengths)
+    assert difference(found[unshare], expected) < 1e-5  # all copies of a prompt's token, too
+    slope = torch.randn_like(found)
+    wanted = torch.autograd.grad(naive_attention(*(x[unshare] for x in (q, k, v)), lengths)[share], (q, k, v), slope)
+    for ours, oracle in zip(torch.autograd.grad(found, (q, k, v), slope), wanted, strict=True):
+        assert difference(ours, oracle) < 1e-5
+
+
+def test_masks_are_taken_where_prompts_are_long_and_never_beyond_their_limit(monkeypatch):
+    def layout(prompt, response):
+        place = torch.arange(prompt + 2 * response)
+        unshare = torch.cat([place[: prompt + response], place[:prompt], place[prompt + response :]])
+        share = torch.tensor([unshare.tolist().index(token) for token in place.tolist()])
+        return SharedLayout([prompt + response] * 2, [prompt] * 2, unshare, share, "cpu")
+
+    assert layout(60, 50).once and not layout(10, 90).once
+    monkeypatch.setattr(attention, "MAX_MASK_CELLS", 50 * 110 - 1)
+    assert not layout(60, 50).once

@@ -1,12 +1,18 @@
 """engine/checkpoint.py and engine/fingerprint.py: a checkpoint is read exactly as it was written, or not at all."""
 
+import builtins
 import errno
+import io
+import json
+import operator
 import os
+import pickle
 import re
 import shutil
 import sys
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import forked
@@ -20,8 +26,9 @@ from data_filter import Visit
 from engine import checkpoint as checkpoints
 from engine import distributed, files, fingerprint, sharding
 from engine.checkpoint import CheckpointError, RunState, list_checkpoints, load_weights_and_optimizer, read_state
-from lab.problems import Problem
-from rollout import Rollout
+from lab.export import export_arguments, main
+from lab.problems import DataError, Problem
+from rollout import Prompt, Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = {
@@ -280,14 +287,14 @@ def test_a_step_stays_readable_at_every_moment_of_saving_it_again(processes, tmp
 
 
 def test_a_checksum_is_the_crc_of_the_crcs_of_blocks(tmp_path, monkeypatch):
-    size = 3 * checkpoints.CHUNK
-    monkeypatch.setattr(checkpoints, "CHECKSUM_BLOCK", size)
+    size = 3 * files.CHUNK
+    monkeypatch.setattr(files, "CHECKSUM_BLOCK", size)
     data = np.random.default_rng(0).bytes(10 * 2**20 + 3)
     (tmp_path / "file").write_bytes(data)
     blocks = [zlib.crc32(data[i : i + size]) for i in range(0, len(data), size)]
-    assert checkpoints.checksum(tmp_path / "file") == zlib.crc32(np.array(blocks, dtype="<u4").tobytes())
+    assert files.checksum(tmp_path / "file") == zlib.crc32(np.array(blocks, dtype="<u4").tobytes())
     (tmp_path / "empty").touch()
-    assert checkpoints.checksum(tmp_path / "empty") == 0
+    assert files.checksum(tmp_path / "empty") == 0
 
 
 def test_a_run_without_a_checkpoint_reads_as_none(processes, tmp_path):
@@ -383,7 +390,10 @@ def test_a_checkpoint_that_continues_from_lost_lines_is_skipped(processes, tmp_p
 # -------------------------------------------------------------------------------------------------- fingerprint
 
 RECIPE = 'name = "a"\n[sampler]\nrows = 4\n[[stage]]\nkind = "sft"\nsteps = 3\n[[stage]]\nkind = "rl"\nsteps = 5\n'
-PRINT = {"recipe": RECIPE, "model": "m1", "code": "c1, torch 2, commit f", "data a.jsonl": "d1", "data b": "e1"}
+PRINT = {
+    "recipe": RECIPE, "model weights": "w1", "model config": "c1", "code": "c1, torch 2, commit f",
+    "data a.jsonl": "d1", "data b": "e1",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -395,8 +405,8 @@ PRINT = {"recipe": RECIPE, "model": "m1", "code": "c1, torch 2, commit f", "data
         ({"recipe": RECIPE.replace("rows = 4", "rows = 5")}, ["sampler"], []),
         ({"recipe": RECIPE.replace("rows = 4", "rows = 5")}, ["sampler.row"], ["recipe: sampler.rows was 4, is 5"]),
         ({"recipe": RECIPE + "warmup = 1\n"}, (), ["recipe: stage.1.warmup was None, is 1"]),
-        ({"model": "m2"}, ["model"], ["model was m1, is m2"]),
-        ({"data a.jsonl": "d2", "data c": "new"}, (), ["data a.jsonl was d1, is d2"]),
+        ({"model weights": "w2"}, ["model"], ["model weights changed"]),
+        ({"data a.jsonl": "d2", "data c": "new"}, (), ["data a.jsonl changed"]),
         ({"code": "c2, torch 2, commit f"}, (), ["code was c1, torch 2, commit f, is c2, torch 2, commit f"]),
         ({"code": "c1, torch 2, commit g"}, (), []),  # the same code in another commit
     ],
@@ -405,20 +415,88 @@ def test_differences_are_named(change, chosen, expected):
     assert fingerprint.differences(PRINT, PRINT | change, chosen) == expected
 
 
-def test_a_model_is_identified_by_its_files(tmp_path):
-    shape = {"a": torch.zeros(700_000), "b": torch.ones(3)}
-    seen = set()
-    for change in ("none", "first weight", "last weight", "name", "config"):
-        folder = tmp_path / change
+@pytest.fixture
+def model_folder(tmp_path, small_world):
+    """A copy of a laptop model with weights of 3 MB; no weight is read."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_world / "model", folder)
+    save_file({"a": torch.zeros(800_000), "b": torch.ones(3)}, folder / "model.safetensors")
+    return folder
+
+
+def flip_a_byte(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+MODEL_CHANGES = {
+    "a byte in the middle of the weights": (lambda m: flip_a_byte(m / "model.safetensors", 1_600_000), ["weights"]),
+    "the last byte": (lambda m: flip_a_byte(m / "model.safetensors", -1), ["weights"]),
+    "a frequency": (lambda m: edit(m / "config.json", '"rope_theta": 1', '"rope_theta": 2'), ["config"]),
+    "another end": (lambda m: (m / "generation_config.json").write_text('{"eos_token_id": 7}'), ["config"]),
+    "the role": (lambda m: edit(m / "chat_template.jinja", "message", "messages"), ["chat template"]),
+    "a template in the tokenizer's config": (
+        lambda m: edit(m / "tokenizer_config.json", "{", '{"chat_template": "x", '),
+        ["chat template"],
+    ),
+    "a token": (lambda m: (m / "added_tokens.json").write_text('{"a": 7}'), ["tokenizer"]),
+    "how it splits": (lambda m: edit(m / "tokenizer_config.json", "{", '{"a": true, '), ["tokenizer"]),
+    "a page about it": (lambda m: (m / "README.md").write_text("A model."), []),
+    "other times": (lambda m: [os.utime(path, (0, 0)) for path in m.iterdir()], []),
+}
+
+
+@pytest.mark.parametrize("change", MODEL_CHANGES)
+def test_a_model_is_identified_by_what_decides_its_responses(model_folder, tmp_path, change):
+    """Guards: a change in the middle of large weights was the same model, and a README another one."""
+    before = fingerprint.model_identity(model_folder)
+    shutil.copytree(model_folder, tmp_path / "copy")
+    make, expected = MODEL_CHANGES[change]
+    make(tmp_path / "copy")
+    assert fingerprint.other_parts(before, fingerprint.model_identity(tmp_path / "copy")) == expected
+
+
+def test_an_adapter_is_identified_by_its_base_wherever_that_lies(model_folder, tmp_path):
+    """Guards: an adapter whose base had changed was the same model."""
+    seen = []
+    for place in ("here", "there", "changed"):
+        base, folder = tmp_path / place, tmp_path / f"{place}-adapter"
+        shutil.copytree(model_folder, base)
         folder.mkdir()
-        tensors = {name: tensor.clone() for name, tensor in shape.items()}
-        tensors["a"][0] += change == "first weight"
-        tensors["b"][2] += change == "last weight"
-        save_file(tensors, folder / ("other" if change == "name" else "model.safetensors"))
-        (folder / "config.json").write_text("{ }" if change == "config" else "{}")
-        seen.add(fingerprint.model_identity(folder))
-        assert fingerprint.model_identity(folder) in seen
-    assert len(seen) == 5
+        if place == "changed":
+            flip_a_byte(base / "model.safetensors", -1)
+        config = {"r": 1, "lora_alpha": 1, "peft_type": "LORA", "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+        save_file({"a": torch.zeros(3)}, folder / "adapter_model.safetensors")
+        seen.append(fingerprint.model_identity(folder))
+    assert fingerprint.other_parts(*seen[:2]) == [] and fingerprint.other_parts(seen[0], seen[2]) == ["adapter's base"]
+
+
+def test_an_identity_of_an_older_version_is_refused_in_words():
+    wanted = {"n": 2, "identity": {"weights": "w", "prompts": "p"}}
+    fingerprint.require_same("out", wanted | {"identity": {"weights": "w", "prompts": "p", "more": "m"}}, wanted)
+    for held, said in {
+        None: "out does not say which model, prompts and problems it was made with",
+        "w": "out does not say which model",
+        ("w", "other"): r"other inputs \(different: prompts, as the template writes a date or",
+        ("v", "other"): r"other inputs \(different: weights and prompts\): use",
+    }.items():
+        identity = dict(zip(("weights", "prompts"), held, strict=True)) if isinstance(held, tuple) else held
+        with pytest.raises(DataError, match=said):
+            fingerprint.require_same("out", held and {"n": 2, "identity": identity}, wanted)
+
+
+def test_prompts_are_identified_in_any_order():
+    a, b, c = Prompt("a", [1, 2], 1), Prompt("b", (3,), 4, 2), Prompt("b", [4], 1)
+    assert fingerprint.prompts_identity([a, b]) == fingerprint.prompts_identity([replace(b, n=1), a])
+    assert fingerprint.prompts_identity([a, b]) != fingerprint.prompts_identity([a, c])
 
 
 def test_data_is_identified_by_ids_texts_and_order():
@@ -436,6 +514,27 @@ def test_the_program_is_identified_by_its_files(tmp_path):
     assert fingerprint.code_version(tmp_path) == first
     (tmp_path / "a.py").write_text("2")
     assert fingerprint.code_version(tmp_path) != first
+
+
+def test_a_checkpoint_becomes_a_model_folder(processes, tmp_path, capsys):
+    parts = trained(processes, 0)
+    models.save(trained(processes, 1)[0], tmp_path / "base")  # other weights
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    folder = save(processes, tmp_path / "run", 5, parts=parts)
+    (tmp_path / "run" / "recipe.toml").write_text(
+        f'name = "run"\nmodel = "{tmp_path}/base"\nmax_position_embeddings = 64\n'
+        '[[stage]]\nkind = "sft"\ndata = "none.jsonl"\nsteps = 1\nbatch_sequences = 1\nmax_tokens = 64\n'
+    )
+    main(export_arguments([str(folder), str(tmp_path / "out"), "--dtype", "float32"]))
+    exported, (wanted, _) = models.load(tmp_path / "out"), parts
+    for (name, parameter), (_, trained_one) in zip(exported.named_parameters(), wanted.named_parameters(), strict=True):
+        assert torch.equal(parameter, trained_one.full_tensor()), name
+    assert exported.config.max_position_embeddings == 64 and (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(models.ModelError, match="a checkpoint of a run, no model: export it first"):
+        models.load(folder)
+    (folder / "run.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"^model.py: .*step-5 cannot be used \(run.pt has 0 bytes"):
+        main(export_arguments([str(folder), str(tmp_path / "again")]))
 
 
 def test_nothing_draws_from_a_generator_that_checkpoints_do_not_save():
@@ -456,6 +555,97 @@ def test_broken_weights_are_one_sentence(processes, tmp_path):
     (folder / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="step-4 cannot be read") as caught:
         load_weights_and_optimizer(folder, *parts, processes)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- from somebody else
+
+
+class Calls:
+    """An object whose unpickling calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def named(module, name, argument):
+    """A pickle that looks up a dotted name (STACK_GLOBAL) and calls it."""
+    module, name, argument = (b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name, argument))
+    return b"\x80\x04" + module + name + b"\x93" + argument + b"\x85R."
+
+
+def payloads(trace):
+    """Programs in pickles: each makes the file `trace` when it runs."""
+    shell, program = f"touch {trace}", f"open({str(trace)!r}, 'w')"
+    objects = {
+        "os.system": Calls(os.system, shell),
+        "eval": Calls(builtins.eval, program),
+        "exec inside a list": [1, {"a": Calls(builtins.exec, program)}],
+        "methodcaller": Calls(operator.methodcaller, "unlink"),
+        "torch.hub": Calls(torch.hub.load, str(trace.parent), "entry", "local"),
+        "torch.load": Calls(partial(torch.load, trace.parent / "inner.pt", weights_only=False)),
+        "torch's functions": Calls(torch._utils._rebuild_tensor_v2, None, 0, (), (), False, None),
+    }
+    found = {name: pickle.dumps(value) for name, value in objects.items()}
+    found["getattr"] = b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(Vos\ntRVsystem\ntR(V" + shell.encode() + b"\ntR."
+    found["a dotted name"] = named("torch.distributed.checkpoint.metadata", "os.system", shell)
+    found["a dotted name of torch"] = named("torch", "os.system", shell)
+    found["a module beside a class"] = named("torch.serialization", "os.system", shell)
+    return found
+
+
+def tamper(folder, name, content):
+    """Put other content into a checkpoint's file, with the right checksums: an attacker can do this too."""
+    (folder / name).write_bytes(content)
+    names = [path for path in folder.iterdir() if path.name != checkpoints.MANIFEST]
+    checkpoints.write_manifest(folder, checkpoints.file_checksums(names))
+
+
+@pytest.mark.parametrize("name", payloads(Path("x")))
+def test_a_program_in_a_checkpoint_never_runs(processes, tmp_path, name):
+    """Guards: DCP unpickles `.metadata`, and values that are no tensors, with all of Python at hand."""
+    trace, parts = tmp_path / "ran", trained(processes, 0)
+    program = payloads(trace)[name]
+    torch.save(Calls(os.system, f"touch {trace}"), tmp_path / "inner.pt")
+    (tmp_path / "hubconf.py").write_text(f"open({str(trace)!r}, 'w')\ndef entry(): pass")
+    folder = save(processes, tmp_path, 4, parts=parts)
+    tamper(folder, ".metadata", program)
+    with pytest.raises(CheckpointError, match="step-4 cannot be read .*it names .*, which is no part of") as caught:
+        load_weights_and_optimizer(folder, *parts, processes)
+    assert "\n" not in str(caught.value)
+    tamper(folder, "run.pt", program)
+    with pytest.raises(CheckpointError, match="run.pt cannot be read") as caught:
+        read_state(tmp_path, processes)
+    assert "\n" not in str(caught.value) and not trace.exists()
+    if name == "os.system":  # the pickle is a program indeed
+        pickle.loads(program)
+        assert trace.exists()
+
+
+def test_a_program_in_a_value_that_is_no_tensor_never_runs(processes, tmp_path):
+    """Guards: DCP reads such values, here the optimizer's settings, by torch.load(weights_only=False)."""
+    trace, parts = tmp_path / "ran", trained(processes, 0)
+    parts[1].param_groups[0]["foreach"] = Calls(os.system, f"touch {trace}")
+    folder = save(processes, tmp_path, 4, parts=parts)
+    parts[1].param_groups[0]["foreach"] = None
+    with pytest.raises(CheckpointError, match="step-4 cannot be read") as caught:
+        load_weights_and_optimizer(folder, *parts, processes)
+    assert "\n" not in str(caught.value) and not trace.exists()
+    torch.distributed.checkpoint.load(checkpoints.trained_parts(*parts), checkpoint_id=folder)
+    assert trace.exists()  # DCP alone runs it
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", {}, {"torch_rng": 5}, {"torch_rng": torch.zeros(3)}])
+def test_a_state_of_another_type_is_one_sentence(processes, tmp_path, value):
+    folder = save(processes, tmp_path, 4)
+    file = io.BytesIO()
+    torch.save(value, file)
+    tamper(folder, "run.pt", file.getvalue())
+    with pytest.raises(CheckpointError, match="run.pt cannot be read") as caught:
+        read_state(tmp_path, processes)
     assert "\n" not in str(caught.value)
 
 

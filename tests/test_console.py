@@ -1,6 +1,7 @@
 """lab/console.py: the columns of a step's line, and when alarms are printed."""
 
 import math
+from collections import Counter
 
 import pytest
 
@@ -101,6 +102,20 @@ def test_an_alarm_is_printed_when_it_starts_and_again_only_after_a_long_quiet():
     assert printed(stage_rows(*[{}] * 5, *[cut] * 5, *[{}] * 6, *[cut] * 5)) == [(6, "12%")]
     twice = printed(stage_rows(*[{}] * 5, *[cut] * 5, *[{}] * quiet, *[cut] * 5))
     assert twice == [(6, "12%"), (11 + quiet, "12%")]
+
+
+def test_an_alarm_names_why_nearly_all_responses_are_wasted():
+    """Regression: a wrong `thinking` gave right answers no reward all night, and the problems were blamed."""
+    seen = {"all": 20, "cut": 17, "no box": 1, "empty": 0, "unclosed": 17}
+    assert console.wasted_responses(Counter(seen), 64) == {}
+    for kind, sentence in {
+        "cut": "18 of 20 responses are cut at 1,024 tokens: ",
+        "no box": "18 of 20 responses have no box (7 are empty): check the instruction",
+        "unclosed": "18 of 20 responses have a box, but no </think> before it, which thinking = true requires",
+    }.items():
+        found = console.wasted_responses(Counter(seen | {kind: 18, "empty": 7}), 1024)
+        assert found.keys() == {kind} and found[kind].startswith(sentence)
+    assert console.wasted_responses(Counter(), 64) == {}
 
 
 def test_missing_and_non_finite_metrics_raise_no_alarm():

@@ -58,7 +58,7 @@ def command(monkeypatch):
 
     def run(*words):
         monkeypatch.setattr("sys.argv", ["data_filter.py", *map(str, words)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             difficulty.main(difficulty_arguments(None))
         finally:
@@ -161,7 +161,7 @@ def test_a_signal_keeps_the_finished_problems(world, tmp_path):
             break
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == -signal.SIGINT, errors
     assert "stopping: saving the finished problems" in errors
     assert f"stopped; the same command resumes from {out}" in printed
     known = History.load(out)
@@ -174,8 +174,8 @@ def test_another_model_other_problems_and_other_sampling_are_refused(command, sm
     command(*words)
     before = out.read_bytes()
     refusals = {
-        "was made with weights = ": [words[0], small_world / "model", *words[2:]],
-        "was made with problems = ": [*words, "--limit", 3],
+        "was made with other inputs (different: weights, config and tokenizer)": [words[0], small_world / "model", *words[2:]],
+        "was made with other inputs (different: prompts and problems): use": [*words, "--limit", 3],
         "was made with temperature = 1.0, not 0.9: use": [*words, "--temperature", 0.9],
         "was made with n = 4, not 5: use": [*words, "-n", 5],
         "was made with thinking = True, not False: use": [*words, "--no-thinking"],
@@ -185,7 +185,7 @@ def test_another_model_other_problems_and_other_sampling_are_refused(command, sm
             command(*others)
         assert "\n" not in str(refused.value) and out.read_bytes() == before
     out.write_bytes(before.split(b"\n", 1)[1])  # an old file without the first line
-    with pytest.raises(SystemExit, match="rates.jsonl does not say in its first line which model and problems"):
+    with pytest.raises(SystemExit, match="rates.jsonl does not say which model, prompts and problems"):
         command(*words)
 
 
@@ -195,7 +195,7 @@ def test_another_model_other_problems_and_other_sampling_are_refused(command, sm
 def rates_file(path, problems, right, n=8):
     """Write a file of pass rates of problems that were solved right[i] times of n."""
     history = History()
-    history.settings = {"weights": "w", "problems": data_filter.problems_fingerprint(problems), "n": n}
+    history.settings = {"identity": {"problems": data_filter.problems_fingerprint(problems)}, "n": n}
     for problem, k in zip(problems, right, strict=True):
         history.append(Visit(problem.id, -0.5, 0, (1.0,) * k + (0.0,) * (n - k)))
     history.save(path)
@@ -243,11 +243,11 @@ def test_filter_refuses_problems_that_do_not_match_the_pass_rates(command, estim
     with pytest.raises(SystemExit, match="6 of 8 problems are left, fewer than a batch of 7") as refused:
         command("filter", rates, data, out, "--batch", 7)
     assert "8/8       2 ###################" in str(refused.value)
-    with pytest.raises(SystemExit, match="rates.jsonl was made with problems = "):
+    with pytest.raises(SystemExit, match=r"rates.jsonl was made with other inputs \(different: problems\): "):
         command("filter", rates, data, out, "--limit", 7)
     text = data.read_text()
     data.write_text(text.replace('"answers": ["4"]', '"answers": ["5"]'))
-    with pytest.raises(SystemExit, match="rates.jsonl was made with problems = "):
+    with pytest.raises(SystemExit, match=r"rates.jsonl was made with other inputs \(different: problems\): "):
         command("filter", rates, data, out)
     data.write_text("\n".join(reversed(text.splitlines())))  # the order of the problems does not matter
     rates.write_text(rates.read_text().rsplit("\n", 2)[0] + "\n")

@@ -21,6 +21,7 @@ from eval import (
     measure_temperature,
     pass_at,
     pool_adjacent_violators,
+    student_95,
 )
 from lab.problems import Problem
 from reward import Grade
@@ -75,11 +76,21 @@ def test_evaluate_converts_every_attempt():
 # ------------------------------------------------------------------------------------------------ avg@k, pass@k
 
 
+def test_students_quantiles_are_the_textbooks():
+    closed = {1: math.tan(0.475 * math.pi), 2: 0.95 * math.sqrt(2 / (1 - 0.95**2))}
+    tables = {3: 3.182446, 5: 2.570582, 10: 2.228139, 29: 2.045230, 30: 2.042272, 100: 1.983972, 10**6: 1.959966}
+    for freedom, quantile in (closed | tables).items():
+        assert student_95(freedom) == pytest.approx(quantile, rel=2e-5)
+
+
 def test_interval_of_known_values():
-    # mean 0.5, deviations -0.5, 0, 0.5: standard deviation 0.5, of the mean 0.5 / sqrt(3)
-    assert interval([0.0, 0.5, 1.0]) == (0.0, 1.0)  # 0.5 +- 0.566 is cut off
-    half = Z * math.sqrt(0.02 / 3) / 2
-    assert interval([0.4, 0.5, 0.6, 0.5]) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
+    """Wilson's bounds solve (p - mean)^2 = t^2 p (1 - p) / trials, where the mean is 0.5 in both."""
+    # a variance of 0.5^2, with one more problem's 0.5^2 still that: of the mean, as of 3 trials
+    # squares 0.01, 0, 0.01, 0 and 0.25 for one more: 0.27 / 4 over 4 x 4 / 3 problems
+    cases = [([0.0, 0.5, 1.0], 3, 4.302653), ([0.4, 0.5, 0.6, 0.5], 0.25 / (0.02 / 16 + 0.25 / 16), 3.182446)]
+    for means, trials, t in cases:
+        half = math.sqrt(0.25 / (1 + trials / t**2))
+        assert interval(means) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
 
 
 def test_one_problem_has_the_full_interval():
@@ -132,8 +143,21 @@ def test_the_interval_covers_the_truth_in_95_percent_of_trials():
     assert abs(held / 2000 - 0.95) < 0.02  # 4 standard errors of 2,000 trials, plus the normal approximation
 
 
+@pytest.mark.parametrize("a, b", [(0.6, 0.6), (1, 1), (5, 5), (0.3, 1), (1, 9), (0.2, 2)])
+def test_intervals_over_30_problems_cover_the_truth_in_94_percent_of_trials(a, b):
+    """Guards: normal quantiles, which covered 0.90 to 0.94. Chances are Beta(a, b); 5 standard errors are 0.011."""
+    random, held, paired = np.random.default_rng(11), 0, 0
+    for n in (1, 4, 8, 32):
+        chances = random.beta(a, b, (2500, 30))
+        one, two = (random.binomial(n, chances) / n for _ in range(2))
+        bounds = np.array([interval(means) for means in one])
+        held += np.mean((bounds[:, 0] <= a / (a + b)) & (a / (a + b) <= bounds[:, 1])) / 4
+        paired += np.mean([abs(moved.mean()) <= half_width(moved) for moved in two - one]) / 4
+    assert held > 0.94 and paired > 0.94
+
+
 def test_half_width_of_known_values():
-    assert half_width([0.0, 0.5, 1.0, 0.5]) == pytest.approx(Z * math.sqrt(0.5 / 3) / 2)
+    assert half_width([0.0, 0.5, 1.0, 0.5]) == pytest.approx(3.182446 * math.sqrt(0.5 / 3) / 2)
     assert half_width([0.5] * 30) == 0.1 and half_width([0.5]) == half_width([]) == 1.0
 
 

@@ -13,6 +13,7 @@ import forked
 import numpy as np
 import pytest
 
+from engine.adapter import Lora, add_lora, initialise_lora
 from engine.grader import Grader
 from engine.rollout_worker import RolloutWorker
 from eval import Response, interval
@@ -20,6 +21,7 @@ from lab import responses
 from lab.evaluation import length_curve, main
 from lab.options import evaluation_arguments
 from lab.problems import Problem, read_problems
+from model import load, save
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ["--temperature", "1", "--top-k", "0", "--instruction", ""]
@@ -36,7 +38,7 @@ def command(small_world, tmp_path, monkeypatch):
         files = [word for name in data for word in ("--data", str(small_world / f"{name}.jsonl"))]
         settings = [*OPTIONS[0 if temperature else 2 :], "--out", str(tmp_path / out)]
         monkeypatch.setattr("sys.argv", ["eval.py", str(model), *files, *settings, *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             main(evaluation_arguments(None))
         finally:
@@ -160,26 +162,23 @@ def test_a_problem_without_an_answer_counts_as_wrong_unless_skipped(command, sma
     assert "left out 1 unusable rows (row 1 has no answer)" in capsys.readouterr().err
 
 
-def test_a_tokenizer_of_another_model_is_refused(command, small_world, tmp_path):
+def test_a_tokenizer_of_another_model_is_refused_or_asked_about(command, small_world, tmp_path, capsys):
     import shutil
 
     from safetensors.torch import load_file, save_file
 
-    other = tmp_path / "other"
-    shutil.copytree(small_world / "model", other)
-    config = json.loads((other / "config.json").read_text())
-    weights = load_file(other / "model.safetensors")
-    wide = {
-        k: (v.repeat(2000 // v.shape[0] + 1, 1) if v.shape[0] == config["vocab_size"] else v)
-        for k, v in weights.items()
-    }
-    save_file(wide, other / "model.safetensors")
-    rows = next(v.shape[0] for k, v in wide.items() if "embed" in k)
-    (other / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
-    with pytest.raises(
-        SystemExit, match=f"the tokenizer has {config['vocab_size']} tokens, the model {rows}: use"
-    ):
-        command("--max-tokens", 4, model=other)
+    config = json.loads((small_world / "model" / "config.json").read_text())
+    weights, tokens = load_file(small_world / "model" / "model.safetensors"), config["vocab_size"]
+    for rows in (tokens - 1, 3 * tokens):
+        other = tmp_path / str(rows)
+        shutil.copytree(small_world / "model", other)
+        resized = {k: v.repeat(3, 1)[:rows] if v.shape[0] == tokens else v for k, v in weights.items()}
+        save_file({k: v.contiguous() for k, v in resized.items()}, other / "model.safetensors")
+        (other / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    with pytest.raises(SystemExit, match=f"the tokenizer has {tokens} tokens, the model {tokens - 1}: use"):
+        command("--max-tokens", 4, model=tmp_path / str(tokens - 1))
+    command("--max-tokens", 4, model=other)  # unused rows are padding
+    assert f"only {tokens} of the model's {3 * tokens} rows are tokens" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- resuming
@@ -232,7 +231,7 @@ def test_other_settings_are_refused(command):
     command("-n", 1, "--max-tokens", 6, "--limit", 2)
     with pytest.raises(SystemExit, match="out was made with max_tokens = 6, not 7: use the same setting"):
         command("-n", 1, "--max-tokens", 7, "--limit", 2)
-    with pytest.raises(SystemExit, match="was made with problems = "):
+    with pytest.raises(SystemExit, match=r"other inputs \(different: prompts and problems\): use"):
         command("-n", 1, "--max-tokens", 6, "--limit", 3)
 
 
@@ -245,13 +244,38 @@ def test_other_weights_or_answers_under_the_same_name_are_refused(command, small
     command(*options, model=model, data=())
     text = data.read_text()
     data.write_text(text.replace('"answers": ["', '"answers": ["1', 1))
-    with pytest.raises(SystemExit, match="was made with problems = "):
+    with pytest.raises(SystemExit, match=r"other inputs \(different: problems\): use"):
         command(*options, model=model, data=())
     data.write_text(text)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    with pytest.raises(SystemExit, match="was made with weights = "):
+    with pytest.raises(SystemExit, match=r"other inputs \(different: weights\): use"):
         command(*options, model=model, data=())
+
+
+def test_a_copied_model_goes_on_and_another_template_or_adapter_base_does_not(command, small_world, tmp_path):
+    """Guards: responses of an adapter on two bases, and of a prompt rendered in two ways, in one table."""
+    import shutil
+
+    for name in ("model", "moved", "worded"):
+        shutil.copytree(small_world / "model", tmp_path / name)
+    options = ["--max-tokens", 6, "--limit", 2]
+    command("-n", 1, *options, model=tmp_path / "model")
+    _, rows = command("-n", 2, *options, model=tmp_path / "moved")
+    assert len(rows) == 4
+    template = tmp_path / "worded" / "chat_template.jinja"
+    template.write_text("0 " + template.read_text())
+    with pytest.raises(SystemExit, match=r"other inputs \(different: chat template and prompts\): use"):
+        command("-n", 3, *options, model=tmp_path / "worded")
+    model = load(tmp_path / "model")
+    add_lora(model, Lora(1, 1.0, str(tmp_path / "model")))
+    initialise_lora(model, 0)
+    save(model, tmp_path / "adapter")
+    command("-n", 1, *options, model=tmp_path / "adapter", out="second")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(SystemExit, match=r"other inputs \(different: adapter's base\): use"):
+        command("-n", 2, *options, model=tmp_path / "adapter", out="second")
 
 
 def test_a_broken_line_is_named(command, tmp_path):
@@ -277,7 +301,7 @@ def test_a_signal_keeps_the_finished_responses(small_world, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == -signal.SIGINT, err
     assert "stopping: the finished responses are kept" in err and "the same command resumes" in out
     kept = responses.read_responses(part)
     assert 0 < len(kept) < 6 * 300

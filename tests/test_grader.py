@@ -13,6 +13,7 @@ import pytest
 
 from engine import grader as graders
 from engine.grader import Grader, GraderError, check_grader
+from lab import answers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,12 +92,12 @@ def test_a_late_worker_is_killed_and_replaced():
         assert not _alive(worker)
 
 
-def test_a_dead_worker_is_replaced():
+def test_a_killed_worker_is_replaced_and_its_answer_asked_again():
     with Grader() as grader:
         grader.grade([(boxed("y"), ["x"])])
         grader._slots[0].process.kill()
         verdicts = [g.verdict for g in grader.grade([(boxed("y+1"), ["1+y"]), (boxed("z+1"), ["1+z"])])]
-        assert verdicts == ["grader failed", "right"]
+        assert verdicts == ["right", "right"]
 
 
 def test_a_worker_that_sends_nonsense_is_replaced(monkeypatch):
@@ -274,3 +275,30 @@ def test_the_grader_may_fail_on_a_set_share_of_answers_and_a_few_failures_never_
     with pytest.raises(GraderError, match=f"the grader failed on {failed} of {graded} answers .* allowed") as raised:
         check_grader(verdicts, 0.02)
     assert "\n" not in str(raised.value)
+
+
+def nested(entry, depth):
+    return r"\{" * depth + entry + r"\}" * depth
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        (nested("1.0", 25), nested("1", 25)),  # every level of sets doubles the comparisons
+        (",".join(f"{i}.0" for i in range(300)), ",".join(map(str, reversed(range(300))))),
+        ("1,2", "," * 100_000),
+        ("y", "(" * 900 + "1+x" + ")" * 900),
+    ],
+)
+def test_the_calling_process_leaves_large_comparisons_to_a_worker_under_its_limit_of_time(answer, gold):
+    started = time.perf_counter()
+    assert answers.text_verdict(answer, [gold])[0] is None
+    assert time.perf_counter() - started < 1.0
+
+
+def test_an_answer_whose_every_worker_is_killed_is_a_grader_failure(monkeypatch):
+    with Grader() as grader:
+        asked = []
+        monkeypatch.setattr(grader, "_ask", lambda slot, ticket, golds, answer: asked.append(answer) or "killed")
+        assert grader.grade([(boxed("1+x"), ["x+1"])])[0].verdict == "grader failed"
+        assert asked == ["1+x"] * graders.ATTEMPTS

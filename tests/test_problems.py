@@ -429,3 +429,49 @@ def test_heavy_libraries_are_imported_only_where_they_are_used():
     source = Path(problems.__file__).read_text()
     assert not {"import pyarrow", "import huggingface_hub"} & set(source.splitlines())
     assert "\nfrom huggingface_hub" not in source
+
+
+def test_a_small_file_that_unpacks_to_a_huge_one_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(problems, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(problems, "MOST_ROWS", 5000)
+
+    def repeated(text, times):
+        return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([text]))
+
+    words, ones = repeated("x" * 100_000, 1100), repeated("1", 1100)
+    message = pa.StructArray.from_arrays([repeated("user", 1100), words], ["role", "content"])
+    prompts = pa.ListArray.from_arrays(pa.array(range(1101), pa.int32()), message)
+    truths = pa.StructArray.from_arrays([ones], ["ground_truth"])
+    bombs = {
+        "text": pa.table({"problem": words, "answer": ones}),
+        "nested": pa.table({"prompt": prompts, "reward_model": truths}),
+        "large": pa.table({"prompt": prompts.cast(pa.large_list(message.type)), "reward_model": truths}),
+        "rows": pa.table({"problem": repeated("1+1", 5001), "answer": repeated("2", 5001)}),
+        "list": pa.table({"problem": ["1+1"], "answers": [["2"] * 5001]}),
+    }
+    for name, table in bombs.items():
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(table, path, store_schema=name == "large", compression="zstd")
+        assert path.stat().st_size < 10_000
+        usual = pa.default_memory_pool()
+        pool = pa.proxy_memory_pool(usual)
+        pa.set_memory_pool(pool)
+        try:
+            with pytest.raises(DataError, match=f"{name}.parquet holds more than 5,000 rows"):
+                read_problems(path)
+        finally:
+            pa.set_memory_pool(usual)
+        assert pool.max_memory() < 20e6  # bytes; the texts alone are 110e6
+    write_rows(tmp_path / "rows.jsonl", [good(0)] * 5001)
+    write_rows(tmp_path / "long.jsonl", [{"problem": "x" * (1 << 20), "answer": "1"}])
+    for name in ("rows", "long"):
+        with pytest.raises(DataError, match=f"{name}.jsonl holds more than 5,000 rows"):
+            read_problems(tmp_path / f"{name}.jsonl")
+
+
+def test_bytes_that_are_no_utf8_are_counted_from_the_start_of_the_file(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"problem": "a", "answer": "1"}\n{"problem": "' + "ü".encode("latin-1") + b'"}\n')
+    with pytest.raises(DataError, match="not UTF-8 text .at byte 45"):
+        read_problems(path)

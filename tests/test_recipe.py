@@ -132,7 +132,7 @@ def test_an_unknown_key_without_a_near_match_lists_the_known_keys(tmp_path):
     [
         ("seed=0.5", "seed must be of type int, not 0.5"),
         ("seed=true", "seed must be of type int, not True"),  # bool is an int to Python
-        ("thinking=1", "thinking must be of type bool, not 1"),
+        ("thinking=1", "thinking must be of type bool or str, not 1"),
         ("name=3", "name must be of type str, not 3"),
         ("eval.samples=many", "eval.samples must be of type int, not 'many'"),
         ("eval.temperature=hot", "eval.temperature must be of type float, not 'hot'"),

@@ -16,7 +16,7 @@ import engine.grader
 import lab.recipe
 import train
 from engine.rollout_worker import RolloutWorker
-from engine.tokenizer import end_of_turn, load_tokenizer, stop_tokens
+from engine.tokenizer import end_of_turn, load_tokenizer, read_chat, stop_tokens
 from lab.options import training_arguments
 from lab.problems import INSTRUCTION, read_problems
 from model import load
@@ -131,7 +131,7 @@ def test_every_key_of_a_recipe_takes_effect(name, base_model, tmp_path, monkeypa
 
     def asked(self, *arguments):
         prompt = ask(self, *arguments)
-        prompts.add(self.tokenizer.decode(prompt.tokens))
+        prompts.add(self.chat.tokenizer.decode(prompt.tokens))
         return prompt
 
     def boxed(text, is_thinking):  # half of the responses of a model that knows nothing are right
@@ -157,7 +157,7 @@ def test_every_key_of_a_recipe_takes_effect(name, base_model, tmp_path, monkeypa
     guard = next(row for row in rows if row["kind"] == "guard")
     copy = next(p.id for p in read_problems(data["stage.0.data"]) if p.text == COPY)
     assert (guard["rows"], guard["excluded_ids"]) == (33, [copy])
-    user = f"<|im_start|>user\n{COPY} {INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+    user = f"<|im_start|>user\n{COPY} {INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert len(prompts) == 34 and user in prompts and thinking == {False}
 
     # two steps, with an evaluation before, within and after
@@ -179,7 +179,7 @@ def test_a_base_models_response_ends_where_its_template_ends_a_turn(base_model):
     """Regression: the tokenizer and the config name <|endoftext|> alone, so that responses ran on to their limit."""
     model = load(base_model)
     tokenizer = load_tokenizer(base_model, model)
-    assert stop_tokens(tokenizer, model, base_model) == (0, 2)
+    assert stop_tokens(read_chat(tokenizer), model, base_model) == (0, 2)
     assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == "<|im_end|>"
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert end_of_turn(tokenizer) == tokenizer.eos_token_id

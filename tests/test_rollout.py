@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ import rollout
 from lab.plan import PUBLISHED, PUBLISHED_KEYS
 from lab.plan_memory import Sampling as PlannedSampling
 from lab.plan_memory import Shape, sampling_moment
-from model import Packed, load, parse_config
+from model import ModelError, Packed, load, parse_config
 from rollout import (
     CacheLimits,
     Prompt,
@@ -510,6 +511,19 @@ def test_nan_logits_draw_a_token_within_the_vocabulary():
     for size in (5, 128, 300):
         tokens, logprobs = sample(torch.full((2, size), math.nan), warm(), uniform)
         assert ((tokens >= 0) & (tokens < size)).all() and logprobs.isnan().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9}])
+def test_logits_that_are_not_finite_are_an_error_of_the_model(checkpoint, value, how):
+    """Regression: NaN weights were evaluated to the end, as a model that is never right."""
+    folder = checkpoint("qwen3", tied=False)
+    model = load(folder)
+    with torch.no_grad():
+        model.lm_head.weight[3] = value  # one token of the vocabulary
+    sentence = f"^{re.escape(str(folder))}: the logits of token 1 of a response to problem p0 are not finite: its weights "
+    with pytest.raises(ModelError, match=sentence):
+        run(model, make_prompts(1)[:1], warm(**how))
 
 
 def test_the_smallest_and_largest_uniforms_draw_the_first_and_last_token():

@@ -12,7 +12,7 @@ from engine import rollout_worker
 from engine.distributed import Interrupted
 from engine.grader import Grader, GraderError
 from engine.rollout_worker import RolloutWorker, SamplingStats, combine, deal
-from engine.tokenizer import load_tokenizer, stop_tokens
+from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
 from lab.problems import read_problems
 from model import load
 from reward import Grade
@@ -69,12 +69,12 @@ def test_limits_are_dealt_with_their_responses():
 
 def make_worker(small_world, grader):
     model = load(small_world / "model")
-    tokenizer = load_tokenizer(small_world / "model", model)
+    chat = read_chat(load_tokenizer(small_world / "model", model))
     processes = SimpleNamespace(
         rank=0, world_size=1, device=torch.device("cpu"), all_gather=lambda value, place: [value], say=print
     )
-    stops = stop_tokens(tokenizer, model, small_world / "model")
-    return RolloutWorker(model, tokenizer, stops, CacheLimits(600, 96, 3), grader, processes, instruction="")
+    stops = stop_tokens(chat, model, small_world / "model")
+    return RolloutWorker(model, chat, stops, CacheLimits(600, 96, 3), grader, processes, instruction="")
 
 
 class SlowGrader:
@@ -137,6 +137,39 @@ def test_keep_is_called_on_each_attempt_as_soon_as_it_is_graded(small_world):
         worker.attempt(problems, 2, Sampling(1.0, 8, worker.stop_tokens, 0))
 
 
+def test_right_answers_that_earn_nothing_are_said_at_once_and_once(small_world, capsys):
+    """Regression: with thinking = true, a model that does not think got no reward, and nothing said why."""
+    problems = read_problems(small_world / "held-out.jsonl")
+    for thinking, text, said in [
+        (True, r"\boxed{7}", ["12 of 12 responses have a box, but no </think> before it"]),
+        (True, "", ["12 of 12 responses have no box (12 are empty)"]),
+        (True, r"\boxed{7}</think>7", ["12 of 12 responses have a box, but no </think> before it"]),
+        (True, "7", ["12 of 12 responses have no box (0 are empty)"]),
+        (True, r"so</think>\boxed{7}", []),
+        (False, r"\boxed{7}", []),
+    ]:
+        with Grader(thinking=thinking) as grader:
+            worker = make_worker(small_world, grader)
+            worker.chat = SimpleNamespace(prompt=worker.chat.prompt, decode=lambda tokens, text=text: text)
+            for label, step in [("", 0), (None, 1), ("held-out", 2)]:
+                worker.attempt(problems, 2, Sampling(1.0, 40, (*range(0, 200, 2),), 0, step), label)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+        starts = [f"warning: {where}{sentence}" for where in ("", "held-out: ") for sentence in said]
+        assert len(lines) == len(starts) and all(map(str.startswith, lines, starts))
+
+
+def test_a_wrong_thinking_is_said_long_before_the_end_of_sampling(small_world, monkeypatch, capsys):
+    monkeypatch.setattr(rollout_worker, "FIRST_RESPONSES", 4)
+    problems, said = read_problems(small_world / "held-out.jsonl"), []
+    with Grader(thinking=True) as grader:
+        worker = make_worker(small_world, grader)
+        worker.chat = SimpleNamespace(prompt=worker.chat.prompt, decode=lambda tokens: r"\boxed{7}")
+        prompts = [worker.prompt(problem, 2) for problem in problems]
+        worker.sample(problems, prompts, Sampling(1.0, 40, (), 0), lambda _: said.append(capsys.readouterr().out))
+    assert [bool(text) for text in said].index(True) == 4 and said[4].startswith("warning: 4 of 4 responses have a box")
+    assert not any(said[5:]) and "have a box" not in capsys.readouterr().out
+
+
 def test_the_eta_is_not_estimated_from_the_shortest_responses(small_world, monkeypatch, capsys):
     """Guards: the ETA was wrong by hours after the first, short response."""
     monkeypatch.setattr(rollout_worker, "SECONDS_BETWEEN_LINES", 0.0)
@@ -147,6 +180,6 @@ def test_the_eta_is_not_estimated_from_the_shortest_responses(small_world, monke
         worker.limits = CacheLimits(3000, 96, 18)
         problems = read_problems(small_world / "held-out.jsonl")
         worker.attempt(problems, 3, Sampling(1.0, 30, worker.stop_tokens, 0), label="all")
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
     assert len(lines) == 18 and re.fullmatch(r"all: 1/18 responses  [\d,]+ tok/s  ETA \d:\d\d:\d\d", lines[0])
     assert seen[-1] == 0 and all(seconds >= 0 for seconds in seen)

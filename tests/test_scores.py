@@ -52,6 +52,27 @@ def test_the_resampled_interval_of_maj_has_the_spread_of_new_responses():
     assert np.mean([majority_half_width(votes, right, 4) for votes in fresh[:8]]) == pytest.approx(spread, rel=0.12)
 
 
+@pytest.mark.parametrize("a, b", [(1, 1), (5, 5)])
+def test_resampled_intervals_of_few_responses_cover_the_truth(a, b):
+    """Guards: Jeffreys' prior, by which 0.88 to 0.93 of the intervals of 2 to 4 responses to 30 problems did."""
+    random, held = np.random.default_rng(12), []
+    for n, k in ((2, 1), (2, 2), (4, 1)):
+        chances = random.beta(a, b, (600, 30))
+        right = random.binomial(n, chances)
+        away = pass_at(right, n, k).mean(1) - (1 - (1 - chances) ** k).mean(1)
+        held.append(np.abs(away) <= [pass_half_width(row, n, k) for row in right])
+    assert np.mean(held) > 0.94 - 0.005  # one standard error of 1,800 trials
+
+
+def test_the_variance_of_a_certain_pass_is_not_negative_and_of_many_responses_not_too_large():
+    """Guards: after all sampling, the root of -1e-16 at n = 32, and a binomial beyond a float from n = 1,030 on."""
+    for k in (1, 2, 4, 8, 16, 32):
+        assert 0 <= pass_half_width(np.array([31, 32] * 15), 32, k) < 0.01
+    right = np.array([515, 300] * 8)
+    exact = math.sqrt(sum(c / 1030 * (1 - c / 1030) / 1030 for c in right)) / 16  # pass@1 is a mean
+    assert pass_half_width(right, 1030, 1) == pytest.approx(Z * exact, rel=0.01)
+
+
 @pytest.mark.parametrize("solved", [0, 8])
 def test_equal_responses_have_a_resampled_interval(solved):
     halves = [pass_half_width(np.full(10, solved), 8, k) for k in (1, 8)]
@@ -151,9 +172,11 @@ def test_accuracy_by_length_of_known_responses():
         (50, 100, 1, 1.0),
         (100, None, 1, 1.0),
     ]
-    # the first band: residuals 1 - 2/3, 0 - 2/3, 1 - 2/3 of the ratio over three problems
-    half = Z * math.sqrt(3 / 2 * (1 / 9 + 4 / 9 + 1 / 9)) / 3
-    assert bands[0].low == pytest.approx(max(0, 2 / 3 - half)) and bands[0].high == 1.0
+    # the first band: residuals 1 - 2/3, 0 - 2/3, 1 - 2/3 of the ratio over three problems, of which each is one trial
+    # with the variance of one more problem, 2/9: Wilson's bounds solve (p - 2/3)^2 = t^2 p (1 - p) / trials
+    trials = 2 / 9 / ((1 / 9 + 4 / 9 + 1 / 9) / 9 + 2 / 9 / 9)
+    for bound in (bands[0].low, bands[0].high):
+        assert (bound - 2 / 3) ** 2 == pytest.approx(4.302653**2 * bound * (1 - bound) / trials)
     assert (bands[3].low, bands[3].high) == (0.0, 1.0)  # one problem
 
 
@@ -224,7 +247,7 @@ def test_comparison_of_known_accuracies():
     b = {"p": 0.5, "q": 1.0, "r": 1.0, "s": 0.25, "only b": 0.0, "more": 0.0}
     found = compare("set", a, b)
     moved = np.array([0.5, 0.5, 0.0, -0.25])
-    half = Z * moved.std(ddof=1) / 2
+    half = 3.182446 * moved.std(ddof=1) / 2
     assert (found.problems, found.up, found.down, found.same, found.only_a, found.only_b) == (4, 2, 1, 1, 1, 2)
     assert (found.avg_a, found.avg_b, found.difference) == (0.5, 0.6875, 0.1875)
     assert (found.low, found.high) == (pytest.approx(0.1875 - half), pytest.approx(0.1875 + half))

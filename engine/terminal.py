@@ -1,0 +1,52 @@
+"""Before a program's first line of output: UTF-8 in whatever locale, and text that cannot steer a terminal."""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from io import TextIOWrapper
+
+# how tqdm redraws a bar: a carriage return before its text, or nothing but moves up
+BAR = re.compile(r"\r|(?:\x1b\[A)+\Z")
+UNDECODED = re.compile("[\udc80-\udcff]")  # a byte of the command line that is no UTF-8
+
+
+def prepare_terminal() -> None:
+    """Start the program again in Python's UTF-8 mode unless the locale is UTF-8, and print control characters escaped.
+
+    Call it first in a program, which Ctrl-C then ends without a traceback. File names, files, pipes and the processes
+    that it starts are UTF-8 as well.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a StopRequest handles it
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if undecoded := next(filter(UNDECODED.search, sys.argv), None):
+        sys.exit(f"the argument {undecoded!r} is not UTF-8: give the file or folder another name")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # neither closed nor captured
+            stream.reconfigure(errors="backslashreplace")
+            stream.write = _escaping(stream.write, BAR if stream is sys.stderr else None)
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes (`\\x1b`) for what is neither printable nor a line break nor a tab.
+
+    So responses, names and templates cannot move the cursor, rewrite lines, set titles or turn the reading direction.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _escaping(write: Callable[[str], int], bar: re.Pattern | None) -> Callable[[str], int]:
+    """Return a stream's `write` that writes printable text, after what moves a progress bar."""
+
+    def write_printable(text: str) -> int:
+        kept = bar.match(text) if bar else None
+        start = kept.end() if kept else 0
+        write(text[:start] + printable(text[start:]))
+        return len(text)
+
+    return write_printable
