@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ def git_commit(folder: Path) -> str:
     return done.stdout.strip()
 
 
-def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str] = ()) -> list[str]:
+def differences(then: dict[str, str], now: dict[str, str], chosen: Collection[str] = ()) -> list[str]:
     """Describe the differences between two fingerprints; `chosen` are recipe keys that were changed on purpose.
 
     A fingerprint has "recipe" (TOML), "code", "model PART" (see `model_identity`) and, for each source, "data SOURCE"

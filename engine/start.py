@@ -203,13 +203,9 @@ def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
     """Return the config of the final evaluation, with YaRN and the window that it extends."""
     final = recipe.final
     return extend_window(
-        config,
-        final.yarn_factor,
-        final.yarn_original_window,
-        final.yarn_attention_factor,
-        final.yarn_beta_fast,
+        config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor, final.yarn_beta_fast,
         final.yarn_beta_slow,
-    )
+    )  # fmt: skip
 
 
 def empty_model(folder: Path, recipe: Recipe) -> Transformer:
