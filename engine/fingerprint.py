@@ -11,7 +11,7 @@ import torch
 
 from engine import adapter
 from engine.files import file_checksums
-from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_config, resolve_folder
+from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_optional_json, resolve_folder, weight_files
 from lab.problems import DataError, Problem
 from rollout import Prompt
 
@@ -30,9 +30,10 @@ def model_identity(folder: Path) -> dict[str, str]:
     Every byte of the weights counts: loading reads them too, and CRC-32 keeps up with a disk.
     """
     lora, words = adapter.read_config(folder), adapter.tokenizer_folder(folder)
-    weights = folder.glob(adapter.ADAPTER_WEIGHTS if lora else "*.safetensors")
+    weights = [folder / adapter.ADAPTER_WEIGHTS] if lora else weight_files(folder)
     configs = [folder / (adapter.TRAINED_CONFIG if lora else "config.json"), words / "generation_config.json"]
-    settings, tokenizer = _read_json(folder / ADAPTER_CONFIG), _read_json(words / "tokenizer_config.json")
+    settings = read_optional_json(folder / ADAPTER_CONFIG)
+    tokenizer = read_optional_json(words / "tokenizer_config.json")
     settings.pop("base_model_name_or_path", None)  # what the base is counts, not where
     found = {
         "weights": sorted(_checksums(weights).values()),  # the files' names do not count
@@ -60,10 +61,6 @@ def _hash(values: Iterable[object]) -> str:
 
 def _checksums(paths: Iterable[Path]) -> dict[str, list[int]]:
     return file_checksums(path for path in paths if path.is_file())
-
-
-def _read_json(path: Path) -> dict:
-    return read_config(path.parent, path.name) if path.is_file() else {}
 
 
 def code_version(folder: Path) -> str:

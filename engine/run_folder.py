@@ -83,13 +83,13 @@ def open_run(
     state. Raises CheckpointError when another process uses the folder, when no checkpoint can be used, or when recipe,
     data, model or code differ from those of the run so far.
     """
-    lock = None
+    lock, found = None, None
     if processes.is_main:
         lock = hold(folder)
         if not resumed and recipe.world:
             write_world(recipe.world, folder / "world")
-    processes.broadcast(None)  # no process reads the world before it is written
-    now = run_fingerprint(recipe, folder)
+        found = run_fingerprint(recipe, folder), read_launches(folder / LAUNCHES)
+    now, launches = processes.broadcast(found)  # no process reads the world before it is written
     checkpoint, state = None, RunState()
     if resumed:
         lines = processes.broadcast(whole_lines(folder) if processes.is_main else None)
@@ -98,7 +98,6 @@ def open_run(
             processes.say(f"resuming {folder} after step {state.step}")
         else:
             processes.say(f"{folder} has no checkpoint: starting over")
-    launches = read_launches(folder / LAUNCHES)
     if checkpoint:
         # next to the name of a run, --set changes values on purpose; in a repeated command it changes nothing
         chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []
@@ -113,7 +112,6 @@ def open_run(
                 f"{folder} differs from the run so far: {'; '.join(differing)}: undo the change, or resume with it by "
                 "--resume-anyway"
             )
-    processes.all_gather(None)  # every process has read the launches
     if processes.is_main and (not launches or launches[-1] | now != launches[-1]):
         versions = (
             f"# python {platform.python_version()}, torch {torch.__version__}, transformers "

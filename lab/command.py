@@ -54,7 +54,8 @@ def load_worker(
     page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
     worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
     check_requests(model, prompts, sampling, worker.limits)
-    return worker, sampling, model_identity(folder) | {"prompts": prompts_identity(prompts)}
+    identity = processes.broadcast(model_identity(folder) if processes.is_main else None)
+    return worker, sampling, identity | {"prompts": prompts_identity(prompts)}
 
 
 def run_command(script: str, command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
@@ -62,10 +63,10 @@ def run_command(script: str, command: Callable[[argparse.Namespace], None], argu
     status: int | str = 0
     try:
         command(arguments)
-    except (Interrupted, KeyboardInterrupt):
+    except Interrupted:
         status = distributed.stop_status()
         if distributed.is_main_process():
-            print(f"stopped; the same command resumes from {arguments.out}")
+            distributed.say_last(f"stopped; the same command resumes from {arguments.out}")
     except Exception as error:
         status = distributed.report_error(error, script)
     finally:
