@@ -31,15 +31,16 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
     """Build a run, after the checks that need the least work."""
     recipe = read_recipe(arguments)
     check_recipe(recipe)
+    sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
+    grader = Grader(reward.workers, reward.time_limit_seconds, reward=reward.function)  # tries the function out
     folder, lock, checkpoint, state = open_run(arguments, recipe, processes)
     model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, processes)
     chat = read_chat(load_tokenizer(model_folder, model), recipe.thinking)
     processes.say(chat.account)
-    sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
     stops = stop_tokens(chat, model, model_folder)
     limits = CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows)
-    grader = Grader(reward.workers, reward.time_limit_seconds, thinking=chat.thinking)
+    grader.thinking = chat.thinking
     run = Run(
         recipe=recipe,
         folder=folder,

@@ -83,7 +83,7 @@ class SlowGrader:
     def __init__(self, verdict="wrong"):
         self.verdict, self.submitted, self.collected = verdict, 0, 0
 
-    def submit(self, response, answers):
+    def submit(self, response, answers, row=None):
         self.submitted += 1
         return self.submitted - 1
 
