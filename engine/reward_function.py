@@ -81,12 +81,13 @@ def checked(score: object) -> float:
     return 0.0 if value < ROUNDING else 1.0 if value > 1 - ROUNDING else value
 
 
-def describe(error: BaseException, function: RewardFunction) -> str:
+def describe(error: BaseException, function: RewardFunction, first_line: int = 0) -> str:
     """Return an exception as a clause with the last line of the function's file that it passed through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == function.path]
     lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == function.path else []
-    place = f"{function.path}, line {lines[-1]}" if lines else function.path
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    line = lines[-1] if lines else first_line
+    place = f"{function.path}, line {line}" if line else function.path
+    text = " ".join(f"{type(error).__name__}: {getattr(error, 'msg', error)}".split())
     return f"{text[:MAX_SHOWN]} ({place})"
 
 
@@ -118,7 +119,7 @@ def work(memory_limit_bytes: int, time_limit_s: float) -> None:
         except MemoryError:  # what is left of this process is not to be used
             reply["exceeded"] = last = True
         except BaseException as error:
-            reply["error"] = describe(error, function)
+            reply["error"] = describe(error, function, getattr(getattr(score, "__code__", None), "co_firstlineno", 0))
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(reply), file=replies)
         if last:

@@ -182,7 +182,8 @@ class RolloutWorker:
         """Count a response for `wasted_responses`."""
         seen = Counter(all=1, cut=attempt.rollout.finish_reason == "length")
         if attempt.grade.verdict == "no answer":
-            boxed = last_boxed(attempt.text, thinking=False) is not None
+            # a reward function is only uncalled where the thinking is unclosed
+            boxed = self.grader.reward is not None or last_boxed(attempt.text, thinking=False) is not None
             seen.update({"unclosed": boxed, "no box": not boxed, "empty": not attempt.text.strip()})
         return seen
 

@@ -80,6 +80,8 @@ def make_worker(small_world, grader):
 class SlowGrader:
     """Has graded an answer once two more are submitted; counts those submitted and collected."""
 
+    reward, failures = None, {}
+
     def __init__(self, verdict="wrong"):
         self.verdict, self.submitted, self.collected = verdict, 0, 0
 
