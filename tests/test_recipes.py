@@ -160,7 +160,7 @@ def test_every_key_of_a_recipe_takes_effect(name, base_model, tmp_path, monkeypa
     # the data: 33 problems, of which one is the benchmark's and left out
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     guard = next(row for row in rows if row["kind"] == "guard")
-    copy = next(p.id for p in read_problems(data["stage.0.data"]) if p.text == COPY)
+    copy = next(p.id for p in read_problems(data["stage.0.data"], rewarded=True) if p.text == COPY)
     assert (guard["rows"], guard["excluded_ids"]) == (33, [copy])
     user = f"<|im_start|>user\n{COPY} {INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert len(prompts) == 34 and user in prompts and thinking <= {False}
