@@ -2,6 +2,7 @@
 
     python model.py MODEL OUT --yarn 1.5          # export a checkpoint with the scaling in its config
     python model.py ADAPTER OUT                   # merge a LoRA adapter into its base
+    python model.py RUN/checkpoints/step-N OUT    # the model of a checkpoint inside a stage
 
 The T tokens of a forward pass are one packed row: several sequences end to end, without padding. An attention context
 decides which tokens see each other: `Packed` in training, the paged KV cache of rollout.py in sampling. Everything
@@ -19,8 +20,6 @@ if __name__ == "__main__":  # --help and usage errors must not wait for the impo
 
     arguments = export_arguments()
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,9 +32,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine import adapter, huggingface
-from engine.adapter import Lora, add_lora, merge_lora, tokenizer_folder
+from engine.adapter import Lora, add_lora
 from engine.attention import PackedLayout, SharedLayout, packed_attention
-from engine.errors import UserError, sentence
 from engine.huggingface import ModelError, resolve_folder
 from engine.offload import Offload, recomputed
 from engine.sharding import full_tensor
@@ -82,15 +80,25 @@ def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
 
 
 def extend_window(
-    config: ModelConfig, factor: float, original_window: int | None = None, attention_factor: float = 1.0
+    config: ModelConfig,
+    factor: float,
+    original_window: int | None = None,
+    attention_factor: float = 1.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
 ) -> ModelConfig:
     """Add YaRN to a config: a window of factor x original_window tokens (default: the config's window)."""
     if factor <= 1:
         raise ModelError(f"a YaRN factor must be above 1, not {factor}")
     if config.rope.scaling is not None:
         raise ModelError(f"the model already has {type(config.rope.scaling).__name__} scaling: extend the unscaled one")
+    if not beta_fast > beta_slow > 0 or attention_factor <= 0:
+        raise ModelError(
+            f"YaRN needs beta_fast > beta_slow > 0 and attention_factor > 0, not {beta_fast:g}, {beta_slow:g} and "
+            f"{attention_factor:g}"
+        )
     original = original_window or config.max_position_embeddings
-    rope = replace(config.rope, scaling=Yarn(factor, original, attention_factor))
+    rope = replace(config.rope, scaling=Yarn(factor, original, attention_factor, beta_fast, beta_slow))
     return replace(config, rope=rope, max_position_embeddings=round(factor * original))
 
 
@@ -388,10 +396,25 @@ def _chunks(positions: int, vocabulary: int) -> list[slice]:
 # ----------------------------------------------------------------------------------------- loading and saving
 
 
-def load_weights(model: Transformer, folder: Path) -> None:
-    """Copy a folder's tensors into a model, sharded or not, except its adapter. ModelError if any does not fit."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
-    huggingface.read_weights(folder, parameters, model.config.tie_word_embeddings)
+def load_weights(
+    model: Transformer, folder: Path, device: torch.device | str, adapter_folder: Path | None = None
+) -> None:
+    """Allocate a model of the meta device, sharded or not, and copy a folder's tensors, and an adapter's, into it.
+
+    ModelError, before anything is allocated, if any tensor does not fit. Without its folder an adapter stays empty.
+    """
+
+    def parameters() -> dict[str, nn.Parameter]:
+        base = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
+        return base | adapter.peft_names(adapter.adapter_parameters(model) if adapter_folder else {})
+
+    paths = huggingface.weight_files(folder)
+    if adapter_folder:
+        paths[adapter_folder / adapter.ADAPTER_WEIGHTS] = set()
+    files = huggingface.find_tensors(paths, parameters(), model.config.tie_word_embeddings)
+    model.to_empty(device=device)
+    model.tie()
+    huggingface.read_tensors(files, parameters())
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
@@ -409,11 +432,7 @@ def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
         if lora:
             add_lora(model, lora)
     model.name = str(name)
-    model.to_empty(device=device).to(dtype)
-    model.tie()
-    load_weights(model, base)
-    if lora:
-        adapter.read_weights(folder, adapter.adapter_parameters(model))
+    load_weights(model.to(dtype), base, device, folder if lora else None)
     return model
 
 
@@ -438,23 +457,7 @@ def save(
             huggingface.write_model(unfinished, parameters, dtype, config)
 
 
-# ----------------------------------------------------------------------------------------------- command line
-
-
-def main(arguments: argparse.Namespace) -> None:
-    """Export a model folder, with its adapter merged and with YaRN if requested."""
-    try:
-        model = load(arguments.model)
-        merge_lora(model)
-        if arguments.yarn is not None:
-            model.config = extend_window(
-                model.config, arguments.yarn, arguments.original_window, arguments.attention_factor
-            )
-        save(model, arguments.out, getattr(torch, arguments.dtype), tokenizer_folder(resolve_folder(arguments.model)))
-    except (UserError, OSError) as error:
-        sys.exit(f"model.py: {sentence(error)}")
-    print(f"wrote {arguments.out}: window {model.config.max_position_embeddings:,} tokens, {model.config.rope}")
-
-
 if __name__ == "__main__":
+    from lab.export import main
+
     main(arguments)

@@ -126,7 +126,11 @@ def check_requests(
             raise RolloutError(f"{problem}: the prompt is empty")
         sequence = f"{problem}: prompt of {length} tokens + {new} new"
         if length + new > window:
-            raise RolloutError(f"{sequence} exceeds the model's window of {window}: shorten either or extend with YaRN")
+            others = sum(len(other.tokens) + new > window for other in prompts) - 1
+            also = f", and {others:,} more do so" * (others > 0)
+            raise RolloutError(
+                f"{sequence} exceeds the model's window of {window}{also}: shorten either or extend with YaRN"
+            )
         if limits.tokens and math.ceil((length + new) / size) + 1 > limits.tokens // size:
             raise RolloutError(f"{sequence} and a spare page exceed the cache of {limits.tokens} tokens: enlarge it")
     return size, math.ceil(longest / size)

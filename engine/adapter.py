@@ -1,6 +1,5 @@
 """LoRA adapters (arXiv 2106.09685): added to a model, merged into it, read and written as PEFT does."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.huggingface import ADAPTER_CONFIG, ModelError, open_tensors, read_tensors, resolve_folder, write_json
+from engine.huggingface import ADAPTER_CONFIG, ModelError, check_types, read_json, resolve_folder, write_json
 from engine.sharding import fill, full_tensor
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -89,30 +88,24 @@ def read_config(folder: Path) -> Lora | None:
     path = folder / ADAPTER_CONFIG
     if not path.exists():
         return None
+    source = read_json(path)
+    for key in ("r", "lora_alpha", "base_model_name_or_path", "peft_type", "target_modules"):
+        if source.get(key) is None:
+            raise ModelError(f"{path}: the key {key!r} is missing")
     try:
-        source = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha, base = int(source["r"]), float(source["lora_alpha"]), str(source["base_model_name_or_path"])
-        kind, targets = source["peft_type"], source["target_modules"]
-    except KeyError as missing:
-        raise ModelError(f"{path}: the key {missing} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path}: not the config of a LoRA adapter ({error})") from None
+        check_types(source)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    targets = source["target_modules"]
     for key, value in source.items():
         if value and key not in HARMLESS_KEYS and value not in HARMLESS_VALUES.get(key, ()):
             raise ModelError(f"{path}: {key} = {value!r} is not supported: merge the adapter with peft and use that")
-    if kind != "LORA" or not isinstance(targets, list) or rank < 1:
-        raise ModelError(f"{path}: only LORA adapters with r above 0 and a list of target_modules are supported")
-    if unknown := sorted(set(targets) - set(LORA_TARGETS)):
+    if source["peft_type"] != "LORA":
+        raise ModelError(f"{path}: only LORA adapters are supported, not {source['peft_type']}")
+    if unknown := [target for target in targets if target not in LORA_TARGETS]:
         raise ModelError(f"{path}: the target module {unknown[0]} is not supported (known: {', '.join(LORA_TARGETS)})")
-    return Lora(rank, alpha, base, tuple(target for target in LORA_TARGETS if target in targets))
-
-
-def read_weights(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Fill an adapter's parameters from a folder; strict, as `read_tensors`."""
-    path = folder / ADAPTER_WEIGHTS
-    with open_tensors(path) as tensors:
-        files = dict.fromkeys(tensors.keys(), path)
-    read_tensors(path, files, peft_names(parameters))
+    base, alpha = source["base_model_name_or_path"], float(source["lora_alpha"])
+    return Lora(source["r"], alpha, base, tuple(target for target in LORA_TARGETS if target in targets))
 
 
 def write_adapter(folder: Path, parameters: Mapping[str, nn.Parameter], lora: Lora, trained_config: dict) -> None:

@@ -11,11 +11,17 @@ of processes.
 Checksums are CRC-32, computed per block on several threads: they detect a failing disk, not an attacker, and no other
 hash of the standard library is as fast (4 GB/s on one core; SHA-256 1.8, BLAKE2b 0.9). Full training of a 4B model
 saves 48 GB, which take 12 core seconds; each process reads its own files, which are still in the page cache.
+
+A checkpoint may come from somebody else: nothing that it contains is executed. torch.distributed.checkpoint itself
+would run code from a pickle in two places, `.metadata` and the values that are no tensors; both are read here.
 """
 
+import io
 import json
+import os
 import pickle
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -222,16 +230,15 @@ def read_state(
         if not fault:
             try:
                 packed = torch.load(checkpoint / "run.pt", weights_only=True)
-                random = packed.pop("torch_rng")
+                torch.set_rng_state(packed.pop("torch_rng"))
                 state = _unpack(packed)
-            except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            except Exception as error:  # of any type: the file may contain anything
                 fault = f"run.pt cannot be read ({_reason(error)})"
             else:
                 for name, now, then in zip(FILES, lines or state.metrics_position, state.metrics_position, strict=True):
                     if now < then:
                         fault = f"{name} has only {now} of the {then} lines that it continues from"
         if not fault:
-            torch.set_rng_state(random)
             return checkpoint, state
         skipped.append(f"{checkpoint.name} ({fault})")
         say(f"skipped {checkpoint}: {fault}")
@@ -243,17 +250,64 @@ def read_state(
     return None
 
 
-def trained_parts(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """Return the tensors of a checkpoint, without a frozen base, which is in the model's folder."""
+# all that a pickled Metadata refers to, in addition to dtypes
+PICKLED = {
+    (kind.__module__, kind.__qualname__): kind
+    for kind in (
+        metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.TensorProperties,
+        metadata.ChunkStorageMetadata, metadata.MetadataIndex, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo, torch.Size,
+    )
+}  # fmt: skip
+PICKLED |= {("torch.serialization", "_get_layout"): lambda name: torch.strided}
+PICKLED |= {("pathlib", kind): os.path.join for kind in ("PosixPath", "WindowsPath")}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Read a pickled Metadata without running anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class of PICKLED or a dtype. Raises UnpicklingError for any other name, which may be a program."""
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
+        if (module, name) not in PICKLED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+        return PICKLED[module, name]
+
+
+class DataReader(dcp.FileSystemReader):
+    """DCP's reader, which reads `.metadata` with MetadataUnpickler."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
+        """Return what the checkpoint contains, and in which files."""
+        with (self.path / ".metadata").open("rb") as file:
+            return MetadataUnpickler(file).load()
+
+
+class DataPlanner(dcp.DefaultLoadPlanner):
+    """DCP's planner, which reads values that are no tensors as plain data."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Read a value without running code, and hand DCP, which would run it, a copy of our own."""
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        super().load_bytes(read_item, io.BytesIO(plain.getvalue()))
+
+
+def trained_weights(model: Transformer) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint, without a frozen base, which is in the model's folder."""
     weights = get_model_state_dict(model)
-    if model.lora:
-        weights = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
+    return {name: tensor for name, tensor in weights.items() if not model.lora or ".lora_" in name}
+
+
+def trained_parts(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """Return the tensors of a checkpoint."""
     fresh = not optimizer.state
     moments = get_optimizer_state_dict(model, optimizer)
     if fresh:  # torch has created the moments with a step at rate 0, and counted it
         for state in [*moments["state"].values(), *optimizer.state.values()]:
             state["step"].zero_()
-    return {"model": weights, "optimizer": moments}
+    return {"model": trained_weights(model), "optimizer": moments}
 
 
 def load_weights_and_optimizer(
@@ -261,21 +315,35 @@ def load_weights_and_optimizer(
 ) -> None:
     """Load a checkpoint into model and optimizer, on any number of processes. Every process calls it."""
     parts = trained_parts(model, optimizer)
+    _load(parts, checkpoint, model, process_group=processes.gloo)
+    # not strict: a checkpoint does not contain a frozen base
+    set_model_state_dict(model, parts["model"], options=StateDictOptions(strict=not model.lora))
+    set_optimizer_state_dict(model, optimizer, parts["optimizer"])
+
+
+def load_trained_weights(checkpoint: Path, model: Transformer) -> None:
+    """Copy a checkpoint's weights into an unsharded model, without processes: for export."""
+    if fault := damage(checkpoint):
+        raise CheckpointError(f"{checkpoint} cannot be used ({fault}): export another one")
+    with warnings.catch_warnings(action="ignore"):  # of a single process, as intended
+        _load({"model": trained_weights(model)}, checkpoint, model, no_dist=True)
+
+
+def _load(parts: dict[str, dict], checkpoint: Path, model: Transformer, **options: Any) -> None:
+    """Copy a checkpoint's tensors into those of `parts`. Raises CheckpointError for another lora.rank."""
     wanted = model.lora.rank if model.lora else 0
     try:
-        saved_tensors = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        reader = DataReader(checkpoint)
+        saved_tensors = reader.read_metadata().state_dict_metadata
         saved = next((tensor.size[0] for name, tensor in saved_tensors.items() if name.endswith(".lora_A")), 0)
         if saved == wanted:
-            dcp.load(parts, checkpoint_id=checkpoint, process_group=processes.gloo)
-    except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
+            dcp.load(parts, storage_reader=reader, planner=DataPlanner(), **options)
+    except (Exception, dcp.api.CheckpointException) as error:  # of any type: the files may contain anything
         raise CheckpointError(
             f"{checkpoint} cannot be read ({_reason(error)}): remove it to resume from an older one"
         ) from None
     if saved != wanted:
         raise CheckpointError(f"{checkpoint} was saved with lora.rank = {saved}, not {wanted}: resume with that rank")
-    # not strict: a checkpoint does not contain a frozen base
-    set_model_state_dict(model, parts["model"], options=StateDictOptions(strict=not wanted))
-    set_optimizer_state_dict(model, optimizer, parts["optimizer"])
 
 
 def _pack(state: RunState) -> dict:

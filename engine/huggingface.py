@@ -27,10 +27,90 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "generation_config.json", "tokenizer.model",
 )  # fmt: skip
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list"}
+# keys of config.json, of its rotary blocks and of an adapter's config: type and, for numbers, bounds (both included)
+KEYS: dict[str, tuple] = {
+    "model_type": (str,),
+    "vocab_size": (int, 1, 2**24),
+    "hidden_size": (int, 1, 2**18),
+    "intermediate_size": (int, 1, 2**20),
+    "num_hidden_layers": (int, 1, 1000),
+    "num_attention_heads": (int, 1, 2**14),
+    "num_key_value_heads": (int, 1, 2**14),
+    "head_dim": (int, 2, 2**14),
+    "max_position_embeddings": (int, 1, 2**32),
+    "rms_norm_eps": (float, 0, 1),
+    "tie_word_embeddings": (bool,),
+    "attention_bias": (bool,),
+    "mlp_bias": (bool,),
+    "use_sliding_window": (bool,),
+    "layer_types": (list,),
+    "rope_scaling": (dict,),
+    "rope_parameters": (dict,),
+    "rope_type": (str,),
+    "rope_theta": (float, 2, 1e12),
+    "factor": (float, 1, 1e6),
+    "original_max_position_embeddings": (int, 1, 2**32),
+    "attention_factor": (float, 1e-3, 1e3),
+    "attn_factor": (float, 1e-3, 1e3),
+    "beta_fast": (float, 1e-3, 1e6),
+    "beta_slow": (float, 1e-3, 1e6),
+    "low_freq_factor": (float, 1e-3, 1e6),
+    "high_freq_factor": (float, 1e-3, 1e6),
+    "peft_type": (str,),
+    "base_model_name_or_path": (str,),
+    "r": (int, 1, 2**18),
+    "lora_alpha": (float, -1e6, 1e6),
+    "target_modules": (list,),
+}
+ROTARY_BUFFER = "rotary_emb.inv_freq"  # of old checkpoints: computed from the config
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes in which weights may be stored
 
 
 class ModelError(UserError):
     """A model cannot be used."""
+
+
+# ---------------------------------------------------------------------------------------------------- JSON files
+
+
+def regular_file(path: Path) -> Path:
+    """Return a path that can be opened; ModelError where there is nothing, or a folder, pipe or device."""
+    if not path.is_file():
+        what = "it is not a regular file" if path.exists() else "no such file"
+        raise ModelError(f"{path}: cannot be read ({what}): download it again")
+    return path
+
+
+def read_json(path: Path) -> dict:
+    """Read a file of one JSON object, in UTF-8; ModelError if it is anything else."""
+    try:
+        value = json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8 and not JSON are ValueErrors
+        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object but {TYPE_NAMES.get(type(value), 'null')}")
+    return value
+
+
+def check_types(source: dict) -> None:
+    """Raise ModelError for a value in KEYS of another type or beyond its bounds; null counts as a missing key."""
+    for key in source.keys() & KEYS.keys():
+        (kind, *bounds), value = KEYS[key], source[key]
+        is_kind = type(value) is kind or (kind is float and type(value) is int)  # isinstance takes a bool for an int
+        if value is not None and not (is_kind and (not bounds or bounds[0] <= value <= bounds[1])):
+            between = " from {:,} to {:,}".format(*bounds) if bounds else ""
+            raise ModelError(f"{key} must be {TYPE_NAMES.get(kind, 'an object')}{between}, not {str(value)[:60]!r}")
+
+
+def end_tokens(source: dict, vocabulary: int, where: str | Path) -> set[int]:
+    """Return the eos_token_id of a config: none, one or several. ModelError unless all are below `vocabulary`."""
+    ends = source.get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    for end in ends:
+        if type(end) is not int or not 0 <= end < vocabulary:
+            raise ModelError(f"{where}: eos_token_id {str(end)[:60]!r} is no token of the {vocabulary:,} of the model")
+    return set(ends)
 
 
 # --------------------------------------------------------------------------------------------------- config.json
@@ -42,6 +122,10 @@ def config_fields(source: dict, where: str | Path) -> dict:
     def refuse(what: object) -> ModelError:
         return ModelError(f"{where}: {what}")
 
+    try:
+        check_types(source)
+    except ModelError as error:
+        raise refuse(error) from None
     kind = source.get("model_type")
     if kind not in ARCHITECTURES:
         raise refuse(f"model_type {kind!r} is not supported (known: {', '.join(ARCHITECTURES)})")
@@ -53,27 +137,35 @@ def config_fields(source: dict, where: str | Path) -> dict:
         raise refuse(f"hidden_act {source['hidden_act']!r} is not supported (only silu)")
     if kind != "qwen2" and (source.get("attention_bias") or source.get("mlp_bias")):
         raise refuse("attention_bias / mlp_bias are not supported")
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    for key in (*sizes, "num_attention_heads", "max_position_embeddings"):
+        if source.get(key) is None:
+            raise refuse(f"the key {key!r} is missing")
+    end_tokens(source, source["vocab_size"], where)
     try:
         heads = source["num_attention_heads"]
         key_heads = source.get("num_key_value_heads") or heads
-        head_dim = source.get("head_dim") or source["hidden_size"] // heads
+        head_dim = source.get("head_dim") or (128 if kind == "qwen3" else source["hidden_size"] // heads)
         rope, notes = rope_from_config(source, head_dim)
-        fields = {size: source[size] for size in sizes}
-    except KeyError as missing:
-        raise refuse(f"the key {missing} is missing") from None
     except ModelError as error:
         raise refuse(error) from None
+    if heads % key_heads or head_dim % 2 or not head_dim:
+        raise refuse(f"{heads} heads cannot share {key_heads} key/value heads of {head_dim}")
+    window = source["max_position_embeddings"]
+    if isinstance(rope.scaling, Yarn):  # Qwen documents rope_scaling alone, and vLLM reads it so
+        extended = round(rope.scaling.factor * rope.scaling.original_max_position_embeddings)
+        if extended > window:
+            notes.append(f"YaRN: the window is factor x original = {extended:,} tokens, beyond the {window:,} stated")
+            window = extended
     for note in notes:
         print(f"{where}: {note}", file=sys.stderr)
-    if heads % key_heads or head_dim % 2:
-        raise refuse(f"{heads} heads cannot share {key_heads} key/value heads of {head_dim}")
-    return fields | {
+    return {size: source[size] for size in sizes} | {
         "model_type": kind,
+        "max_position_embeddings": window,
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
         "head_dim": head_dim,
-        "rms_norm_eps": source.get("rms_norm_eps", 1e-6),
+        "rms_norm_eps": 1e-6 if source.get("rms_norm_eps") is None else source["rms_norm_eps"],
         "tie_word_embeddings": bool(source.get("tie_word_embeddings", False)),
         "rope": rope,
         "source": source,
@@ -83,7 +175,8 @@ def config_fields(source: dict, where: str | Path) -> dict:
 def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
     """Return the config.json of a model with these fields and with weights in `dtype`, for transformers."""
     config = fields["source"] | fields | rope_to_config(fields["rope"])
-    for key in ("source", "rope", "torch_dtype"):  # torch_dtype: the older name of dtype
+    # torch_dtype is the older name of dtype; transformers prefers an original_... at the top to that of rope_scaling
+    for key in ("source", "rope", "torch_dtype", "original_max_position_embeddings"):
         config.pop(key, None)
     architecture = ARCHITECTURES[fields["model_type"]]
     return config | {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch.")}
@@ -94,18 +187,23 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
 
     Raise ModelError on any kind of scaling, or key, that yarn.py does not compute.
     """
-    keys: dict = {}
-    for block in ("rope_scaling", "rope_parameters"):
-        stated = {key: value for key, value in (config.get(block) or {}).items() if value is not None}
+    original, blocks = "original_max_position_embeddings", []
+    default = {"rope_theta": config.get("rope_theta") or 10_000.0, "rope_type": "default"}
+    for name in ("rope_scaling", "rope_parameters"):
+        stated = {key: value for key, value in (config.get(name) or {}).items() if value is not None}
         if "type" in stated:
             stated.setdefault("rope_type", stated.pop("type"))
-        for key, value in stated.items():
-            if isinstance(value, dict):
-                raise ModelError(f"{block} for one kind of layer ({key}) is not supported")
-            if keys.setdefault(key, value) != value:
-                raise ModelError(f"rope_scaling and rope_parameters disagree about {key}: keep one of the two")
-    theta = float(keys.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
-    kind = keys.pop("rope_type", "default")
+        check_types(stated)
+        if nested := [key for key, value in stated.items() if isinstance(value, dict)]:
+            raise ModelError(f"{name} for one kind of layer ({nested[0]}) is not supported")
+        if (at_top := config.get(original)) is not None and stated.setdefault(original, at_top) != at_top:
+            raise ModelError(f"config.json and {name} disagree about {original}: keep one of the two")
+        if stated.keys() - {original}:
+            blocks.append(default | stated)
+    keys, other = (blocks[0], blocks[-1]) if blocks else (default, default)
+    if differing := sorted(key for key in keys.keys() | other.keys() if keys.get(key) != other.get(key)):
+        raise ModelError(f"rope_scaling and rope_parameters disagree about {', '.join(differing)}: keep one of the two")
+    theta, kind = float(keys.pop("rope_theta")), keys.pop("rope_type")
     if keys.pop("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError("partial_rotary_factor other than 1 is not supported")
 
@@ -114,9 +212,9 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
         return Rope(theta, head_dim), notes
     if kind not in ("yarn", "llama3"):
         raise ModelError(f"rope scaling {kind!r} is not supported (known: default, yarn, llama3)")
-    window = keys.pop("original_max_position_embeddings", None) or config.get("max_position_embeddings")
+    window = keys.pop(original, None) or config.get("max_position_embeddings")
     if not window:
-        raise ModelError(f"rope scaling {kind!r} needs original_max_position_embeddings: add it to config.json")
+        raise ModelError(f"rope scaling {kind!r} needs {original}: add it to config.json")
     try:
         if kind == "yarn":
             factor = float(keys.pop("factor"))
@@ -132,12 +230,12 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
                 attention_factor = default
                 notes.append(f"YaRN: no attention_factor in the config: the paper's {default:.4f} is applied")
             betas = float(keys.pop("beta_fast", 32.0)), float(keys.pop("beta_slow", 1.0))
-            scaling = Yarn(factor, int(window), float(attention_factor), *betas)
+            scaling = Yarn(factor, window, float(attention_factor), *betas)
             if keys.pop("truncate", True) is not True:
                 raise ModelError("YaRN with truncate=false is not supported")
         else:
             low, high = float(keys.pop("low_freq_factor")), float(keys.pop("high_freq_factor"))
-            scaling = Llama3Scaling(float(keys.pop("factor")), int(window), low, high)
+            scaling = Llama3Scaling(float(keys.pop("factor")), window, low, high)
     except KeyError as missing:
         raise ModelError(f"rope scaling {kind!r} lacks {missing} in config.json") from None
     if keys:
@@ -175,66 +273,90 @@ def resolve_folder(name: str | Path) -> Path:
 
 def read_config(folder: Path, name: str = "config.json") -> dict:
     """Read a JSON config of a model folder."""
-    path = folder / name
-    if (folder / ADAPTER_CONFIG).exists() and not path.exists():
-        raise ModelError(f"{folder}: this is an adapter, not a model: merge it first (python model.py {folder} OUT)")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no {name}, so this is not a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    if not (folder / name).exists():
+        for file, what in ((ADAPTER_CONFIG, "an adapter"), ("manifest.json", "a checkpoint of a run")):
+            if (folder / file).exists():
+                raise ModelError(f"{folder}: this is {what}, no model: export it first (python model.py {folder} OUT)")
+        if (folder / "recipe.toml").exists():
+            raise ModelError(f"{folder}: this is a run, no model: its models are stage-N and checkpoints/step-N")
+        raise ModelError(f"{folder}: no {name}, so this is not a Hugging Face model folder")
+    return read_json(folder / name)
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[safe_open]:
     """Open a safetensors file; ModelError if it is missing or damaged."""
     try:
-        with safe_open(path, "pt") as tensors:
+        with safe_open(regular_file(path), "pt") as tensors:
             yield tensors
-    except (FileNotFoundError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error}): download it again") from None
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Return the safetensors file of each tensor in a folder."""
+def weight_files(folder: Path) -> dict[Path, set[str]]:
+    """Return the safetensors files of a folder, each with the tensors that an index names.
+
+    As in transformers, an index counts only without model.safetensors.
+    """
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            return {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ModelError(f"{index}: cannot be read ({error}): download it again") from None
-    if not path.exists():
+    if path.exists():
+        return {path: set()}
+    if not index.exists():
         raise ModelError(f"{folder}: no model.safetensors and no index of shards: convert the weights first")
-    with open_tensors(path) as tensors:
-        return dict.fromkeys(tensors.keys(), path)
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
+        raise ModelError(f"{index}: weight_map does not name the file of each tensor: download it again")
+    names = defaultdict(set)
+    for name, file in shards.items():
+        names[folder / Path(file).name].add(name)
+    return dict(names)
 
 
-def read_weights(folder: Path, parameters: Mapping[str, nn.Parameter], tied: bool) -> None:
-    """Copy a model folder's tensors into the parameters with the same names; see `read_tensors`."""
-    files = {name: path for name, path in weight_files(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+def find_tensors(paths: Mapping[Path, set[str]], parameters: Mapping[str, nn.Parameter], tied: bool) -> dict[str, Path]:
+    """Return each parameter's file. ModelError unless the files' headers have its names, shapes and a float dtype.
+
+    The parameters may be on the meta device: nothing is allocated.
+    """
+    files: dict[str, Path] = {}
+    layouts: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path, named in paths.items():
+        with open_tensors(path) as tensors:
+            if absent := sorted(name for name in named - set(tensors.keys()) if not name.endswith(ROTARY_BUFFER)):
+                raise ModelError(f"{path}: {absent[0]} is missing, which the index names: download both again")
+            for name in tensors.keys():
+                if name.endswith(ROTARY_BUFFER):
+                    continue
+                if name in files:
+                    raise ModelError(f"{path}: {name} is in {files[name].name} too: remove the stale file")
+                header = tensors.get_slice(name)
+                files[name], layouts[name] = path, (tuple(header.get_shape()), header.get_dtype())
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     copy = files.pop(head, None) if tied else None  # some tied checkpoints carry a copy of the embedding
-    read_tensors(folder, files, parameters)
+    if missing := sorted(parameters.keys() - files.keys()):
+        where = " and ".join(sorted({str(path.parent) for path in paths}))
+        raise ModelError(f"{where}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
+    if surplus := sorted(files.keys() - parameters.keys()):
+        where = files[surplus[0]].parent
+        raise ModelError(f"{where}: the tensor {surplus[0]} is not part of this model (and {len(surplus) - 1} more)")
+    for name, path in files.items():
+        (shape, dtype), expected = layouts[name], tuple(parameters[name].shape)
+        if shape != expected:
+            raise ModelError(f"{path}: {name} has shape {shape}, the config says {expected}")
+        if dtype not in FLOATS:
+            raise ModelError(f"{path}: {name} has dtype {dtype}: use the unquantised model ({', '.join(FLOATS)})")
     if copy:
         with open_tensors(copy) as ours, open_tensors(files[embedding]) as others:
             if not torch.equal(ours.get_tensor(head), others.get_tensor(embedding)):
                 raise ModelError(f"{copy}: tie_word_embeddings is true but {head} is not the embedding")
+    return files
 
 
-def read_tensors(where: Path, files: Mapping[str, Path], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Copy each tensor into its parameter or this rank's shard of it; ModelError if the two do not match."""
-    if missing := sorted(parameters.keys() - files.keys()):
-        raise ModelError(f"{where}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
-    if surplus := sorted(files.keys() - parameters.keys()):
-        raise ModelError(f"{where}: the tensor {surplus[0]} is not part of this model (and {len(surplus) - 1} more)")
+def read_tensors(files: Mapping[str, Path], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy each tensor found by `find_tensors` into its parameter or this rank's shard of it."""
     for path, names in groupby(sorted(files, key=lambda name: (files[name], name)), files.get):
         with open_tensors(path) as tensors:
             for name in names:
-                tensor, shape = tensors.get_tensor(name), parameters[name].shape
-                if tensor.shape != shape:
-                    raise ModelError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config says {tuple(shape)}")
-                fill(parameters[name], tensor)
+                fill(parameters[name], tensors.get_tensor(name))
 
 
 # ------------------------------------------------------------------------------------------------ writing folders

@@ -3,6 +3,7 @@
 Each process answers its share of the prompts and grades every response while the next are being decoded.
 """
 
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,9 @@ import torch
 from engine.distributed import Interrupted, Processes, StopRequest, note_place
 from engine.grader import Grader, check_grader
 from engine.sharding import gathered
-from engine.tokenizer import Chat
+from engine.tokenizer import Chat, check_prompts, named
 from lab.console import wasted_responses
-from lab.problems import DataError, Problem, prompt_text
+from lab.problems import DataError, Problem, first_names, prompt_text
 from model import Transformer
 from reward import Grade, last_boxed
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate
@@ -71,15 +72,34 @@ class RolloutWorker:
         """Return a problem as a user's message."""
         return {"role": "user", "content": prompt_text(problem, self.instruction)}
 
-    def prompt(self, problem: Problem, n: int, most_tokens: int | None = None) -> Prompt:
-        """Return a problem's prompt. Raises DataError when it has more than `most_tokens`."""
-        tokens = self.chat.prompt([self.message(problem)])
-        if most_tokens is not None and len(tokens) > most_tokens:
+    def prompt(self, problem: Problem, n: int) -> Prompt:
+        """Return a problem's prompt."""
+        with named(f"problem {problem.id}"):
+            return Prompt(problem.id, self.chat.prompt([self.message(problem)]), n)
+
+    def prompts(
+        self, problems: Sequence[Problem], asked: dict[str, tuple[str, Sequence[int]]], most_tokens: int | None = None
+    ) -> list[Prompt]:
+        """Return the prompts of all problems, and add them to `asked`, which `check` takes.
+
+        Raises DataError when some have more than `most_tokens`.
+        """
+        prompts = [self.prompt(problem, 1) for problem in problems]
+        asked |= {problem.id: (problem.text, own.tokens) for problem, own in zip(problems, prompts, strict=True)}
+        too_long = [prompt for prompt in prompts if most_tokens is not None and len(prompt.tokens) > most_tokens]
+        if too_long:
+            names = first_names([f"{prompt.problem_id} ({len(prompt.tokens)} tokens)" for prompt in too_long])
             raise DataError(
-                f"problem {problem.id}: its prompt has {len(tokens)} tokens, the stage allows {most_tokens}: "
-                f"raise max_prompt_tokens or remove the problem"
+                f"{len(too_long):,} of {len(prompts):,} prompts have more than the {most_tokens} tokens that the stage "
+                f"allows: raise max_prompt_tokens, or remove {names}"
             )
-        return Prompt(problem.id, tokens, n)
+        return prompts
+
+    def check(self, asked: dict[str, tuple[str, Sequence[int]]]) -> None:
+        """Say what `check_prompts` finds in prompts."""
+        for note in check_prompts(self.chat.tokenizer, asked):
+            if self.processes.is_main:
+                print(f"note: {note}", file=sys.stderr)
 
     def asked_to_stop(self) -> bool:
         """Whether this process was asked to stop."""

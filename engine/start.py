@@ -10,30 +10,48 @@ import torch
 from data_filter import DataOrder
 from engine.adapter import Lora, add_lora, initialise_lora
 from engine.batches import TrainingSequence
+from engine.checkpoint import load_trained_weights
 from engine.distributed import Processes, StopRequest
 from engine.grader import Grader
 from engine.offload import Offload
 from engine.rollout_worker import RolloutWorker
 from engine.run import Run
-from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe, require_same_prompts
+from engine.run_folder import (
+    FINISHED,
+    WANTS_RESUMING,
+    model_source,
+    open_run,
+    read_recipe,
+    require_same_prompts,
+    run_folder,
+)
 from engine.sharding import shard
-from engine.tokenizer import END_THINK, THINK, load_tokenizer, read_chat, stop_tokens
+from engine.tokenizer import END_THINK, THINK, load_tokenizer, named, read_chat, stop_tokens
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
-from lab.problems import DATA_FILES, DataError, Problem, existing_file
-from lab.recipe import Recipe, RecipeError, RlStage, SftStage
+from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
+from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe
 from lab.run_data import RunData
 from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
+from yarn import describe_ramp
 
 
-def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
-    """Build a run, after the checks that need the least work."""
+def start_run(arguments: argparse.Namespace, processes: Processes, stop: StopRequest) -> Run:
+    """Build a run, after the checks that need the least work. If it cannot start, a new run's folder is removed."""
     recipe = read_recipe(arguments)
     check_recipe(recipe)
-    sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
+    with run_folder(arguments, recipe, processes) as (folder, resumed):
+        return build_run(arguments, recipe, folder, resumed, processes, stop)
+
+
+def build_run(
+    arguments: argparse.Namespace, recipe: Recipe, folder: Path, resumed: bool, processes: Processes, stop: StopRequest
+) -> Run:
+    """Build a run in its folder, and check all of its inputs."""
+    sampler, reward = recipe.sampler, recipe.reward
     grader = Grader(reward.workers, reward.time_limit_seconds, reward=reward.function)  # tries the function out
-    folder, lock, checkpoint, state = open_run(arguments, recipe, processes)
+    lock, checkpoint, state = open_run(arguments, recipe, folder, resumed, processes)
     model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, processes)
     chat = read_chat(load_tokenizer(model_folder, model), recipe.thinking)
@@ -59,6 +77,8 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
         micro_batch_tokens=recipe.micro_batch_tokens,
         saved=(state.step, state.stage, state.prepared) if checkpoint else None,
     )
+    if recipe.final.data:
+        processes.say(describe_ramp(final_config(model.config, recipe).rope))
     guard_data(run)
     check_inputs(run)
     require_same_prompts(arguments, folder, run.data, run.worker, resumed=checkpoint is not None)
@@ -70,6 +90,7 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
     trained_text = f" ({trained:,} of them trained)" * (trained < parameters)
     cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, processes.compute_dtype) / 2**30
     cache_text = f"at most {cache_gib:.2f} GiB of cache" if cache_gib else "a cache of the free memory's size"
+    stop.starting = False
     processes.say(
         f"{recipe.name}: {parameters:,} parameters{trained_text}, {processes.world_size} processes on "
         f"{processes.device_name}, {cache_text} each, {folder}"
@@ -104,29 +125,33 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_inputs(run: Run) -> None:
     """Raise now the errors that later stages and evaluations would raise: rows, prompts, lengths."""
-    worker, recipe, model = run.worker, run.recipe, run.model
+    worker, recipe, model, asked = run.worker, run.recipe, run.model, {}
     for index, stage in enumerate(recipe.stage):
         if index < run.state.stage:
             continue
         if isinstance(stage, SftStage):
-            run.sft_sequences[index] = sft_sequences(run.data, stage, worker)
+            run.sft_sequences[index] = sft_sequences(run.data, stage, worker, asked)
             continue
         problems = run.stage_problems(index)
         DataOrder(problems, stage.batch_problems, recipe.seed, index)
-        prompts = [worker.prompt(problem, 1, stage.max_prompt_tokens) for problem in problems]
+        prompts = worker.prompts(problems, asked, stage.max_prompt_tokens)
         check_requests(model, prompts, run.sampling(stage, 1.0, 0), worker.limits)
     trained = model.config
     for settings in (recipe.eval, recipe.final):
         if settings.data:
             model.config = trained if settings is recipe.eval else final_config(trained, recipe)
-            prompts = [worker.prompt(problem, 1) for problem in run.data.problems(settings.data)]
+            prompts = worker.prompts(run.data.problems(settings.data), asked)
             check_requests(model, prompts, run.evaluation_sampling(settings), worker.limits)
     model.config = trained
+    worker.check(asked)
 
 
-def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list[TrainingSequence]:
-    """Encode worked solutions or chats; the loss is on the assistant's tokens only, end-of-sequence included."""
-    chat, sequences, closed = worker.chat, [], 0
+def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker, asked: dict) -> list[TrainingSequence]:
+    """Encode worked solutions or chats; the loss is on the assistant's tokens only, end-of-sequence included.
+
+    Adds the prompts to `asked`, as `RolloutWorker.prompts` does.
+    """
+    chat, sequences, too_long, closed = worker.chat, [], [], 0
     if chat.end is None:
         raise DataError(f"{stage.data}: the tokenizer names no end of sequence for its solutions: set its eos_token")
     for name, source, reply in data.worked_examples(stage):
@@ -135,13 +160,17 @@ def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker) -> list
             raise DataError(f"{what}: set thinking = true or remove the thinking")
         closed += chat.prompt_tag == THINK and END_THINK not in reply
         messages = [worker.message(source)] if isinstance(source, Problem) else source
-        prompt, response = chat.example(messages, reply)
+        with named(f"{name} in {stage.data}"):
+            prompt, response = chat.example(messages, reply)
+        asked[f"{name} in {stage.data}"] = source.text if isinstance(source, Problem) else source[-1]["content"], prompt
         if len(prompt) + len(response) > stage.max_tokens:
-            raise DataError(
-                f"{name} in {stage.data}: {len(prompt) + len(response)} tokens exceed the stage's "
-                f"max_tokens = {stage.max_tokens}: raise it or remove the row"
-            )
+            too_long.append(f"{name} ({len(prompt) + len(response)} tokens)")
         sequences.append(TrainingSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
+    if too_long:
+        raise DataError(
+            f"{stage.data}: {len(too_long):,} of {len(sequences):,} rows exceed the stage's max_tokens = "
+            f"{stage.max_tokens}: raise it, or remove {first_names(too_long)}"
+        )
     if closed:
         worker.processes.say(
             f"{stage.data}: {closed:,} of {len(sequences):,} solutions do not think: {END_THINK} added"
@@ -173,7 +202,36 @@ def model_config(folder: Path, recipe: Recipe) -> ModelConfig:
 def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
     """Return the config of the final evaluation, with YaRN and the window that it extends."""
     final = recipe.final
-    return extend_window(config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor)
+    return extend_window(
+        config,
+        final.yarn_factor,
+        final.yarn_original_window,
+        final.yarn_attention_factor,
+        final.yarn_beta_fast,
+        final.yarn_beta_slow,
+    )
+
+
+def empty_model(folder: Path, recipe: Recipe) -> Transformer:
+    """Return the recipe's model on the meta device, with the adapter that the recipe trains."""
+    with torch.device("meta"):
+        model = Transformer(model_config(folder, recipe))
+    model.name = str(folder)
+    if recipe.lora.rank:
+        is_hub_id = not recipe.model.startswith("world/") and not Path(recipe.model).is_dir()
+        add_lora(model, Lora(recipe.lora.rank, recipe.lora.alpha, recipe.model if is_hub_id else str(folder.resolve())))
+    return model
+
+
+def load_checkpoint(checkpoint: Path) -> tuple[Transformer, Path]:
+    """Return the unsharded model of RUN/checkpoints/step-N and the folder of the model that the run started from."""
+    run = checkpoint.resolve().parent.parent
+    recipe = load_recipe(run / "recipe.toml")
+    folder = model_source(recipe, run)
+    model = empty_model(folder, recipe)
+    load_weights(model, folder, "cpu")
+    load_trained_weights(checkpoint, model)
+    return model, folder
 
 
 def build_model(folder: Path, recipe: Recipe, processes: Processes) -> Transformer:
@@ -181,20 +239,13 @@ def build_model(folder: Path, recipe: Recipe, processes: Processes) -> Transform
 
     With an adapter, every process holds the frozen base (see `shard`), and only the adapter is sharded.
     """
-    with torch.device("meta"):
-        model = Transformer(model_config(folder, recipe))
-    model.name = str(folder)
-    if recipe.lora.rank:
-        is_hub_id = not recipe.model.startswith("world/") and not Path(recipe.model).is_dir()
-        add_lora(model, Lora(recipe.lora.rank, recipe.lora.alpha, recipe.model if is_hub_id else str(folder.resolve())))
+    model = empty_model(folder, recipe)
     stream = torch.cuda.Stream() if recipe.offload_activations and processes.device.type == "cuda" else None
     offload = Offload(stream) if recipe.offload_activations else None
     for layer in model.model.layers:
         layer.recompute, layer.offload = recipe.recompute_activations, offload
     model.float32_head = recipe.float32_head
     shard(model, processes.mesh, processes.compute_dtype)
-    model.to_empty(device=processes.device)
-    model.tie()
-    load_weights(model, folder)
+    load_weights(model, folder, processes.device)
     initialise_lora(model, recipe.seed)
     return model

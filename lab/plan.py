@@ -179,11 +179,9 @@ def mean_prompt(model: str, data: str, instruction: str, thinking: bool | str = 
     """Return the mean tokens of the prompts of a local file, by a local model's tokenizer; 0 if either is missing."""
     if not Path(data).is_file() or not (Path(model) / "tokenizer_config.json").is_file():
         return 0
-    from transformers import AutoTokenizer  # slow to import, and only here
+    from engine.tokenizer import read_chat, read_tokenizer  # slow to import, and only here
 
-    from engine.tokenizer import read_chat
-
-    chat = read_chat(AutoTokenizer.from_pretrained(model), thinking)
+    chat = read_chat(read_tokenizer(Path(model)), thinking)
     texts = [prompt_text(problem, instruction) for problem in read_problems(data, rewarded=rewarded)]
     lengths = [len(chat.prompt([{"role": "user", "content": text}])) for text in texts]
     return round(sum(lengths) / max(1, len(lengths)))
@@ -391,9 +389,8 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
     if not recipe.sampler.cache_tokens:
         recipe = size_cache(shape, recipe, machine.gpus, machine.memory_gib * GIB)
         tokens = recipe.sampler.cache_tokens
-        print(
-            f"cache_tokens = 0 comes to {f'{tokens:,} tokens' if tokens > 1 else 'nothing: no memory is left'} on this card"
-        )
+        size = f"{tokens:,} tokens" if tokens > 1 else "nothing: no memory is left"
+        print(f"cache_tokens = 0 comes to {size} on this card")
     plans = plan_stages(shape, recipe, machine.gpus)
     for plan in plans:
         sampling, update = sum(plan.sampling.values()), sum(plan.update.values())

@@ -79,11 +79,20 @@ def read_chats(source: str | Path) -> list[list[dict]]:
     for number, row in rows_of(path):
         messages = row.get("messages") if isinstance(row, dict) else None
         turns = [m if isinstance(m, dict) else {} for m in messages] if isinstance(messages, list) else []
+        turns = [m | {"content": message_text(m.get("content"))} for m in turns]
         complete = all(isinstance(m.get(key), str) for m in turns for key in ("role", "content"))
         if not turns or not complete or turns[-1]["role"] != "assistant":
             raise DataError(f"{path}, row {number} is not a chat that ends with the assistant's message; fix the row.")
-        chats.append(messages)
+        chats.append(turns)
     return chats
+
+
+def message_text(content: object) -> str | None:
+    """Return a message's content as text, the parts of one in parts on lines of their own; None if any is no text."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "\n".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
 
 
 def has_chats(source: str | Path) -> bool:
@@ -91,6 +100,11 @@ def has_chats(source: str | Path) -> bool:
     path = Path(source)
     _, row = next(iter(rows_of(path)), (0, {})) if path.is_file() else (0, {})
     return isinstance(row, dict) and "messages" in row
+
+
+def first_names(names: Sequence[str], most: int = 20) -> str:
+    """Return names for a sentence, the first ones of many."""
+    return ", ".join(names[:most]) + f" and {len(names) - most:,} more" * (len(names) > most)
 
 
 def existing_file(path: Path) -> Path:
@@ -310,7 +324,7 @@ def problem_of(row: dict, schema: Schema) -> Problem:
     if schema.name == "verl":
         # the chat template writes its own system message; a problem with earlier turns is unusable
         messages = [m for m in text if isinstance(m, dict)] if isinstance(text, list) else []
-        turns = [m.get("content") for m in messages if m.get("role") != "system"]
+        turns = [message_text(m.get("content")) for m in messages if m.get("role") != "system"]
         text = turns[0] if len(turns) == 1 else None
         answers = answers.get("ground_truth") if isinstance(answers, dict) else None
         ids = row["extra_info"] if isinstance(row.get("extra_info"), dict) else {}

@@ -84,10 +84,10 @@ WRONG_CONFIGS = [
     ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
     ({"a_key_of_the_future": 1}, "a_key_of_the_future = 1 is not supported"),
     ({"peft_type": "LOHA"}, "only LORA adapters"),
-    ({"target_modules": "all-linear"}, "list of target_modules"),
+    ({"target_modules": "all-linear"}, "target_modules must be a list"),
     ({"target_modules": ["q_proj", "lm_head"]}, "the target module lm_head is not supported"),
-    ({"r": 0}, "r above 0"),
-    ({"r": "four"}, "not the config of a LoRA adapter"),
+    ({"r": 0}, "r must be a whole number from 1"),
+    ({"r": "four"}, "r must be a whole number from 1 to 262,144, not 'four'"),
     ({"r": 8}, "down_proj.lora_A.weight has shape (4, 80), the config says (8, 80)"),
     ({"target_modules": ["q_proj"]}, "is not part of this model"),
     ({"base_model_name_or_path": "./nowhere"}, "nowhere: no such model folder"),
@@ -147,6 +147,6 @@ def test_an_adapter_of_another_base_is_refused(adapter, checkpoint):
     assert "has shape" in refusal(adapter)
 
 
-def test_training_from_an_adapter_folder_says_to_merge_it(adapter):
-    with pytest.raises(ModelError, match="merge it first"):
+def test_training_from_an_adapter_folder_says_to_export_it(adapter):
+    with pytest.raises(ModelError, match="an adapter, no model: export it first"):
         read_config(adapter)

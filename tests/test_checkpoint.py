@@ -1,13 +1,18 @@
 """engine/checkpoint.py and engine/fingerprint.py: a checkpoint is read exactly as it was written, or not at all."""
 
+import builtins
 import errno
+import io
 import json
+import operator
 import os
+import pickle
 import re
 import shutil
 import sys
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import forked
@@ -21,6 +26,7 @@ from data_filter import Visit
 from engine import checkpoint as checkpoints
 from engine import distributed, files, fingerprint, sharding
 from engine.checkpoint import CheckpointError, RunState, list_checkpoints, load_weights_and_optimizer, read_state
+from lab.export import export_arguments, main
 from lab.problems import DataError, Problem
 from rollout import Prompt, Rollout
 
@@ -510,6 +516,27 @@ def test_the_program_is_identified_by_its_files(tmp_path):
     assert fingerprint.code_version(tmp_path) != first
 
 
+def test_a_checkpoint_becomes_a_model_folder(processes, tmp_path, capsys):
+    parts = trained(processes, 0)
+    models.save(trained(processes, 1)[0], tmp_path / "base")  # other weights
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    folder = save(processes, tmp_path / "run", 5, parts=parts)
+    (tmp_path / "run" / "recipe.toml").write_text(
+        f'name = "run"\nmodel = "{tmp_path}/base"\nmax_position_embeddings = 64\n'
+        '[[stage]]\nkind = "sft"\ndata = "none.jsonl"\nsteps = 1\nbatch_sequences = 1\nmax_tokens = 64\n'
+    )
+    main(export_arguments([str(folder), str(tmp_path / "out"), "--dtype", "float32"]))
+    exported, (wanted, _) = models.load(tmp_path / "out"), parts
+    for (name, parameter), (_, trained_one) in zip(exported.named_parameters(), wanted.named_parameters(), strict=True):
+        assert torch.equal(parameter, trained_one.full_tensor()), name
+    assert exported.config.max_position_embeddings == 64 and (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(models.ModelError, match="a checkpoint of a run, no model: export it first"):
+        models.load(folder)
+    (folder / "run.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"^model.py: .*step-5 cannot be used \(run.pt has 0 bytes"):
+        main(export_arguments([str(folder), str(tmp_path / "again")]))
+
+
 def test_nothing_draws_from_a_generator_that_checkpoints_do_not_save():
     """torch's global generator is saved; the code never draws from numpy's or Python's."""
     found = {}
@@ -528,6 +555,97 @@ def test_broken_weights_are_one_sentence(processes, tmp_path):
     (folder / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="step-4 cannot be read") as caught:
         load_weights_and_optimizer(folder, *parts, processes)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- from somebody else
+
+
+class Calls:
+    """An object whose unpickling calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def named(module, name, argument):
+    """A pickle that looks up a dotted name (STACK_GLOBAL) and calls it."""
+    module, name, argument = (b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name, argument))
+    return b"\x80\x04" + module + name + b"\x93" + argument + b"\x85R."
+
+
+def payloads(trace):
+    """Programs in pickles: each makes the file `trace` when it runs."""
+    shell, program = f"touch {trace}", f"open({str(trace)!r}, 'w')"
+    objects = {
+        "os.system": Calls(os.system, shell),
+        "eval": Calls(builtins.eval, program),
+        "exec inside a list": [1, {"a": Calls(builtins.exec, program)}],
+        "methodcaller": Calls(operator.methodcaller, "unlink"),
+        "torch.hub": Calls(torch.hub.load, str(trace.parent), "entry", "local"),
+        "torch.load": Calls(partial(torch.load, trace.parent / "inner.pt", weights_only=False)),
+        "torch's functions": Calls(torch._utils._rebuild_tensor_v2, None, 0, (), (), False, None),
+    }
+    found = {name: pickle.dumps(value) for name, value in objects.items()}
+    found["getattr"] = b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(Vos\ntRVsystem\ntR(V" + shell.encode() + b"\ntR."
+    found["a dotted name"] = named("torch.distributed.checkpoint.metadata", "os.system", shell)
+    found["a dotted name of torch"] = named("torch", "os.system", shell)
+    found["a module beside a class"] = named("torch.serialization", "os.system", shell)
+    return found
+
+
+def tamper(folder, name, content):
+    """Put other content into a checkpoint's file, with the right checksums: an attacker can do this too."""
+    (folder / name).write_bytes(content)
+    names = [path for path in folder.iterdir() if path.name != checkpoints.MANIFEST]
+    checkpoints.write_manifest(folder, checkpoints.file_checksums(names))
+
+
+@pytest.mark.parametrize("name", payloads(Path("x")))
+def test_a_program_in_a_checkpoint_never_runs(processes, tmp_path, name):
+    """Guards: DCP unpickles `.metadata`, and values that are no tensors, with all of Python at hand."""
+    trace, parts = tmp_path / "ran", trained(processes, 0)
+    program = payloads(trace)[name]
+    torch.save(Calls(os.system, f"touch {trace}"), tmp_path / "inner.pt")
+    (tmp_path / "hubconf.py").write_text(f"open({str(trace)!r}, 'w')\ndef entry(): pass")
+    folder = save(processes, tmp_path, 4, parts=parts)
+    tamper(folder, ".metadata", program)
+    with pytest.raises(CheckpointError, match="step-4 cannot be read .*it names .*, which is no part of") as caught:
+        load_weights_and_optimizer(folder, *parts, processes)
+    assert "\n" not in str(caught.value)
+    tamper(folder, "run.pt", program)
+    with pytest.raises(CheckpointError, match="run.pt cannot be read") as caught:
+        read_state(tmp_path, processes)
+    assert "\n" not in str(caught.value) and not trace.exists()
+    if name == "os.system":  # the pickle is a program indeed
+        pickle.loads(program)
+        assert trace.exists()
+
+
+def test_a_program_in_a_value_that_is_no_tensor_never_runs(processes, tmp_path):
+    """Guards: DCP reads such values, here the optimizer's settings, by torch.load(weights_only=False)."""
+    trace, parts = tmp_path / "ran", trained(processes, 0)
+    parts[1].param_groups[0]["foreach"] = Calls(os.system, f"touch {trace}")
+    folder = save(processes, tmp_path, 4, parts=parts)
+    parts[1].param_groups[0]["foreach"] = None
+    with pytest.raises(CheckpointError, match="step-4 cannot be read") as caught:
+        load_weights_and_optimizer(folder, *parts, processes)
+    assert "\n" not in str(caught.value) and not trace.exists()
+    torch.distributed.checkpoint.load(checkpoints.trained_parts(*parts), checkpoint_id=folder)
+    assert trace.exists()  # DCP alone runs it
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", {}, {"torch_rng": 5}, {"torch_rng": torch.zeros(3)}])
+def test_a_state_of_another_type_is_one_sentence(processes, tmp_path, value):
+    folder = save(processes, tmp_path, 4)
+    file = io.BytesIO()
+    torch.save(value, file)
+    tamper(folder, "run.pt", file.getvalue())
+    with pytest.raises(CheckpointError, match="run.pt cannot be read") as caught:
+        read_state(tmp_path, processes)
     assert "\n" not in str(caught.value)
 
 

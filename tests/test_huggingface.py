@@ -1,11 +1,13 @@
 """Hugging Face folders: loading is strict, unsupported configs are refused, saved models load in transformers."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCALINGS, tiny_reference
+import transformers
+from conftest import SCALINGS, VOCABULARY, WINDOW, tiny_reference
 from safetensors.torch import load_file, save_file
 from test_model import FAMILIES, difference, our_logits, random_tokens, their_logits, tiny_config
 
@@ -166,6 +168,72 @@ def test_save_copies_the_tokenizer_files(checkpoint, tmp_path):
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
 
 
+def refusal(folder: Path) -> str:
+    with pytest.raises(ModelError, match="^[^\n]+$") as error:
+        load(folder)
+    return str(error.value)
+
+
+def test_weights_beside_a_stale_index_are_those_of_transformers(checkpoint, tmp_path):
+    """Regression: the index came first, so that shards of another model were read, or shards that were gone."""
+    folder = rewrite(checkpoint("llama"), tmp_path / "model", lambda tensors: None)
+    shards = tmp_path / "shards"
+    tiny_reference("llama", tied=True).save_pretrained(shards, max_shard_size="20KB")
+    (folder / "model.safetensors.index.json").write_text((shards / "model.safetensors.index.json").read_text())
+    tokens = random_tokens(20)
+    assert difference(our_logits(load(folder), tokens), their_logits(folder, tokens)) < 2e-5
+    (folder / "model.safetensors").unlink()
+    assert "model-00001-of-" in refusal(folder)
+
+
+def test_a_tensor_that_only_the_index_has_is_an_error(tmp_path):
+    tiny_reference("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model.norm.weight"', '"v_head.weight"'))
+    assert "v_head.weight is missing, which the index names" in refusal(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_an_error(tmp_path):
+    tiny_reference("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = min(tmp_path.glob("model-*"))
+    save_file(load_file(shard) | {"model.norm.weight": torch.ones(48)}, shard)
+    assert f"model.norm.weight is in {shard.name} too" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'"a"', b"7", b"null", b"", b'{"a": [', b'{"a": "\xe9"}', b"[" * 10**5])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "adapter_config.json"])
+def test_a_file_that_is_no_json_object_is_one_sentence(checkpoint, tmp_path, file, content):
+    (tmp_path / "config.json").write_text((checkpoint() / "config.json").read_text())
+    (tmp_path / file).write_bytes(content)
+    assert refusal(tmp_path).startswith(f"{tmp_path / file}: not ")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_what_is_no_file_is_not_waited_for(checkpoint, tmp_path, file, make):
+    """Regression: a pipe was read for ever."""
+    folder = rewrite(checkpoint(), tmp_path / "model", lambda tensors: None)
+    (folder / file).unlink()
+    make(folder / file)
+    assert refusal(folder) == f"{folder / file}: cannot be read (it is not a regular file): download it again"
+
+
+def test_shapes_are_compared_before_anything_is_allocated(checkpoint, tmp_path):
+    """Regression: an embedding of 1e10 rows was allocated first."""
+    folder = rewrite(checkpoint(), tmp_path / "model", lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2**24, "hidden_size": 2**18}))
+    assert "the config says (16777216, 262144)" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(checkpoint, tmp_path, dtype):
+    def change(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+
+    assert "model.norm.weight has dtype" in refusal(rewrite(checkpoint(), tmp_path / "bad", change))
+
+
 # ------------------------------------------------------------------------------------------------- bad configs
 
 
@@ -190,6 +258,20 @@ def test_unsupported_config_is_refused(changes, sentence):
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["64", -1, 0, 2.5, 1e12, 10**30, float("nan"), True, [4], {}])
+@pytest.mark.parametrize("key", ["vocab_size", "num_hidden_layers", "num_key_value_heads", "head_dim"])
+def test_a_size_of_another_type_or_beyond_its_bounds_is_refused(key, value):
+    """Regression: 1e12 layers were built, and most of the others ended in a traceback."""
+    with pytest.raises(ModelError, match=f"^x: {key} must be a whole number from [12] to [0-9,]+, not [^\n]+$"):
+        parse_config(tiny_config(**{key: value}), "x")
+
+
+@pytest.mark.parametrize("value", ["</s>", -1, VOCABULARY, 2.5, [[1]], {}, True, [1, 10**30]])
+def test_an_end_that_is_no_token_of_the_model_is_refused(value):
+    with pytest.raises(ModelError, match="^x: eos_token_id .* is no token of the 97 of the model$"):
+        parse_config(tiny_config(eos_token_id=value), "x")
+
+
 def test_mlp_bias_of_llama_is_refused():
     with pytest.raises(ModelError, match="mlp_bias"):
         parse_config(tiny_config("llama", mlp_bias=True))
@@ -207,6 +289,26 @@ def test_config_without_a_size_is_refused_by_name(key):
 def test_a_sliding_window_that_is_off_is_accepted(family):
     source = tiny_config(family, use_sliding_window=False, sliding_window=32, layer_types=["full_attention"] * 2)
     assert parse_config(source).model_type == family
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+def test_a_head_size_that_is_not_stated_is_that_of_transformers(kind):
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 9}
+    theirs = transformers.AutoConfig.for_model(kind, **sizes)
+    source = {key: value for key, value in theirs.to_dict().items() if key != "head_dim"}
+    expected = getattr(theirs, "head_dim", None) or 64 // 2
+    assert parse_config(source).head_dim == expected == (128 if kind == "qwen3" else 32)
+
+
+def test_the_window_of_yarn_is_factor_times_original_as_qwen_documents_it(capsys):
+    """Regression: rope_scaling alone left the window as it was, and --yarn was refused since there was scaling."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    for stated, window in ((96, 256), (256, 256), (512, 512)):
+        config = parse_config(tiny_config(rope_parameters=None, rope_scaling=scaling, max_position_embeddings=stated))
+        assert config.max_position_embeddings == window
+        assert ("the window is factor x original = 256" in capsys.readouterr().err) == (stated == 96)
+    config = parse_config(tiny_config(rope_parameters=None, rope_scaling={"type": "yarn", "factor": 2.0}))
+    assert config.max_position_embeddings == 2 * WINDOW
 
 
 def test_notes_about_yarn_are_shown(capsys):

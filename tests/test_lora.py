@@ -15,19 +15,29 @@ from forked import free_port, in_processes
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-import model as model_file
 from engine import checkpoint as checkpoints
 from engine import distributed, sharding
 from engine.adapter import LORA_TARGETS, Lora, add_lora, initialise_lora, merge_lora
 from engine.batches import TrainingSequence
 from engine.sharding import gathered, shard
+from engine.start import load_checkpoint
 from grpo import optimizer_step, supervised_loss
-from lab.export import export_arguments
+from lab.export import export_arguments, main
 from lab.recipe import LoraSettings, Recipe, RecipeError, load_recipe, to_toml
 from model import Linear, Packed, Transformer, load, load_weights, read_config, save
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = [("qwen3", True), ("qwen2", False), ("llama", True)]
+BARE_RECIPE = """name = "run"
+model = "{}"
+lora = {{ rank = 4, alpha = 12.0 }}
+[[stage]]
+kind = "sft"
+data = "none.jsonl"
+steps = 1
+batch_sequences = 1
+max_tokens = 64
+"""
 LENGTHS = [9, 1, 23, 14]
 
 
@@ -193,9 +203,7 @@ def from_meta(base: Path, mesh, compute_dtype=torch.float32, rank: int = 4) -> T
         model = Transformer(read_config(base))
     add_lora(model, Lora(rank, 12.0, str(base)))
     shard(model, mesh, compute_dtype)
-    model.to_empty(device="cpu")
-    model.tie()
-    load_weights(model, base)
+    load_weights(model, base, "cpu")
     initialise_lora(model, seed=5)
     return model
 
@@ -300,7 +308,11 @@ def check_sharded(base: Path, out: Path, processes: distributed.Processes) -> No
     save(model, out)
     state = checkpoints.RunState(step=1)
     folder = checkpoints.save_checkpoint(out.parent / "run", model, optimizer, state, processes, 1)
-    assert all(torch.equal(value, found[name]) for name, value in full_values(load(out)).items())
+    (out.parent / "run" / "recipe.toml").write_text(BARE_RECIPE.format(base))
+    exported, tokenizer_from = load_checkpoint(folder)
+    assert tokenizer_from == base
+    for copy in (load(out), exported):
+        assert all(torch.equal(value, found[name]) for name, value in full_values(copy).items())
 
     other = randomise_b(from_meta(base, processes.mesh))
     other_optimizer = optimizer_of(other)
@@ -370,7 +382,7 @@ def test_command_line_merges_an_adapter(checkpoint, tmp_path, family, tied):
 
     theirs = peft_model(checkpoint(family, tied))
     theirs.save_pretrained(tmp_path / "adapter")
-    model_file.main(export_arguments([str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype=float32"]))
+    main(export_arguments([str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype=float32"]))
     assert not list((tmp_path / "out").glob("adapter*"))
     with torch.no_grad():
         merged = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
@@ -385,7 +397,7 @@ def test_merging_rounds_once(checkpoint, tmp_path):
     base = tmp_path / "base"
     save(load(checkpoint()), base, torch.bfloat16)
     save(adapted(base), tmp_path / "adapter")
-    model_file.main(export_arguments([str(tmp_path / "adapter"), str(tmp_path / "out")]))
+    main(export_arguments([str(tmp_path / "adapter"), str(tmp_path / "out")]))
     name, adapter = "model.layers.1.mlp.down_proj", load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     expected = load_file(base / "model.safetensors")[f"{name}.weight"].float() + 3.0 * (b @ a)

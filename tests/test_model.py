@@ -14,8 +14,9 @@ from conftest import SCALINGS, VOCABULARY, WINDOW, tiny_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from lab.export import export_arguments
+from lab.export import export_arguments, main
 from model import (
+    ModelError,
     Packed,
     TokenLogprobs,
     Transformer,
@@ -337,7 +338,7 @@ def test_command_line_errors_are_one_sentence_and_nothing_is_written(checkpoint,
         ((scaled, out, "--yarn", 1.5), "already has Yarn"),
     ]:
         with pytest.raises(SystemExit) as stopped:
-            model_file.main(export_arguments([*map(str, arguments)]))
+            main(export_arguments([*map(str, arguments)]))
         message = stopped.value.code
         assert message.startswith("model.py: ") and sentence in message and "\n" not in message
         assert [file.name for file in tmp_path.iterdir()] == ["taken"] and not list((tmp_path / "taken").iterdir())
@@ -357,3 +358,7 @@ def test_extend_window_sets_every_parameter(checkpoint):
     extended = extend_window(read_config(checkpoint()), 1.5, original_window=128, attention_factor=1.1)
     assert extended.rope.scaling == Yarn(1.5, 128, 1.1, 32.0, 1.0)
     assert extended.max_position_embeddings == 192
+    ramped = extend_window(read_config(checkpoint()), 1.5, beta_fast=2.0, beta_slow=0.5)
+    assert (ramped.rope.scaling.beta_fast, ramped.rope.scaling.beta_slow) == (2.0, 0.5)
+    with pytest.raises(ModelError, match="beta_fast > beta_slow > 0"):
+        extend_window(read_config(checkpoint()), 1.5, beta_fast=1.0)

@@ -55,8 +55,7 @@ def check_sharded(folder: Path, out: Path, mesh) -> None:
     with torch.device("meta"):
         empty = Transformer(read_config(out))
     shard(empty, mesh, torch.float32)
-    empty.to_empty(device="cpu")
-    load_weights(empty, out)
+    load_weights(empty, out, "cpu")
     with gathered(empty):
         assert difference(our_logits(empty, batch[0][:30]), after) < 1e-5
 

@@ -178,7 +178,7 @@ def sequences_of(chat, *examples):
     data = SimpleNamespace(worked_examples=lambda stage: ((f"row {i}", *pair) for i, pair in enumerate(examples, 1)))
     worker = SimpleNamespace(chat=chat, processes=SimpleNamespace(say=print))
     worker.message = lambda problem: {"role": "user", "content": problem.text}
-    sequences = sft_sequences(data, SftStage(data="my.jsonl", steps=1, batch_sequences=1, max_tokens=900), worker)
+    sequences = sft_sequences(data, SftStage(data="my.jsonl", steps=1, batch_sequences=1, max_tokens=900), worker, {})
     return [(sequence.tokens.tolist(), sequence.prompt_length) for sequence in sequences]
 
 

@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from engine.huggingface import ModelError, rope_from_config, rope_to_config
-from yarn import Llama3Scaling, Rope, Yarn, attention_factor, frequencies, rotate, rotation, yarn_ramp
+from yarn import (
+    Llama3Scaling,
+    Rope,
+    Yarn,
+    attention_factor,
+    describe_ramp,
+    frequencies,
+    plain_frequencies,
+    rotate,
+    rotation,
+    yarn_ramp,
+)
 
 WINDOW = 131_072
 ROPES = {
@@ -116,6 +127,18 @@ def test_ramp_of_the_polaris_setting():
     assert ramp[27:43].tolist() == pytest.approx([i / 17 for i in range(1, 17)])
 
 
+@pytest.mark.parametrize(
+    "theta, head_dim, window, beta_fast, kept",
+    [(1e6, 128, 65_536, 32.0, 27), (1e5, 64, 8192, 32.0, 11), (1e4, 32, 128, 32.0, 1), (1e4, 32, 128, 2.0, 5)],
+)
+def test_the_pairs_that_yarn_leaves_alone_are_said_and_too_few_warned_of(theta, head_dim, window, beta_fast, kept):
+    rope = Rope(theta, head_dim, Yarn(1.5, window, beta_fast=beta_fast))
+    unchanged = int((frequencies(rope) == plain_frequencies(theta, head_dim)).sum())
+    text = describe_ramp(rope)
+    assert unchanged == kept and f"leaves {kept} of {head_dim // 2} pairs" in text
+    assert text.startswith("warning") == (kept == 1)
+
+
 def test_ramp_without_a_pair_between_the_betas_is_a_step():
     assert set(yarn_ramp(1e4, 2, 16, 32, 1).tolist()) <= {0.0, 1.0}
 
@@ -222,6 +245,20 @@ def test_original_window_defaults_to_the_models_window():
     assert rope.scaling.original_max_position_embeddings == 4_096
 
 
+@pytest.mark.parametrize("scaling", [
+    {"rope_type": "yarn", "factor": 4.0, "beta_slow": 2}, {"rope_type": "yarn", "factor": 2, "attention_factor": 1.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+])  # fmt: skip
+@pytest.mark.parametrize("places", [{"original_max_position_embeddings": 256}, {}])
+def test_the_original_window_is_found_where_transformers_finds_it(scaling, places):
+    """Regression: one at the top of the config was ignored."""
+    keys = {"max_position_embeddings": 4_096, "rope_theta": 1e6, "rope_scaling": scaling} | places
+    rope, _ = rope_from_config(keys, 64)
+    reference = transformers_rotary(keys, "llama" if scaling["rope_type"] == "llama3" else "qwen3", 64)
+    assert torch.equal(frequencies(rope), reference.inv_freq)
+    assert attention_factor(rope) == pytest.approx(reference.attention_scaling)
+
+
 @pytest.mark.parametrize("name", ROPES)
 @pytest.mark.parametrize("dropped", [["rope_parameters"], ["rope_scaling", "rope_theta"], []])
 def test_round_trip_through_old_and_new_keys(name, dropped):
@@ -243,6 +280,10 @@ def test_round_trip_through_old_and_new_keys(name, dropped):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64,
                            "low_freq_factor": 1.0}}, "lacks 'high_freq_factor'"),
+        ({"rope_scaling": YARN | {"beta_fast": 0}}, "beta_fast must be a number from 0.001 to 1,000,000"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, "factor must be a number"),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 64}, "disagree about original_max_position"),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 1e6}}, "about rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
@@ -257,5 +298,5 @@ def test_unsupported_rope_configs_are_refused(config, sentence):
 def test_rope_scaling_next_to_rope_parameters_is_not_silently_ignored():
     """Regression: rope_parameters hid a rope_scaling that a user had added; transformers prefers the latter."""
     config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN}
-    with pytest.raises(ModelError, match="disagree about rope_type"):
+    with pytest.raises(ModelError, match="disagree about .*rope_type"):
         rope_from_config(config, 128)
