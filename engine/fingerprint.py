@@ -12,6 +12,7 @@ import torch
 from engine import adapter
 from engine.files import file_checksums
 from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_optional_json, resolve_folder, weight_files
+from engine.reward_function import read_reward
 from lab.problems import DataError, Problem
 from rollout import Prompt
 
@@ -20,8 +21,17 @@ OTHER_PARTS = ("tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE)
 
 
 def data_identity(rows: Iterable[Problem | list[dict]]) -> str:
-    """Hash problems (ids, texts, answers, solutions) or chats, in their order."""
-    return _hash(vars(row) if isinstance(row, Problem) else row for row in rows)
+    """Hash problems (ids, texts, answers, solutions, rows where they are kept) or chats, in their order."""
+    problems = (
+        {k: v for k, v in vars(row).items() if k != "row" or v} if isinstance(row, Problem) else row for row in rows
+    )
+    return _hash(problems)
+
+
+def reward_identity(given: str) -> str | None:
+    """Hash a reward function's file and name; None without one. What the file imports does not count."""
+    function = read_reward(given)
+    return function and _hash([function.name, function.source])
 
 
 def model_identity(folder: Path) -> dict[str, str]:
@@ -55,7 +65,7 @@ def prompts_identity(prompts: Iterable[Prompt]) -> str:
 def _hash(values: Iterable[object]) -> str:
     found = hashlib.blake2b(digest_size=8)
     for value in values:
-        found.update(json.dumps(value, sort_keys=True).encode())
+        found.update(json.dumps(value, sort_keys=True, default=str).encode())
     return found.hexdigest()
 
 
@@ -83,8 +93,9 @@ def git_commit(folder: Path) -> str:
 def differences(then: dict[str, str], now: dict[str, str], chosen: Collection[str] = ()) -> list[str]:
     """Describe the differences between two fingerprints; `chosen` are recipe keys that were changed on purpose.
 
-    A fingerprint has "recipe" (TOML), "code", "model PART" (see `model_identity`) and, for each source, "data SOURCE"
-    and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only their names are given.
+    A fingerprint has "recipe" (TOML), "code", "reward function" (its file), "model PART" (see `model_identity`) and,
+    for each source, "data SOURCE" and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only
+    their names are given.
     """
     found = []
     values = [dict(_flat(tomllib.loads(fingerprint.get("recipe", "")))) for fingerprint in (then, now)]
@@ -116,7 +127,7 @@ def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
 def require_same(path: Path, held: dict | None, wanted: dict) -> None:
     """Raise DataError unless a file or folder that was made with the settings `held` has all that are wanted.
 
-    "identity" holds hashes by what they are of: `model_identity`'s, "prompts", "problems".
+    "identity" holds hashes by what they are of: `model_identity`'s, "prompts", "problems", "reward function".
     """
     if not isinstance((held or {}).get("identity"), dict):
         raise DataError(

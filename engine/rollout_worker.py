@@ -117,7 +117,7 @@ class RolloutWorker:
 
         A label shows progress. After a request to stop, no more are sampled.
         """
-        answers = {problem.id: problem.answers for problem in problems}
+        asked = {problem.id: problem for problem in problems}
         total, done, finished_tokens = sum(prompt.n for prompt in prompts), 0, 0
         sampler, ungraded = SamplerStats(), deque()
         started = last_line = time.perf_counter()
@@ -132,7 +132,8 @@ class RolloutWorker:
             for rollout in generate(self.model, prompts, sampling, self.limits, sampler, self.asked_to_stop):
                 text = self.chat.decode(rollout.tokens)
                 submitted = time.perf_counter()
-                ungraded.append((rollout, text, self.grader.submit(text, answers[rollout.problem_id])))
+                problem = asked[rollout.problem_id]
+                ungraded.append((rollout, text, self.grader.submit(text, problem.answers, problem.row)))
                 now, done, finished_tokens = time.perf_counter(), done + 1, finished_tokens + len(rollout.tokens)
                 stats.grade_seconds += now - submitted
                 while ungraded and self.grader.ready(ungraded[0][2]):
@@ -183,9 +184,17 @@ class RolloutWorker:
             seen += self.faults(attempt)
             if seen["all"] == FIRST_RESPONSES:  # the shortest, so that only one cause is certain
                 self.warn(Counter(all=seen["all"], unclosed=seen["unclosed"]), sampling, label)
-        everyone = self.processes.all_gather((stats, verdicts, seen, self.asked_to_stop()), "the end of sampling")
-        all_stats, all_verdicts, all_seen, stopped = zip(*everyone, strict=True)
-        check_grader(sum(all_verdicts, Counter()), self.most_failed_share)
+        mine = stats, verdicts, seen, self.asked_to_stop(), self.grader.failures
+        everyone = self.processes.all_gather(mine, "the end of sampling")
+        all_stats, all_verdicts, all_seen, stopped, all_failures = zip(*everyone, strict=True)
+        failures = {verdict: text for own in reversed(all_failures) for verdict, text in own.items()}
+        for verdict, text in failures.items():
+            if ("", verdict) not in self.warned:
+                self.processes.say(
+                    f"warning: reward function, first response {verdict.removeprefix('reward ')}: {text}"
+                )
+            self.warned.add(("", verdict))
+        check_grader(sum(all_verdicts, Counter()), self.most_failed_share, failures)
         self.warn(sum(all_seen, Counter()), sampling, label)
         return kept, combine(all_stats), any(stopped)
 
@@ -193,7 +202,8 @@ class RolloutWorker:
         """Count a response for `wasted_responses`."""
         seen = Counter(all=1, cut=attempt.rollout.finish_reason == "length")
         if attempt.grade.verdict == "no answer":
-            boxed = last_boxed(attempt.text, thinking=False) is not None
+            # a reward function is only uncalled where the thinking is unclosed
+            boxed = self.grader.reward is not None or last_boxed(attempt.text, thinking=False) is not None
             seen.update({"unclosed": boxed, "no box": not boxed, "empty": not attempt.text.strip()})
         return seen
 

@@ -20,7 +20,15 @@ import transformers
 from engine.checkpoint import CheckpointError, RunState, read_state
 from engine.distributed import Processes
 from engine.files import write_atomically
-from engine.fingerprint import code_version, data_identity, differences, git_commit, model_identity, prompts_identity
+from engine.fingerprint import (
+    code_version,
+    data_identity,
+    differences,
+    git_commit,
+    model_identity,
+    prompts_identity,
+    reward_identity,
+)
 from engine.rollout_worker import RolloutWorker
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
@@ -228,6 +236,8 @@ def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Return what a run depends on in addition to its checkpoint: see `fingerprint.differences`."""
     found = {"recipe": to_toml(recipe), "code": code_version(ROOT)}
     found |= {f"model {part}": value for part, value in model_identity(model_source(recipe, folder)).items()}
+    if recipe.reward.function:
+        found["reward function"] = reward_identity(recipe.reward.function)
     data = RunData(recipe, folder)
     for source in sources(recipe):
         path = data.path(source)

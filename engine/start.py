@@ -50,15 +50,16 @@ def build_run(
     arguments: argparse.Namespace, recipe: Recipe, folder: Path, resumed: bool, processes: Processes, stop: StopRequest
 ) -> Run:
     """Build a run in its folder, and check all of its inputs."""
+    sampler, reward = recipe.sampler, recipe.reward
+    grader = Grader(reward.workers, reward.time_limit_seconds, reward=reward.function)  # tries the function out
     lock, checkpoint, state = open_run(arguments, recipe, folder, resumed, processes)
     model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, processes)
     chat = read_chat(load_tokenizer(model_folder, model), recipe.thinking)
     processes.say(chat.account)
-    sampler, reward = recipe.sampler, recipe.reward
     stops = stop_tokens(chat, model, model_folder)
     limits = CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows)
-    grader = Grader(reward.workers, reward.time_limit_seconds, thinking=chat.thinking)
+    grader.thinking = chat.thinking
     run = Run(
         recipe=recipe,
         folder=folder,

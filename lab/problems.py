@@ -9,7 +9,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ DATA_FILES = (".parquet", ".jsonl", ".json")
 MOST_ROWS = 10_000_000  # of a file, and entries of its lists
 MOST_BYTES = 4 << 30  # of a file, and of its texts once unpacked
 BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
+WHOLE_ROW = "whole_row"  # the key under which write_problems keeps Problem.row
 MAX_SHOWN = 300  # characters of a file's content in an error
 TOO_LARGE = "holds a number of too many digits, or too deep a nesting"
 HUB_ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(:(?P<split>[\w./-]+))?")
@@ -41,18 +42,20 @@ class Problem:
     type: str = ""  # the kind of problem, as the data names it
     difficulty: float | None = None  # on the data's own scale
     solution: str = ""  # worked solution, for sft stages
+    row: dict = field(default_factory=dict, hash=False)  # the data's whole row, where a reward function reads it
 
 
 # ---- reading and writing -------------------------------------------------------------------------
 
 
-def read_problems(source: str | Path, on_bad_row: str = "stop") -> list[Problem]:
+def read_problems(source: str | Path, on_bad_row: str = "stop", rewarded: bool = False) -> list[Problem]:
     """Read a local .parquet, .json or .jsonl file, or a Hugging Face dataset "owner/name[:split]".
 
     on_bad_row: "stop" raises at the first unusable row; "skip" leaves such rows out and prints how many; "keep" keeps
     problems without an answer (an evaluation may have to count them), prints how many, and stops at other faults. Of
     rows with the same id and text only the first is kept, and the count is printed. Ids begin with the file's stem (the
-    dataset's name), so that sources can be mixed. Raises DataError.
+    dataset's name), so that sources can be mixed. `rewarded` is for a reward function: rows are kept whole, and need no
+    answer. Raises DataError.
     """
     if on_bad_row not in ("stop", "skip", "keep"):
         raise DataError(f'on_bad_row is {on_bad_row!r}; it must be "stop", "skip" or "keep".')
@@ -61,7 +64,7 @@ def read_problems(source: str | Path, on_bad_row: str = "stop") -> list[Problem]
         stem, files = hub_id["name"], download(f"{hub_id['owner']}/{hub_id['name']}", hub_id["split"])
     else:
         stem, files = path.stem, [existing_file(path)]
-    problems, repeated = settle_ids([p for file in files for p in read_file(file, stem, on_bad_row)], stem)
+    problems, repeated = settle_ids([p for file in files for p in read_file(file, stem, on_bad_row, rewarded)], stem)
     if repeated:
         print(f"{source}: left out {len(repeated)} duplicate rows (first: {repeated[0]})", file=sys.stderr)
     return problems
@@ -141,16 +144,18 @@ def download(repo: str, split: str | None) -> list[Path]:
         ) from error
 
 
-def read_file(path: Path, stem: str, on_bad_row: str) -> list[Problem]:
+def read_file(path: Path, stem: str, on_bad_row: str, rewarded: bool = False) -> list[Problem]:
     """Read the usable rows of one file; the id is "stem/own id", or "" in a row without one."""
     rows = list(rows_of(path))
     if not rows:
         raise DataError(f"{path} holds no rows; add at least one problem.")
-    schema = schema_of([row for _, row in rows if isinstance(row, dict)], path)
+    schema = schema_of([row for _, row in rows if isinstance(row, dict)], path, rewarded)
     problems, bad = [], []
     for number, row in rows:
         problem = problem_of(row, schema) if isinstance(row, dict) else None
-        reason = fault(problem) if problem else row
+        if problem and rewarded:
+            problem = replace(problem, row=row.get(WHOLE_ROW, row))
+        reason = fault(problem, rewarded) if problem else row
         kept = on_bad_row == "keep" and problem is not None and problem.text.strip()
         if reason and not kept and on_bad_row != "skip":
             raise DataError(f'{path}, row {number} {reason}; fix the row, or read with on_bad_row="skip".')
@@ -297,7 +302,7 @@ SCHEMAS = (
 )
 
 
-def schema_of(rows: Sequence[dict], path: Path) -> Schema:
+def schema_of(rows: Sequence[dict], path: Path, rewarded: bool = False) -> Schema:
     """Return the schema of these rows, or raise DataError with their columns."""
     first = rows[0] if rows else {}
     for schema in SCHEMAS:
@@ -305,6 +310,9 @@ def schema_of(rows: Sequence[dict], path: Path) -> Schema:
             # one "####" makes it a GSM8K file, in which a row without the mark has no answer
             marked = schema.name == "minerva" and any("####" in as_text(row.get("answer")) for row in rows)
             return schema._replace(name="gsm8k") if marked else schema
+    for schema in SCHEMAS if rewarded else ():
+        if schema.text in first:
+            return schema
     known = ", or ".join(f"{schema.text} + {schema.answers}" for schema in SCHEMAS)
     columns = ", ".join(name if name.isprintable() else repr(name) for name in first)[:MAX_SHOWN] or "none"
     raise DataError(f"{path} has the columns {columns}, which is no known schema; rename them to {known}.")
@@ -361,11 +369,11 @@ def as_number(value) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def fault(problem: Problem) -> str:
+def fault(problem: Problem, rewarded: bool = False) -> str:
     """Say what makes a problem unusable; "" if nothing does."""
     if not problem.text.strip():
         return "has no problem text"
-    return "" if problem.answers else "has no answer"
+    return "" if problem.answers or rewarded else "has no answer"
 
 
 def settle_ids(problems: list[Problem], stem: str) -> tuple[list[Problem], list[str]]:
@@ -396,9 +404,9 @@ def write_problems(problems: Iterable[Problem], path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (
         {"id": p.id, "problem": p.text, "answers": p.answers, "type": p.type,
-         "difficulty": p.difficulty, "solution": p.solution} for p in problems
+         "difficulty": p.difficulty, "solution": p.solution} | ({WHOLE_ROW: p.row} if p.row else {}) for p in problems
     )  # fmt: skip
-    write_atomically(path, (f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows))
+    write_atomically(path, (f"{json.dumps(row, ensure_ascii=False, default=str)}\n".encode() for row in rows))
 
 
 def prompt_text(problem: Problem, instruction: str = INSTRUCTION) -> str:

@@ -77,11 +77,12 @@ class SamplerSettings:
 class RewardSettings:
     """The weights of the reward's parts, and the grader's limits; POLARIS rewards the right answer alone."""
 
+    function: str = key("", "FILE.py:NAME, called as NAME(text, row) instead of comparing answers; empty: compare")
     correct: float = 1.0
     format: float = 0.0
     steps: float = 0.0
-    workers: int = key(2, "processes for symbolic answers", least=1)
-    time_limit_seconds: float = key(5.0, "for one symbolic answer", least=1e-3)
+    workers: int = key(2, "processes for symbolic answers, or calls of the function", least=1)
+    time_limit_seconds: float = key(5.0, "for one symbolic answer or one call", least=1e-3)
     most_failed_share: float = key(0.02, "of answers on which the grader may fail; more: stop", least=0, most=1)
 
 

@@ -16,9 +16,9 @@ PAIRS_NAMED = 3  # copies named in messages and metrics
 
 
 @cache
-def problems_of(path: str) -> list[Problem]:
+def problems_of(path: str, rewarded: bool) -> list[Problem]:
     """Read a file or hub dataset once per process."""
-    return read_problems(path)
+    return read_problems(path, rewarded=rewarded)
 
 
 @dataclass
@@ -37,7 +37,7 @@ class RunData:
 
     def problems(self, source: str) -> list[Problem]:
         """Return all problems of a source."""
-        return problems_of(self.path(source))
+        return problems_of(self.path(source), bool(self.recipe.reward.function))
 
     def training_problems(self, kind: str, source: str) -> list[Problem]:
         """Return a source's problems without those that the guard excludes."""
