@@ -201,7 +201,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
-            columns, unpacked = range(file.metadata.num_columns), 0
+            columns = range(file.metadata.num_columns)
             values = [sum(group.column(c).num_values for group in groups) for c in columns]
             if (
                 max([file.metadata.num_rows, *values]) > MOST_ROWS
@@ -211,15 +211,25 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
             # a text that many rows share is stored, and counted so far, once
             texts = [leaf.path for leaf in map(file.schema.column, columns) if leaf.physical_type == "BYTE_ARRAY"]
             with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as shared:
-                for batch in shared.iter_batches():
-                    unpacked += sum(map(unpacked_bytes, batch.columns))
-                    if unpacked > MOST_BYTES:
-                        raise too_large(path)
+                try:
+                    require_bounded(path, shared.iter_batches())
+                except pyarrow.ArrowNotImplementedError:  # nested texts with a dictionary in each of many row groups
+                    largest = max(group.total_byte_size for group in groups)  # that one row may hold again and again
+                    require_bounded(path, file.iter_batches(max(1, min(1024, MOST_BYTES // max(1, largest)))))
             rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} is not a readable parquet file ({reason}); download it again.") from error
+
+
+def require_bounded(path: Path, batches: Iterable) -> None:
+    """Raise DataError if the texts of Arrow batches, unpacked, exceed MOST_BYTES."""
+    unpacked = 0
+    for batch in batches:
+        unpacked += sum(map(unpacked_bytes, batch.columns))
+        if unpacked > MOST_BYTES:
+            raise too_large(path)
 
 
 def unpacked_bytes(column) -> int:

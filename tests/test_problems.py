@@ -475,3 +475,14 @@ def test_bytes_that_are_no_utf8_are_counted_from_the_start_of_the_file(tmp_path)
     path.write_bytes(b'{"problem": "a", "answer": "1"}\n{"problem": "' + "ü".encode("latin-1") + b'"}\n')
     with pytest.raises(DataError, match="not UTF-8 text .at byte 45"):
         read_problems(path)
+
+
+def test_nested_texts_in_several_row_groups_are_read(tmp_path):
+    """Regression: the size check could not read DAPO's and POLARIS's messages in files of several row groups."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i} + 1?"}], "reward_model": {"ground_truth": str(i + 1)}}
+        for i in range(40)
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet", row_group_size=10)
+    assert [problem.answers for problem in read_problems(tmp_path / "d.parquet")] == [(str(i + 1),) for i in range(40)]
