@@ -105,7 +105,7 @@ def test_what_it_prints_and_reads_is_not_the_protocols(file, capfd):
     "name, verdict, why",
     [
         ("raises", "reward failed", f"KeyError: 'missing' (FILE, line {line_of('missing')})"),
-        ("nothing", "reward failed", f"TypeError: it returned None, not a number or a bool (FILE, line {line_of('nothing')})"),
+        ("nothing", "reward failed", f"it returned None, not a number or a bool (FILE, line {line_of('nothing')})"),
         ("nan", "reward failed", "ValueError: it returned nan, not a number from 0 to 1"),
         ("large", "reward failed", "ValueError: it returned 1.01, not a number from 0 to 1"),
         ("ends", "reward failed", "a call ended its process"),
