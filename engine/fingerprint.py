@@ -4,14 +4,14 @@ import hashlib
 import json
 import subprocess
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 
 from engine import adapter
 from engine.files import file_checksums
-from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_config, resolve_folder
+from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_optional_json, resolve_folder, weight_files
 from engine.reward_function import read_reward
 from lab.problems import DataError, Problem
 from rollout import Prompt
@@ -40,9 +40,10 @@ def model_identity(folder: Path) -> dict[str, str]:
     Every byte of the weights counts: loading reads them too, and CRC-32 keeps up with a disk.
     """
     lora, words = adapter.read_config(folder), adapter.tokenizer_folder(folder)
-    weights = folder.glob(adapter.ADAPTER_WEIGHTS if lora else "*.safetensors")
+    weights = [folder / adapter.ADAPTER_WEIGHTS] if lora else weight_files(folder)
     configs = [folder / (adapter.TRAINED_CONFIG if lora else "config.json"), words / "generation_config.json"]
-    settings, tokenizer = _read_json(folder / ADAPTER_CONFIG), _read_json(words / "tokenizer_config.json")
+    settings = read_optional_json(folder / ADAPTER_CONFIG)
+    tokenizer = read_optional_json(words / "tokenizer_config.json")
     settings.pop("base_model_name_or_path", None)  # what the base is counts, not where
     found = {
         "weights": sorted(_checksums(weights).values()),  # the files' names do not count
@@ -72,10 +73,6 @@ def _checksums(paths: Iterable[Path]) -> dict[str, list[int]]:
     return file_checksums(path for path in paths if path.is_file())
 
 
-def _read_json(path: Path) -> dict:
-    return read_config(path.parent, path.name) if path.is_file() else {}
-
-
 def code_version(folder: Path) -> str:
     """Hash the code's files, which may differ from the commit; the commit is appended for people to read."""
     found = hashlib.blake2b(digest_size=8)
@@ -93,7 +90,7 @@ def git_commit(folder: Path) -> str:
     return done.stdout.strip()
 
 
-def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str] = ()) -> list[str]:
+def differences(then: dict[str, str], now: dict[str, str], chosen: Collection[str] = ()) -> list[str]:
     """Describe the differences between two fingerprints; `chosen` are recipe keys that were changed on purpose.
 
     A fingerprint has "recipe" (TOML), "code", "reward function" (its file), "model PART" (see `model_identity`) and,

@@ -3,7 +3,6 @@
 Each process answers its share of the prompts and grades every response while the next are being decoded.
 """
 
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,10 @@ import torch
 
 from engine.distributed import Interrupted, Processes, StopRequest, note_place
 from engine.grader import Grader, check_grader
+from engine.huggingface import named
 from engine.sharding import gathered
-from engine.tokenizer import Chat, check_prompts, named
+from engine.terminal import note
+from engine.tokenizer import Chat, check_prompts
 from lab.console import wasted_responses
 from lab.problems import DataError, Problem, first_names, prompt_text
 from model import Transformer
@@ -96,10 +97,9 @@ class RolloutWorker:
         return prompts
 
     def check(self, asked: dict[str, tuple[str, Sequence[int]]]) -> None:
-        """Say what `check_prompts` finds in prompts."""
-        for note in check_prompts(self.chat.tokenizer, asked):
-            if self.processes.is_main:
-                print(f"note: {note}", file=sys.stderr)
+        """Say what `check_prompts` finds in prompts; one process looks, for all have the same."""
+        for found in check_prompts(self.chat.tokenizer, asked) if self.processes.is_main else ():
+            note(f"note: {found}")
 
     def asked_to_stop(self) -> bool:
         """Whether this process was asked to stop."""

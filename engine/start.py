@@ -13,6 +13,7 @@ from engine.batches import TrainingSequence
 from engine.checkpoint import load_trained_weights
 from engine.distributed import Processes, StopRequest
 from engine.grader import Grader
+from engine.huggingface import named
 from engine.offload import Offload
 from engine.rollout_worker import RolloutWorker
 from engine.run import Run
@@ -26,7 +27,7 @@ from engine.run_folder import (
     run_folder,
 )
 from engine.sharding import shard
-from engine.tokenizer import END_THINK, THINK, load_tokenizer, named, read_chat, stop_tokens
+from engine.tokenizer import END_THINK, THINK, load_tokenizer, read_chat, stop_tokens
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
@@ -203,13 +204,9 @@ def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
     """Return the config of the final evaluation, with YaRN and the window that it extends."""
     final = recipe.final
     return extend_window(
-        config,
-        final.yarn_factor,
-        final.yarn_original_window,
-        final.yarn_attention_factor,
-        final.yarn_beta_fast,
+        config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor, final.yarn_beta_fast,
         final.yarn_beta_slow,
-    )
+    )  # fmt: skip
 
 
 def empty_model(folder: Path, recipe: Recipe) -> Transformer:

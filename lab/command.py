@@ -56,8 +56,9 @@ def load_worker(
     page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
     worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
     check_requests(model, prompts, sampling, worker.limits)
-    identity = {"prompts": prompts_identity(prompts), "reward function": reward_identity(arguments.reward or "")}
-    return worker, sampling, model_identity(folder) | identity
+    identity = processes.broadcast(model_identity(folder) if processes.is_main else None)
+    identity |= {"prompts": prompts_identity(prompts), "reward function": reward_identity(arguments.reward or "")}
+    return worker, sampling, identity
 
 
 def run_command(script: str, command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
@@ -65,10 +66,10 @@ def run_command(script: str, command: Callable[[argparse.Namespace], None], argu
     status: int | str = 0
     try:
         command(arguments)
-    except (Interrupted, KeyboardInterrupt):
+    except Interrupted:
         status = distributed.stop_status()
         if distributed.is_main_process():
-            print(f"stopped; the same command resumes from {arguments.out}")
+            distributed.say_last(f"stopped; the same command resumes from {arguments.out}")
     except Exception as error:
         status = distributed.report_error(error, script)
     finally:
