@@ -112,7 +112,7 @@ def target_diversity(given: str, name: str, settings: dict) -> Diversity:
         before = read_settings(run)
         problems = {"identity": {"problems": settings["identity"]["problems"]}}
         require_same(run, before, {setting: settings[setting] for setting in ("n", *DECODING)} | problems)
-        groups = read_groups(run, name, before["n"])[1]
+        groups = read_groups(run, name, before["n"], bool(before.get("reward")))[1]
         shares = {group[0].problem_id: distinct_share([response.text for response in group]) for group in groups}
         known = {problem_id: share for problem_id, share in shares.items() if share is not None}
         if not known:
@@ -346,7 +346,9 @@ def compare_runs(a: Path, b: Path) -> None:
     for name in shared:
         means = [
             {group[0].problem_id: float(np.mean([response.correct for response in group])) for group in groups}
-            for groups in (read_groups(run, name, own["n"])[1] for run, own in ((a, then), (b, now)))
+            for groups in (
+                read_groups(run, name, own["n"], bool(own.get("reward")))[1] for run, own in ((a, then), (b, now))
+            )
         ]
         found = compare(name, *means)
         rows.append([

@@ -2,8 +2,8 @@ r"""Countdown: make a target of given numbers with + - * and /. The reward of co
 
     python recipes/countdown.py OUT.jsonl --problems 20000 --seed 0
 
-A row has the problem's text, the numbers and the target. As in TinyZero, a well-formed expression that misses the target
-earns a tenth. Here it has to use every number once.
+A row has the problem's text, the numbers and the target. As in TinyZero, an expression that misses the target earns a
+tenth; here it has to use every number once.
 """
 
 import argparse

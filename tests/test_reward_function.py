@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +52,10 @@ def ends(text, row):
     os._exit(3)
 
 def late(text, row):
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]).wait()
+    child = subprocess.Popen(["sleep", "30"])
+    if row:
+        print(child.pid, file=open(row["out"], "w"), flush=True)
+    child.wait()
 
 def memory(text, row):
     return len(bytearray(8 << 30))
@@ -105,7 +109,7 @@ def test_what_it_prints_and_reads_is_not_the_protocols(file, capfd):
     "name, verdict, why",
     [
         ("raises", "reward failed", f"KeyError: 'missing' (FILE, line {line_of('missing')})"),
-        ("nothing", "reward failed", f"TypeError: it returned None, not a number or a bool (FILE, line {line_of('nothing')})"),
+        ("nothing", "reward failed", f"it returned None, not a number or a bool (FILE, line {line_of('nothing')})"),
         ("nan", "reward failed", "ValueError: it returned nan, not a number from 0 to 1"),
         ("large", "reward failed", "ValueError: it returned 1.01, not a number from 0 to 1"),
         ("ends", "reward failed", "a call ended its process"),
@@ -117,6 +121,15 @@ def test_its_faults_have_verdicts_and_the_first_is_a_sentence_with_its_line(file
     with Grader(thinking=False, time_limit_s=0.3, reward=f"{file}:{name}") as grader:
         assert [(g.verdict, g.correct) for g in grader.grade([("x", [], {})] * 2)] == [(verdict, 0.0)] * 2
         assert list(grader.failures) == [verdict] and why.replace("FILE", str(file)) in grader.failures[verdict]
+
+
+def test_what_a_late_call_has_started_is_killed_with_it(file, tmp_path):
+    with Grader(thinking=False, time_limit_s=0.3, reward=f"{file}:late") as grader:
+        assert grader.grade([("x", [], {"out": str(tmp_path / "pid")})])[0].verdict == "timed out"
+    child, deadline = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/cmdline"), time.monotonic() + 5
+    while child.exists() and child.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not child.exists() or not child.read_bytes()  # a zombie has no command line
 
 
 def test_failures_count_as_the_graders_own_and_the_error_names_the_first():
