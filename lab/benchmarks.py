@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from lab.problems import DATA_FILES, HUB_ID, DataError
+from lab.problems import DATA_FILES, HUB_ID, DataError, data_name
 from lab.scores import Evaluation
 
 
@@ -52,10 +52,10 @@ def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, s
         if source in BENCHMARKS:
             paths = [_local_file(source, folder) or BENCHMARKS[source].hub_id]
         elif path.is_dir():
-            paths = sorted(file for file in path.iterdir() if file.suffix in DATA_FILES)
+            paths = sorted(file for file in path.iterdir() if file.name.endswith(DATA_FILES))
             if not paths:
                 raise DataError(f"{path} has no {', '.join(DATA_FILES)} file; give a file or a benchmark")
-        elif path.is_file() or path.suffix in DATA_FILES or HUB_ID.fullmatch(source):
+        elif path.is_file() or path.name.endswith(DATA_FILES) or HUB_ID.fullmatch(source):
             paths = [source]
         else:
             near = difflib.get_close_matches(source, BENCHMARKS, n=1)
@@ -65,7 +65,7 @@ def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, s
                 f"known are {', '.join(BENCHMARKS)}"
             )
         for place in map(str, paths):
-            name = source if source in BENCHMARKS else Path(place.partition(":")[0]).stem
+            name = source if source in BENCHMARKS else data_name(place)
             name = place if name in found else name
             resolved = str(Path(place).resolve()) if Path(place).exists() else place
             if resolved in seen.values():

@@ -241,8 +241,9 @@ def test_a_missing_file_is_reported_with_the_nearest_name(tmp_path):
     write_rows(tmp_path / "other.jsonl", [good(1)])
     with pytest.raises(DataError, match=r"trian\.jsonl does not exist; did you mean .*train\.jsonl"):
         read_problems(tmp_path / "trian.jsonl")
-    with pytest.raises(DataError, match="is a folder; did you mean"):
-        read_problems(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is a folder; .*holds no .parquet"):
+        read_problems(tmp_path / "empty")
     with pytest.raises(DataError, match="the folder .*nowhere does not exist"):
         read_problems(tmp_path / "nowhere" / "train.jsonl")
 
@@ -265,9 +266,9 @@ def test_unreadable_files_are_reported(tmp_path):
     (tmp_path / "l.jsonl").write_bytes(b'{"problem": "\xe9"}')
     with pytest.raises(DataError, match="is not UTF-8"):
         read_problems(tmp_path / "l.jsonl")
-    (tmp_path / "t.csv").write_text("a,b")
+    (tmp_path / "t.xls").write_text("a,b")
     with pytest.raises(DataError, match="is not one of .parquet"):
-        read_problems(tmp_path / "t.csv")
+        read_problems(tmp_path / "t.xls")
     with pytest.raises(DataError, match="on_bad_row is 'ignore'"):
         read_problems(tmp_path / "e.jsonl", on_bad_row="ignore")
     pytest.importorskip("pyarrow")
@@ -338,7 +339,7 @@ def test_a_path_is_never_looked_up_on_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for source in ("data/train", "nowhere/train.jsonl"):
-        with pytest.raises(DataError, match="data holds no .parquet, .jsonl, .json file|folder nowhere does not exist"):
+        with pytest.raises(DataError, match="data holds no .parquet, .jsonl, .json, .csv, .*file|folder nowhere does not exist"):
             read_problems(source)
     assert hub == []
 
