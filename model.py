@@ -80,15 +80,25 @@ def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
 
 
 def extend_window(
-    config: ModelConfig, factor: float, original_window: int | None = None, attention_factor: float = 1.0
+    config: ModelConfig,
+    factor: float,
+    original_window: int | None = None,
+    attention_factor: float = 1.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
 ) -> ModelConfig:
     """Add YaRN to a config: a window of factor x original_window tokens (default: the config's window)."""
     if factor <= 1:
         raise ModelError(f"a YaRN factor must be above 1, not {factor}")
     if config.rope.scaling is not None:
         raise ModelError(f"the model already has {type(config.rope.scaling).__name__} scaling: extend the unscaled one")
+    if not beta_fast > beta_slow > 0 or attention_factor <= 0:
+        raise ModelError(
+            f"YaRN needs beta_fast > beta_slow > 0 and attention_factor > 0, not {beta_fast:g}, {beta_slow:g} and "
+            f"{attention_factor:g}"
+        )
     original = original_window or config.max_position_embeddings
-    rope = replace(config.rope, scaling=Yarn(factor, original, attention_factor))
+    rope = replace(config.rope, scaling=Yarn(factor, original, attention_factor, beta_fast, beta_slow))
     return replace(config, rope=rope, max_position_embeddings=round(factor * original))
 
 

@@ -46,7 +46,7 @@ from data_filter import (
     zero_variance_share,
 )
 from engine import distributed
-from engine.distributed import Interrupted
+from engine.distributed import Interrupted, StopRequest
 from engine.grader import GraderError
 from engine.rollout_worker import Attempt
 from engine.run import Run
@@ -344,9 +344,9 @@ def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> N
 
 def main(arguments: Namespace) -> None:
     """Run a recipe, or resume a run of it."""
-    run, status, then = None, 0, "repeat the command"
+    run, status, stop, then = None, 0, StopRequest(starting=True), "repeat the command"
     try:
-        run = start_run(arguments, distributed.start())
+        run = start_run(arguments, distributed.start(), stop)
         then = f"resume with: {run.resume_command()}"
         train(run)
         run.metrics.close()
@@ -357,7 +357,9 @@ def main(arguments: Namespace) -> None:
 
             print(f"report in {write_report(run.folder)}")
     except Interrupted:
-        run.mark_stopped()
+        status = distributed.stop_status()
+        if run is not None:
+            run.mark_stopped()
     except Exception as error:
         status = distributed.report_error(error, "train.py", then)
     finally:

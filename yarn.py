@@ -78,6 +78,21 @@ def yarn_frequencies(theta: float, head_dim: int, yarn: Yarn) -> Tensor:
     return slow * (1 - keep) + plain_frequencies(theta, head_dim) * keep
 
 
+def describe_ramp(rope: Rope) -> str:
+    """Return how many pairs of dimensions YaRN leaves at their frequency, with a warning if these are few.
+
+    Below a quarter, a model loses the offsets that it computes with (RECIPE.md section 9).
+    """
+    yarn, pairs = rope.scaling, rope.head_dim // 2
+    window, fast = yarn.original_max_position_embeddings, yarn.beta_fast
+    kept = int((yarn_ramp(rope.theta, rope.head_dim, window, fast, yarn.beta_slow) == 0).sum())
+    text = f"YaRN x {yarn.factor:g} leaves {kept} of {pairs} pairs of dimensions as they are"
+    few = (
+        f"warning: {text}, fewer than a quarter: lower beta_fast ({fast:g}) for a window as short as {window:,} tokens"
+    )
+    return few if 4 * kept < pairs else text
+
+
 def llama3_frequencies(theta: float, head_dim: int, scaling: Llama3Scaling) -> Tensor:
     """Slow long wavelengths by the factor, keep short ones, blend in between; float32 (head_dim / 2,)."""
     plain = plain_frequencies(theta, head_dim)

@@ -5,9 +5,9 @@
 
 Difficulty must not grow with length, or a floor hides the effect. So the sums stay the same (the run's world/
 beyond-window set without its filler), and filler tokens are added before each until prompt and correct response end at
-RATIO x the trained window. Each ratio is evaluated without scaling, with YaRN and its attention temperature
-(0.1 ln s + 1, arXiv 2309.00071), and with YaRN alone, as in the recipe; s is the ratio. Inside the window s is 1.5, to
-show what scaling costs there.
+RATIO x the trained window. Each ratio is evaluated without scaling and with YaRN at beta_fast 32 (the default) and 2,
+each alone and with its attention temperature (0.1 ln s + 1, arXiv 2309.00071); s is the ratio. Inside the window s is
+1.5, to show what scaling costs there.
 
 The scores are avg@8 with 95% intervals over problems. The figures are also written to RUN/extrapolation.json.
 """
@@ -38,7 +38,8 @@ from rollout import CacheLimits, Sampling  # noqa: E402
 
 WINDOW, RATIOS = 128, (0.75, 1.0, 1.25, 1.5, 2.0)  # tokens; 0.75 ends inside the trained positions
 INSIDE_FACTOR, SAMPLES, ROWS, SPARE_ROWS = 1.5, 8, 256, 64
-SETTINGS = ("no scaling", "YaRN, attention temperature", "YaRN alone")
+BETAS = {f"beta_fast {beta:g}{text}": (beta, text) for beta in (32.0, 2.0) for text in ("", ", attention temperature")}
+SETTINGS = ("no scaling", *BETAS)
 
 
 def lengthen(problem: Problem, worker: RolloutWorker, end: int) -> Problem:
@@ -51,8 +52,8 @@ def lengthen(problem: Problem, worker: RolloutWorker, end: int) -> Problem:
 def scaled(config: ModelConfig, setting: str, ratio: float, window: int, longest: int) -> ModelConfig:
     """Return the config of a setting at a ratio, with a window of `longest` tokens; only rotary scaling differs."""
     if setting != SETTINGS[0]:
-        factor = ratio if ratio > 1 else INSIDE_FACTOR
-        config = extend_window(config, factor, window, 0.1 * math.log(factor) + 1 if setting == SETTINGS[1] else 1.0)
+        factor, (beta_fast, temperature) = ratio if ratio > 1 else INSIDE_FACTOR, BETAS[setting]
+        config = extend_window(config, factor, window, 0.1 * math.log(factor) + 1 if temperature else 1.0, beta_fast)
     return replace(config, max_position_embeddings=longest)
 
 

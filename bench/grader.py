@@ -2,12 +2,14 @@ r"""Accuracy and speed of the grader, on the gold answers of the benchmarks and 
 
     python bench/grader.py DATA              # DATA: a folder with the five benchmark files (aime24.parquet, ...)
     python bench/grader.py DATA --fuzz 20000 # also grade this many wrong answers
+    python bench/grader.py DATA --cases FILE # also judge cases of your own, a JSON object a line
 
 Needs two cores and no GPU; minutes without --fuzz. Everything random is seeded. tests/test_answers.py uses the
 generators and reformattings of this file too.
 """
 
 import argparse
+import json
 import logging
 import random
 import re
@@ -116,6 +118,23 @@ def perturbed(gold: str, rng: random.Random) -> str | None:
     elif "," in text:
         ways += [f"{text}, 977"] if not text.endswith((")", "]")) else [f"{text}, (977, 1)"]
     return rng.choice(ways) if ways else None
+
+
+def open_sums(count: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield `count` pairs (gold, a sum, difference or product with its value that is not worked out)."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        whole = rng.randrange(2, 50)
+        terms = [("1", 1), ("-1", -1), (str(whole), whole), (f"-{whole}", -whole), (f"{whole}.0", whole), ("0.5", 0.5)]
+        terms += [(f"2^{{{whole % 9}}}", 2 ** (whole % 9)), (rf"\sqrt{{{whole**2}}}", whole), ("3!", 6)]
+        terms += [(r"\frac12", 0.5), (rf"\sqrt{{{whole**2}.0}}", whole), (rf"{whole} \times 10^{{3}}", 1000 * whole)]
+        (first, value), *others = rng.choices(terms, k=rng.randrange(2, 4))
+        text, value, sign = first, Fraction(value), rng.choice((r"\cdot", r"\times", "*", "+", "-", "+", "-"))
+        for term, other in others:
+            text += sign + (f"({term})" if term[0] == "-" else term)
+            value = value + other if sign == "+" else value - other if sign == "-" else value * Fraction(other)
+        form = rng.choice(("{}", "({})", "x={}", r"{}\text{{ cm}}", r"\frac{{{}}}{{1}}", "{}.", "${}$"))
+        yield str(value), form.format(text)
 
 
 # ---- answers built to be wrong -------------------------------------------------------------
@@ -275,6 +294,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the grader on the benchmarks' gold answers.")
     parser.add_argument("data", type=Path, help="folder with the five benchmark files")
     parser.add_argument("--fuzz", type=int, default=0, help="number of wrong answers to grade at the end")
+    parser.add_argument(
+        "--cases", type=Path, help="JSON lines of response, gold (a list) and expect (1 right, 0 wrong)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     arguments = parser.parse_args()
     logging.disable()  # math-verify warns that it has no timeout in this process
@@ -311,6 +333,20 @@ def main() -> None:
     for kind, gold, answer in exceptions:
         print(f"not {kind}: gold {gold!r}, answer {answer!r}")
     table += [(f"without string equality: {kind}", count) for kind, count in sorted(counts.items())]
+
+    sums = list(open_sums(500, arguments.seed))
+    table.append((f"sums left to work out, judged right ({len(sums)})", sum(by_engine(*case) for case in sums)))
+
+    if arguments.cases:
+        cases = [json.loads(line) for line in arguments.cases.read_text().splitlines()]
+        with graders.Grader(workers=2) as grader:
+            grades = grader.grade([(case["response"], case["gold"]) for case in cases])
+        wrong = [c for c, g in zip(cases, grades, strict=True) if (g.verdict == "right") != bool(c["expect"])]
+        table.append(
+            (f"cases of {arguments.cases.name} judged as expected", f"{len(cases) - len(wrong)} of {len(cases)}")
+        )
+        for case in wrong:
+            print(f"not as expected: {case}")
 
     if arguments.fuzz:
         verdicts, false_right = fuzz(golds, arguments.fuzz, arguments.seed)

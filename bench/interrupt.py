@@ -7,11 +7,11 @@
     python bench/interrupt.py --same runs/tiny other/runs/tiny           # are two finished runs equal, bit for bit?
 
 A small world is trained once without interruption. Then the same command with --resume is started repeatedly, and this
-script ends it: by SIGKILL at a moment drawn from the seed, by SIGKILL while a checkpoint is written, by SIGTERM or
-SIGINT, or by killing one of two workers under torchrun --max-restarts; or it flips a bit of the newest checkpoint, or
-truncates a metrics line, after a SIGKILL. A run has survived if it finished; it is equal if every tensor of its last
-model, every deterministic key of its metrics (glossary.DETERMINISTIC) and every byte of rollouts.jsonl are those of the
-uninterrupted run.
+script ends it: by SIGKILL at a moment drawn from the seed, by SIGKILL while a checkpoint is written, by SIGTERM,
+SIGINT or SIGHUP, or by killing one of two workers under torchrun --max-restarts; or it flips a bit of the newest
+checkpoint, or truncates a metrics line, after a SIGKILL. A run has survived if it finished; it is equal if every tensor
+of its last model, every deterministic key of its metrics (glossary.DETERMINISTIC) and every byte of rollouts.jsonl are
+those of the uninterrupted run.
 """
 
 import argparse
@@ -131,10 +131,10 @@ def end(process: Process, number: int) -> None:
         pass
 
 
-def finish(process: Process) -> bool:
-    """Whether a launch ended without interference and with success."""
+def finish(process: Process, status: int = 0) -> bool:
+    """Whether a launch ended without interference, by default with success."""
     try:
-        return process.wait(MOST_SECONDS) == 0
+        return process.wait(MOST_SECONDS) == status
     except subprocess.TimeoutExpired:
         end(process, signal.SIGKILL)
         process.wait()
@@ -243,7 +243,7 @@ def killed_while_saving(start: Start, out: Path, kills: int, draw: random.Random
 def stopped(
     start: Start, out: Path, number: int, stops: int, first: float, last: float, draw: random.Random
 ) -> tuple[float, bool]:
-    """SIGTERM or SIGINT at random moments; return the longest time to a clean exit, and whether the run survived."""
+    """Stop by a signal at random moments; return the longest time to a clean exit, and whether the run survived."""
     slowest = 0.0
     for _ in range(stops):
         launched, process = time.time(), start(out)
@@ -255,7 +255,7 @@ def stopped(
         time.sleep(draw.uniform(first, last))
         begun = time.monotonic()
         end(process, number)
-        in_order = finish(process)
+        in_order = finish(process, -number)
         slowest = max(slowest, time.monotonic() - begun)
         marked = any(out.glob("*/resume-me")) or any(out.glob("*/finished"))
         if not in_order or not marked:
@@ -339,7 +339,7 @@ def interrupt(out: Path, kills: int, kinds: Sequence[str], seed: int, forked: bo
         tried, survived = killed_while_saving(start, out / "saving", 5, draw)
         record("SIGKILL while a checkpoint is written", tried, survived, out / "saving", whole)
     if "stop" in kinds:
-        for name in ("SIGTERM", "SIGINT"):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             where = out / name
             slowest, survived = stopped(start, where, getattr(signal, name), 3, 0.0, 0.5 * (seconds - ready), draw)
             record(name, 3, survived, where, whole, slowest_seconds=round(slowest, 1))

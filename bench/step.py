@@ -127,7 +127,7 @@ def run_ours(case: str, model: Path, scratch: Path, _: int) -> None:
     )  # fmt: skip
     (scratch / "recipe.toml").write_text(to_toml(recipe))
     launch = argparse.Namespace(recipe=scratch / "recipe.toml", set=[], out=scratch, resume=None)
-    run = start_run(launch, distributed.start())
+    run = start_run(launch, distributed.start(), distributed.StopRequest())
     run.worker, run.metrics = ParityWorker(**vars(run.worker)), PacedMetrics(run.folder)
     # the filter and the temperature before the first step are not measured
     run.state.prepared, run.state.temperature, run.state.problem_ids = True, 1.0, [problem.id for problem in problems]

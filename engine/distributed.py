@@ -8,16 +8,20 @@ torchrun's store, so that the ranks that wait in vain can name the missing one a
 an error prints it; the others exit without output, or torchrun ends them.
 """
 
+import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +29,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from engine.errors import UserError, sentence
+from engine.terminal import printable
 
 # ranks sample responses of very different length, and the first to finish waits for the last
 COLLECTIVE_TIME_LIMIT_SECONDS = 6 * 3600.0  # the environment variable of this name overrides it
@@ -163,7 +168,10 @@ def exit_process(status: int | str) -> None:
     """Exit with a status as sys.exit takes it; one of several processes skips the interpreter's shutdown.
 
     During shutdown, a gloo thread that releases a Python object would abort a process whose work is done and saved.
+    Above 128, a signal ends the process, as in a shell's $?.
     """
+    if isinstance(status, int) and status > 128:
+        end_by_signal(status - 128)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if status:
             sys.exit(status)
@@ -284,6 +292,7 @@ def report_error(error: BaseException, program: str, then: str = "repeat the com
     if _watch is None:
         if not correctable:
             raise error
+        _tell_torchrun(f"{program}: {sentence(error, then)}")
         return f"{program}: {sentence(error, then)}" if is_main_process() else 1
     if _lost_contact(error):
         error, correctable = RankError(_missing_ranks(str(error))), True
@@ -294,24 +303,86 @@ def report_error(error: BaseException, program: str, then: str = "repeat the com
     if first:  # before this rank's connections close and the others notice
         text = sentence(error, then) if correctable else traceback.format_exc()
         print(f"rank {_watch.rank}: {program}: {text}", file=sys.stderr, flush=True)
+    _tell_torchrun(f"{program}: {sentence(error, then)}", first)
     return 1
 
 
-class Interrupted(Exception):
+def _tell_torchrun(text: str, first: bool = True) -> None:
+    """Write why this rank ends into the file that torchrun's own report, the last thing on the screen, repeats."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        text, at = printable(text), int(time.time()) + (not first)  # torchrun takes the earliest for the cause
+        details = {"py_callstack": text, "timestamp": str(at)}
+        with suppress(OSError):
+            Path(path).write_bytes(json.dumps({"message": {"message": text, "extraInfo": details}}).encode())
+
+
+def end_by_signal(number: int) -> None:
+    """End this process by a signal: a shell's loop ends with a program that SIGINT ended, not with an exit of 130."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
+_signal = 0  # that asked this process to stop
+
+
+def stop_status() -> int:
+    """Return the exit status, as a shell has it, of a program that a signal stopped, perhaps on another rank."""
+    return 128 + (_signal or signal.SIGINT)
+
+
+SAY_AFTER = """import sys, time
+for _ in range(30_000):
+    time.sleep(0.001)
+    try:
+        words = open(f"/proc/{sys.argv[1]}/cmdline", "rb").read()
+    except OSError:
+        words = b""
+    if not words:  # it is exiting, which its shell does not know yet
+        print(sys.argv[2], flush=True)
+        break
+"""
+
+
+def say_last(text: str) -> None:
+    """Print a sentence, and again when torchrun has ended: it prints a traceback when a signal stops it."""
+    print(text, flush=True)
+    if dist.is_torchelastic_launched() and os.path.exists("/proc/self/cmdline"):
+        words = [sys.executable, "-c", SAY_AFTER, str(os.getppid()), printable(text)]
+        subprocess.Popen(words, start_new_session=True)
+
+
+class Interrupted(BaseException):
     """Work was abandoned because the run was asked to stop; every process raises it."""
 
 
 class StopRequest:
-    """A request to save and exit, made by SIGINT or SIGTERM; a second signal stops the process at once."""
+    """A request to save and exit, made by SIGINT, SIGTERM or SIGHUP; a second signal stops the process at once.
 
-    def __init__(self, saved: str = "the last complete step is being saved") -> None:
-        self.asked, self.saved = False, saved
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+    While `starting`, when there is nothing to save, the first signal raises Interrupted.
+    """
+
+    def __init__(self, saved: str = "the last complete step is being saved", starting: bool = False) -> None:
+        global _signal
+        _signal = 0
+        self.asked, self.saved, self.starting = 0, saved, starting  # `asked`: the signal's number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
+        global _signal
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        if not error_reported():  # else torchrun is ending the other ranks after one that failed
+            end_by_signal(number)
+        self.asked = _signal = number
+        if self.starting:
+            raise Interrupted
+        if error_reported():  # torchrun is ending the other ranks after one that failed
+            return
+        try:
             print(f"\nstopping: {self.saved}; signal again to stop at once", file=sys.stderr, flush=True)
+        except OSError:  # the terminal is gone
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)

@@ -6,6 +6,7 @@ checkpoints and stopping. `engine.start` builds it.
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 
 from engine.batches import TrainingSequence
-from engine.checkpoint import RunState, load_weights_and_optimizer, save_checkpoint
-from engine.distributed import Interrupted, Processes, StopRequest
+from engine.checkpoint import CheckpointError, RunState, load_weights_and_optimizer, save_checkpoint
+from engine.distributed import Interrupted, Processes, StopRequest, say_last
 from engine.files import write_atomically
 from engine.fingerprint import model_identity, prompts_identity
 from engine.memory import UpdateError
@@ -142,6 +143,7 @@ class Run:
 
     def record(self, index: int, row: dict) -> dict:
         """Add step and stage to a row, write it to metrics.jsonl and return it."""
+        self._require_folder()
         row = {"kind": row["kind"], "step": self.state.step, "stage": index} | row
         self.metrics.write(row)
         return row
@@ -195,10 +197,23 @@ class Run:
         position = self.state.step, self.state.stage, self.state.prepared
         if self.optimizer is None or self.saved == position:
             return
+        self._require_folder()
         self.metrics.sync()
         kept = self.recipe.run.checkpoints_kept
         save_checkpoint(self.folder, self.model, self.optimizer, self.state, self.processes, kept)
         self.saved = position
+
+    def _require_folder(self) -> None:
+        """Raise CheckpointError if the run's folder is no longer in its place: nothing could be resumed from it."""
+        if self.lock is None:
+            return
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(os.fstat(self.lock), os.stat(self.folder)) and (self.folder / "recipe.toml").exists():
+                return
+        raise CheckpointError(
+            f"{self.folder} was deleted, moved or replaced during the run, which stops after step {self.state.step}: "
+            "restore the folder to resume it, or start again"
+        )
 
     def export_model(self, index: int) -> None:
         """Write the model after stage INDEX as a Hugging Face folder, stage-INDEX."""
@@ -229,7 +244,7 @@ class Run:
         """Print the command that resumes the run, and write it to a file: torchrun hides its workers' exit codes."""
         if self.processes.is_main:
             write_atomically(self.folder / WANTS_RESUMING, [f"{self.resume_command()}\n".encode()])
-        self.processes.say(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
+            say_last(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
 
     def close(self) -> None:
         """Stop the grader and release the folder."""

@@ -7,6 +7,10 @@ import json
 import os
 import platform
 import re
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -42,15 +46,9 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     return load_recipe(path, arguments.set)
 
 
-def open_run(
-    arguments: argparse.Namespace, recipe: Recipe, processes: Processes
-) -> tuple[Path, int | None, Path | None, RunState]:
-    """Make a new run's folder, or find an old run and where it stopped. Every process calls it.
-
-    Returns the folder, its lock (None except on the main process), the checkpoint to continue from (None for a new
-    start) and the state. Raises CheckpointError when another process uses the folder, when no checkpoint can be used,
-    or when recipe, data, model or code differ from those of the run so far.
-    """
+@contextmanager
+def run_folder(arguments: argparse.Namespace, recipe: Recipe, processes: Processes) -> Iterator[tuple[Path, bool]]:
+    """Yield a new run's folder, or an old one and True. A new one disappears if the block fails: nothing has begun."""
     folder = arguments.resume if isinstance(arguments.resume, Path) else None
     # torchrun --max-restarts starts the same command again, which then resumes
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -59,9 +57,33 @@ def open_run(
         folder = processes.broadcast(find_unfinished(arguments.out, recipe, anyway) if processes.is_main else None)
         if folder is None:
             processes.say(f"no unfinished run of {recipe.name} in {arguments.out}: starting a new one")
-    resumed, lock = folder is not None, None
-    if not resumed:
+    if folder is not None:
+        yield folder, True
+        return
+    missing = [path for path in (arguments.out, *arguments.out.parents) if not os.path.lexists(path)]
+    try:
         folder = processes.broadcast(new_folder(arguments.out, recipe.name) if processes.is_main else None)
+        yield folder, False
+    except BaseException:
+        if processes.is_main:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # another run may have begun there
+                for path in missing:
+                    path.rmdir()
+        raise
+
+
+def open_run(
+    arguments: argparse.Namespace, recipe: Recipe, folder: Path, resumed: bool, processes: Processes
+) -> tuple[int | None, Path | None, RunState]:
+    """Lock and fill a new run's folder, or find where an old run stopped. Every process calls it.
+
+    Returns the lock (None except on the main process), the checkpoint to continue from (None for a new start) and the
+    state. Raises CheckpointError when another process uses the folder, when no checkpoint can be used, or when recipe,
+    data, model or code differ from those of the run so far.
+    """
+    lock = None
     if processes.is_main:
         lock = hold(folder)
         if not resumed and recipe.world:
@@ -76,7 +98,7 @@ def open_run(
             processes.say(f"resuming {folder} after step {state.step}")
         else:
             processes.say(f"{folder} has no checkpoint: starting over")
-    launches = json.loads((folder / LAUNCHES).read_text(encoding="utf-8")) if (folder / LAUNCHES).exists() else []
+    launches = read_launches(folder / LAUNCHES)
     if checkpoint:
         # next to the name of a run, --set changes values on purpose; in a repeated command it changes nothing
         chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []
@@ -100,7 +122,24 @@ def open_run(
         write_atomically(folder / "recipe.toml", [(versions + now["recipe"]).encode()])
         launches.append({"after_step": state.step} | now)
         write_atomically(folder / LAUNCHES, [json.dumps(launches, indent=1).encode()])
-    return folder, lock, checkpoint, state
+    return lock, checkpoint, state
+
+
+def read_launches(path: Path) -> list[dict[str, str]]:
+    """Return the fingerprints of a run's launches, [] without the file. Raises CheckpointError if it is another's."""
+    try:
+        launches = json.loads(path.read_bytes())
+        for launch in launches:
+            tomllib.loads(launch["recipe"])
+            if not all(isinstance(value, str) for name, value in launch.items() if name != "after_step"):
+                raise ValueError("not all values are texts")
+        return launches
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): restore it, or remove it and resume with --resume-anyway"
+        ) from None
 
 
 def require_same_prompts(
@@ -138,10 +177,14 @@ def new_folder(parent: Path, name: str) -> Path:
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            continue
         except OSError as error:
-            raise RecipeError(f"{folder} cannot be made ({error.strerror}); give another --out") from None
+            if isinstance(error, FileExistsError) and folder.exists():
+                continue
+            link = next(
+                (path for path in (folder, *folder.parents) if os.path.islink(path) and not os.path.exists(path)), None
+            )
+            reason = f"{link} links to {os.readlink(link)}: is its disk mounted?" if link else error.strerror
+            raise RecipeError(f"{folder} cannot be made ({reason}); give another --out or name") from None
 
 
 def find_unfinished(out: Path, recipe: Recipe, anyway: bool) -> Path | None:

@@ -16,7 +16,15 @@ from engine.grader import Grader
 from engine.offload import Offload
 from engine.rollout_worker import RolloutWorker
 from engine.run import Run
-from engine.run_folder import FINISHED, WANTS_RESUMING, model_source, open_run, read_recipe, require_same_prompts
+from engine.run_folder import (
+    FINISHED,
+    WANTS_RESUMING,
+    model_source,
+    open_run,
+    read_recipe,
+    require_same_prompts,
+    run_folder,
+)
 from engine.sharding import shard
 from engine.tokenizer import END_THINK, THINK, load_tokenizer, named, read_chat, stop_tokens
 from lab.benchmarks import find_data
@@ -26,18 +34,27 @@ from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe
 from lab.run_data import RunData
 from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
+from yarn import describe_ramp
 
 
-def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
-    """Build a run, after the checks that need the least work."""
+def start_run(arguments: argparse.Namespace, processes: Processes, stop: StopRequest) -> Run:
+    """Build a run, after the checks that need the least work. If it cannot start, a new run's folder is removed."""
     recipe = read_recipe(arguments)
     check_recipe(recipe)
-    folder, lock, checkpoint, state = open_run(arguments, recipe, processes)
+    with run_folder(arguments, recipe, processes) as (folder, resumed):
+        return build_run(arguments, recipe, folder, resumed, processes, stop)
+
+
+def build_run(
+    arguments: argparse.Namespace, recipe: Recipe, folder: Path, resumed: bool, processes: Processes, stop: StopRequest
+) -> Run:
+    """Build a run in its folder, and check all of its inputs."""
+    lock, checkpoint, state = open_run(arguments, recipe, folder, resumed, processes)
     model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, processes)
     chat = read_chat(load_tokenizer(model_folder, model), recipe.thinking)
     processes.say(chat.account)
-    sampler, reward, stop = recipe.sampler, recipe.reward, StopRequest()
+    sampler, reward = recipe.sampler, recipe.reward
     stops = stop_tokens(chat, model, model_folder)
     limits = CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows)
     grader = Grader(reward.workers, reward.time_limit_seconds, thinking=chat.thinking)
@@ -59,6 +76,8 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
         micro_batch_tokens=recipe.micro_batch_tokens,
         saved=(state.step, state.stage, state.prepared) if checkpoint else None,
     )
+    if recipe.final.data:
+        processes.say(describe_ramp(final_config(model.config, recipe).rope))
     guard_data(run)
     check_inputs(run)
     require_same_prompts(arguments, folder, run.data, run.worker, resumed=checkpoint is not None)
@@ -70,6 +89,7 @@ def start_run(arguments: argparse.Namespace, processes: Processes) -> Run:
     trained_text = f" ({trained:,} of them trained)" * (trained < parameters)
     cache_gib = sampler.cache_tokens * cache_bytes_per_token(model.config, processes.compute_dtype) / 2**30
     cache_text = f"at most {cache_gib:.2f} GiB of cache" if cache_gib else "a cache of the free memory's size"
+    stop.starting = False
     processes.say(
         f"{recipe.name}: {parameters:,} parameters{trained_text}, {processes.world_size} processes on "
         f"{processes.device_name}, {cache_text} each, {folder}"
@@ -181,7 +201,14 @@ def model_config(folder: Path, recipe: Recipe) -> ModelConfig:
 def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
     """Return the config of the final evaluation, with YaRN and the window that it extends."""
     final = recipe.final
-    return extend_window(config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor)
+    return extend_window(
+        config,
+        final.yarn_factor,
+        final.yarn_original_window,
+        final.yarn_attention_factor,
+        final.yarn_beta_fast,
+        final.yarn_beta_slow,
+    )
 
 
 def empty_model(folder: Path, recipe: Recipe) -> Transformer:

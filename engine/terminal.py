@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from io import TextIOWrapper
@@ -14,8 +15,10 @@ UNDECODED = re.compile("[\udc80-\udcff]")  # a byte of the command line that is 
 def prepare_terminal() -> None:
     """Start the program again in Python's UTF-8 mode unless the locale is UTF-8, and print control characters escaped.
 
-    Call it first in a program. File names, files, pipes and the processes that it starts are UTF-8 as well.
+    Call it first in a program, which Ctrl-C then ends without a traceback. File names, files, pipes and the processes
+    that it starts are UTF-8 as well.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a StopRequest handles it
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

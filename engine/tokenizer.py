@@ -1,6 +1,7 @@
 """The tokenizer of a model folder, and how its chat template begins and ends a response."""
 
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -53,6 +54,11 @@ def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
     if largest >= rows:
         raise ModelError(
             f"{folder}: the tokenizer has {largest + 1} tokens, the model {rows}: use the model's tokenizer"
+        )
+    if largest + 1 < rows / 2:
+        print(
+            f"{folder}: only {largest + 1:,} of the model's {rows:,} rows are tokens: is this its own tokenizer?",
+            file=sys.stderr,
         )
     return tokenizer
 

@@ -14,6 +14,7 @@ from lab.problems import Problem
 from lab.recipe import SamplerSettings
 from model import extend_window, load, resolve_folder
 from rollout import CacheLimits, Sampling, check_requests
+from yarn import describe_ramp
 
 
 def load_worker(
@@ -21,19 +22,20 @@ def load_worker(
     problems: Sequence[Problem],
     stopping: str,
     draw: int = 0,
-    yarn: float | None = None,
-    original_window: int | None = None,
+    yarn: dict | None = None,
 ) -> tuple[RolloutWorker, Sampling, dict[str, str]]:
     """Load a model to sample these problems with lab.options.model_options; return worker, Sampling and identity.
 
-    `stopping` is printed when a signal stops it; `draw` is the step that keys the random draws. The caller closes the
-    worker's grader. Raises ModelError, DataError or RolloutError for whatever would fail later.
+    `stopping` is printed when a signal stops it; `draw` is the step that keys the random draws; `yarn` has the
+    arguments of model.extend_window. The caller closes the worker's grader. Raises ModelError, DataError or
+    RolloutError for whatever would fail later.
     """
     processes, folder = distributed.start(), resolve_folder(arguments.model)
     model, tokenizer_from = load(folder, processes.device, processes.compute_dtype), tokenizer_folder(folder)
     if yarn is not None:
-        model.config = extend_window(model.config, yarn, original_window)
+        model.config = extend_window(model.config, **yarn)
         model.set_rope(model.config.rope)
+        processes.say(describe_ramp(model.config.rope))
     thinking = {"true": True, "false": False}.get(arguments.thinking, "auto")
     chat = read_chat(load_tokenizer(tokenizer_from, model), thinking)
     processes.say(chat.account)
@@ -61,7 +63,7 @@ def run_command(script: str, command: Callable[[argparse.Namespace], None], argu
     try:
         command(arguments)
     except (Interrupted, KeyboardInterrupt):
-        status = 130
+        status = distributed.stop_status()
         if distributed.is_main_process():
             print(f"stopped; the same command resumes from {arguments.out}")
     except Exception as error:

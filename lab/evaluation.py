@@ -26,7 +26,7 @@ from lab.scores import Evaluation, compare, print_evaluation, summarise
 from reward import last_boxed
 from rollout import Sampling
 
-DECODING = ("top_k", "top_p", "max_tokens", "yarn", "original_window", "instruction")
+DECODING = ("top_k", "top_p", "max_tokens", "yarn", "instruction")
 LENGTH_BUDGETS = 16  # points of the curve of accuracy against length
 CURVE_MARGIN, MATCH_MARGIN = 0.03, 0.01  # default half widths of the 95% intervals of a curve, a search
 
@@ -59,8 +59,7 @@ def start_session(arguments: argparse.Namespace) -> Session:
     }
     problems = list(chain(*sets.values()))
     worker, sampling, identity = load_worker(
-        arguments, problems, "the finished responses are kept",
-        yarn=arguments.yarn, original_window=arguments.original_window,
+        arguments, problems, "the finished responses are kept", yarn=arguments.yarn
     )  # fmt: skip
     original = getattr(worker.model.config.rope.scaling, "original_max_position_embeddings", None)
     trained = arguments.trained_length or original or arguments.max_tokens

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from os.path import expanduser
 from pathlib import Path
 
 from engine.errors import UserError
@@ -25,6 +26,11 @@ def bounded(kind: type, low: float, high: float | None = None, above: bool = Fal
         return value
 
     return number
+
+
+def user_path(text: str) -> Path:
+    """Return a path of the command line; a shell leaves the ~ in --out=~/runs to the program."""
+    return Path(expanduser(text))
 
 
 COUNT, SHARE = bounded(int, 1), bounded(float, 0, 1)
@@ -67,11 +73,11 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
     """Parse the command line of train.py. Exits if the recipe cannot be read, and after --plan."""
     parser = new_parser(doc)
     add = parser.add_argument
-    add("recipe", nargs="?", type=Path, default=ROOT / "recipes" / "tiny.toml")
+    add("recipe", nargs="?", type=user_path, default=ROOT / "recipes" / "tiny.toml")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="for example stage.1.temperature=1.1")
-    add("--out", type=Path, default=Path("runs"), help="where the run's folder is created")
+    add("--out", type=user_path, default=Path("runs"), help="where the run's folder is created")
     add(
-        "--resume", nargs="?", const=True, type=Path, metavar="RUN",
+        "--resume", nargs="?", const=True, type=user_path, metavar="RUN",
         help="resume this run; without RUN the newest unfinished run of the recipe, or start one",
     )  # fmt: skip
     add("--resume-anyway", action="store_true", help="resume even if the recipe, data, model or code have changed")
@@ -95,27 +101,47 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
     return arguments
 
 
+def add_yarn_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of YaRN."""
+    add = parser.add_argument
+    add("--yarn", type=float, metavar="FACTOR", help="extend the model's window by this factor")
+    add("--original-window", type=COUNT, metavar="TOKENS", help="the window that YaRN extends (default: the config's)")
+    add("--attention-factor", type=float, help="YaRN's scale of cos and sin (default: 1, off, as in POLARIS)")
+    add(
+        "--beta-fast", type=float, help="rotations over the original window above which a dimension stays (default: 32)"
+    )
+    add("--beta-slow", type=float, help="and below which it is interpolated fully (default: 1)")
+
+
+def yarn_settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Collect the options of YaRN as `arguments.yarn`, the arguments of model.extend_window; None without --yarn."""
+    names = {"original_window": None, "attention_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    given = {name: value for name in names if (value := vars(arguments).pop(name)) is not None}
+    if given and arguments.yarn is None:
+        parser.error(f"--{next(iter(given)).replace('_', '-')} requires --yarn")
+    arguments.yarn = None if arguments.yarn is None else {"factor": arguments.yarn, **names, **given}
+
+
 def evaluation_arguments(doc: str | None) -> argparse.Namespace:
     """Parse the command line of eval.py; `doc` is the start of --help."""
     parser = new_parser(doc, parents=[model_options(), reading_options()])
     add = parser.add_argument
-    add("model", nargs="?", help="a model folder or hub id")
-    add("--data", action="append", help="a known benchmark, a file, a folder of files or a hub data set")
-    add("--folder", type=Path, help="where to search for known benchmarks before the hub")
+    add("model", nargs="?", type=expanduser, help="a model folder or hub id")
+    add("--data", action="append", type=expanduser, help="a known benchmark, file, folder of files or hub data set")
+    add("--folder", type=user_path, help="where to search for known benchmarks before the hub")
     add("--temperature", type=bounded(float, 0), help="default: 1.4; 0 is greedy")
     add("--top-k", type=bounded(int, 0), default=20, help="0 is off")
-    add("--yarn", type=float, metavar="FACTOR", help="extend the model's window by this factor")
-    add("--original-window", type=COUNT, help="the window that YaRN extends (default: the config's)")
+    add_yarn_options(parser)
     add(
         "--trained-length", type=COUNT,
         help="the length bands are fractions of this (default: YaRN's original window, else --max-tokens)",
     )  # fmt: skip
-    add("--out", type=Path, default=Path("runs/eval"), help="a new folder, or one to resume in")
+    add("--out", type=user_path, default=Path("runs/eval"), help="a new folder, or one to resume in")
     add("--curve", nargs="+", metavar=("KIND", "FROM:TO:STEP"), help='"temperature 0.6:1.7:0.1", or "length"')
-    add("--match", metavar="RUN|SCORE", help="search upward for the temperature of this distinct-4")
+    add("--match", type=expanduser, metavar="RUN|SCORE", help="search upward for the temperature of this distinct-4")
     add("--margin", type=SHARE, help="sufficient half width of a 95%% interval (0: all problems)")
-    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two folders of results, B minus A")
-    add("--regrade", type=Path, metavar="RUN", help="grade the responses of a folder again")
+    add("--compare", nargs=2, type=user_path, metavar=("A", "B"), help="two folders of results, B minus A")
+    add("--regrade", type=user_path, metavar="RUN", help="grade the responses of a folder again")
     arguments = parser.parse_args()
     if arguments.compare or arguments.regrade:
         if arguments.model or arguments.data:
@@ -123,8 +149,7 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
         return arguments
     if not arguments.model or not arguments.data:
         parser.error("a model and at least one --data are required")
-    if arguments.original_window and arguments.yarn is None:
-        parser.error("--original-window requires --yarn")
+    yarn_settings(parser, arguments)
     if arguments.curve and arguments.match:
         parser.error("--curve and --match exclude each other")
     kind, *values = arguments.curve or [None]
@@ -162,18 +187,18 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
     add = commands.add_parser(
         "estimate", parents=[model_options(), reading], help="pass rates of a model", allow_abbrev=False
     ).add_argument
-    add("model", help="a model folder or hub id")
-    add("data", help="a file of problems or a hub data set")
+    add("model", type=expanduser, help="a model folder or hub id")
+    add("data", type=expanduser, help="a file of problems or a hub data set")
     add("--temperature", type=bounded(float, 0, above=True), default=1.4, help="the one training will start at")
     add("--top-k", type=bounded(int, 0), default=0, help="0 is off, as in training")
-    add("--out", type=Path, default=Path("pass-rates.jsonl"), help="a new file, or one to resume")
+    add("--out", type=user_path, default=Path("pass-rates.jsonl"), help="a new file, or one to resume")
 
     add = commands.add_parser(
         "filter", parents=[reading, batch], help="drop the problems that are always solved", allow_abbrev=False
     ).add_argument
-    add("pass_rates", type=Path, help="the output of estimate")
-    add("data", help="the problems that were estimated")
-    add("out", type=Path, help="a new .jsonl file")
+    add("pass_rates", type=user_path, help="the output of estimate")
+    add("data", type=expanduser, help="the problems that were estimated")
+    add("out", type=user_path, help="a new .jsonl file")
     add("--drop-at", type=SHARE, default=1.0, help="drop pass rates of at least this")
     add("--keep-above", type=SHARE, default=0.0, help="drop pass rates below this")
     add("--max-unsolved-share", type=SHARE, help="of the kept problems: drop other unsolved ones at random")
@@ -182,9 +207,9 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
     add = commands.add_parser(
         "drop", parents=[reading, batch], help="drop the problems that a run has learned", allow_abbrev=False
     ).add_argument
-    add("run", type=Path, help="the folder of a run of train.py")
-    add("data", help="the problems that it was trained on")
-    add("out", type=Path, help="a new .jsonl file")
+    add("run", type=user_path, help="the folder of a run of train.py")
+    add("data", type=expanduser, help="the problems that it was trained on")
+    add("out", type=user_path, help="a new .jsonl file")
     add("--stage", type=int, help="the stage that has just ended (default: the last that ended)")
     add("--above", type=SHARE, help="drop accuracy above this (default: the run's, 0.9)")
     add("--window", choices=("stage", "all"), help="the visits to count (default: the run's, stage)")

@@ -383,9 +383,8 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
     if not recipe.sampler.cache_tokens:
         recipe = size_cache(shape, recipe, machine.gpus, machine.memory_gib * GIB)
         tokens = recipe.sampler.cache_tokens
-        print(
-            f"cache_tokens = 0 comes to {f'{tokens:,} tokens' if tokens > 1 else 'nothing: no memory is left'} on this card"
-        )
+        size = f"{tokens:,} tokens" if tokens > 1 else "nothing: no memory is left"
+        print(f"cache_tokens = 0 comes to {size} on this card")
     plans = plan_stages(shape, recipe, machine.gpus)
     for plan in plans:
         sampling, update = sum(plan.sampling.values()), sum(plan.update.values())

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import operator
+import os
 import tomllib
 import typing
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,8 @@ class FinalSettings:
     yarn_factor: float = key(1.5, least=1)
     yarn_original_window: int = key(65_536, "a choice: POLARIS does not state it", least=1)
     yarn_attention_factor: float = key(1.0, "1: off, as in POLARIS", least=0)
+    yarn_beta_fast: float = key(32.0, "rotations over the original window above which a dimension stays", least=0)
+    yarn_beta_slow: float = key(1.0, "rotations below which it is interpolated fully", least=0)
 
 
 @dataclass(frozen=True)
@@ -366,7 +369,9 @@ def _convert(value: object, kind: typing.Any, where: str) -> typing.Any:
     if kind == tuple[str, ...]:
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
             raise RecipeError(f"{where} must be a list of texts, not {_shown(value)}")
-        return tuple(value)
+        return tuple(map(os.path.expanduser, value))  # benchmarks
+    if type(value) is str and where.rpartition(".")[2] in ("model", "data"):
+        value = os.path.expanduser(value)
     options = typing.get_args(kind) or (kind,)  # of a union
     for option in options:
         if is_dataclass(option):

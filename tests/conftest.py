@@ -19,6 +19,12 @@ if not torch.cuda.is_available():
 LONGEST_FILES = ["train", "distributed", "answers", "lora", "plan", "grader", "memory", "fuzz", "difficulty", "evaluation"]
 
 
+@pytest.fixture(autouse=True)
+def no_signal_ends_the_tests(monkeypatch):
+    """A program that a test runs in this process exits with 128 + the signal's number."""
+    monkeypatch.setattr("engine.distributed.end_by_signal", lambda number: None)
+
+
 def pytest_collection_modifyitems(items):
     """Files in the order in which pytest.ini has them handed out."""
     first = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FILES)}

@@ -48,6 +48,9 @@ GOLDEN = {
         ("3.14", r"\pi", W, "three figures are another number"),
         ("0.333", "1/3", W, "two plain numbers are compared exactly"),
         ("1/3", "0.333333", W, "whichever of the two is the gold"),
+        ("1/12", "0.083333333333333", R, "but twelve figures of a fraction without a finite decimal are enough"),
+        ("1000000007", "1000000007.0000000001", W, "not where both are finite"),
+        ("7", "7''''''", W, "marks piled up are no unit"),
         (r"\frac{1}{3}", r"0.\overline{3}", R, "a repeating decimal is exact"),
         ("0.0000001", "0.0000002", W, "math-verify rounds to six decimals"),
         (r"0.0000001 \text{ m}", r"0.0000002 \text{ m}", W, "with a unit too"),
@@ -89,7 +92,6 @@ GOLDEN = {
         (r"50\%", r"50\text{ percent}", R, "in words in \\text"),
         (r"50\%", r"51\%", W, "another percentage"),
         ("12.5", r"12.5 \%", R, "a space before the sign"),
-        ("2^{-1}", r"50\%", R, "the value of a power"),
         (r"\sqrt{2500}", r"50\%", R, "the figure of a root"),
         (r"\sqrt{2500}", r"5\%", W, "but of no other"),
         (r"33\frac{1}{3}\%", r"\frac{1}{3}", R, "a mixed percentage"),
@@ -160,6 +162,16 @@ GOLDEN = {
         (r"\frac{100!}{2^{50}}", r"\frac{100!}{4^{25}}", R, "a closed form that nobody writes out"),
         ("2^{1009}", "2^{1009}+1", W, "equal in the first three hundred digits"),
         ("1414.214", r"1000\sqrt{2}", R, "a product that is irrational has no plainer form"),
+        ("6", "7-1", W, "a difference with one"),
+        ("1023", "2^{10}-1", W, "a power less one"),
+        ("-5", r"-1\cdot 5", W, "a product with minus one"),
+        ("5", "2.0+3", W, "a decimal hides no sum"),
+        ("5", r"\sqrt{9.0}+2", W, "nor below a root"),
+        (r"8.7 \times 10^{8}", r"8.7 \times 10^{8}+1", W, "nor does a tolerance: both are exact"),
+        ("7", r"17 \bmod 10", W, "a remainder to take"),
+        ("7", r"\max(7,3)", W, "a choice to make"),
+        ("37", r"37+\pi-\pi", W, "irrational terms that cancel"),
+        (r"\frac{5}{6}", r"\frac12+\frac13", W, "the gold a fraction"),
     ],
     "lists, sets and hedges": [
         ("1,2,3", "1,2,3", R, "a bare list"),
@@ -177,7 +189,6 @@ GOLDEN = {
         ("5,5", "5,5", R, "a list with a repetition"),
         ("5", "5,5", W, "nor the other way round"),
         ("-2,-2", r"\{-2\}", W, "a repetition counts in a list"),
-        (r"\{1,2\}", r"\{1,2,2\}", R, "not in a set"),
         (r"\{1,2\}", "2,1", R, "the braces may be left out"),
         (r"\{1,2\}", r"\{1,3\}", W, "another set"),
         (r"\{1,2\}", r"x\in\{1,2\}", R, "a named set"),
@@ -260,9 +271,7 @@ GOLDEN = {
         (r"11,\! 111,\! 111,\! 100", "11111111100", True, "a space after a negative space is no list (MATH-500)"),
         (r"125\textnormal{ miles}", "125", True, "another command for text"),
         ("18", r"\boldsymbol{18}", True, "bold"),
-        ("18", "€18", True, "another currency"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\mathbf{v} = \begin{pmatrix}1\\2\end{pmatrix}", True, "a named vector"),
-        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\[4pt]2\end{pmatrix}", True, "row spacing"),
         (
             r"\begin{pmatrix}1\\2\end{pmatrix}",
             r"\mathbf{v} = \begin{pmatrix}1\\3\end{pmatrix}",
@@ -300,7 +309,10 @@ GOLDEN = {
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", R, "other brackets"),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", W, "transposed"),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}", W, "another shape"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\[4pt]2\end{pmatrix}", True, "row spacing"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", "1,2", W, "a list is no column"),
+        (r"\begin{pmatrix}1&2\end{pmatrix}", r"\left(\begin{array}{c c}1&2\end{array}\right)", R, "spaced"),
+        (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5", R, "two entries by one sign"),
         (r"\begin{pmatrix}x&1\\0&y\end{pmatrix}", r"\begin{pmatrix}x&1\\0&y+0\end{pmatrix}", R, "symbols in a matrix"),
     ],
     "equations": [
@@ -340,7 +352,6 @@ GOLDEN = {
         ("x^2+y^2=1", "1", W, "a circle is not its radius"),
         ("MR=SRMC", "SRMC=MR", R, "two words"),
         ("SRAC=LRAC", "SRAC=SRMC", W, "another word"),
-        ("MR=SRMC", "RM=SRMC", W, "a word is no name for a value, nor a product of letters"),
         (r"\int_0^1 f(x)dx=1", r"\int_0^1 f(x)dx=2", W, "where no sample can be taken"),
         (r"\frac{dx}{dt} = kx - a", r"\frac{dx}{dt}+a=kx", R, "a differential equation rearranged"),
         (r"\frac{dx}{dt} = kx - a", r"\frac{dx}{dt} = kx + a", W, "with another sign"),
@@ -366,6 +377,10 @@ GOLDEN = {
         (r"(-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } x>3", W, "two others"),
         ("5", ">5", W, "more than five"),
         ("5", "x>5", W, "with a variable"),
+        ("0 < x < 5", "(0, 5)", R, "an interval with a space"),
+        (r"(2,\infty)", r"\{x \mid x>2\}", R, "a set-builder"),
+        (r"(0,5)", r"\{x \in \mathbb{R} : 0<x<5\}", R, "a set-builder with its domain"),
+        (r"-80\leq g(x)\leq 82", "[-80,82]", R, "the range of a function"),
         ("5", r"\neq 5", W, "anything but five"),
         ("5", r"\le 5", W, "at most five"),
         ("5", r"x\ge 5", W, "at least five"),
@@ -389,14 +404,13 @@ GOLDEN = {
         (r"12 \text{ cm}", r"12 \text{ m}", W, "another unit in \\text"),
         (r"12 \text{ cm}", r"0.12 \text{ m}", W, "none is converted"),
         (r"12 \text{ cm}", r"13 \text{ cm}", W, "another figure"),
-        (r"12 \text{ cm}", r"12 \text{ centimeters}", R, "the unit written out"),
         (r"12 \text{ cm}^2", r"12 \text{ cm}^3", W, "an area is no volume"),
-        (r"12 \text{ cm}^2", r"12 \text{ square centimeters}", R, "an area in words"),
-        (r"5 \text{ m/s}", r"5 \text{ m s}^{-1}", R, "a speed in two ways"),
         (r"5 \text{ m/s}", r"5 \text{ km/s}", W, "a faster one"),
         (r"5\sqrt{3} \text{ cm}", r"5\sqrt{3}", R, "a unit after a radical"),
         (r"5\sqrt{3} \text{ cm}", r"5\sqrt{3}\text{ m}", W, "another one there"),
         ("5", r"5 \text{ apples}", R, "a thing counted"),
+        ("12", r"12^{\text{th}}", R, "a raised ordinal"),
+        (r"8\!:\!34 \text{ p.m.}", "8:34 PM", R, "an hour with its half of the day"),
         ("5", r"\text{5 apples}", R, "all of it in \\text"),
         ("7.0", r"\mathbf{7}", R, "a number in bold"),
         ("5", "5 apples", R, "the thing in plain text"),
@@ -453,6 +467,7 @@ GOLDEN = {
         ("A", "B", W, "another choice"),
         ("B", "A", W, "the other way round"),
         ("A", "A: B", W, "a choice with another for its text"),
+        ("C", "(C) A triangle", R, "a text that begins with the article"),
         ("A", "(A) (B)", W, "two choices, the right one first"),
         ("B", "A and B", W, "two choices"),
         ("B", "B or C", W, "two others"),
@@ -471,6 +486,14 @@ GOLDEN = {
     ],
     "expressions": [
         ("p - q", "q - p", W, "opposite sign"),
+        (r"1 - \frac{1}{\mathrm{e}}", r"1-\frac1e", R, "an upright e"),
+        (r"\frac{2}{\pi}", r"\frac2\pi", R, "a command for a denominator"),
+        ("x^2+1", "x²+1", R, "a raised character"),
+        (r"2\sqrt{3}", "2√3", R, "a typed root sign"),
+        (r"\frac{\pi}{2}", "pi/2", R, "a typed pi"),
+        (r"\frac{1+\sqrt{5}}{2}", "(1+sqrt(5))/2", R, "a typed root"),
+        ("e^{16} - 1", "-1 + exp(16)", R, "a typed function"),
+        ("x", "|x|", W, "equal where x is positive"),
         ("p - q", "-q+p", R, "in another order"),
         ("6 - 5i", "-5i + 6", R, "complex number"),
         ("6 - 5i", "6+5i", W, "its conjugate"),
@@ -595,6 +618,14 @@ def test_a_reformatted_number_matches_and_a_changed_digit_does_not():
     assert texts > 700
 
 
+def test_a_sum_left_open_earns_nothing_and_its_value_does():
+    """Terms of both kinds: integers, and -1, decimals, powers, roots; their values by Fraction."""
+    cases = list(bench.open_sums(80, 3))
+    assert [case for case in cases if bench.by_engine(*case)] == []
+    for gold, answer in cases[::10]:
+        assert bench.by_engine(gold, bench.reformatted_number(Fraction(gold), random.Random(answer)).rstrip("."))
+
+
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not here")
 def test_every_gold_of_the_benchmarks_is_right(grader):
     golds = [(boxed(gold), answers) for _, answers in bench.golds_of(BENCHMARKS) for gold in answers]
@@ -651,7 +682,7 @@ def test_hostile_text_does_not_delay_the_caller():
 
 
 def test_answers_settled_by_text_need_no_worker():
-    settled = [("5", "x>5"), ("5", "1,2"), (r"12 \text{ cm}", "12 m"), ("(1,2)", "(1,3)"), ("A", "B"), ("5:00", "6:00")]
+    settled = [("5", "x>5"), ("5", "1,2"), (r"2 \text{ cm}", "2 mm"), ("(1,2)", "(1,3)"), ("A", "B"), ("5:00", "6:00")]
     settled += [("5", r"\text{five}"), ("5", r"\{5\}")]
     assert [answers.text_verdict(answer, [gold]) for gold, answer in settled] == [("wrong", [])] * len(settled)
     assert answers.text_verdict("x+1", ["1+x", "5 + x"]) == (None, ["1+x", "5+x"])

@@ -613,7 +613,7 @@ def test_a_program_in_a_checkpoint_never_runs(processes, tmp_path, name):
     (tmp_path / "hubconf.py").write_text(f"open({str(trace)!r}, 'w')\ndef entry(): pass")
     folder = save(processes, tmp_path, 4, parts=parts)
     tamper(folder, ".metadata", program)
-    with pytest.raises(CheckpointError, match="step-4 cannot be read .*it names .*, which is no part of a ch") as caught:
+    with pytest.raises(CheckpointError, match="step-4 cannot be read .*it names .*, which is no part of") as caught:
         load_weights_and_optimizer(folder, *parts, processes)
     assert "\n" not in str(caught.value)
     tamper(folder, "run.pt", program)

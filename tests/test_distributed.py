@@ -1,6 +1,9 @@
 """engine/distributed.py: a rank that raises, hangs or dies ends the job with its own sentence or one that names it."""
 
 import os
+import pty
+import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -168,6 +171,55 @@ time.sleep(60)
     )
 
 
+@pytest.fixture
+def stop():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield distributed.StopRequest
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_stop_after_the_terminal_has_gone_says_the_rest_to_nobody(stop, monkeypatch):
+    """Guards: a closed ssh session takes the terminal away with the signal, and printing to it fails."""
+    controller, terminal = pty.openpty()
+    os.close(controller)
+    replaced = []
+
+    def note(file, number):
+        replaced.append((os.readlink(f"/proc/self/fd/{file}"), number))
+
+    monkeypatch.setattr(os, "dup2", note)
+    asked = stop()
+    with open(terminal, "w", closefd=False) as gone, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", gone)
+        signal.raise_signal(signal.SIGHUP)
+        patch.undo()
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)  # what is still in the buffer
+    os.close(terminal)
+    assert replaced == [("/dev/null", 1), ("/dev/null", 2)] and asked.asked == signal.SIGHUP
+    assert distributed.stop_status() == 129
+
+
+def test_the_last_sentence_comes_after_what_the_launcher_prints_at_its_end(tmp_path):
+    """Guards: torchrun, stopped by Ctrl-C, prints a traceback below the command that resumes the run."""
+    with (tmp_path / "screen").open("ab") as screen:
+        program = "import time; time.sleep(0.3); print('its traceback', flush=True)"
+        with subprocess.Popen([sys.executable, "-c", program], stdout=screen) as launcher:
+            words = [sys.executable, "-c", distributed.SAY_AFTER, str(launcher.pid), "resume with this"]
+            subprocess.run(words, stdout=screen, check=True, timeout=20)
+    assert (tmp_path / "screen").read_text() == "its traceback\nresume with this\n"
+
+
+def test_nohup_is_respected_and_a_start_is_abandoned_at_once(stop):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    asked = stop(starting=True)
+    signal.raise_signal(signal.SIGHUP)
+    assert not asked.asked
+    with pytest.raises(distributed.Interrupted):
+        signal.raise_signal(signal.SIGTERM)
+
+
 # ------------------------------------------------------------------------------------------------ under torchrun
 
 FAULTS = {
@@ -228,4 +280,6 @@ train.main(training_arguments(None))
     assert done.stderr.index(said[0]) < done.stderr.index("FAILED")
     if fault == "raises":
         assert "stopping:" not in done.stderr
+        last = done.stderr.splitlines()[-2]  # of torchrun's report, which ends with a line of =
+        assert last.strip() == "traceback : train.py: the disk of this rank is full"
     assert (tmp_path / "runs" / "rl" / "metrics.jsonl").read_text().count("\n") >= 1

@@ -38,7 +38,7 @@ def command(small_world, tmp_path, monkeypatch):
         files = [word for name in data for word in ("--data", str(small_world / f"{name}.jsonl"))]
         settings = [*OPTIONS[0 if temperature else 2 :], "--out", str(tmp_path / out)]
         monkeypatch.setattr("sys.argv", ["eval.py", str(model), *files, *settings, *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             main(evaluation_arguments(None))
         finally:
@@ -162,26 +162,23 @@ def test_a_problem_without_an_answer_counts_as_wrong_unless_skipped(command, sma
     assert "left out 1 unusable rows (row 1 has no answer)" in capsys.readouterr().err
 
 
-def test_a_tokenizer_of_another_model_is_refused(command, small_world, tmp_path):
+def test_a_tokenizer_of_another_model_is_refused_or_asked_about(command, small_world, tmp_path, capsys):
     import shutil
 
     from safetensors.torch import load_file, save_file
 
-    other = tmp_path / "other"
-    shutil.copytree(small_world / "model", other)
-    config = json.loads((other / "config.json").read_text())
-    weights = load_file(other / "model.safetensors")
-    wide = {
-        k: (v.repeat(2000 // v.shape[0] + 1, 1) if v.shape[0] == config["vocab_size"] else v)
-        for k, v in weights.items()
-    }
-    save_file(wide, other / "model.safetensors")
-    rows = next(v.shape[0] for k, v in wide.items() if "embed" in k)
-    (other / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
-    with pytest.raises(
-        SystemExit, match=f"the tokenizer has {config['vocab_size']} tokens, the model {rows}: use"
-    ):
-        command("--max-tokens", 4, model=other)
+    config = json.loads((small_world / "model" / "config.json").read_text())
+    weights, tokens = load_file(small_world / "model" / "model.safetensors"), config["vocab_size"]
+    for rows in (tokens - 1, 3 * tokens):
+        other = tmp_path / str(rows)
+        shutil.copytree(small_world / "model", other)
+        resized = {k: v.repeat(3, 1)[:rows] if v.shape[0] == tokens else v for k, v in weights.items()}
+        save_file({k: v.contiguous() for k, v in resized.items()}, other / "model.safetensors")
+        (other / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    with pytest.raises(SystemExit, match=f"the tokenizer has {tokens} tokens, the model {tokens - 1}: use"):
+        command("--max-tokens", 4, model=tmp_path / str(tokens - 1))
+    command("--max-tokens", 4, model=other)  # unused rows are padding
+    assert f"only {tokens} of the model's {3 * tokens} rows are tokens" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- resuming
@@ -304,7 +301,7 @@ def test_a_signal_keeps_the_finished_responses(small_world, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == -signal.SIGINT, err
     assert "stopping: the finished responses are kept" in err and "the same command resumes" in out
     kept = responses.read_responses(part)
     assert 0 < len(kept) < 6 * 300

@@ -41,7 +41,7 @@ def write(path, value):
     path.write_text(json.dumps(value))
 
 
-def model(rows=1000):
+def model(rows=500):
     return SimpleNamespace(config=SimpleNamespace(vocab_size=rows, source={}, max_position_embeddings=500))
 
 

@@ -252,8 +252,8 @@ def test_ready_tells_whether_collect_would_wait(monkeypatch):
 def test_an_answer_that_exhausts_memory_is_not_a_grader_failure():
     """Otherwise a model could stop its training by writing such answers."""
     with Grader() as grader:
-        pairs = [(boxed("10^{10^{10}}!"), ["5"]), (boxed("1+x"), ["x+1"])]
-        assert [grade.verdict for grade in grader.grade(pairs)] == ["timed out", "right"]
+        pairs = [(boxed("10^{10^{10}}!"), ["5"]), (boxed("1+x"), ["x+1"]), (boxed("7"), ["((7!)!)!"])]
+        assert [grade.verdict for grade in grader.grade(pairs)] == ["timed out", "right", "timed out"]
 
 
 def test_an_unreadable_gold_is_a_grader_failure():

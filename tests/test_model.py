@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as model_file
 from lab.export import export_arguments, main
 from model import (
+    ModelError,
     Packed,
     TokenLogprobs,
     Transformer,
@@ -357,3 +358,7 @@ def test_extend_window_sets_every_parameter(checkpoint):
     extended = extend_window(read_config(checkpoint()), 1.5, original_window=128, attention_factor=1.1)
     assert extended.rope.scaling == Yarn(1.5, 128, 1.1, 32.0, 1.0)
     assert extended.max_position_embeddings == 192
+    ramped = extend_window(read_config(checkpoint()), 1.5, beta_fast=2.0, beta_slow=0.5)
+    assert (ramped.rope.scaling.beta_fast, ramped.rope.scaling.beta_slow) == (2.0, 0.5)
+    with pytest.raises(ModelError, match="beta_fast > beta_slow > 0"):
+        extend_window(read_config(checkpoint()), 1.5, beta_fast=1.0)

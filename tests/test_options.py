@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lab.options import difficulty_arguments, evaluation_arguments
+from lab.export import export_arguments
+from lab.options import difficulty_arguments, evaluation_arguments, training_arguments
+from lab.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ("m --data d --top-p 0", "argument --top-p: must be above 0 and at most 1, not 0"),
         ("m --data d --margin -1", "argument --margin: must be at least 0 and at most 1, not -1"),
         ("m --data d --original-window 64", "--original-window requires --yarn"),
+        ("m --data d --beta-fast 2", "--beta-fast requires --yarn"),
         ("m --data d --compare a b", "give no model and no --data"),
         ("m --data d --curve length --match 0.5", "--curve and --match exclude each other"),
     ],
@@ -45,6 +48,15 @@ def test_eval_refuses_bad_arguments(monkeypatch, capsys, words, sentence):
     with pytest.raises(SystemExit):
         evaluation_arguments(None)
     assert sentence in capsys.readouterr().err
+
+
+def test_eval_collects_the_options_of_yarn(monkeypatch):
+    words = "eval.py m --data d --yarn 2 --beta-fast 2 --original-window 64".split()
+    monkeypatch.setattr("sys.argv", words)
+    expected = {"factor": 2.0, "original_window": 64, "attention_factor": 1.0, "beta_fast": 2.0, "beta_slow": 1.0}
+    assert evaluation_arguments(None).yarn == expected
+    monkeypatch.setattr("sys.argv", words[:4])
+    assert evaluation_arguments(None).yarn is None
 
 
 @pytest.mark.parametrize(
@@ -99,3 +111,30 @@ finally:
 def test_metrics_and_benchmarks_need_no_torch():
     code = "import sys, eval, lab.benchmarks, lab.options, lab.scores; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
+    """Guards: a shell leaves it to the program in --out=~/runs, and so does a recipe."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.toml").write_text(
+        'name = "r"\nmodel = "~/m"\neval = { data = "~/e.jsonl" }\nguard = { benchmarks = ["~/b", "aime24"] }\n'
+        '[[stage]]\nkind = "sft"\ndata = "~/s.jsonl"\nsteps = 1\n'
+    )
+
+    def parse(arguments_of, *words):
+        monkeypatch.setattr("sys.argv", ["program", *words])
+        return vars(arguments_of(None))
+
+    recipe = load_recipe(tmp_path / "r.toml")
+    assert recipe.model == f"{tmp_path}/m" and recipe.eval.data == f"{tmp_path}/e.jsonl"
+    assert recipe.stage[0].data == f"{tmp_path}/s.jsonl" and recipe.guard.benchmarks == (f"{tmp_path}/b", "aime24")
+    found = parse(training_arguments, "~/r.toml", "--out=~/o")
+    assert (found["recipe"], found["out"]) == (tmp_path / "r.toml", tmp_path / "o")
+    assert parse(training_arguments, "--resume=~/r")["resume"] == tmp_path / "r"
+    found = parse(evaluation_arguments, "~/m", "--data=~/d", "--data=aime24", "--out=~/o", "--match=~/run")
+    assert (found["model"], found["data"]) == (f"{tmp_path}/m", [f"{tmp_path}/d", "aime24"])
+    assert (found["out"], found["match"]) == (tmp_path / "o", f"{tmp_path}/run")
+    found = parse(difficulty_arguments, "estimate", "~/m", "~/d", "--out=~/o.jsonl")
+    assert (found["model"], found["data"], found["out"]) == (f"{tmp_path}/m", f"{tmp_path}/d", tmp_path / "o.jsonl")
+    found = vars(export_arguments(["~/m", "~/o"]))
+    assert (found["model"], found["out"]) == (f"{tmp_path}/m", tmp_path / "o")

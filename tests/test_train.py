@@ -143,7 +143,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_
                 process.send_signal(signal.SIGTERM)
                 break
         output = process.communicate(timeout=200)[0]
-    assert process.returncode == 0 and "resume with" in output, output[-2000:]
+    assert process.returncode == -signal.SIGTERM and "resume with" in output, output[-2000:]  # 143 in a shell
     assert not (folder / "report.html").exists() and not (folder / "finished").exists()
     assert str(folder) in (folder / "resume-me").read_text()  # torchrun hides that it was asked to stop
     done = run(command(None, "--resume", str(folder)))
@@ -219,7 +219,7 @@ def last_stage(finished, tmp_path):
 
 def main(monkeypatch, *arguments):
     """Run train.py in this process, which saves the imports; return its exit status, None at its end."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     try:
         train.main(training_arguments(train.__doc__))
@@ -230,19 +230,62 @@ def main(monkeypatch, *arguments):
             signal.signal(number, handler)
 
 
-def test_a_request_to_stop_during_the_update_saves_the_step_before_it(finished, last_stage, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # a closed ssh session sends SIGHUP
+def test_a_request_to_stop_during_the_update_saves_the_step_before_it(
+    finished, last_stage, monkeypatch, capsys, number
+):
     step = grpo.optimizer_step
 
     def asked(*arguments, **more):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         return step(*arguments, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "optimizer_step", asked)
-        assert main(patch, "--resume", last_stage) is None
+        assert main(patch, "--resume", last_stage) == str(128 + number)  # a sweep must not take it for finished
     assert "stopped after step 156" in capsys.readouterr().out and (last_stage / "resume-me").exists()
     assert main(monkeypatch, "--resume", last_stage) is None
     assert interrupt.same(last_stage, finished[0])
+
+
+@pytest.mark.parametrize("change", ["deleted", "emptied", "moved", "replaced"])
+def test_a_run_stops_when_its_folder_is_no_longer_in_its_place(last_stage, monkeypatch, change):
+    """Guards: a run went on in a folder without a recipe, from which nothing could be resumed."""
+    step = grpo.optimizer_step
+
+    def lost(*arguments, **more):
+        if change == "emptied":
+            (last_stage / "recipe.toml").unlink()
+        else:
+            last_stage.rename(last_stage.with_name("elsewhere"))
+        if change == "replaced":
+            shutil.copytree(last_stage.with_name("elsewhere"), last_stage)
+        return step(*arguments, **more)
+
+    before = {path.name for path in (last_stage / "checkpoints").iterdir()}
+    monkeypatch.setattr(runs, "optimizer_step", lost)
+    error = main(monkeypatch, "--resume", last_stage)
+    assert f"{last_stage} was deleted, moved or replaced during the run, which stops" in error and "\n" not in error
+    assert last_stage.exists() == (change in ("emptied", "replaced"))
+    if last_stage.exists():
+        assert {path.name for path in (last_stage / "checkpoints").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[", "Expecting value"),
+        ("[3]", "not subscriptable"),
+        ('[{"recipe": "["}]', "Invalid"),
+        ('[{"recipe": "", "code": 1}]', "texts"),
+    ],
+)
+def test_fingerprints_that_are_none_are_one_sentence(tmp_path, content, reason):
+    path = tmp_path / "fingerprints.json"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=f"fingerprints.json cannot be read .*{reason}") as caught:
+        run_folder.read_launches(path)
+    assert "\n" not in str(caught.value)
 
 
 CHANGES = {
@@ -619,7 +662,7 @@ def refused(monkeypatch, arguments):
 def test_bad_input_is_one_sentence(monkeypatch, tmp_path, arguments, message):
     error = refused(monkeypatch, [*command(tmp_path)[1:], *arguments])
     assert error.startswith("train.py: ") and message in error
-    assert "\n" not in error
+    assert "\n" not in error and not list(tmp_path.iterdir())  # a refused start leaves nothing behind
 
 
 def test_a_row_without_an_answer_names_the_row(monkeypatch, tmp_path):
@@ -633,6 +676,41 @@ def test_errors_reach_the_shell(tmp_path):
     done = run_unforked([sys.executable, str(ROOT / "train.py"), "no-such.toml", "--out", str(tmp_path)])
     assert done.returncode == 1 and done.stderr.startswith("train.py: no-such.toml: no such recipe file")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["new/runs", "dangling", "long"])
+def test_a_start_that_is_refused_leaves_nothing_behind(monkeypatch, tmp_path, out):
+    """Guards: a dangling link, as of a disk that is not mounted, was taken for a folder in use, for ever."""
+    (tmp_path / "dangling").symlink_to(tmp_path / "unmounted")
+    words = ["--out", tmp_path / out, "--set", "name=" + "x" * 300 if out == "long" else "stage.1.batch_problems=999"]
+    error = refused(monkeypatch, [*command(tmp_path)[1:], *words])
+    expected = {
+        "new/runs": "cannot fill a batch of 999",
+        "dangling": f"{tmp_path / 'dangling'} links to {tmp_path / 'unmounted'}: is its disk mounted?",
+        "long": "File name too long",
+    }
+    assert expected[out] in error and "\n" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["dangling"]
+
+
+def test_a_dangling_link_in_the_place_of_a_run_is_refused(tmp_path):
+    (tmp_path / "tiny").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(RecipeError, match=f"{tmp_path}/tiny links to {tmp_path}/unmounted: is its disk mounted"):
+        run_folder.new_folder(tmp_path, "tiny")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["train.py"], ["eval.py", "m", "--data", "d"], ["data_filter.py", "estimate", "m", "d"], ["model.py", "m", "o"]],
+)
+def test_ctrl_c_while_starting_is_no_traceback(tmp_path, words):
+    """The signal comes when the import of torch begins."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    (tmp_path / "numpy.py").write_text((tmp_path / "torch.py").read_text())
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    script = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_a_second_run_gets_its_own_folder(tmp_path):

@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from engine.huggingface import ModelError, rope_from_config, rope_to_config
-from yarn import Llama3Scaling, Rope, Yarn, attention_factor, frequencies, rotate, rotation, yarn_ramp
+from yarn import (
+    Llama3Scaling,
+    Rope,
+    Yarn,
+    attention_factor,
+    describe_ramp,
+    frequencies,
+    plain_frequencies,
+    rotate,
+    rotation,
+    yarn_ramp,
+)
 
 WINDOW = 131_072
 ROPES = {
@@ -114,6 +125,18 @@ def test_ramp_of_the_polaris_setting():
     ramp = yarn_ramp(1e6, 128, 65_536, 32, 1)
     assert ramp[26] == 0 and ramp[43] == 1
     assert ramp[27:43].tolist() == pytest.approx([i / 17 for i in range(1, 17)])
+
+
+@pytest.mark.parametrize(
+    "theta, head_dim, window, beta_fast, kept",
+    [(1e6, 128, 65_536, 32.0, 27), (1e5, 64, 8192, 32.0, 11), (1e4, 32, 128, 32.0, 1), (1e4, 32, 128, 2.0, 5)],
+)
+def test_the_pairs_that_yarn_leaves_alone_are_said_and_too_few_warned_of(theta, head_dim, window, beta_fast, kept):
+    rope = Rope(theta, head_dim, Yarn(1.5, window, beta_fast=beta_fast))
+    unchanged = int((frequencies(rope) == plain_frequencies(theta, head_dim)).sum())
+    text = describe_ramp(rope)
+    assert unchanged == kept and f"leaves {kept} of {head_dim // 2} pairs" in text
+    assert text.startswith("warning") == (kept == 1)
 
 
 def test_ramp_without_a_pair_between_the_betas_is_a_step():
