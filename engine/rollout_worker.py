@@ -18,7 +18,7 @@ from engine.grader import Grader, check_grader
 from engine.sharding import gathered
 from engine.tokenizer import Chat, check_prompts, named
 from lab.console import wasted_responses
-from lab.problems import DataError, Problem, first_names, prompt_text
+from lab.problems import DataError, Problem, asks_otherwise, first_names, prompt_text
 from model import Transformer
 from reward import Grade, last_boxed
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate
@@ -85,13 +85,21 @@ class RolloutWorker:
         Raises DataError when some have more than `most_tokens`.
         """
         prompts = [self.prompt(problem, 1) for problem in problems]
+        others = [problem.id for problem in problems if asks_otherwise(problem, self.instruction)]
+        if others and ("", "instruction") not in self.warned and self.processes.is_main:
+            self.warned.add(("", "instruction"))
+            print(
+                f"note: {first_names(others, 3)} ask for the answer in another form, which is not graded, beside the "
+                'instruction that is added: remove theirs, or add none with instruction = "" (--instruction "")',
+                file=sys.stderr,
+            )
         asked |= {problem.id: (problem.text, own.tokens) for problem, own in zip(problems, prompts, strict=True)}
         too_long = [prompt for prompt in prompts if most_tokens is not None and len(prompt.tokens) > most_tokens]
         if too_long:
             names = first_names([f"{prompt.problem_id} ({len(prompt.tokens)} tokens)" for prompt in too_long])
             raise DataError(
                 f"{len(too_long):,} of {len(prompts):,} prompts have more than the {most_tokens} tokens that the stage "
-                f"allows: raise max_prompt_tokens, or remove {names}"
+                f'allows: raise max_prompt_tokens, set on_bad_row = "skip", or remove {names}'
             )
         return prompts
 

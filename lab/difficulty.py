@@ -40,7 +40,8 @@ ADVICE = {
 
 def read_data(arguments: argparse.Namespace) -> list[Problem]:
     """Read the problems of a command."""
-    return read_problems(arguments.data, "skip" if arguments.skip_bad_rows else "stop")[: arguments.limit]
+    on_bad_row = "skip" if arguments.skip_bad_rows else "stop"
+    return read_problems(arguments.data, on_bad_row, arguments.columns)[: arguments.limit]
 
 
 def estimate_command(arguments: argparse.Namespace) -> None:

@@ -76,6 +76,7 @@ KNOWN_COLUMNS = {  # in any case; the first one present counts
 WORKED = ("solution", "solutions")  # end with the answer, or are the answer
 LONGEST_ANSWER = 15  # words of a solution that is an answer alone
 NOT_ANSWERS = ("proof", "notfound")  # what NuminaMath-1.5 has in place of an answer
+OTHER_FORMS = re.compile(r"Answer:|####|<answer>")  # where the answers of DAPO, GSM8K and R1-Zero stand
 LOOKED_AT = 1000  # rows that decide how a file's answers are written
 
 
@@ -133,7 +134,7 @@ def message_text(content: object) -> str | None:
 
 
 def has_chats(source: str | Path) -> bool:
-    """Return whether the first row of a local file or folder has `messages`, and no answer beside them."""
+    """Return whether the first row of a local file or folder has `messages`."""
     path = Path(str(source).partition(":")[0])
     _, row = next(rows_of(find_files(source)[1][0]), (0, {})) if path.exists() else (0, {})
     return isinstance(row, dict) and "messages" in row
@@ -628,6 +629,11 @@ def prompt_text(problem: Problem, instruction: str = INSTRUCTION) -> str:
     if not instruction or instruction in problem.text or INSTRUCTION in problem.text:
         return problem.text
     return f"{problem.text.rstrip()} {instruction}"
+
+
+def asks_otherwise(problem: Problem, instruction: str = INSTRUCTION) -> bool:
+    """Return whether a problem asks for its answer in a form other than the box of the instruction that is added."""
+    return prompt_text(problem, instruction) != problem.text and bool(OTHER_FORMS.search(problem.text))
 
 
 def normalised(text: str) -> str:

@@ -277,7 +277,7 @@ def test_a_window_of_zero_means_the_models_own(tmp_path):
 
 def test_every_key_is_described_with_its_default_and_its_bounds():
     lines = list(describe_keys())
-    assert len(lines) == len({*lines}) + 4  # keys that both kinds of stages have
+    assert len(lines) == len({*lines}) + 11  # keys that both kinds of stages have
     assert any(line.split() == "stage.group_size = 8 rollouts per problem, at least 2".split() for line in lines)
     for key in ("name", "seed = 0", "world.layers = 4", "stage.variant.loss = 'polaris'", "run.tensorboard = False"):
         assert any(line.startswith(key) for line in lines), key
