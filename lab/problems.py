@@ -542,9 +542,10 @@ def text_answers(value: object) -> list[str]:
         # a lone backslash is LaTeX's, not one of an escape
         text = value if "\\\\" in value else re.sub(r"""\\(?!["']|n["']|u[0-9a-fA-F]{4})""", r"\\\\", value)
         found = parsed(text) or []
-        # "[-9, 9]" is a closed interval, ['7' '8'] one string in Python
-        strings = all(isinstance(x, str) for x in found) and not re.search(r"""['"]\s*['"]""", text)
-        if found and (len(found) == 1 and not isinstance(found[0], list) or strings):
+        strings = all(isinstance(x, str) for x in found)
+        single = len(found) == 1 and not isinstance(found[0], list)
+        # "[-9, 9]" is a closed interval, and ['7' '8'] one string in Python
+        if found and (strings or single) and not re.search(r"""['"]\s+['"]""", text):
             value = found
     values = value if isinstance(value, list) else [value]
     # nan, infinity, lists and mappings are not answers
