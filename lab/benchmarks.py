@@ -41,7 +41,7 @@ PUBLISHED = {  # avg@k, in the order of the first five benchmarks
 
 
 def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, str]:
-    """Resolve data sets to {name: file or hub id}. A source is a file, a folder of files, a hub id or a known name.
+    """Resolve data sets to {name: file or hub id}. A source is a file, a folder of files (or of one data set's shards), a hub id or a known name.
 
     A known name is searched for in `folder` and below, then on the hub. Raises DataError.
     """
@@ -53,9 +53,16 @@ def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, s
             paths = [_local_file(source, folder) or BENCHMARKS[source].hub_id]
         elif path.is_dir():
             paths = sorted(file for file in path.iterdir() if file.name.endswith(DATA_FILES))
-            if not paths:
+            if not paths and not any(file.name.endswith(DATA_FILES) for file in path.rglob("*")):
                 raise DataError(f"{path} has no {', '.join(DATA_FILES)} file; give a file or a benchmark")
-        elif path.is_file() or path.name.endswith(DATA_FILES) or HUB_ID.fullmatch(source):
+            if not paths or any(re.search(r"-\d+-of-\d+\.", file.name) for file in paths):
+                paths = [path]  # the shards of one data set
+        elif (
+            path.is_file()
+            or Path(source.partition(":")[0]).is_dir()
+            or path.name.endswith(DATA_FILES)
+            or HUB_ID.fullmatch(source)
+        ):
             paths = [source]
         else:
             near = difflib.get_close_matches(source, BENCHMARKS, n=1)
