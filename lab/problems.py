@@ -307,7 +307,7 @@ def parquet_rows(path: Path, choose: Callable[[list[str]], dict] | None) -> Iter
             with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as shared:
                 try:
                     count(shared.iter_batches(columns=names))
-                except pyarrow.ArrowNotImplementedError:  # a nested text in several dictionaries
+                except pyarrow.ArrowNotImplementedError:  # a nested text with a dictionary in each row group
                     size = MOST_BYTES // max(1, *sizes)  # rows of which each may be as long as all that is stored
                     count(file.iter_batches(max(1, min(size, 1024)), columns=names))
             rows = (row for batch in file.iter_batches(batch_size=1024, columns=names) for row in batch.to_pylist())
