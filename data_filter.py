@@ -190,7 +190,7 @@ def estimate(
 
     def keep(attempt: Attempt) -> tuple[str, int, float, int]:
         rollout = attempt.rollout
-        return rollout.problem_id, rollout.index, attempt.grade.correct, len(rollout.tokens)
+        return rollout.problem_id, rollout.index, float(attempt.grade.right), len(rollout.tokens)
 
     for start in range(0, len(left), ESTIMATE_SLICE):
         part = left[start : start + ESTIMATE_SLICE]
@@ -220,7 +220,7 @@ def estimate(
 
 
 def problems_fingerprint(problems: Iterable[Problem]) -> str:
-    """Hash what decides the pass rates of problems, in any order: ids, texts and answers."""
+    """Hash what decides the pass rates of problems, in any order: ids, texts, answers, and rows where they are kept."""
     bare = [replace(problem, type="", difficulty=None, solution="") for problem in problems]
     return data_identity(sorted(bare, key=lambda problem: problem.id))
 

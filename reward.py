@@ -6,6 +6,8 @@ in the background, under limits of time and memory:
 
     with Grader(workers=2) as grader:
         grader.grade([(r"<think>...</think> \boxed{\frac{1}{2}}", ["0.5"])])
+
+A recipe's reward.function takes the place of this comparison: engine/reward_function.py.
 """
 
 import itertools
@@ -14,8 +16,8 @@ from dataclasses import dataclass
 
 from lab.answers import OPERAND, SIDE, evaluate
 
-# timed out: the answer exceeded the time or memory limit; grader failed: counted apart, never a silent "wrong"
-VERDICTS = ("right", "wrong", "no answer", "timed out", "grader failed")
+# timed out: the answer exceeded the time or memory limit; failed: counted apart, never a silent "wrong"
+VERDICTS = ("right", "wrong", "no answer", "timed out", "grader failed", "reward failed")
 MAX_SIDE_LENGTH = 200  # characters of one side of a written step
 
 
@@ -24,10 +26,15 @@ class Grade:
     """The grade of one response. The reward is a weighted sum of its three numbers."""
 
     verdict: str  # one of VERDICTS
-    correct: float  # 1.0 if the verdict is "right", else 0.0
+    correct: float  # 1.0 if the verdict is "right", else 0.0, or the partial credit of a reward function
     format: float  # see format_reward
     steps: float  # see step_reward
     answer: str | None  # content of the last box, None without one
+
+    @property
+    def right(self) -> bool:
+        """Whether it counts as solved: in pass rates, filter, drop and rescue."""
+        return self.verdict == "right"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -40,7 +47,7 @@ BRACES = re.compile(rf"(?P<box>{BOX.pattern})|\\\\(?!boxed|fbox)|\\[{{}}]|(?P<br
 AFTER_BOX = re.compile(r"(?:[\s$.*]|\\[\])])*")
 
 
-def _response_body(text: str, thinking: bool) -> str | None:
+def response_body(text: str, thinking: bool) -> str | None:
     """Return what follows the thinking block's closing tag; None if the tag is missing."""
     if not thinking:
         return text
@@ -68,7 +75,7 @@ def last_boxed(text: str, thinking: bool) -> str | None:
 
     With `thinking`, only the text after the last `</think>` counts: no closing tag, no answer.
     """
-    body = _response_body(text, thinking)
+    body = response_body(text, thinking)
     box = _last_box(body) if body is not None else None
     return body[slice(*box)] if box else None
 
@@ -78,7 +85,7 @@ def format_reward(text: str, thinking: bool) -> float:
 
     Whitespace, closing math delimiters, asterisks and a full stop may follow the box.
     """
-    body = _response_body(text, thinking)
+    body = response_body(text, thinking)
     box = _last_box(body) if body is not None else None
     if box is None or len(BOX.findall(body)) != 1:
         return 0.0

@@ -292,7 +292,8 @@ def make_groups(recipe: Recipe, problems: list[Problem], attempts: list[list[Att
     for problem, group in zip(problems, attempts, strict=True):
         parts = np.array([(a.grade.correct, a.grade.format, a.grade.steps) for a in group])  # (G, 3)
         rewards = parts @ np.array([weights.correct, weights.format, weights.steps])
-        groups.append(Group(problem, [attempt.rollout for attempt in group], rewards, parts[:, 0] > 0))
+        right = np.array([attempt.grade.right for attempt in group])
+        groups.append(Group(problem, [attempt.rollout for attempt in group], rewards, right))
     return groups
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.huggingface import ADAPTER_CONFIG, ModelError, check_types, read_json, resolve_folder, write_json
+from engine.huggingface import ADAPTER_CONFIG, ModelError, check_keys, named, read_json, resolve_folder, write_json
 from engine.sharding import fill, full_tensor
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -89,13 +89,8 @@ def read_config(folder: Path) -> Lora | None:
     if not path.exists():
         return None
     source = read_json(path)
-    for key in ("r", "lora_alpha", "base_model_name_or_path", "peft_type", "target_modules"):
-        if source.get(key) is None:
-            raise ModelError(f"{path}: the key {key!r} is missing")
-    try:
-        check_types(source)
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
+    with named(path):
+        check_keys(source, ("r", "lora_alpha", "base_model_name_or_path", "peft_type", "target_modules"))
     targets = source["target_modules"]
     for key, value in source.items():
         if value and key not in HARMLESS_KEYS and value not in HARMLESS_VALUES.get(key, ()):

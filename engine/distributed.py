@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from engine.errors import UserError, sentence
-from engine.terminal import printable
+from engine.terminal import is_main_process, printable
 
 # ranks sample responses of very different length, and the first to finish waits for the last
 COLLECTIVE_TIME_LIMIT_SECONDS = 6 * 3600.0  # the environment variable of this name overrides it
@@ -95,11 +95,6 @@ class Processes:
             return torch.cuda.max_memory_allocated() / 2**30
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
         return kilobytes / 2**20
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that prints; also valid before `start` and after `stop`."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def collective_time_limit() -> timedelta:
@@ -288,22 +283,22 @@ def report_error(error: BaseException, program: str, then: str = "repeat the com
     Errors that a person can put right and failed collectives are one sentence; all others come with their traceback.
     `then` is what to do about a full disk once it has space.
     """
-    correctable = isinstance(error, (UserError, ImportError, OSError))
+    if _watch is not None and _lost_contact(error):
+        error = RankError(_missing_ranks(str(error)))
+    correctable, text = isinstance(error, (UserError, ImportError, OSError)), f"{program}: {sentence(error, then)}"
     if _watch is None:
         if not correctable:
             raise error
-        _tell_torchrun(f"{program}: {sentence(error, then)}")
-        return f"{program}: {sentence(error, then)}" if is_main_process() else 1
-    if _lost_contact(error):
-        error, correctable = RankError(_missing_ranks(str(error))), True
+        _tell_torchrun(text)
+        return text if is_main_process() else 1
     try:
         first = _watch.store.add("error reported", 1) == 1
     except RuntimeError:  # the store's process is gone
         first = True
     if first:  # before this rank's connections close and the others notice
-        text = sentence(error, then) if correctable else traceback.format_exc()
-        print(f"rank {_watch.rank}: {program}: {text}", file=sys.stderr, flush=True)
-    _tell_torchrun(f"{program}: {sentence(error, then)}", first)
+        shown = text if correctable else f"{program}: {traceback.format_exc()}"
+        print(f"rank {_watch.rank}: {shown}", file=sys.stderr, flush=True)
+    _tell_torchrun(text, first)
     return 1
 
 
@@ -332,25 +327,17 @@ def stop_status() -> int:
     return 128 + (_signal or signal.SIGINT)
 
 
-SAY_AFTER = """import sys, time
-for _ in range(30_000):
-    time.sleep(0.001)
-    try:
-        words = open(f"/proc/{sys.argv[1]}/cmdline", "rb").read()
-    except OSError:
-        words = b""
-    if not words:  # it is exiting, which its shell does not know yet
-        print(sys.argv[2], flush=True)
-        break
-"""
+SAY_AFTER = "import select, sys; select.select([int(sys.argv[1])], [], [], 30)[0] and print(sys.argv[2])"
 
 
 def say_last(text: str) -> None:
     """Print a sentence, and again when torchrun has ended: it prints a traceback when a signal stops it."""
     print(text, flush=True)
-    if dist.is_torchelastic_launched() and os.path.exists("/proc/self/cmdline"):
-        words = [sys.executable, "-c", SAY_AFTER, str(os.getppid()), printable(text)]
-        subprocess.Popen(words, start_new_session=True)
+    if dist.is_torchelastic_launched():
+        with suppress(AttributeError, OSError):  # Linux alone has pidfd_open
+            parent = os.pidfd_open(os.getppid())  # readable when the process has ended
+            words = [sys.executable, "-c", SAY_AFTER, str(parent), printable(text)]
+            subprocess.Popen(words, start_new_session=True, pass_fds=[parent])
 
 
 class Interrupted(BaseException):

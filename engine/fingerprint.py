@@ -4,14 +4,15 @@ import hashlib
 import json
 import subprocess
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 
 from engine import adapter
 from engine.files import file_checksums
-from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_config, resolve_folder
+from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_optional_json, resolve_folder, weight_files
+from engine.reward_function import read_reward
 from lab.problems import DataError, Problem
 from rollout import Prompt
 
@@ -20,8 +21,17 @@ OTHER_PARTS = ("tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE)
 
 
 def data_identity(rows: Iterable[Problem | list[dict]]) -> str:
-    """Hash problems (ids, texts, answers, solutions) or chats, in their order."""
-    return _hash(vars(row) if isinstance(row, Problem) else row for row in rows)
+    """Hash problems (ids, texts, answers, solutions, rows where they are kept) or chats, in their order."""
+    problems = (
+        {k: v for k, v in vars(row).items() if k != "row" or v} if isinstance(row, Problem) else row for row in rows
+    )
+    return _hash(problems)
+
+
+def reward_identity(given: str) -> str | None:
+    """Hash a reward function's file and name; None without one. What the file imports does not count."""
+    function = read_reward(given)
+    return function and _hash([function.name, function.source])
 
 
 def model_identity(folder: Path) -> dict[str, str]:
@@ -30,9 +40,10 @@ def model_identity(folder: Path) -> dict[str, str]:
     Every byte of the weights counts: loading reads them too, and CRC-32 keeps up with a disk.
     """
     lora, words = adapter.read_config(folder), adapter.tokenizer_folder(folder)
-    weights = folder.glob(adapter.ADAPTER_WEIGHTS if lora else "*.safetensors")
+    weights = [folder / adapter.ADAPTER_WEIGHTS] if lora else weight_files(folder)
     configs = [folder / (adapter.TRAINED_CONFIG if lora else "config.json"), words / "generation_config.json"]
-    settings, tokenizer = _read_json(folder / ADAPTER_CONFIG), _read_json(words / "tokenizer_config.json")
+    settings = read_optional_json(folder / ADAPTER_CONFIG)
+    tokenizer = read_optional_json(words / "tokenizer_config.json")
     settings.pop("base_model_name_or_path", None)  # what the base is counts, not where
     found = {
         "weights": sorted(_checksums(weights).values()),  # the files' names do not count
@@ -54,16 +65,12 @@ def prompts_identity(prompts: Iterable[Prompt]) -> str:
 def _hash(values: Iterable[object]) -> str:
     found = hashlib.blake2b(digest_size=8)
     for value in values:
-        found.update(json.dumps(value, sort_keys=True).encode())
+        found.update(json.dumps(value, sort_keys=True, default=str).encode())
     return found.hexdigest()
 
 
 def _checksums(paths: Iterable[Path]) -> dict[str, list[int]]:
     return file_checksums(path for path in paths if path.is_file())
-
-
-def _read_json(path: Path) -> dict:
-    return read_config(path.parent, path.name) if path.is_file() else {}
 
 
 def code_version(folder: Path) -> str:
@@ -83,11 +90,12 @@ def git_commit(folder: Path) -> str:
     return done.stdout.strip()
 
 
-def differences(then: dict[str, str], now: dict[str, str], chosen: Sequence[str] = ()) -> list[str]:
+def differences(then: dict[str, str], now: dict[str, str], chosen: Collection[str] = ()) -> list[str]:
     """Describe the differences between two fingerprints; `chosen` are recipe keys that were changed on purpose.
 
-    A fingerprint has "recipe" (TOML), "code", "model PART" (see `model_identity`) and, for each source, "data SOURCE"
-    and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only their names are given.
+    A fingerprint has "recipe" (TOML), "code", "reward function" (its file), "model PART" (see `model_identity`) and,
+    for each source, "data SOURCE" and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only
+    their names are given.
     """
     found = []
     values = [dict(_flat(tomllib.loads(fingerprint.get("recipe", "")))) for fingerprint in (then, now)]
@@ -119,7 +127,7 @@ def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
 def require_same(path: Path, held: dict | None, wanted: dict) -> None:
     """Raise DataError unless a file or folder that was made with the settings `held` has all that are wanted.
 
-    "identity" holds hashes by what they are of: `model_identity`'s, "prompts", "problems".
+    "identity" holds hashes by what they are of: `model_identity`'s, "prompts", "problems", "reward function".
     """
     if not isinstance((held or {}).get("identity"), dict):
         raise DataError(

@@ -3,9 +3,8 @@
 import json
 import math
 import shutil
-import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from engine.errors import UserError
 from engine.files import writing
 from engine.sharding import fill, full_tensor
+from engine.terminal import note
 from yarn import Llama3Scaling, Rope, Yarn
 
 SHARD_BYTES = 5 * 2**30
@@ -28,47 +28,42 @@ TOKENIZER_FILES = (
     "merges.txt", "chat_template.jinja", "generation_config.json", "tokenizer.model",
 )  # fmt: skip
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list"}
-# keys of config.json, of its rotary blocks and of an adapter's config: type and, for numbers, bounds (both included)
-KEYS: dict[str, tuple] = {
-    "model_type": (str,),
-    "vocab_size": (int, 1, 2**24),
-    "hidden_size": (int, 1, 2**18),
-    "intermediate_size": (int, 1, 2**20),
-    "num_hidden_layers": (int, 1, 1000),
-    "num_attention_heads": (int, 1, 2**14),
-    "num_key_value_heads": (int, 1, 2**14),
-    "head_dim": (int, 2, 2**14),
-    "max_position_embeddings": (int, 1, 2**32),
-    "rms_norm_eps": (float, 0, 1),
-    "tie_word_embeddings": (bool,),
-    "attention_bias": (bool,),
-    "mlp_bias": (bool,),
-    "use_sliding_window": (bool,),
-    "layer_types": (list,),
-    "rope_scaling": (dict,),
-    "rope_parameters": (dict,),
-    "rope_type": (str,),
-    "rope_theta": (float, 2, 1e12),
-    "factor": (float, 1, 1e6),
-    "original_max_position_embeddings": (int, 1, 2**32),
-    "attention_factor": (float, 1e-3, 1e3),
-    "attn_factor": (float, 1e-3, 1e3),
-    "beta_fast": (float, 1e-3, 1e6),
-    "beta_slow": (float, 1e-3, 1e6),
-    "low_freq_factor": (float, 1e-3, 1e6),
-    "high_freq_factor": (float, 1e-3, 1e6),
-    "peft_type": (str,),
-    "base_model_name_or_path": (str,),
-    "r": (int, 1, 2**18),
-    "lora_alpha": (float, -1e6, 1e6),
-    "target_modules": (list,),
+# keys of config.json, of its rotary blocks and of an adapter's config, by type and, for numbers, bounds (both included)
+KEYS_BY_RULE = {
+    (str,): "model_type rope_type peft_type base_model_name_or_path",
+    (bool,): "tie_word_embeddings attention_bias mlp_bias use_sliding_window",
+    (list,): "layer_types target_modules",
+    (dict,): "rope_scaling rope_parameters",
+    (int, 1, 1000): "num_hidden_layers",
+    (int, 1, 2**14): "num_attention_heads num_key_value_heads",
+    (int, 2, 2**14): "head_dim",
+    (int, 1, 2**18): "hidden_size r",
+    (int, 1, 2**20): "intermediate_size",
+    (int, 1, 2**24): "vocab_size",
+    (int, 1, 2**32): "max_position_embeddings original_max_position_embeddings",
+    (float, 0, 1): "rms_norm_eps",
+    (float, 1, 1e6): "factor",
+    (float, 2, 1e12): "rope_theta",
+    (float, 1e-3, 1e3): "attention_factor attn_factor",
+    (float, 1e-3, 1e6): "beta_fast beta_slow low_freq_factor high_freq_factor",
+    (float, -1e6, 1e6): "lora_alpha",
 }
+KEYS = {key: rule for rule, keys in KEYS_BY_RULE.items() for key in keys.split()}
 ROTARY_BUFFER = "rotary_emb.inv_freq"  # of old checkpoints: computed from the config
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes in which weights may be stored
 
 
 class ModelError(UserError):
     """A model cannot be used."""
+
+
+@contextmanager
+def named(where: object) -> Iterator[None]:
+    """Say in a ModelError which file or row it is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- JSON files
@@ -93,8 +88,15 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def check_types(source: dict) -> None:
-    """Raise ModelError for a value in KEYS of another type or beyond its bounds; null counts as a missing key."""
+def read_optional_json(path: Path) -> dict:
+    """Read a file as `read_json` does; {} if there is none."""
+    return read_json(path) if path.exists() else {}
+
+
+def check_keys(source: dict, required: Sequence[str] = ()) -> None:
+    """Raise ModelError for a missing key and for a value against KEYS_BY_RULE; null counts as missing."""
+    if missing := [key for key in required if source.get(key) is None]:
+        raise ModelError(f"the key {missing[0]!r} is missing")
     for key in source.keys() & KEYS.keys():
         (kind, *bounds), value = KEYS[key], source[key]
         is_kind = type(value) is kind or (kind is float and type(value) is int)  # isinstance takes a bool for an int
@@ -103,13 +105,13 @@ def check_types(source: dict) -> None:
             raise ModelError(f"{key} must be {TYPE_NAMES.get(kind, 'an object')}{between}, not {str(value)[:60]!r}")
 
 
-def end_tokens(source: dict, vocabulary: int, where: str | Path) -> set[int]:
+def end_tokens(source: dict, vocabulary: int) -> set[int]:
     """Return the eos_token_id of a config: none, one or several. ModelError unless all are below `vocabulary`."""
     ends = source.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     for end in ends:
         if type(end) is not int or not 0 <= end < vocabulary:
-            raise ModelError(f"{where}: eos_token_id {str(end)[:60]!r} is no token of the {vocabulary:,} of the model")
+            raise ModelError(f"eos_token_id {str(end)[:60]!r} is no token of the {vocabulary:,} of the model")
     return set(ends)
 
 
@@ -118,47 +120,40 @@ def end_tokens(source: dict, vocabulary: int, where: str | Path) -> set[int]:
 
 def config_fields(source: dict, where: str | Path) -> dict:
     """Read a Hugging Face config as the fields of model.ModelConfig; ModelError if the model is not supported."""
+    with named(where):
+        return _config_fields(source, where)
 
-    def refuse(what: object) -> ModelError:
-        return ModelError(f"{where}: {what}")
 
-    try:
-        check_types(source)
-    except ModelError as error:
-        raise refuse(error) from None
+def _config_fields(source: dict, where: str | Path) -> dict:
+    check_keys(source)
     kind = source.get("model_type")
     if kind not in ARCHITECTURES:
-        raise refuse(f"model_type {kind!r} is not supported (known: {', '.join(ARCHITECTURES)})")
+        raise ModelError(f"model_type {kind!r} is not supported (known: {', '.join(ARCHITECTURES)})")
     if source.get("quantization_config"):
-        raise refuse("the weights are quantised: use the unquantised model")
+        raise ModelError("the weights are quantised: use the unquantised model")
     if source.get("use_sliding_window") or "sliding_attention" in (source.get("layer_types") or ()):
-        raise refuse("sliding-window attention is not supported")
+        raise ModelError("sliding-window attention is not supported")
     if source.get("hidden_act", "silu") != "silu":
-        raise refuse(f"hidden_act {source['hidden_act']!r} is not supported (only silu)")
+        raise ModelError(f"hidden_act {source['hidden_act']!r} is not supported (only silu)")
     if kind != "qwen2" and (source.get("attention_bias") or source.get("mlp_bias")):
-        raise refuse("attention_bias / mlp_bias are not supported")
+        raise ModelError("attention_bias / mlp_bias are not supported")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    for key in (*sizes, "num_attention_heads", "max_position_embeddings"):
-        if source.get(key) is None:
-            raise refuse(f"the key {key!r} is missing")
-    end_tokens(source, source["vocab_size"], where)
-    try:
-        heads = source["num_attention_heads"]
-        key_heads = source.get("num_key_value_heads") or heads
-        head_dim = source.get("head_dim") or (128 if kind == "qwen3" else source["hidden_size"] // heads)
-        rope, notes = rope_from_config(source, head_dim)
-    except ModelError as error:
-        raise refuse(error) from None
+    check_keys(source, (*sizes, "num_attention_heads", "max_position_embeddings"))
+    end_tokens(source, source["vocab_size"])
+    heads = source["num_attention_heads"]
+    key_heads = source.get("num_key_value_heads") or heads
+    head_dim = source.get("head_dim") or (128 if kind == "qwen3" else source["hidden_size"] // heads)
+    rope, notes = rope_from_config(source, head_dim)
     if heads % key_heads or head_dim % 2 or not head_dim:
-        raise refuse(f"{heads} heads cannot share {key_heads} key/value heads of {head_dim}")
+        raise ModelError(f"{heads} heads cannot share {key_heads} key/value heads of {head_dim}")
     window = source["max_position_embeddings"]
     if isinstance(rope.scaling, Yarn):  # Qwen documents rope_scaling alone, and vLLM reads it so
         extended = round(rope.scaling.factor * rope.scaling.original_max_position_embeddings)
         if extended > window:
             notes.append(f"YaRN: the window is factor x original = {extended:,} tokens, beyond the {window:,} stated")
             window = extended
-    for note in notes:
-        print(f"{where}: {note}", file=sys.stderr)
+    for text in notes:
+        note(f"{where}: {text}")
     return {size: source[size] for size in sizes} | {
         "model_type": kind,
         "max_position_embeddings": window,
@@ -193,7 +188,7 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
         stated = {key: value for key, value in (config.get(name) or {}).items() if value is not None}
         if "type" in stated:
             stated.setdefault("rope_type", stated.pop("type"))
-        check_types(stated)
+        check_keys(stated)
         if nested := [key for key, value in stated.items() if isinstance(value, dict)]:
             raise ModelError(f"{name} for one kind of layer ({nested[0]}) is not supported")
         if (at_top := config.get(original)) is not None and stated.setdefault(original, at_top) != at_top:

@@ -3,7 +3,6 @@
 Each process answers its share of the prompts and grades every response while the next are being decoded.
 """
 
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,10 @@ import torch
 
 from engine.distributed import Interrupted, Processes, StopRequest, note_place
 from engine.grader import Grader, check_grader
+from engine.huggingface import named
 from engine.sharding import gathered
-from engine.tokenizer import Chat, check_prompts, named
+from engine.terminal import note
+from engine.tokenizer import Chat, check_prompts
 from lab.console import wasted_responses
 from lab.problems import DataError, Problem, asks_otherwise, first_names, prompt_text
 from model import Transformer
@@ -86,12 +87,12 @@ class RolloutWorker:
         """
         prompts = [self.prompt(problem, 1) for problem in problems]
         others = [problem.id for problem in problems if asks_otherwise(problem, self.instruction)]
-        if others and ("", "instruction") not in self.warned and self.processes.is_main:
+        if others and ("", "instruction") not in self.warned:
             self.warned.add(("", "instruction"))
-            print(
-                f"note: {first_names(others, 3)} ask for the answer in another form, which is not graded, beside the "
-                'instruction that is added: remove theirs, or add none with instruction = "" (--instruction "")',
-                file=sys.stderr,
+            note(
+                f"note: {len(others):,} of {len(problems):,} problems ({first_names(others, 3)}) ask for another form "
+                "of answer than the box, which alone is graded: remove that from their text, or switch ours off "
+                'with instruction = "" (--instruction "")'
             )
         asked |= {problem.id: (problem.text, own.tokens) for problem, own in zip(problems, prompts, strict=True)}
         too_long = [prompt for prompt in prompts if most_tokens is not None and len(prompt.tokens) > most_tokens]
@@ -104,10 +105,9 @@ class RolloutWorker:
         return prompts
 
     def check(self, asked: dict[str, tuple[str, Sequence[int]]]) -> None:
-        """Say what `check_prompts` finds in prompts."""
-        for note in check_prompts(self.chat.tokenizer, asked):
-            if self.processes.is_main:
-                print(f"note: {note}", file=sys.stderr)
+        """Say what `check_prompts` finds in prompts; one process looks, for all have the same."""
+        for found in check_prompts(self.chat.tokenizer, asked) if self.processes.is_main else ():
+            note(f"note: {found}")
 
     def asked_to_stop(self) -> bool:
         """Whether this process was asked to stop."""
@@ -125,7 +125,7 @@ class RolloutWorker:
 
         A label shows progress. After a request to stop, no more are sampled.
         """
-        answers = {problem.id: problem.answers for problem in problems}
+        asked = {problem.id: problem for problem in problems}
         total, done, finished_tokens = sum(prompt.n for prompt in prompts), 0, 0
         sampler, ungraded = SamplerStats(), deque()
         started = last_line = time.perf_counter()
@@ -140,7 +140,8 @@ class RolloutWorker:
             for rollout in generate(self.model, prompts, sampling, self.limits, sampler, self.asked_to_stop):
                 text = self.chat.decode(rollout.tokens)
                 submitted = time.perf_counter()
-                ungraded.append((rollout, text, self.grader.submit(text, answers[rollout.problem_id])))
+                problem = asked[rollout.problem_id]
+                ungraded.append((rollout, text, self.grader.submit(text, problem.answers, problem.row)))
                 now, done, finished_tokens = time.perf_counter(), done + 1, finished_tokens + len(rollout.tokens)
                 stats.grade_seconds += now - submitted
                 while ungraded and self.grader.ready(ungraded[0][2]):
@@ -191,9 +192,17 @@ class RolloutWorker:
             seen += self.faults(attempt)
             if seen["all"] == FIRST_RESPONSES:  # the shortest, so that only one cause is certain
                 self.warn(Counter(all=seen["all"], unclosed=seen["unclosed"]), sampling, label)
-        everyone = self.processes.all_gather((stats, verdicts, seen, self.asked_to_stop()), "the end of sampling")
-        all_stats, all_verdicts, all_seen, stopped = zip(*everyone, strict=True)
-        check_grader(sum(all_verdicts, Counter()), self.most_failed_share)
+        mine = stats, verdicts, seen, self.asked_to_stop(), self.grader.failures
+        everyone = self.processes.all_gather(mine, "the end of sampling")
+        all_stats, all_verdicts, all_seen, stopped, all_failures = zip(*everyone, strict=True)
+        failures = {verdict: text for own in reversed(all_failures) for verdict, text in own.items()}
+        for verdict, text in failures.items():
+            if ("", verdict) not in self.warned:
+                self.processes.say(
+                    f"warning: reward function, first response {verdict.removeprefix('reward ')}: {text}"
+                )
+            self.warned.add(("", verdict))
+        check_grader(sum(all_verdicts, Counter()), self.most_failed_share, failures)
         self.warn(sum(all_seen, Counter()), sampling, label)
         return kept, combine(all_stats), any(stopped)
 
@@ -201,7 +210,8 @@ class RolloutWorker:
         """Count a response for `wasted_responses`."""
         seen = Counter(all=1, cut=attempt.rollout.finish_reason == "length")
         if attempt.grade.verdict == "no answer":
-            boxed = last_boxed(attempt.text, thinking=False) is not None
+            # a reward function is only uncalled where the thinking is unclosed
+            boxed = self.grader.reward is not None or last_boxed(attempt.text, thinking=False) is not None
             seen.update({"unclosed": boxed, "no box": not boxed, "empty": not attempt.text.strip()})
         return seen
 

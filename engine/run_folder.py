@@ -20,7 +20,15 @@ import transformers
 from engine.checkpoint import CheckpointError, RunState, read_state
 from engine.distributed import Processes
 from engine.files import write_atomically
-from engine.fingerprint import code_version, data_identity, differences, git_commit, model_identity, prompts_identity
+from engine.fingerprint import (
+    code_version,
+    data_identity,
+    differences,
+    git_commit,
+    model_identity,
+    prompts_identity,
+    reward_identity,
+)
 from engine.rollout_worker import RolloutWorker
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
@@ -83,13 +91,13 @@ def open_run(
     state. Raises CheckpointError when another process uses the folder, when no checkpoint can be used, or when recipe,
     data, model or code differ from those of the run so far.
     """
-    lock = None
+    lock, found = None, None
     if processes.is_main:
         lock = hold(folder)
         if not resumed and recipe.world:
             write_world(recipe.world, folder / "world")
-    processes.broadcast(None)  # no process reads the world before it is written
-    now = run_fingerprint(recipe, folder)
+        found = run_fingerprint(recipe, folder), read_launches(folder / LAUNCHES)
+    now, launches = processes.broadcast(found)  # no process reads the world before it is written
     checkpoint, state = None, RunState()
     if resumed:
         lines = processes.broadcast(whole_lines(folder) if processes.is_main else None)
@@ -98,14 +106,9 @@ def open_run(
             processes.say(f"resuming {folder} after step {state.step}")
         else:
             processes.say(f"{folder} has no checkpoint: starting over")
-    launches = read_launches(folder / LAUNCHES)
     if checkpoint:
-        # next to the name of a run, --set changes values on purpose; in a repeated command it changes nothing
-        chosen = [value.partition("=")[0] for value in arguments.set] if isinstance(arguments.resume, Path) else []
         missing = [f"{LAUNCHES} is missing"]  # nobody knows what the run was made with
-        differing = differences(launches[-1], now, chosen) if launches else missing
-        for difference in differing:
-            processes.say(f"differs from the run so far: {difference}")
+        differing = differences(launches[-1], now, chosen_keys(arguments)) if launches else missing
         if differing and not arguments.resume_anyway:
             if lock is not None:
                 os.close(lock)
@@ -113,7 +116,8 @@ def open_run(
                 f"{folder} differs from the run so far: {'; '.join(differing)}: undo the change, or resume with it by "
                 "--resume-anyway"
             )
-    processes.all_gather(None)  # every process has read the launches
+        for difference in differing:
+            processes.say(f"differs from the run so far: {difference}")
     if processes.is_main and (not launches or launches[-1] | now != launches[-1]):
         versions = (
             f"# python {platform.python_version()}, torch {torch.__version__}, transformers "
@@ -123,6 +127,11 @@ def open_run(
         launches.append({"after_step": state.step} | now)
         write_atomically(folder / LAUNCHES, [json.dumps(launches, indent=1).encode()])
     return lock, checkpoint, state
+
+
+def chosen_keys(arguments: argparse.Namespace) -> set[str]:
+    """Return the keys that --set changes on purpose: next to the name of a run, not in a repeated command."""
+    return {value.partition("=")[0] for value in arguments.set} if isinstance(arguments.resume, Path) else set()
 
 
 def read_launches(path: Path) -> list[dict[str, str]]:
@@ -158,9 +167,9 @@ def require_same_prompts(
             problems = data.problems(source)[:PROMPTS_COMPARED]
         now[f"prompts {source}"] = prompts_identity(worker.prompt(problem, 1) for problem in problems)
     then = {name: value for launch in launches for name, value in launch.items() if name in now}
-    on_purpose = {"instruction", "thinking"} & {value.partition("=")[0] for value in arguments.set}
+    on_purpose = arguments.resume_anyway or {"instruction", "thinking"} & chosen_keys(arguments)
     differing = differences(then, now)
-    if resumed and differing and not on_purpose and not arguments.resume_anyway:
+    if resumed and differing and not on_purpose:
         raise CheckpointError(
             f"{folder} differs from the run so far: {'; '.join(differing)}, though the model's files did not (its "
             "template writes a date, or transformers is another version): resume with it by --resume-anyway"
@@ -227,6 +236,8 @@ def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Return what a run depends on in addition to its checkpoint: see `fingerprint.differences`."""
     found = {"recipe": to_toml(recipe), "code": code_version(ROOT)}
     found |= {f"model {part}": value for part, value in model_identity(model_source(recipe, folder)).items()}
+    if recipe.reward.function:
+        found["reward function"] = reward_identity(recipe.reward.function)
     data = RunData(recipe, folder)
     for source in sources(recipe):
         path = data.path(source)

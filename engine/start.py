@@ -13,6 +13,7 @@ from engine.batches import TrainingSequence
 from engine.checkpoint import load_trained_weights
 from engine.distributed import Processes, StopRequest
 from engine.grader import Grader
+from engine.huggingface import named
 from engine.offload import Offload
 from engine.rollout_worker import RolloutWorker
 from engine.run import Run
@@ -26,7 +27,7 @@ from engine.run_folder import (
     run_folder,
 )
 from engine.sharding import shard
-from engine.tokenizer import END_THINK, THINK, load_tokenizer, named, read_chat, stop_tokens
+from engine.tokenizer import END_THINK, THINK, load_tokenizer, read_chat, stop_tokens
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
@@ -49,15 +50,16 @@ def build_run(
     arguments: argparse.Namespace, recipe: Recipe, folder: Path, resumed: bool, processes: Processes, stop: StopRequest
 ) -> Run:
     """Build a run in its folder, and check all of its inputs."""
+    sampler, reward = recipe.sampler, recipe.reward
+    grader = Grader(reward.workers, reward.time_limit_seconds, reward=reward.function)  # tries the function out
     lock, checkpoint, state = open_run(arguments, recipe, folder, resumed, processes)
     model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, processes)
     chat = read_chat(load_tokenizer(model_folder, model), recipe.thinking)
     processes.say(chat.account)
-    sampler, reward = recipe.sampler, recipe.reward
     stops = stop_tokens(chat, model, model_folder)
     limits = CacheLimits(sampler.cache_tokens, sampler.page_tokens, sampler.rows)
-    grader = Grader(reward.workers, reward.time_limit_seconds, thinking=chat.thinking)
+    grader.thinking = chat.thinking
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -222,13 +224,9 @@ def final_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
     """Return the config of the final evaluation, with YaRN and the window that it extends."""
     final = recipe.final
     return extend_window(
-        config,
-        final.yarn_factor,
-        final.yarn_original_window,
-        final.yarn_attention_factor,
-        final.yarn_beta_fast,
+        config, final.yarn_factor, final.yarn_original_window, final.yarn_attention_factor, final.yarn_beta_fast,
         final.yarn_beta_slow,
-    )
+    )  # fmt: skip
 
 
 def empty_model(folder: Path, recipe: Recipe) -> Transformer:

@@ -30,6 +30,17 @@ def prepare_terminal() -> None:
             stream.write = _escaping(stream.write, BAR if stream is sys.stderr else None)
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that prints; valid before a process group is joined, and after."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(text: str) -> None:
+    """Print a note on stderr, on the main process only."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
 def printable(text: str) -> str:
     """Return a text with escapes (`\\x1b`) for what is neither printable nor a line break nor a tab.
 

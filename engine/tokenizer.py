@@ -1,7 +1,6 @@
 """The tokenizer of a model folder, and how its chat template begins and ends a response."""
 
 import re
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +13,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from engine.huggingface import end_tokens, read_json, regular_file
+from engine.huggingface import end_tokens, named, read_optional_json, regular_file
+from engine.terminal import note
 from lab.problems import first_names
 from model import ModelError, Transformer
 
@@ -35,15 +35,6 @@ def explained(what: str, remedy: str) -> Iterator[None]:
         raise ModelError(f"{what} ({reason[:300].rstrip('.')}): {remedy}") from None
 
 
-@contextmanager
-def named(name: str) -> Iterator[None]:
-    """Name the row whose prompt raises a ModelError."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{name}: {error}") from None
-
-
 def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder. ModelError if it is broken or does not fit the model.
 
@@ -56,10 +47,7 @@ def load_tokenizer(folder: Path, model: Transformer) -> PreTrainedTokenizerBase:
             f"{folder}: the tokenizer has {largest + 1} tokens, the model {rows}: use the model's tokenizer"
         )
     if largest + 1 < rows / 2:
-        print(
-            f"{folder}: only {largest + 1:,} of the model's {rows:,} rows are tokens: is this its own tokenizer?",
-            file=sys.stderr,
-        )
+        note(f"{folder}: only {largest + 1:,} of the model's {rows:,} rows are tokens: is this its own tokenizer?")
     return tokenizer
 
 
@@ -74,8 +62,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         with explained(f"{file} is no tokenizer", "download it again"):
             Tokenizer.from_file(str(file))
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if (folder / name).exists():
-            read_json(folder / name)
+        read_optional_json(folder / name)
     if file.exists():
         remedy = "correct tokenizer_config.json or the chat template, or download them again"
         with explained(f"{folder}: the tokenizer cannot be loaded", remedy):
@@ -167,11 +154,10 @@ def _last_tag(prompt: str) -> str:
 
 def stop_tokens(chat: Chat, model: Transformer, folder: Path) -> tuple[int, ...]:
     """Return all tokens that end a response: the template's, the tokenizer's, the config's, the generation config's."""
-    generation = folder / "generation_config.json"
-    generation_config = read_json(generation) if generation.exists() else {}
-    found = {chat.end, chat.tokenizer.eos_token_id}
-    for config in (model.config.source, generation_config):
-        found |= end_tokens(config, model.config.vocab_size, generation)
+    generation, rows = folder / "generation_config.json", model.config.vocab_size
+    found = {chat.end, chat.tokenizer.eos_token_id} | end_tokens(model.config.source, rows)
+    with named(generation):
+        found |= end_tokens(read_optional_json(generation), rows)
     found.discard(None)
     if not found:
         raise ModelError(f"{folder}: neither tokenizer nor config names an end-of-sequence token")

@@ -565,7 +565,8 @@ def ask_math_verify(gold: str, answer: str) -> bool:
     is_plain, has_decimal = _figure(gold) is not None, "." in gold + answer
     if is_plain and PRODUCT.search(answer):
         return False
-    if gold_value.is_Matrix and value.is_Matrix and gold_value.shape == value.shape:
+    gold_value, value = (v.doit() if isinstance(v, sympy.MatrixExpr) else v for v in (gold_value, value))
+    if all(isinstance(v, sympy.MatrixBase) for v in (gold_value, value)) and gold_value.shape == value.shape:
         return all(_is_value(g, a, False, has_decimal) for g, a in zip(gold_value, value, strict=True))
     if isinstance(gold_value, sympy.Eq) and isinstance(value, sympy.Eq):
         return _is_equation(gold_value, value)

@@ -41,9 +41,10 @@ PUBLISHED = {  # avg@k, in the order of the first five benchmarks
 
 
 def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, str]:
-    """Resolve data sets to {name: file or hub id}. A source is a file, a folder of files (or of one data set's shards), a hub id or a known name.
+    """Resolve data sets to {name: file, folder or hub id}. A source is a file, a folder, a hub id or a known name.
 
-    A known name is searched for in `folder` and below, then on the hub. Raises DataError.
+    A folder holds a data set per file, or the shards of one. A known name is searched for in `folder` and below,
+    then on the hub. Raises DataError.
     """
     found: dict[str, str] = {}
     seen: dict[str, str] = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from engine import distributed
 from engine.adapter import tokenizer_folder
 from engine.distributed import Interrupted, StopRequest
-from engine.fingerprint import model_identity, prompts_identity
+from engine.fingerprint import model_identity, prompts_identity, reward_identity
 from engine.grader import Grader
 from engine.rollout_worker import RolloutWorker
 from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
@@ -31,6 +31,7 @@ def load_worker(
     RolloutError for whatever would fail later.
     """
     processes, folder = distributed.start(), resolve_folder(arguments.model)
+    grader = Grader(arguments.workers, reward=arguments.reward or "")  # tries the function out
     model, tokenizer_from = load(folder, processes.device, processes.compute_dtype), tokenizer_folder(folder)
     if yarn is not None:
         model.config = extend_window(model.config, **yarn)
@@ -39,13 +40,14 @@ def load_worker(
     thinking = {"true": True, "false": False}.get(arguments.thinking, "auto")
     chat = read_chat(load_tokenizer(tokenizer_from, model), thinking)
     processes.say(chat.account)
+    grader.thinking = chat.thinking
     sampling = Sampling(
         arguments.temperature, arguments.max_tokens, stop_tokens(chat, model, tokenizer_from), arguments.seed,
         draw, arguments.top_k, arguments.top_p,
     )  # fmt: skip
     worker = RolloutWorker(
-        model, chat, sampling.stop_tokens, None, Grader(arguments.workers, thinking=chat.thinking),
-        processes, arguments.instruction, StopRequest(stopping), arguments.most_failed_share,
+        model, chat, sampling.stop_tokens, None, grader, processes, arguments.instruction, StopRequest(stopping),
+        arguments.most_failed_share,
     )  # fmt: skip
     asked: dict = {}
     prompts = worker.prompts(problems, asked)
@@ -54,7 +56,9 @@ def load_worker(
     page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
     worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
     check_requests(model, prompts, sampling, worker.limits)
-    return worker, sampling, model_identity(folder) | {"prompts": prompts_identity(prompts)}
+    identity = processes.broadcast(model_identity(folder) if processes.is_main else None)
+    identity |= {"prompts": prompts_identity(prompts), "reward function": reward_identity(arguments.reward or "")}
+    return worker, sampling, identity
 
 
 def run_command(script: str, command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
@@ -62,10 +66,10 @@ def run_command(script: str, command: Callable[[argparse.Namespace], None], argu
     status: int | str = 0
     try:
         command(arguments)
-    except (Interrupted, KeyboardInterrupt):
+    except Interrupted:
         status = distributed.stop_status()
         if distributed.is_main_process():
-            print(f"stopped; the same command resumes from {arguments.out}")
+            distributed.say_last(f"stopped; the same command resumes from {arguments.out}")
     except Exception as error:
         status = distributed.report_error(error, script)
     finally:

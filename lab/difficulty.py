@@ -38,15 +38,15 @@ ADVICE = {
 }
 
 
-def read_data(arguments: argparse.Namespace) -> list[Problem]:
-    """Read the problems of a command."""
+def read_data(arguments: argparse.Namespace, rewarded: bool) -> list[Problem]:
+    """Read the problems of a command, of which a reward function may need the whole rows."""
     on_bad_row = "skip" if arguments.skip_bad_rows else "stop"
-    return read_problems(arguments.data, on_bad_row, arguments.columns)[: arguments.limit]
+    return read_problems(arguments.data, on_bad_row, rewarded, arguments.columns)[: arguments.limit]
 
 
 def estimate_command(arguments: argparse.Namespace) -> None:
     """Estimate pass rates on all processes, and print the shape of their histogram."""
-    problems = read_data(arguments)
+    problems = read_data(arguments, bool(arguments.reward))
     worker, sampling, identity = load_worker(arguments, problems, "saving the finished problems", ESTIMATE_DRAW)
     is_main = worker.processes.is_main
     if is_main:
@@ -62,7 +62,9 @@ def estimate_command(arguments: argparse.Namespace) -> None:
 
 def filter_command(arguments: argparse.Namespace) -> None:
     """Drop the problems that are always solved, by the pass rates of a file."""
-    problems, history = read_data(arguments), History.load(arguments.pass_rates)
+    history = History.load(arguments.pass_rates)
+    identity = (history.settings or {}).get("identity")
+    problems = read_data(arguments, isinstance(identity, dict) and bool(identity.get("reward function")))
     require_same(arguments.pass_rates, history.settings, {"identity": {"problems": problems_fingerprint(problems)}})
     n = history.settings["n"]
     bounds = arguments.drop_at, arguments.keep_above, arguments.max_unsolved_share
@@ -71,10 +73,12 @@ def filter_command(arguments: argparse.Namespace) -> None:
 
 def drop_command(arguments: argparse.Namespace) -> None:
     """Drop problems by a run's history, as the run does at the end of a stage."""
-    problems, run = read_data(arguments), arguments.run
+    run = arguments.run
     if not (run / "recipe.toml").exists():
         raise DataError(f"{run} is not a run: it has no recipe.toml; give a folder of train.py.")
-    stages = {k: s for k, s in enumerate(load_recipe(run / "recipe.toml").stage) if isinstance(s, RlStage)}
+    recipe = load_recipe(run / "recipe.toml")
+    problems = read_data(arguments, bool(recipe.reward.function))
+    stages = {k: s for k, s in enumerate(recipe.stage) if isinstance(s, RlStage)}
     found = read_state(run)
     if found is None:
         raise DataError(f"{run} has no checkpoint yet, so it has no history; resume it first.")

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.distributed import Processes
 from engine.files import write_atomically
-from engine.fingerprint import data_identity, other_parts, require_same
+from engine.fingerprint import data_identity, other_parts, require_same, reward_identity
 from engine.grader import Grader, check_grader
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
 from lab import eval_page
@@ -54,9 +54,9 @@ def start_session(arguments: argparse.Namespace) -> Session:
         raise DataError(f"{out} is not a folder; give another --out")
     on_bad_row = "skip" if arguments.skip_bad_rows else "keep"
     sets = {
-        name: read_problems(place, on_bad_row, Columns() if name in BENCHMARKS else arguments.columns)[
-            : arguments.limit
-        ]
+        name: read_problems(
+            place, on_bad_row, bool(arguments.reward), Columns() if name in BENCHMARKS else arguments.columns
+        )[: arguments.limit]
         for name, place in find_data(arguments.data, arguments.folder).items()
     }
     problems = list(chain(*sets.values()))
@@ -74,6 +74,7 @@ def start_session(arguments: argparse.Namespace) -> Session:
         "curve": arguments.curve,
         "match": arguments.match,
         "n": arguments.n,
+        "reward": arguments.reward,
         "identity": identity | {"problems": data_identity(problems)},
     }
     targets = {name: target_diversity(arguments.match, name, settings) for name in sets} if arguments.match else {}
@@ -84,9 +85,9 @@ def start_session(arguments: argparse.Namespace) -> Session:
 
 
 def open_folder(out: Path, settings: dict, sets: dict[str, list[Problem]]) -> None:
-    """Create a folder, or reopen one of the same evaluation, in which only -n and the model's place may differ."""
+    """Create a folder, or reopen one of the same evaluation; only -n and the places of model and reward may differ."""
     if (out / "settings.json").exists():
-        require_same(out, read_settings(out), {k: v for k, v in settings.items() if k not in ("n", "model")})
+        require_same(out, read_settings(out), {k: v for k, v in settings.items() if k not in ("n", "model", "reward")})
         print(f"resuming in {out}")
     elif out.exists() and any(out.iterdir()):
         raise DataError(f"{out} already exists and is not an evaluation; give another --out")
@@ -236,11 +237,16 @@ def length_curve(
             (i, j, head)
             for i, group in enumerate(groups)
             for j, r in enumerate(group)
-            if r.tokens > budget and last_boxed(head := r.text[: r.cuts[str(budget)]], grader.thinking) is not None
+            if r.tokens > budget
+            and (
+                (head := r.text[: r.cuts[str(budget)]])
+                and grader.reward
+                or last_boxed(head, grader.thinking) is not None
+            )
         ]
-        grades = grader.grade([(head, problems[i].answers) for i, _, head in boxed])
+        grades = grader.grade([(head, problems[i].answers, problems[i].row) for i, _, head in boxed])
         for (i, j, _), grade in zip(boxed, grades, strict=True):
-            right[i, j] = grade.correct
+            right[i, j] = grade.right
         means = right.mean(1)
         curve.append(LengthPoint(budget, float(np.mean(means)), *interval(means)))
     return curve
@@ -299,11 +305,12 @@ def regrade(arguments: argparse.Namespace) -> None:
     if out.exists():
         raise DataError(f"{out} already exists; give another --out")
     sets, results = {}, Results()
-    with Grader(arguments.workers, thinking=settings["thinking"]) as grader:
+    reward = (settings.get("reward") or "") if arguments.reward is None else arguments.reward
+    with Grader(arguments.workers, thinking=settings["thinking"], reward=reward) as grader:
         for name in settings["data"]:
-            problems, stored = read_groups(run, name, settings["n"])
+            problems, stored = read_groups(run, name, settings["n"], bool(reward))
             tickets = [
-                [grader.submit(r.text, problem.answers) for r in group]
+                [grader.submit(r.text, problem.answers, problem.row) for r in group]
                 for problem, group in zip(problems, stored, strict=True)
             ]
             groups = []
@@ -314,11 +321,12 @@ def regrade(arguments: argparse.Namespace) -> None:
             moves = Counter((old, new) for old, new in zip(before, after, strict=True) if old != new)
             changed = ", ".join(f"{count} {old} -> {new}" for (old, new), count in sorted(moves.items()))
             print(f"{name}: {len(after):,} responses regraded; {changed or 'no verdict changed'}")
-            check_grader(Counter(after), arguments.most_failed_share)
+            check_grader(Counter(after), arguments.most_failed_share, grader.failures)
             sets[name], results.groups[""][name] = problems, groups
             found = summarise(name, problems, groups, settings["temperature"], settings["trained_length"])
             results.figures[""].append(found)
-    open_folder(out, settings, sets)
+    identity = settings["identity"] | {"reward function": reward_identity(reward)}
+    open_folder(out, settings | {"reward": reward, "identity": identity}, sets)
     for name, groups in results.groups[""].items():
         write_responses(response_file(out, name), chain(*groups))
     write_results(out, settings["model"], sets, results)
@@ -331,7 +339,7 @@ def compare_runs(a: Path, b: Path) -> None:
         if then.get(name) != now.get(name):
             print(f"note: {name} is {then.get(name)} in {a} and {now.get(name)} in {b}")
     for part in other_parts(then.get("identity"), now.get("identity", {})):
-        if part in ("prompts", "problems"):
+        if part in ("prompts", "problems", "reward function"):
             print(f"note: the {part} of {a} and {b} differ")
     shared = [name for name in then["data"] if name in now["data"]]
     if not shared:

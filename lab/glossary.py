@@ -23,7 +23,7 @@ GLOSSARY = (
     Entry("reward_correct reward_format reward_steps", "rl", "parts of the reward, unweighted: right answer, form, "
           "worked steps that hold"),
     Entry("verdicts", "rl eval", "responses by verdict: right, wrong, no answer, timed out (exceeded its time or "
-          "memory), grader failed", varies=True),
+          "memory), grader failed, reward failed (a reward function)", varies=True),
     Entry("response_length_mean response_length_max", "rl", "tokens in a response, its end-of-sequence token included"),
     Entry("max_response_tokens", "rl", "the stage's limit on response tokens"),
     Entry("truncated_share", "rl eval", "share of responses cut at the limit"),

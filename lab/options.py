@@ -76,7 +76,8 @@ def model_options() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--rows", type=COUNT, default=64, help="sequences decoded at once")
     add("--cache-tokens", type=COUNT, help="of all sequences together (default: what the rows need, if memory allows)")
-    add("--workers", type=COUNT, default=2, help="processes that grade symbolic answers")
+    add("--reward", metavar="FILE.py:NAME", help="call NAME(text, row) instead of comparing answers")
+    add("--workers", type=COUNT, default=2, help="processes that grade symbolic answers, or call the reward function")
     add("--most-failed-share", type=float, default=0.02, help="stop if the grader fails on more of the answers")
     return parent
 

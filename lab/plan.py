@@ -192,6 +192,12 @@ def stage_data(recipe: Recipe, index: int) -> str:
     return next(s.data for s in reversed(recipe.stage[: index + 1]) if isinstance(s, RlStage) and s.data)
 
 
+def stage_prompt(recipe: Recipe, index: int) -> int:
+    """Return the mean tokens of the prompts of an rl stage, 0 if unknown."""
+    data = stage_data(recipe, index)
+    return mean_prompt(recipe.model, data, recipe.instruction, recipe.thinking, *how_to_read(recipe, data))
+
+
 def uncounted(recipe: Recipe) -> list[str]:
     """Return the data left out of the hours: sampled for pass rates or evaluations, of unknown size."""
     filtered = [i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage) and stage.filter_before]
@@ -204,8 +210,7 @@ def with_mean_prompt(recipe: Recipe, index: int) -> SftStage | RlStage:
     stage = recipe.stage[index]
     if isinstance(stage, SftStage):
         return stage
-    data = stage_data(recipe, index)
-    mean = mean_prompt(recipe.model, data, recipe.instruction, recipe.thinking, *how_to_read(recipe, data))
+    mean = stage_prompt(recipe, index)
     return replace(stage, max_prompt_tokens=min(mean or stage.max_prompt_tokens, stage.max_prompt_tokens))
 
 
@@ -418,11 +423,7 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
 def show_cost(shape: Shape, recipe: Recipe, machine: Machine, run: Path | None = None) -> None:
     """Print a run's tokens, FLOPs, hours and cost, and what would shorten it if it takes too long."""
     mean = f"{machine.response_tokens:,} tokens" if machine.response_tokens else f"{RESPONSE_SHARE:.0%} of their limit"
-    local = any(
-        mean_prompt(recipe.model, data, recipe.instruction, recipe.thinking, *how_to_read(recipe, data))
-        for i, stage in enumerate(recipe.stage)
-        if isinstance(stage, RlStage) and (data := stage_data(recipe, i))
-    )
+    local = any(stage_prompt(recipe, i) for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage))
     prompts = "have the data's mean length" if local else "reach theirs"
     print(f"  assumed: responses average {mean}, prompts {prompts}")
     if machine.timed:

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
@@ -31,6 +31,7 @@ NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "sta
 MOST_ROWS = 10_000_000  # of a file, and entries of its lists
 MOST_BYTES = 4 << 30  # of a file, and of its texts once unpacked
 BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
+WHOLE_ROW = "whole_row"  # the key under which write_problems keeps Problem.row
 MAX_SHOWN = 300  # characters of a file's content in an error
 TOO_LARGE = "holds a number of too many digits, or too deep a nesting"
 HUB_ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(:(?P<split>[\w./-]+))?")
@@ -50,6 +51,7 @@ class Problem:
     type: str = ""  # the kind of problem, as the data names it
     difficulty: float | None = None  # on the data's own scale
     solution: str = ""  # worked solution, for sft stages
+    row: dict = field(default_factory=dict, hash=False)  # the data's whole row, where a reward function reads it
 
 
 @dataclass(frozen=True)
@@ -83,20 +85,23 @@ LOOKED_AT = 1000  # rows that decide how a file's answers are written
 # ---- reading and writing -------------------------------------------------------------------------
 
 
-def read_problems(source: str | Path, on_bad_row: str = "stop", columns: Columns = Columns()) -> list[Problem]:
+def read_problems(
+    source: str | Path, on_bad_row: str = "stop", rewarded: bool = False, columns: Columns = Columns()
+) -> list[Problem]:
     """Read a local file or folder, or a Hugging Face dataset; ":split" may follow a folder and "owner/name".
 
     on_bad_row: "stop" raises for unusable rows; "skip" leaves them out and prints how many; "keep" keeps problems
     without an answer (an evaluation may have to count them), prints how many, and stops at other faults. Of rows with
     the same id and text only the first is kept, and the count is printed; problems with one text and different answers
     count as without an answer. Ids begin with the file's stem (the folder's, the dataset's name), so that sources can
-    be mixed. `columns` names columns that KNOWN_COLUMNS lacks. Raises DataError.
+    be mixed. `rewarded` is for a reward function: rows are kept whole, and need no answer. `columns` names columns that
+    KNOWN_COLUMNS lacks. Raises DataError.
     """
     if on_bad_row not in ("stop", "skip", "keep"):
         raise DataError(f'on_bad_row is {on_bad_row!r}; it must be "stop", "skip" or "keep".')
     stem, files = find_files(source)
-    rows = chain.from_iterable(read_file(file, stem, on_bad_row, columns) for file in files)
-    problems, repeated, disputed = settle(rows, stem, on_bad_row == "keep")
+    rows = chain.from_iterable(read_file(file, stem, on_bad_row, rewarded, columns) for file in files)
+    problems, repeated, disputed = settle(rows, stem, on_bad_row == "keep", rewarded)
     if repeated:
         print(f"{source}: left out {len(repeated)} duplicate rows (first: {repeated[0]})", file=sys.stderr)
     if disputed:
@@ -213,19 +218,21 @@ def download(repo: str, split: str) -> list[Path]:
         ) from error
 
 
-def read_file(path: Path, stem: str, on_bad_row: str, columns: Columns) -> Iterator[Problem]:
+def read_file(path: Path, stem: str, on_bad_row: str, rewarded: bool, columns: Columns) -> Iterator[Problem]:
     """Yield the usable rows of one file; the id is "stem/own id", or "" in a row without one."""
-    rows = rows_of(path, lambda names: find_columns(names, columns, path))
+    rows = rows_of(path, None if rewarded else lambda names: find_columns(names, columns, path))
     head = list(islice(rows, LOOKED_AT))
     if not head:
         raise DataError(f"{path} holds no rows; add at least one problem.")
     names = dict.fromkeys(name for _, row in head if isinstance(row, dict) for name in row)
-    found = find_columns(list(names), columns, path) if names else dict.fromkeys(KNOWN_COLUMNS, ())
+    found = find_columns(list(names), columns, path, rewarded) if names else dict.fromkeys(KNOWN_COLUMNS, ())
     worked = is_worked(found["answer"], [row for _, row in head if isinstance(row, dict)])
     own = found["problem"][:1] == ("problem",) and found["answer"][:1] == ("answers",)
     usable, bad, examples = 0, Counter(), []
     for number, row in chain(head, rows):
         problem, reason = problem_of(row, found, worked) if isinstance(row, dict) else (None, row)
+        if problem and rewarded:
+            problem, reason = replace(problem, row=row.get(WHOLE_ROW, row)), reason * (not problem.text.strip())
         kept = not reason or (on_bad_row == "keep" and problem is not None and problem.text.strip())
         if reason:
             bad[reason, bool(kept)] += 1
@@ -426,17 +433,19 @@ def checked_row(row: object, escaped: bool) -> dict | str:
 # ---- columns: row -> Problem with the row's own id, or "" ----------------------------------------
 
 
-def find_columns(names: Sequence[str], columns: Columns, path: Path) -> dict[str, tuple[str, ...]]:
+def find_columns(
+    names: Sequence[str], columns: Columns, path: Path, rewarded: bool = False
+) -> dict[str, tuple[str, ...]]:
     """Return which of a file's columns hold each field of Columns, best first.
 
-    Raises DataError with the file's columns if none holds the problem or the answer.
+    Raises DataError with the file's columns if none holds the problem or, unless `rewarded`, the answer.
     """
     held = {re.sub(r"[\W_]+", "_", name.strip().casefold()): name for name in reversed(names)}
     found = {}
-    for field, known in KNOWN_COLUMNS.items():
-        given, paths = getattr(columns, field), [name.partition(".") for name in known]
-        found[field] = (given,) if given else tuple(held[a] + dot + b for a, dot, b in paths if a in held)
-    missing = [field for field in ("problem", "answer") if not found[field]]
+    for name, known in KNOWN_COLUMNS.items():
+        given, paths = getattr(columns, name), [column.partition(".") for column in known]
+        found[name] = (given,) if given else tuple(held[a] + dot + b for a, dot, b in paths if a in held)
+    missing = [name for name in ("problem", "answer")[: 2 - rewarded] if not found[name]]
     missing += [name for name in filter(None, vars(columns).values()) if not {name, name.partition(".")[0]} & {*names}]
     if missing:
         shown = ", ".join(name if name.isprintable() else repr(name) for name in names)[:MAX_SHOWN] or "none"
@@ -563,18 +572,24 @@ def as_number(value) -> float | None:
 
 
 def settle(
-    problems: Iterable[Problem], stem: str, keep: bool
+    problems: Iterable[Problem], stem: str, keep: bool, rewarded: bool
 ) -> tuple[list[Problem], list[str], list[tuple[Problem, Problem]]]:
     """Return problems with unique ids, the ids of duplicates left out, and pairs of one text with different answers.
 
     A hash of the text replaces an id that is missing or that several texts share. A disputed text is left out, or one
-    of it is kept without an answer.
+    of it is kept without an answer; a reward function needs none, so that it disputes nothing.
     """
     of_text: dict[int, list[Problem]] = {}  # with distinct ids
     order, copies, disputed = [], [], {}
     for problem in problems:
         same = of_text.setdefault(key := text_key(problem.text), [])
-        if same and problem.answers and same[0].answers and not agree(same[0].answers, problem.answers):
+        if (
+            not rewarded
+            and same
+            and problem.answers
+            and same[0].answers
+            and not agree(same[0].answers, problem.answers)
+        ):
             disputed.setdefault(key, (same[0], problem))
         elif any(other.id == problem.id for other in same):
             copies.append(problem)
@@ -620,9 +635,9 @@ def write_problems(problems: Iterable[Problem], path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (
         {"id": p.id, "problem": p.text, "answers": p.answers, "type": p.type,
-         "difficulty": p.difficulty, "solution": p.solution} for p in problems
+         "difficulty": p.difficulty, "solution": p.solution} | ({WHOLE_ROW: p.row} if p.row else {}) for p in problems
     )  # fmt: skip
-    write_atomically(path, (f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows))
+    write_atomically(path, (f"{json.dumps(row, ensure_ascii=False, default=str)}\n".encode() for row in rows))
 
 
 def prompt_text(problem: Problem, instruction: str = INSTRUCTION) -> str:

@@ -77,11 +77,12 @@ class SamplerSettings:
 class RewardSettings:
     """The weights of the reward's parts, and the grader's limits; POLARIS rewards the right answer alone."""
 
+    function: str = key("", "FILE.py:NAME, called as NAME(text, row) instead of comparing answers; empty: compare")
     correct: float = 1.0
     format: float = 0.0
     steps: float = 0.0
-    workers: int = key(2, "processes for symbolic answers", least=1)
-    time_limit_seconds: float = key(5.0, "for one symbolic answer", least=1e-3)
+    workers: int = key(2, "processes for symbolic answers, or calls of the function", least=1)
+    time_limit_seconds: float = key(5.0, "for one symbolic answer or one call", least=1e-3)
     most_failed_share: float = key(0.02, "of answers on which the grader may fail; more: stop", least=0, most=1)
 
 
@@ -266,10 +267,11 @@ class Recipe:
     run: RunSettings = field(default_factory=RunSettings)
 
 
-def how_to_read(recipe: Recipe, source: str) -> tuple[str, Columns]:
-    """Return on_bad_row and columns of a source, which all that name it share; the defaults for another source."""
+def how_to_read(recipe: Recipe, source: str) -> tuple[str, bool, Columns]:
+    """Return how `read_problems` reads a source: on_bad_row, rewarded, columns. All stages that name it share them."""
     users = [user for user in (*recipe.stage, recipe.eval, recipe.final) if user.data == source]
-    return (users[0].on_bad_row, users[0].columns) if users else ("stop", Columns())
+    user = users[0] if users else Reading()
+    return user.on_bad_row, bool(recipe.reward.function), user.columns
 
 
 def describe_keys(kind: type = Recipe, prefix: str = "") -> Iterator[str]:
@@ -424,7 +426,7 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(f"world.hidden_size must be a multiple of 32, not {recipe.world.hidden_size}")
     users = [(f"stage.{i}", stage) for i, stage in enumerate(recipe.stage)]
     for where, user in (*users, ("eval", recipe.eval), ("final", recipe.final)):
-        if (user.on_bad_row, user.columns) != how_to_read(recipe, user.data):
+        if (user.on_bad_row, user.columns) != how_to_read(recipe, user.data)[::2]:
             raise RecipeError(f"{where}: columns and on_bad_row must be the same wherever {user.data!r} is read")
     first_rl = next((i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage)), None)
     for i, stage in enumerate(recipe.stage):

@@ -56,10 +56,10 @@ def parts_of(path: Path) -> list[Path]:
     return sorted(part for part in path.parent.glob("*.part") if part.with_suffix("").stem == path.stem)
 
 
-def read_groups(folder: Path, name: str, n: int) -> tuple[list[Problem], list[list[Response]]]:
+def read_groups(folder: Path, name: str, n: int, rewarded: bool = False) -> tuple[list[Problem], list[list[Response]]]:
     """Read the problems of a finished set and the first n responses to each. Raises DataError if any is missing."""
     path = response_file(folder, name)
-    problems = read_problems(folder / "problems" / f"{file_name(name)}.jsonl", "keep")
+    problems = read_problems(folder / "problems" / f"{file_name(name)}.jsonl", "keep", rewarded)
     groups = group_by_problem(problems, read_responses(path) if path.exists() else [], n)
     if parts_of(path) or any(len(group) != n for group in groups):
         raise DataError(f"{folder} does not have all {n} responses to {name} yet; run its command again until it ends")
@@ -147,7 +147,11 @@ class Recorder:
                 part.unlink()
         processes.broadcast(None)  # the old parts are gone before anyone writes a new one
         groups = group_by_problem(problems, responses, n)
-        check_grader(Counter(r.verdict for group in groups for r in group), self.worker.most_failed_share)
+        check_grader(
+            Counter(r.verdict for group in groups for r in group),
+            self.worker.most_failed_share,
+            self.worker.grader.failures,
+        )
         return groups
 
     def _missing(self, problem: Problem, n: int, have: set[tuple[str, int]]) -> list[Prompt]:

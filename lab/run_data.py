@@ -16,9 +16,9 @@ PAIRS_NAMED = 3  # copies named in messages and metrics
 
 
 @cache
-def problems_of(path: str, on_bad_row: str, columns: Columns) -> list[Problem]:
+def problems_of(path: str, on_bad_row: str, rewarded: bool, columns: Columns) -> list[Problem]:
     """Read a file or hub dataset once per process."""
-    return read_problems(path, on_bad_row, columns)
+    return read_problems(path, on_bad_row, rewarded, columns)
 
 
 @dataclass
@@ -81,7 +81,7 @@ class RunData:
                 say(f"{source}: {len(pairs):,} problems repeat an earlier one's text ({_name_pairs(pairs)})")
         for source in find_data(guard.benchmarks).values():
             benchmark += read_problems(
-                source, "keep", how_to_read(self.recipe, source)[1]
+                source, "keep", columns=how_to_read(self.recipe, source)[2]
             )  # a comparison needs no answer
         seen: dict[str, dict[str, Problem]] = {"sft": {}, "rl": {}}
         for index, stage in enumerate(self.recipe.stage):

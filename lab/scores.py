@@ -257,7 +257,7 @@ def summarise(
         distinct4=distinct_ngrams([[response.text for response in group] for group in groups])[0],
         tokens=sum(response.tokens for response in everything),
         verdicts=dict(Counter(response.verdict for response in everything)),
-        unanswerable=sum(not problem.answers for problem in problems),
+        unanswerable=sum(not problem.answers and not problem.row for problem in problems),
     )
 
 

@@ -449,6 +449,7 @@ MODEL_CHANGES = {
     "a token": (lambda m: (m / "added_tokens.json").write_text('{"a": 7}'), ["tokenizer"]),
     "how it splits": (lambda m: edit(m / "tokenizer_config.json", "{", '{"a": true, '), ["tokenizer"]),
     "a page about it": (lambda m: (m / "README.md").write_text("A model."), []),
+    "weights that are not read": (lambda m: (m / "consolidated.safetensors").write_bytes(b"x"), []),
     "other times": (lambda m: [os.utime(path, (0, 0)) for path in m.iterdir()], []),
 }
 

@@ -206,8 +206,9 @@ def test_the_last_sentence_comes_after_what_the_launcher_prints_at_its_end(tmp_p
     with (tmp_path / "screen").open("ab") as screen:
         program = "import time; time.sleep(0.3); print('its traceback', flush=True)"
         with subprocess.Popen([sys.executable, "-c", program], stdout=screen) as launcher:
-            words = [sys.executable, "-c", distributed.SAY_AFTER, str(launcher.pid), "resume with this"]
-            subprocess.run(words, stdout=screen, check=True, timeout=20)
+            ended = os.pidfd_open(launcher.pid)
+            words = [sys.executable, "-c", distributed.SAY_AFTER, str(ended), "resume with this"]
+            subprocess.run(words, stdout=screen, check=True, timeout=20, pass_fds=[ended])
     assert (tmp_path / "screen").read_text() == "its traceback\nresume with this\n"
 
 

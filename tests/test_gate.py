@@ -235,4 +235,4 @@ def test_an_instruction_that_contradicts_ours_is_said_once(folder, capsys):
     own.prompts([problem, QUESTION], {})
     own.prompts([problem], {})
     said = capsys.readouterr().err
-    assert said.count("note: a ask for the answer in another form") == 1 and 'instruction = ""' in said
+    assert said.count("note: 1 of 2 problems (a) ask for another form of answer") == 1 and 'instruction = ""' in said

@@ -469,8 +469,8 @@ def test_columns_stand_beside_data_and_are_the_same_wherever_it_is_read(tmp_path
     columns = 'columns = { problem = "Q", answer = "A" }\non_bad_row = "skip"\n'
     text = SMALL.replace('data = "problems.jsonl"\n', f'data = "problems.jsonl"\n{columns}')
     recipe = load(tmp_path, text)
-    assert how_to_read(recipe, "problems.jsonl") == ("skip", Columns(problem="Q", answer="A"))
-    assert how_to_read(recipe, "held-out.jsonl") == how_to_read(recipe, "other") == ("stop", Columns())
+    assert how_to_read(recipe, "problems.jsonl") == ("skip", False, Columns(problem="Q", answer="A"))
+    assert how_to_read(recipe, "held-out.jsonl") == how_to_read(recipe, "other") == ("stop", False, Columns())
     assert load(tmp_path, to_toml(recipe)) == recipe
     assert "stage.1.columns.problm" in refusal(tmp_path, text.replace("problem =", "problm ="))
     assert "on_bad_row must be one of" in refusal(tmp_path, text.replace('"skip"', '"drop"'))

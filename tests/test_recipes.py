@@ -22,7 +22,7 @@ from lab.problems import INSTRUCTION, read_problems
 from model import load
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["first-hour-24gb", "overnight-24gb", "own-data-24gb"]
+NAMES = ["first-hour-24gb", "overnight-24gb", "own-data-24gb", "countdown-24gb"]
 # what Qwen3's template writes for a user's message, and its switch for an empty thinking block
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -66,8 +66,9 @@ def write_rows(path, rows):
 def train_file(folder, name):
     """Write 33 training problems with the columns of the recipe's data; one is the benchmark's."""
     texts = [COPY, *(f"What is ${i + 1} - {i}$?" for i in range(10, 42))]
-    if name == "own-data-24gb":
-        return write_rows(folder / "my-problems.jsonl", [{"problem": text, "answer": "1"} for text in texts])
+    if name in ("own-data-24gb", "countdown-24gb"):
+        rest = {"numbers": [4, 3], "target": 1} if name == "countdown-24gb" else {"answer": "1"}
+        return write_rows(folder / "my-problems.jsonl", [{"problem": text} | rest for text in texts])
     columns = {"level": "Level 2", "type": "Algebra", "solution": r"It is $\boxed{1}$.", "answer": "1"}
     rows = [{"problem": text} | columns | {"unique_id": i} for i, text in enumerate(texts)]
     return write_rows(folder / "math_full_minus_math500.jsonl", rows)
@@ -76,8 +77,9 @@ def train_file(folder, name):
 def held_out_file(folder, name):
     """Write two held-out problems with the columns of the recipe's data."""
     texts = ["What is $4 - 3$?", COPY]
-    if name == "own-data-24gb":
-        return write_rows(folder / "my-held-out.jsonl", [{"problem": text, "answer": "1"} for text in texts])
+    if name in ("own-data-24gb", "countdown-24gb"):
+        rest = {"numbers": [4, 3], "target": 1} if name == "countdown-24gb" else {"answer": "1"}
+        return write_rows(folder / "my-held-out.jsonl", [{"problem": text} | rest for text in texts])
     columns = {"solution": r"It is $\boxed{1}$.", "answer": "1", "subject": "Algebra", "level": 2}
     rows = [{"problem": text} | columns | {"unique_id": f"test/algebra/{i}.json"} for i, text in enumerate(texts)]
     return write_rows(folder / "test.jsonl", rows)
@@ -127,6 +129,9 @@ def test_every_key_of_a_recipe_takes_effect(name, base_model, tmp_path, monkeypa
     path, prompts, thinking = ROOT / "recipes" / f"{name}.toml", set(), set()
     written = dict(leaves(tomllib.loads(path.read_text())))
     data = {"model": base_model, "stage.0.data": train_file(tmp_path, name), "eval.data": held_out_file(tmp_path, name)}
+    if "reward.function" in written:  # the recipe's own needs a model that knows something
+        (tmp_path / "mine.py").write_text("def score(text, row): return row['target'] * len(text) % 2\n")
+        data["reward.function"] = tmp_path / "mine.py:score"
     ask, reads = RolloutWorker.prompt, record_reads(monkeypatch)
 
     def asked(self, *arguments):
@@ -149,16 +154,16 @@ def test_every_key_of_a_recipe_takes_effect(name, base_model, tmp_path, monkeypa
     assert {key: used[key] for key in expected} == expected
     tables = {"stage.0": lab.recipe.RlStage, "": lab.recipe.Recipe, "eval": lab.recipe.EvalSettings}
     tables |= {"lora": lab.recipe.LoraSettings, "guard": lab.recipe.GuardSettings, "run": lab.recipe.RunSettings}
-    tables |= {"sampler": lab.recipe.SamplerSettings}
+    tables |= {"sampler": lab.recipe.SamplerSettings, "reward": lab.recipe.RewardSettings}
     assert not [key for key in written if (tables[key.rpartition(".")[0]], key.rpartition(".")[2]) not in reads]
 
     # the data: 33 problems, of which one is the benchmark's and left out
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     guard = next(row for row in rows if row["kind"] == "guard")
-    copy = next(p.id for p in read_problems(data["stage.0.data"]) if p.text == COPY)
+    copy = next(p.id for p in read_problems(data["stage.0.data"], rewarded=True) if p.text == COPY)
     assert (guard["rows"], guard["excluded_ids"]) == (33, [copy])
     user = f"<|im_start|>user\n{COPY} {INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert len(prompts) == 34 and user in prompts and thinking == {False}
+    assert len(prompts) == 34 and user in prompts and thinking <= {False}
 
     # two steps, with an evaluation before, within and after
     steps, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("rl", "eval"))

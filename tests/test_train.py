@@ -328,7 +328,8 @@ def test_changed_code_needs_a_flag_and_a_value_set_on_purpose_does_not(last_stag
     assert main(monkeypatch, "--resume", last_stage) == "train.py: resumed"
 
 
-def test_prompts_that_other_libraries_render_need_a_flag(last_stage, monkeypatch):
+@pytest.mark.parametrize("repeated", [False, True])  # a repeated command changes nothing on purpose
+def test_prompts_that_other_libraries_render_need_a_flag(last_stage, monkeypatch, repeated):
     render = RolloutWorker.prompt
 
     def other(*arguments):
@@ -336,7 +337,12 @@ def test_prompts_that_other_libraries_render_need_a_flag(last_stage, monkeypatch
 
     monkeypatch.setattr(RolloutWorker, "prompt", other)
     monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("resumed")))
-    refusal = main(monkeypatch, "--resume", last_stage)
+    words = ("--resume", last_stage)
+    if repeated:
+        (last_stage / "finished").unlink(missing_ok=True)
+        recipe, out = last_stage / "recipe.toml", last_stage.parent
+        words = (recipe, "--out", out, "--set", "thinking=auto", "--resume")
+    refusal = main(monkeypatch, *words)
     assert "so far: prompts world/beyond-window.jsonl changed; prompts world/held" in refusal
     assert "--resume-anyway" in refusal
 
