@@ -19,7 +19,7 @@ from engine.sharding import gathered
 from engine.terminal import note
 from engine.tokenizer import Chat, check_prompts
 from lab.console import wasted_responses
-from lab.problems import DataError, Problem, first_names, prompt_text
+from lab.problems import DataError, Problem, asks_otherwise, first_names, prompt_text
 from model import Transformer
 from reward import Grade, last_boxed
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate
@@ -86,13 +86,21 @@ class RolloutWorker:
         Raises DataError when some have more than `most_tokens`.
         """
         prompts = [self.prompt(problem, 1) for problem in problems]
+        others = [problem.id for problem in problems if asks_otherwise(problem, self.instruction)]
+        if others and ("", "instruction") not in self.warned:
+            self.warned.add(("", "instruction"))
+            note(
+                f"note: {len(others):,} of {len(problems):,} problems ({first_names(others, 3)}) ask for another form "
+                "of answer than the box, which alone is graded: remove that from their text, or switch ours off "
+                'with instruction = "" (--instruction "")'
+            )
         asked |= {problem.id: (problem.text, own.tokens) for problem, own in zip(problems, prompts, strict=True)}
         too_long = [prompt for prompt in prompts if most_tokens is not None and len(prompt.tokens) > most_tokens]
         if too_long:
             names = first_names([f"{prompt.problem_id} ({len(prompt.tokens)} tokens)" for prompt in too_long])
             raise DataError(
                 f"{len(too_long):,} of {len(prompts):,} prompts have more than the {most_tokens} tokens that the stage "
-                f"allows: raise max_prompt_tokens, or remove {names}"
+                f'allows: raise max_prompt_tokens, set on_bad_row = "skip", or remove {names}'
             )
         return prompts
 

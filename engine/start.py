@@ -31,7 +31,7 @@ from engine.tokenizer import END_THINK, THINK, load_tokenizer, read_chat, stop_t
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
-from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe
+from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read, load_recipe
 from lab.run_data import RunData
 from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
@@ -81,6 +81,7 @@ def build_run(
     if recipe.final.data:
         processes.say(describe_ramp(final_config(model.config, recipe).rope))
     guard_data(run)
+    leave_out_long_prompts(run)
     check_inputs(run)
     require_same_prompts(arguments, folder, run.data, run.worker, resumed=checkpoint is not None)
     if processes.is_main:
@@ -106,6 +107,20 @@ def guard_data(run: Run) -> None:
     for row in found:
         if run.processes.is_main and row not in known:  # a resumed run has written its rows
             run.metrics.write(row | {"step": run.state.step})
+
+
+def leave_out_long_prompts(run: Run) -> None:
+    """Exclude prompts that an rl stage does not allow, where on_bad_row = "skip"; from all stages with that data."""
+    for index, stage in enumerate(run.recipe.stage):
+        if isinstance(stage, SftStage) or how_to_read(run.recipe, run.data.rl_source(index))[0] != "skip":
+            continue
+        source, most = run.data.rl_source(index), stage.max_prompt_tokens
+        problems, place = run.data.training_problems("rl", source), ("rl", source)
+        long = [problem.id for problem in problems if len(run.worker.prompt(problem, 1).tokens) > most]
+        run.data.excluded[place] = run.data.excluded.get(place, set()).union(long)
+        if long:
+            what = f"left out {len(long):,} of {len(problems):,} problems, whose prompts have more than {most} tokens"
+            run.processes.say(f"{source}: {what} ({first_names(long)})")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -166,11 +181,16 @@ def sft_sequences(data: RunData, stage: SftStage, worker: RolloutWorker, asked: 
         asked[f"{name} in {stage.data}"] = source.text if isinstance(source, Problem) else source[-1]["content"], prompt
         if len(prompt) + len(response) > stage.max_tokens:
             too_long.append(f"{name} ({len(prompt) + len(response)} tokens)")
+            if stage.on_bad_row == "skip":
+                continue
         sequences.append(TrainingSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
-    if too_long:
+    if too_long and stage.on_bad_row == "skip":
+        what = f"left out {len(too_long):,} rows that exceed max_tokens = {stage.max_tokens}"
+        worker.processes.say(f"{stage.data}: {what} ({first_names(too_long)})")
+    elif too_long:
         raise DataError(
             f"{stage.data}: {len(too_long):,} of {len(sequences):,} rows exceed the stage's max_tokens = "
-            f"{stage.max_tokens}: raise it, or remove {first_names(too_long)}"
+            f'{stage.max_tokens}: raise it, set on_bad_row = "skip", or remove {first_names(too_long)}'
         )
     if closed:
         worker.processes.say(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from lab.problems import DATA_FILES, HUB_ID, DataError
+from lab.problems import DATA_FILES, HUB_ID, DataError, data_name
 from lab.scores import Evaluation
 
 
@@ -41,9 +41,10 @@ PUBLISHED = {  # avg@k, in the order of the first five benchmarks
 
 
 def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, str]:
-    """Resolve data sets to {name: file or hub id}. A source is a file, a folder of files, a hub id or a known name.
+    """Resolve data sets to {name: file, folder or hub id}. A source is a file, a folder, a hub id or a known name.
 
-    A known name is searched for in `folder` and below, then on the hub. Raises DataError.
+    A folder holds a data set per file, or the shards of one. A known name is searched for in `folder` and below,
+    then on the hub. Raises DataError.
     """
     found: dict[str, str] = {}
     seen: dict[str, str] = {}
@@ -52,10 +53,17 @@ def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, s
         if source in BENCHMARKS:
             paths = [_local_file(source, folder) or BENCHMARKS[source].hub_id]
         elif path.is_dir():
-            paths = sorted(file for file in path.iterdir() if file.suffix in DATA_FILES)
-            if not paths:
+            paths = sorted(file for file in path.iterdir() if file.name.endswith(DATA_FILES))
+            if not paths and not any(file.name.endswith(DATA_FILES) for file in path.rglob("*")):
                 raise DataError(f"{path} has no {', '.join(DATA_FILES)} file; give a file or a benchmark")
-        elif path.is_file() or path.suffix in DATA_FILES or HUB_ID.fullmatch(source):
+            if not paths or any(re.search(r"-\d+-of-\d+\.", file.name) for file in paths):
+                paths = [path]  # the shards of one data set
+        elif (
+            path.is_file()
+            or Path(source.partition(":")[0]).is_dir()
+            or path.name.endswith(DATA_FILES)
+            or HUB_ID.fullmatch(source)
+        ):
             paths = [source]
         else:
             near = difflib.get_close_matches(source, BENCHMARKS, n=1)
@@ -65,7 +73,7 @@ def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, s
                 f"known are {', '.join(BENCHMARKS)}"
             )
         for place in map(str, paths):
-            name = source if source in BENCHMARKS else Path(place.partition(":")[0]).stem
+            name = source if source in BENCHMARKS else data_name(place)
             name = place if name in found else name
             resolved = str(Path(place).resolve()) if Path(place).exists() else place
             if resolved in seen.values():

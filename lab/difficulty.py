@@ -40,7 +40,8 @@ ADVICE = {
 
 def read_data(arguments: argparse.Namespace, rewarded: bool) -> list[Problem]:
     """Read the problems of a command, of which a reward function may need the whole rows."""
-    return read_problems(arguments.data, "skip" if arguments.skip_bad_rows else "stop", rewarded)[: arguments.limit]
+    on_bad_row = "skip" if arguments.skip_bad_rows else "stop"
+    return read_problems(arguments.data, on_bad_row, rewarded, arguments.columns)[: arguments.limit]
 
 
 def estimate_command(arguments: argparse.Namespace) -> None:

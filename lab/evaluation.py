@@ -16,11 +16,11 @@ from engine.fingerprint import data_identity, other_parts, require_same, reward_
 from engine.grader import Grader, check_grader
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
 from lab import eval_page
-from lab.benchmarks import file_name, find_data, published_table, text_table
+from lab.benchmarks import BENCHMARKS, file_name, find_data, published_table, text_table
 from lab.command import load_worker, run_command
 from lab.eval_page import percent
 from lab.metrics import read_metrics
-from lab.problems import DataError, Problem, read_problems, write_problems
+from lab.problems import Columns, DataError, Problem, read_problems, write_problems
 from lab.responses import Recorder, read_groups, read_settings, response_file, write_responses
 from lab.scores import Evaluation, compare, print_evaluation, summarise
 from reward import last_boxed
@@ -54,7 +54,9 @@ def start_session(arguments: argparse.Namespace) -> Session:
         raise DataError(f"{out} is not a folder; give another --out")
     on_bad_row = "skip" if arguments.skip_bad_rows else "keep"
     sets = {
-        name: read_problems(place, on_bad_row, bool(arguments.reward))[: arguments.limit]
+        name: read_problems(
+            place, on_bad_row, bool(arguments.reward), Columns() if name in BENCHMARKS else arguments.columns
+        )[: arguments.limit]
         for name, place in find_data(arguments.data, arguments.folder).items()
     }
     problems = list(chain(*sets.values()))

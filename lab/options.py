@@ -4,12 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from os.path import expanduser
 from pathlib import Path
 
 from engine.errors import UserError
 from lab.machine import add_plan_options, read_machine
-from lab.problems import INSTRUCTION
+from lab.problems import INSTRUCTION, Columns
 from lab.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent  # of the program
@@ -42,10 +43,21 @@ def new_parser(doc: str | None = None, **options) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False, **options)
 
 
+def parse_columns(text: str) -> Columns:
+    """Parse problem=Q,answer=A."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    known = [field.name for field in fields(Columns)]
+    if not all(field in known and name for field, _, name in pairs):
+        raise argparse.ArgumentTypeError(f"must be FIELD=NAME,... with fields of {', '.join(known)}, not {text}")
+    return Columns(**{field: name for field, _, name in pairs})
+
+
 def reading_options() -> argparse.ArgumentParser:
     """Return a parent parser with the options of all commands that read problems."""
     parent = new_parser(add_help=False)
     parent.add_argument("--skip-bad-rows", action="store_true", help="leave out problems without an answer")
+    what = "problem=Q,answer=A: the data's columns, where its names are not known ones"
+    parent.add_argument("--columns", type=parse_columns, default=Columns(), metavar="FIELD=NAME,...", help=what)
     parent.add_argument("--limit", type=COUNT, metavar="N", help="only the first N problems of a data set")
     return parent
 

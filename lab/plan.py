@@ -22,7 +22,7 @@ from lab.machine import RESPONSE_SHARE, Machine
 from lab.metrics import read_metrics
 from lab.plan_memory import GIB, Shape, StagePlan, longest_sequence, plan_stages, size_cache, stage_sampling
 from lab.problems import prompt_text, read_problems
-from lab.recipe import Recipe, RecipeError, RlStage, SftStage
+from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read
 from model import ModelError, parse_config, read_config
 from rollout import cache_bytes_per_token
 
@@ -167,22 +167,22 @@ def sampling_work(
 
 
 @cache
-def count_problems(data: str, rewarded: bool = False) -> int:
-    """Return the number of problems of a local file or of a set in PROBLEMS, else 0."""
-    if Path(data).is_file():
-        return len(read_problems(data, rewarded=rewarded))
+def count_problems(data: str, *reading) -> int:
+    """Return the number of problems of a local file or folder or of a set in PROBLEMS, else 0."""
+    if data and Path(data).exists():
+        return len(read_problems(data, *reading))
     return PROBLEMS.get(data) or PROBLEMS.get(data.partition(":")[0], 0)
 
 
 @cache
-def mean_prompt(model: str, data: str, instruction: str, thinking: bool | str = "auto", rewarded: bool = False) -> int:
+def mean_prompt(model: str, data: str, instruction: str, thinking: bool | str = "auto", *reading) -> int:
     """Return the mean tokens of the prompts of a local file, by a local model's tokenizer; 0 if either is missing."""
-    if not Path(data).is_file() or not (Path(model) / "tokenizer_config.json").is_file():
+    if not Path(data).exists() or not (Path(model) / "tokenizer_config.json").is_file():
         return 0
     from engine.tokenizer import read_chat, read_tokenizer  # slow to import, and only here
 
     chat = read_chat(read_tokenizer(Path(model)), thinking)
-    texts = [prompt_text(problem, instruction) for problem in read_problems(data, rewarded=rewarded)]
+    texts = [prompt_text(problem, instruction) for problem in read_problems(data, *reading)]
     lengths = [len(chat.prompt([{"role": "user", "content": text}])) for text in texts]
     return round(sum(lengths) / max(1, len(lengths)))
 
@@ -194,15 +194,15 @@ def stage_data(recipe: Recipe, index: int) -> str:
 
 def stage_prompt(recipe: Recipe, index: int) -> int:
     """Return the mean tokens of the prompts of an rl stage, 0 if unknown."""
-    data, rewarded = stage_data(recipe, index), bool(recipe.reward.function)
-    return mean_prompt(recipe.model, data, recipe.instruction, recipe.thinking, rewarded)
+    data = stage_data(recipe, index)
+    return mean_prompt(recipe.model, data, recipe.instruction, recipe.thinking, *how_to_read(recipe, data))
 
 
 def uncounted(recipe: Recipe) -> list[str]:
     """Return the data left out of the hours: sampled for pass rates or evaluations, of unknown size."""
     filtered = [i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage) and stage.filter_before]
     data = dict.fromkeys([*(stage_data(recipe, i) for i in filtered), recipe.eval.data, recipe.final.data])
-    return [name for name in data if name and not count_problems(name, bool(recipe.reward.function))]
+    return [name for name in data if name and not count_problems(name, *how_to_read(recipe, name))]
 
 
 def with_mean_prompt(recipe: Recipe, index: int) -> SftStage | RlStage:
@@ -218,7 +218,7 @@ def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
     """Yield the parts of a run: steps, pass rates, diversity searches and evaluations."""
     stages = [with_mean_prompt(recipe, index) for index in range(len(recipe.stage))]
     rl = [stage for stage in stages if isinstance(stage, RlStage)]
-    prompt, rewarded = max((stage.max_prompt_tokens for stage in rl), default=1024), bool(recipe.reward.function)
+    prompt = max((stage.max_prompt_tokens for stage in rl), default=1024)
 
     def sample(problems: int, samples: int, limit: int) -> Work:
         return sampling_work(shape, recipe, problems, samples, prompt, limit, machine)
@@ -228,7 +228,8 @@ def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
         if isinstance(stage, SftStage):
             yield Job(f"stage {index}, a step", stage.steps, update=update)
             continue
-        if stage.filter_before and (problems := count_problems(stage_data(recipe, index), rewarded)):
+        data = stage_data(recipe, index)
+        if stage.filter_before and (problems := count_problems(data, *how_to_read(recipe, data))):
             work = sample(problems, stage.group_size, stage.max_response_tokens)
             yield Job(f"stage {index}, pass rates of {problems:,} problems", 1, work)
         work = sample(stage.batch_problems, stage.group_size, stage.max_response_tokens)
@@ -237,7 +238,7 @@ def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
         work = sample(recipe.search.problems, recipe.search.samples, rl[0].max_response_tokens)
         yield Job("diversity before a stage", len(rl), work)
     held, final = recipe.eval, recipe.final
-    if problems := count_problems(held.data, rewarded):
+    if problems := count_problems(held.data, *how_to_read(recipe, held.data)):
         problems = min(problems, held.problems or problems)
         work = sample(problems, held.samples, held.max_response_tokens)
         yield Job("evaluation, around the stages", len(rl) + 1, work)
@@ -245,7 +246,7 @@ def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
             problems = held.problems_within_stage or problems
             within = sum((stage.steps - 1) // held.every_steps for stage in rl)
             yield Job("evaluation, within them", within, sample(problems, held.samples, held.max_response_tokens))
-    if problems := count_problems(final.data, rewarded):
+    if problems := count_problems(final.data, *how_to_read(recipe, final.data)):
         work = sample(problems, final.samples, final.max_response_tokens)
         yield Job("final evaluation, YaRN on and off", 2, work)
 

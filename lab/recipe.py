@@ -19,7 +19,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from engine.errors import UserError
-from lab.problems import INSTRUCTION
+from lab.problems import INSTRUCTION, Columns
 
 MAX_SHOWN = 200  # characters of a recipe's content in an error
 BOUNDS = {
@@ -87,7 +87,17 @@ class RewardSettings:
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class Reading:
+    """How `data` is read."""
+
+    columns: Columns = field(default_factory=Columns)
+    on_bad_row: str = key(
+        "stop", "skip leaves out unusable rows and prompts too long to train on", one_of=("stop", "skip")
+    )
+
+
+@dataclass(frozen=True)
+class EvalSettings(Reading):
     """The evaluation on held-out problems during the run."""
 
     data: str = key("", "empty: no held-out evaluation")
@@ -101,7 +111,7 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
-class FinalSettings:
+class FinalSettings(Reading):
     """The evaluation at the end: longer than trained, with and without YaRN."""
 
     data: str = key("", "empty: none")
@@ -162,7 +172,7 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class SftStage:
+class SftStage(Reading):
     """Supervised fine-tuning on worked solutions: `problem` + `solution`, or `messages`."""
 
     kind: str = "sft"
@@ -196,7 +206,7 @@ class VariantSettings:
 
 
 @dataclass(frozen=True)
-class RlStage:
+class RlStage(Reading):
     """One stage of reinforcement learning. The defaults are those of POLARIS."""
 
     kind: str = "rl"
@@ -255,6 +265,13 @@ class Recipe:
     guard: GuardSettings = field(default_factory=GuardSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     run: RunSettings = field(default_factory=RunSettings)
+
+
+def how_to_read(recipe: Recipe, source: str) -> tuple[str, bool, Columns]:
+    """Return how `read_problems` reads a source: on_bad_row, rewarded, columns. All stages that name it share them."""
+    users = [user for user in (*recipe.stage, recipe.eval, recipe.final) if user.data == source]
+    user = users[0] if users else Reading()
+    return user.on_bad_row, bool(recipe.reward.function), user.columns
 
 
 def describe_keys(kind: type = Recipe, prefix: str = "") -> Iterator[str]:
@@ -407,6 +424,10 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(f"name must be the name of a folder without a path, not {_shown(recipe.name)}")
     if recipe.world and recipe.world.hidden_size % 32:
         raise RecipeError(f"world.hidden_size must be a multiple of 32, not {recipe.world.hidden_size}")
+    users = [(f"stage.{i}", stage) for i, stage in enumerate(recipe.stage)]
+    for where, user in (*users, ("eval", recipe.eval), ("final", recipe.final)):
+        if (user.on_bad_row, user.columns) != how_to_read(recipe, user.data)[::2]:
+            raise RecipeError(f"{where}: columns and on_bad_row must be the same wherever {user.data!r} is read")
     first_rl = next((i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage)), None)
     for i, stage in enumerate(recipe.stage):
         where = f"stage.{i}"

@@ -9,16 +9,16 @@ from functools import cache
 from pathlib import Path
 
 from lab.benchmarks import find_data
-from lab.problems import DataError, Problem, benchmark_copies, duplicated, has_chats, read_chats, read_problems
-from lab.recipe import Recipe, RlStage, SftStage
+from lab.problems import Columns, DataError, Problem, benchmark_copies, duplicated, has_chats, read_chats, read_problems
+from lab.recipe import Recipe, RlStage, SftStage, how_to_read
 
 PAIRS_NAMED = 3  # copies named in messages and metrics
 
 
 @cache
-def problems_of(path: str, rewarded: bool) -> list[Problem]:
+def problems_of(path: str, on_bad_row: str, rewarded: bool, columns: Columns) -> list[Problem]:
     """Read a file or hub dataset once per process."""
-    return read_problems(path, rewarded=rewarded)
+    return read_problems(path, on_bad_row, rewarded, columns)
 
 
 @dataclass
@@ -37,7 +37,7 @@ class RunData:
 
     def problems(self, source: str) -> list[Problem]:
         """Return all problems of a source."""
-        return problems_of(self.path(source), bool(self.recipe.reward.function))
+        return problems_of(self.path(source), *how_to_read(self.recipe, source))
 
     def training_problems(self, kind: str, source: str) -> list[Problem]:
         """Return a source's problems without those that the guard excludes."""
@@ -80,7 +80,9 @@ class RunData:
             if pairs := duplicated(self.problems(source)):
                 say(f"{source}: {len(pairs):,} problems repeat an earlier one's text ({_name_pairs(pairs)})")
         for source in find_data(guard.benchmarks).values():
-            benchmark += read_problems(source, "keep")  # a comparison needs no answer
+            benchmark += read_problems(
+                source, "keep", columns=how_to_read(self.recipe, source)[2]
+            )  # a comparison needs no answer
         seen: dict[str, dict[str, Problem]] = {"sft": {}, "rl": {}}
         for index, stage in enumerate(self.recipe.stage):
             place = stage.kind, stage.data

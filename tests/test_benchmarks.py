@@ -47,7 +47,7 @@ def test_files_folders_and_hub_ids(tmp_path):
         (["{tmp}/a/one.jsonl", "{tmp}/a/one.jsonl", "{tmp}/a/one.jsonl"], "is given twice"),
         (["{tmp}/a/one.jsonl", "{tmp}/b/../a/one.jsonl"], "is given twice"),
         (["{tmp}/b"], "another data set is also named foo-bar; rename one of the files"),
-        (["{tmp}/empty"], "has no .parquet, .jsonl, .json file"),
+        (["{tmp}/empty"], "has no .parquet, .jsonl, .json, .csv"),
     ],
 )
 def test_an_unusable_source_is_one_sentence(tmp_path, sources, sentence):
@@ -95,3 +95,10 @@ def test_the_published_figures_are_those_of_the_recipe():
     sums = [round(sum(scores[i] for scores in PUBLISHED.values()), 1) for i in range(5)]
     assert sums == [397.8, 327.1, 238.3, 372.4, 514.3]
     assert [b.published_k for b in BENCHMARKS.values()] == [32, 32, 4, 4, 8, None, None]
+
+
+def test_a_folder_of_shards_is_one_data_set(tmp_path):
+    touch(tmp_path, "set/data/train-00000-of-00002.parquet", "set/data/train-00001-of-00002.parquet")
+    assert find_data([str(tmp_path / "set")]) == {"set": str(tmp_path / "set")}
+    assert find_data([str(tmp_path / "set" / "data")]) == {"data": str(tmp_path / "set" / "data")}
+    assert find_data([f"{tmp_path / 'set'}:test"]) == {"set": f"{tmp_path / 'set'}:test"}

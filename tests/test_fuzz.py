@@ -187,7 +187,9 @@ def read_right_rows(folder: Path, example: tuple[list[tuple[str, str]], str, boo
     """Compare with what was written."""
     pairs, schema, array = example
     # these answers have another meaning
-    assume(not any(a.startswith('["') or "####" in a for _, a in pairs))
+    assume(not any(a.strip()[:1] in ("[", "{") or "####" in a or "box" in a for _, a in pairs))
+    assume(not {a.strip().lower() for _, a in pairs} & {"proof", "notfound"})
+    assume(not any(t.lstrip().startswith("[{") for t, _ in pairs))
     spell = {
         "own": lambda t, a: {"problem": t, "answers": [a]},
         "math": lambda t, a: {"problem": t, "answer": a},

@@ -8,8 +8,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from engine.rollout_worker import RolloutWorker
+from engine.start import leave_out_long_prompts
 from engine.tokenizer import check_prompts, load_tokenizer, read_chat
 from lab.problems import DataError, Problem, read_chats
+from lab.recipe import load_recipe
+from lab.run_data import RunData
 from model import ModelError
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -207,3 +210,29 @@ def test_chats_of_text_parts_are_read_and_images_are_not(tmp_path):
     for parts in ([text, image], [], ["hi"]):
         with pytest.raises(DataError, match="row 1 is not a chat"):
             chat(*parts)
+
+
+def test_prompts_that_are_too_long_are_left_out_on_request(folder, tmp_path):
+    rows = [{"id": n, "problem": "What is 1?" + " and 2?" * 40 * n, "answer": "1"} for n in (0, 1, 2)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages = "".join(f"[[stage]]\nkind = 'rl'\n{data}steps = 1\nmax_prompt_tokens = {most}\n" for data, most in (
+        (f"data = '{tmp_path / 'p.jsonl'}'\non_bad_row = 'skip'\n", 400), ("", 100)))  # fmt: skip
+    (tmp_path / "r.toml").write_text(f"name = 'r'\nmodel = 'm'\n{stages}")
+    recipe, said = load_recipe(tmp_path / "r.toml"), []
+    processes, data = SimpleNamespace(say=said.append), RunData(recipe, tmp_path)
+    run = SimpleNamespace(recipe=recipe, data=data, worker=worker(folder), processes=processes)
+    leave_out_long_prompts(run)
+    assert [p.id for p in data.training_problems("rl", recipe.stage[0].data)] == ["p/0"]
+    assert [("left out 1 of 3" in said[0], "p/2" in said[0]), ("left out 1 of 2" in said[1], "p/1" in said[1])] == [
+        (True, True), (True, True)]  # fmt: skip
+
+
+def test_an_instruction_that_contradicts_ours_is_said_once(folder, capsys):
+    own, problem = worker(folder), Problem("a", 'Solve it. Put it after "Answer:".', ("1",))
+    own.prompts([problem], {})
+    assert capsys.readouterr().err == ""  # no instruction is added
+    own.instruction = "Use a box."
+    own.prompts([problem, QUESTION], {})
+    own.prompts([problem], {})
+    said = capsys.readouterr().err
+    assert said.count("note: 1 of 2 problems (a) ask for another form of answer") == 1 and 'instruction = ""' in said

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
         ("m --data d --curve temperature 1:0.5:0.1", "needs FROM:TO:STEP"),
         ("m --data d --curve temperature 0:1:0.5", "needs FROM:TO:STEP"),
         ("m --data d --curve temperature 1:2:0.5 --temperature 1", "sets the temperatures"),
+        ("m --data d --columns Q", "must be FIELD=NAME,... with fields of problem, answer"),
+        ("m --data d --columns text=Q", "must be FIELD=NAME,... with fields of problem, answer"),
         ("m --data d -n 0", "argument -n: must be at least 1, not "),
         ("m --data d --limit -1", "argument --limit: must be at least 1, not "),
         ("m --data d --max-tokens 0", "argument --max-tokens: must be at least 1, not "),

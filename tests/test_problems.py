@@ -1,5 +1,7 @@
 """lab/problems.py: every format, every fault, the hub, and real files."""
 
+import csv
+import gzip
 import json
 import random
 import time
@@ -11,8 +13,10 @@ import pytest
 from lab import problems
 from lab.problems import (
     INSTRUCTION,
+    Columns,
     DataError,
     Problem,
+    asks_otherwise,
     benchmark_copies,
     duplicated,
     prompt_text,
@@ -241,8 +245,9 @@ def test_a_missing_file_is_reported_with_the_nearest_name(tmp_path):
     write_rows(tmp_path / "other.jsonl", [good(1)])
     with pytest.raises(DataError, match=r"trian\.jsonl does not exist; did you mean .*train\.jsonl"):
         read_problems(tmp_path / "trian.jsonl")
-    with pytest.raises(DataError, match="is a folder; did you mean"):
-        read_problems(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is a folder; .*holds no .parquet"):
+        read_problems(tmp_path / "empty")
     with pytest.raises(DataError, match="the folder .*nowhere does not exist"):
         read_problems(tmp_path / "nowhere" / "train.jsonl")
 
@@ -265,9 +270,9 @@ def test_unreadable_files_are_reported(tmp_path):
     (tmp_path / "l.jsonl").write_bytes(b'{"problem": "\xe9"}')
     with pytest.raises(DataError, match="is not UTF-8"):
         read_problems(tmp_path / "l.jsonl")
-    (tmp_path / "t.csv").write_text("a,b")
+    (tmp_path / "t.xls").write_text("a,b")
     with pytest.raises(DataError, match="is not one of .parquet"):
-        read_problems(tmp_path / "t.csv")
+        read_problems(tmp_path / "t.xls")
     with pytest.raises(DataError, match="on_bad_row is 'ignore'"):
         read_problems(tmp_path / "e.jsonl", on_bad_row="ignore")
     pytest.importorskip("pyarrow")
@@ -338,7 +343,7 @@ def test_a_path_is_never_looked_up_on_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for source in ("data/train", "nowhere/train.jsonl"):
-        with pytest.raises(DataError, match="data holds no .parquet, .jsonl, .json file|folder nowhere does not exist"):
+        with pytest.raises(DataError, match="data holds no .parquet, .jsonl, .json, .csv, .*file|folder nowhere does not exist"):
             read_problems(source)
     assert hub == []
 
@@ -486,3 +491,128 @@ def test_nested_texts_in_several_row_groups_are_read(tmp_path):
     ]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet", row_group_size=10)
     assert [problem.answers for problem in read_problems(tmp_path / "d.parquet")] == [(str(i + 1),) for i in range(40)]
+
+
+# ---- shapes of popular data sets -----------------------------------------------------------------
+
+USER = [{"role": "user", "content": "p?"}]
+SHAPES = {  # one row, and the answers to "p?"
+    "numina_cot": ({"source": "cn", "problem": "p?", "solution": r"So $\boxed{6}$, no: $\boxed{\frac{7}{2}}$.",
+                    "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+                   (r"\frac{7}{2}",)),
+    "math_lighteval": ({"problem": "p?", "level": "Level 2", "type": "Algebra", "solution": r"It is $\boxed{7}$."}, ("7",)),
+    "numina15": ({"problem": "p?", "solution": r"\boxed{8}", "answer": "7", "question_type": "proof"}, ("7",)),
+    "capitals": ({"ID": "I-1", "Problem": "p?", "Solution": "s", "Answer": 204}, ("204",)),
+    "spaced": ({"Problem Number": 3, "Question": "p?", "Final Answer": "7"}, ("7",)),
+    "trl": ({"prompt": USER, "solution": "7"}, ("7",)),
+    "pa": ({"prompt": "p?", "answer": "7"}, ("7",)),
+    "unsloth": ({"prompt": [{"role": "system", "content": "Reason."}, *USER], "answer": "7"}, ("7",)),
+    "omr": ({"problem": "p?", "expected_answer": "7", "generated_solution": "s"}, ("7",)),
+    "rlvr": ({"messages": USER, "ground_truth": "7", "dataset": "math"}, ("7",)),
+    "dapo_processed": ({"prompt": "p?", "solution": "34", "source_prompt": [{"role": "user", "content": "x"}],
+                        "reward_model": {"ground_truth": "34"}}, ("34",)),
+    "prompt_json": ({"prompt": json.dumps(USER), "reward_model": json.dumps({"ground_truth": "7"})}, ("7",)),
+    "prompt_python": ({"prompt": str(USER), "answer": "7"}, ("7",)),
+    "spaced_list": (verl("p?", '[ "7" ]', {"index": 1}), ("7",)),
+    "number_list": (verl("p?", "[7]", {"index": 1}), ("7",)),
+    "python_list": (verl("p?", "['7', '8']", {"index": 1}), ("7", "8")),
+    "latex_list": (verl("p?", r"['\frac{1}{2}']", {"index": 1}), (r"\frac{1}{2}",)),
+    "escaped_list": (verl("p?", json.dumps([r"\frac{1}{2}"]), {"index": 1}), (r"\frac{1}{2}",)),
+    "interval": (verl("p?", "[1, 2]", {"index": 1}), ("[1, 2]",)),
+    "numpy_list": (verl("p?", "['7' '8']", {"index": 1}), ("['7' '8']",)),
+    "sentence": ({"problem": "p?", "answer": r"The answer is $\boxed{12}$."}, ("12",)),
+    "gsm8k_problem": ({"problem": "p?", "answer": "3+4=7\n#### 1,007"}, ("1007",)),
+    "gsm8k_trl": ({"prompt": USER, "solution": "3+4=7\n#### 7"}, ("7",)),
+    "boxed_list": ({"prompt": "p?", "solutions": [r"\boxed{7}"]}, ("7",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_popular_shape_is_read_as_it_is(tmp_path, name):
+    row, answers = SHAPES[name]
+    (read,) = read_problems(write_rows(tmp_path / "s.jsonl", [row]))
+    assert (read.text, read.answers) == ("p?", answers)
+
+
+def test_proof_and_notfound_are_no_answers(tmp_path, capsys):
+    rows = [{"problem": f"p{n}", "solution": r"\boxed{1}", "answer": a} for n, a in enumerate(["7", "proof", "notfound"])]
+    path = write_rows(tmp_path / "s.jsonl", rows)
+    assert [p.answers for p in read_problems(path, "skip")] == [("7",)]
+    assert "left out 2 unusable rows (row 2 has no answer (proof), row 3 has no answer (notfound))" in capsys.readouterr().err
+
+
+def test_a_worked_solution_without_a_box_has_no_answer(tmp_path):
+    rows = [{"problem": f"p{n}", "solution": s} for n, s in enumerate([r"It is $\boxed{7}$.", "It is 8."])]
+    with pytest.raises(DataError, match="row 2 has no answer"):
+        read_problems(write_rows(tmp_path / "s.jsonl", rows))
+    with pytest.raises(DataError, match="row 1 has no answer"):
+        read_problems(write_rows(tmp_path / "l.jsonl", [{"problem": "p", "solution": "We add.\nIt is 8."}]))
+
+
+def test_other_columns_are_named(tmp_path):
+    rows = [{"Q": "p?", "meta": {"gold": r"so \boxed{7}"}, "n": 3}]
+    path = write_rows(tmp_path / "s.jsonl", rows)
+    with pytest.raises(DataError, match=r"has the columns Q, meta, n.*columns = \{ problem.*--columns problem="):
+        read_problems(path)
+    (read,) = read_problems(path, columns=Columns(problem="Q", answer="meta.gold", difficulty="n"))
+    assert (read.text, read.answers, read.difficulty) == ("p?", ("7",), 3.0)
+    with pytest.raises(DataError, match="has the columns Q, meta, n.*no R"):
+        read_problems(path, columns=Columns(problem="R", answer="n"))
+
+
+def test_different_answers_are_no_duplicates(tmp_path, capsys):
+    rows = [{"problem": "p", "answer": "7"}, {"problem": "P ", "answer": "8"}, {"problem": "q", "answer": r"\frac12"},
+            {"problem": "q", "answer": r"\frac{1}{2}"}, {"id": 4, "problem": "r", "answer": "1"},
+            {"id": 5, "problem": "r", "answer": "2"}]  # fmt: skip
+    path = write_rows(tmp_path / "s.jsonl", rows)
+    assert [p.text for p in read_problems(path)] == ["q"]
+    said = capsys.readouterr().err
+    assert "left out 2 problems with different answers" in said and "has 7 and" in said and "s/5 has 2" in said
+    assert "left out 1 duplicate rows" in said
+    assert [(p.text, p.answers) for p in read_problems(path, "keep")] == [("p", ()), ("q", (r"\frac12",)), ("r", ())]
+
+
+def test_gzip_csv_and_wrapped_files_are_read(tmp_path):
+    line = json.dumps({"problem": "p?", "answer": "7"})
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.write(line)
+    with gzip.open(tmp_path / "x.json.gz", "wt") as file:
+        file.write(f"[{line}]")
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["ID", "Question", "Answer"], ["1", "p?", "7"]])
+    (tmp_path / "x.json").write_text(json.dumps({"version": 1, "data": [json.loads(line)]}, indent=2))
+    (tmp_path / "y.json").write_text(json.dumps({"data": [json.loads(line)]}))
+    for name in ("x.jsonl.gz", "x.json.gz", "x.csv", "x.json", "y.json"):
+        (read,) = read_problems(tmp_path / name)
+        assert (read.text, read.answers, read.id[:2]) == ("p?", ("7",), f"{name[0]}/")
+    (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "x.jsonl.gz").read_bytes()[:-9])
+    with pytest.raises(DataError, match="cut.jsonl.gz is not a complete gzip file"):
+        read_problems(tmp_path / "cut.jsonl.gz")
+    (tmp_path / "bad.csv").write_text("problem,answer\np,7,8\n")
+    with pytest.raises(DataError, match="row 1 has more fields than the first line"):
+        read_problems(tmp_path / "bad.csv")
+
+
+def test_a_packed_file_that_unpacks_to_a_huge_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(problems, "MOST_BYTES", 1 << 20)
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"problem": "x" * (1 << 20), "answer": "1"}))
+    with pytest.raises(DataError, match="holds more than"):
+        read_problems(tmp_path / "x.jsonl.gz")
+
+
+def test_a_cloned_folder_is_read_by_its_split(tmp_path, capsys):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "repo" / "data").mkdir(parents=True)
+    for n, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"]):
+        parquet.write_table(pyarrow.Table.from_pylist([good(n)]), tmp_path / "repo" / "data" / f"{name}.parquet")
+    (tmp_path / "repo" / "dataset_infos.json").write_text("{}")
+    assert [p.text for p in read_problems(tmp_path / "repo")] == ["p0", "p1"]
+    assert "reads its split train" in capsys.readouterr().err
+    assert [p.text for p in read_problems(f"{tmp_path / 'repo'}:test")] == ["p2"]
+    assert [p.text for p in read_problems(tmp_path / "repo" / "data")] == ["p0", "p1"]
+
+
+def test_an_instruction_that_asks_for_another_form_is_found():
+    theirs = problem("a", 'Solve it. Put your answer after "Answer:".')
+    assert asks_otherwise(theirs) and not asks_otherwise(theirs, "") and not asks_otherwise(problem("b", "What is 1+1?"))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from engine.run import Run
+from lab.problems import Columns
 from lab.recipe import (
     Recipe,
     RecipeError,
@@ -21,6 +22,7 @@ from lab.recipe import (
     VariantSettings,
     World,
     describe_keys,
+    how_to_read,
     load_recipe,
     to_toml,
 )
@@ -277,7 +279,7 @@ def test_a_window_of_zero_means_the_models_own(tmp_path):
 
 def test_every_key_is_described_with_its_default_and_its_bounds():
     lines = list(describe_keys())
-    assert len(lines) == len({*lines}) + 4  # keys that both kinds of stages have
+    assert len(lines) == len({*lines}) + 11  # keys that both kinds of stages have
     assert any(line.split() == "stage.group_size = 8 rollouts per problem, at least 2".split() for line in lines)
     for key in ("name", "seed = 0", "world.layers = 4", "stage.variant.loss = 'polaris'", "run.tensorboard = False"):
         assert any(line.startswith(key) for line in lines), key
@@ -458,3 +460,19 @@ def test_the_defaults_are_the_published_numbers():
     same = {f.name for f in fields(RlStage)} - {"data", "steps", "filter_before", "rescue"}
     assert all(getattr(stage, name) == getattr(written.stage[0], name) for name in same)
     assert final == replace(written.final, data="", samples=8)
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def test_columns_stand_beside_data_and_are_the_same_wherever_it_is_read(tmp_path):
+    columns = 'columns = { problem = "Q", answer = "A" }\non_bad_row = "skip"\n'
+    text = SMALL.replace('data = "problems.jsonl"\n', f'data = "problems.jsonl"\n{columns}')
+    recipe = load(tmp_path, text)
+    assert how_to_read(recipe, "problems.jsonl") == ("skip", False, Columns(problem="Q", answer="A"))
+    assert how_to_read(recipe, "held-out.jsonl") == how_to_read(recipe, "other") == ("stop", False, Columns())
+    assert load(tmp_path, to_toml(recipe)) == recipe
+    assert "stage.1.columns.problm" in refusal(tmp_path, text.replace("problem =", "problm ="))
+    assert "on_bad_row must be one of" in refusal(tmp_path, text.replace('"skip"', '"drop"'))
+    said = refusal(tmp_path, text.replace("held-out.jsonl", "problems.jsonl"))
+    assert "must be the same wherever 'problems.jsonl' is read" in said
