@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    metrics = record.Metrics(tmp_path / "run", tensorboard=True, enabled=False)
+    metrics = record.Metrics(tmp_path / "run", enabled=False)
     metrics.write(dict(kind="sft", step=1, stage=0))
     metrics.write_rollouts([dict(step=1)])
     metrics.close()
