@@ -268,8 +268,9 @@ class Run:
             say_last(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
 
     def close(self) -> None:
-        """Stop the grader and release the folder."""
+        """Stop the grader, send what a tracker still has, and release the folder."""
         self.worker.grader.close()
+        self.metrics.close()
         if self.lock is not None:
             os.close(self.lock)
 

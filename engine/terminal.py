@@ -12,7 +12,7 @@ from typing import TextIO
 
 # how tqdm redraws a bar: a carriage return before its text, or nothing but moves up
 BAR = re.compile(r"\r|(?:\x1b\[A)+\Z")
-LOGS: list[TextIO] = []  # files that get a copy of what is printed
+LOGS: list[TextIO] = []  # the file that gets a copy of what is printed
 UNDECODED = re.compile("[\udc80-\udcff]")  # a byte of the command line that is no UTF-8
 
 
@@ -36,7 +36,7 @@ def prepare_terminal() -> None:
 
 def keep_log(path: Path) -> None:
     """Append to a file what this program prints from now on, but for progress bars; needs `prepare_terminal`."""
-    LOGS.append(path.open("a", encoding="utf-8", buffering=1))
+    LOGS[:] = [path.open("a", encoding="utf-8", buffering=1)]
 
 
 def is_main_process() -> bool:

@@ -72,7 +72,7 @@ class Metrics:
             os.fsync(self.rollouts.fileno())
 
     def close(self) -> None:
-        """Close all files."""
+        """Close both files, and the tracker."""
         if self.enabled:
             self.rows.close()
             self.rollouts.close()
