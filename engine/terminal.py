@@ -63,12 +63,16 @@ def printable(text: str) -> str:
 def _escaping(write: Callable[[str], int], bar: re.Pattern | None) -> Callable[[str], int]:
     """Return a stream's `write` that writes printable text, after what moves a progress bar."""
 
+    of_bar = False
+
     def write_printable(text: str) -> int:
+        nonlocal of_bar
         kept = bar.match(text) if bar else None
+        of_bar = kept is not None or (of_bar and text == "\n")  # that ends a bar
         start = kept.end() if kept else 0
         shown = printable(text[start:])
         write(text[:start] + shown)
-        for log in LOGS if kept is None else ():
+        for log in () if of_bar else LOGS:
             with suppress(OSError):  # a full disk, which the run's own files report
                 log.write(shown)
         return len(text)
