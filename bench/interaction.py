@@ -44,7 +44,7 @@ STEPS = PROBLEMS * VISITS // BATCH
 BUDGET = STEPS * BATCH * GROUP * RESPONSE_TOKENS  # training tokens of each arm; curves are compared up to here
 BAND, EASY = ("5 terms", "6 terms"), ("3 terms", "4 terms")  # to be learned; must not be forgotten
 EVERY_STEPS, GRID, SHARE = 30, 400, 0.8
-LEAST_ALWAYS, MOST_ALWAYS, LEAST_SILENT = 0.25, 0.1, 0.15  # the premise check
+LEAST_ALWAYS, MOST_ALWAYS, LEAST_SILENT = 0.25, 0.1, 0.1  # the premise check
 
 
 def recipe_of(premise: str, arm: str, rate: float, seed: int, folder: Path) -> Recipe:
