@@ -11,8 +11,8 @@ import torch
 
 from engine import adapter
 from engine.files import file_checksums
+from engine.function_file import read_function
 from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_optional_json, resolve_folder, weight_files
-from engine.reward_function import read_reward
 from lab.problems import DataError, Problem
 from rollout import Prompt
 
@@ -28,9 +28,9 @@ def data_identity(rows: Iterable[Problem | list[dict]]) -> str:
     return _hash(problems)
 
 
-def reward_identity(given: str) -> str | None:
-    """Hash a reward function's file and name; None without one. What the file imports does not count."""
-    function = read_reward(given)
+def function_identity(given: str, what: str = "reward function") -> str | None:
+    """Hash the file and name of FILE.py:NAME; None for "". What the file imports does not count."""
+    function = read_function(given, what)
     return function and _hash([function.name, function.source])
 
 
@@ -93,9 +93,9 @@ def git_commit(folder: Path) -> str:
 def differences(then: dict[str, str], now: dict[str, str], chosen: Collection[str] = ()) -> list[str]:
     """Describe the differences between two fingerprints; `chosen` are recipe keys that were changed on purpose.
 
-    A fingerprint has "recipe" (TOML), "code", "reward function" (its file), "model PART" (see `model_identity`) and,
-    for each source, "data SOURCE" and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only
-    their names are given.
+    A fingerprint has "recipe" (TOML), "code", "model PART" (see `model_identity`), each of lab.recipe.own_functions
+    and, for each source, "data SOURCE" and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing:
+    only their names are given.
     """
     found = []
     values = [dict(_flat(tomllib.loads(fingerprint.get("recipe", "")))) for fingerprint in (then, now)]

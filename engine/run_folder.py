@@ -24,16 +24,16 @@ from engine.fingerprint import (
     code_version,
     data_identity,
     differences,
+    function_identity,
     git_commit,
     model_identity,
     prompts_identity,
-    reward_identity,
 )
 from engine.rollout_worker import RolloutWorker
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
 from lab.problems import Problem, has_chats, read_chats
-from lab.recipe import Recipe, RecipeError, load_recipe, to_toml
+from lab.recipe import Recipe, RecipeError, load_recipe, own_functions, to_toml
 from lab.run_data import RunData
 from model import resolve_folder
 
@@ -236,8 +236,7 @@ def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Return what a run depends on in addition to its checkpoint: see `fingerprint.differences`."""
     found = {"recipe": to_toml(recipe), "code": code_version(ROOT)}
     found |= {f"model {part}": value for part, value in model_identity(model_source(recipe, folder)).items()}
-    if recipe.reward.function:
-        found["reward function"] = reward_identity(recipe.reward.function)
+    found |= {what: function_identity(given, what) for what, given in own_functions(recipe).items()}
     data = RunData(recipe, folder)
     for source in sources(recipe):
         path = data.path(source)

@@ -12,6 +12,8 @@ from engine.adapter import Lora, add_lora, initialise_lora
 from engine.batches import TrainingSequence
 from engine.checkpoint import load_trained_weights
 from engine.distributed import Processes, StopRequest
+from engine.fingerprint import function_identity
+from engine.function_file import FunctionError
 from engine.grader import Grader
 from engine.huggingface import named
 from engine.offload import Offload
@@ -31,8 +33,9 @@ from engine.tokenizer import END_THINK, THINK, load_tokenizer, read_chat, stop_t
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
-from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read, load_recipe
+from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read, load_recipe, own_functions
 from lab.run_data import RunData
+from lab.variants import try_out
 from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
 from yarn import describe_ramp
@@ -52,6 +55,7 @@ def build_run(
     """Build a run in its folder, and check all of its inputs."""
     sampler, reward = recipe.sampler, recipe.reward
     grader = Grader(reward.workers, reward.time_limit_seconds, reward=reward.function)  # tries the function out
+    try_functions(recipe, processes)
     lock, checkpoint, state = open_run(arguments, recipe, folder, resumed, processes)
     model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, processes)
@@ -98,6 +102,16 @@ def build_run(
         f"{processes.device_name}, {cache_text} each, {folder}"
     )
     return run
+
+
+def try_functions(recipe: Recipe, processes: Processes) -> None:
+    """Call every advantage, loss and filter of one's own; all processes must have the same files."""
+    for stage in recipe.stage:
+        if isinstance(stage, RlStage):
+            try_out(stage, processes.device)
+    hashes = processes.all_gather({what: function_identity(own, what) for what, own in own_functions(recipe).items()})
+    if differing := [what for what in hashes[0] if any(found[what] != hashes[0][what] for found in hashes)]:
+        raise FunctionError(f"the file of {differing[0]} is not the same on all machines: copy it to each of them")
 
 
 def guard_data(run: Run) -> None:

@@ -28,6 +28,7 @@ from lab.benchmarks import text_table
 from lab.command import load_worker, run_command
 from lab.problems import DataError, Problem, read_problems, write_problems
 from lab.recipe import RlStage, load_recipe
+from lab.variants import own_filter
 
 ADVICE = {
     "J": "at least half are solved more often than not: drop the always solved (data_filter.py filter)",
@@ -95,8 +96,10 @@ def drop_command(arguments: argparse.Namespace) -> None:
     above = stage.drop_above if arguments.above is None else arguments.above
     window = arguments.window or stage.drop_window
     visits = "that stage" if window == "stage" else "all stages"
-    print(f"{run}, after stage {index}: dropping accuracy above {above:g} in the visits of {visits}")
-    filtered = drop_easy(problems, state.history, index, above, window, stage.group_size)
+    own = own_filter(stage) if arguments.above is None else None
+    rule = stage.variant.filter if own else f"dropping accuracy above {above:g}"
+    print(f"{run}, after stage {index}: {rule} in the visits of {visits}")
+    filtered = drop_easy(problems, state.history, index, above, window, stage.group_size, own)
     write_filtered(arguments, filtered, stage.group_size)
 
 

@@ -28,6 +28,7 @@ BOUNDS = {
     "most": ("at most", operator.le),
     "below": ("below", operator.lt),
     "one_of": ("one of", lambda value, known: value in known),
+    "named": ("FILE.py:NAME or one of", lambda value, known: value in known or ":" in value),
 }
 
 
@@ -36,7 +37,7 @@ class RecipeError(UserError):
 
 
 def key(default: typing.Any, help: str = "", **bounds: typing.Any) -> typing.Any:
-    """Declare a field with its help and bounds: `least`, `above`, `most`, `below` (numbers), `one_of` (a tuple)."""
+    """Declare a field with its help and bounds: `least`, `above`, `most`, `below`; `one_of`, `named` (tuples)."""
     return field(default=default, metadata={"help": help, **bounds})
 
 
@@ -192,11 +193,12 @@ class SftStage(Reading):
 class VariantSettings:
     """Alternatives from other papers, alone or combined; the defaults are POLARIS. Sources are in lab/variants.py."""
 
-    loss: str = key("polaris", "gspo clips per response; cispo clips a weight", one_of=("polaris", "gspo", "cispo"))
+    advantage: str = key("polaris", "NAME(rewards)", named=("polaris", "centred", "maxrl"))
+    loss: str = key("polaris", "NAME(logprobs, batch)", named=("polaris", "gspo", "cispo"))
+    filter: str = key("", "FILE.py:NAME, called as NAME(pass_rates) instead of drop_at and drop_above; empty: those")
     gspo_clip_low: float = key(3e-4, least=0)
     gspo_clip_high: float = key(4e-4, least=0)
     cispo_cap: float = key(5.0, "the largest ratio, 1 + epsilon", least=1)
-    divide_by_std: bool = key(True, "false: the advantage is reward - mean (Dr. GRPO)")
     average: str = key("", "empty: as in the loss's paper", one_of=("", "tokens", "sequences", "constant"))
     drop_zero_variance: bool = key(False, "leave out groups of equal rewards; `substitute` must be false")
     drop_truncated: bool = key(False, "overlong filtering: no loss on responses cut at the limit")
@@ -272,6 +274,15 @@ def how_to_read(recipe: Recipe, source: str) -> tuple[str, bool, Columns]:
     users = [user for user in (*recipe.stage, recipe.eval, recipe.final) if user.data == source]
     user = users[0] if users else Reading()
     return user.on_bad_row, bool(recipe.reward.function), user.columns
+
+
+def own_functions(recipe: Recipe) -> dict[str, str]:
+    """Return every FILE.py:NAME of a recipe by what it is; their files belong to what a run is made with."""
+    found = {"reward function": recipe.reward.function}
+    for i, stage in enumerate(recipe.stage):
+        variant = stage.variant if isinstance(stage, RlStage) else VariantSettings()
+        found |= {f"stage.{i}.variant.{what}": getattr(variant, what) for what in ("advantage", "loss", "filter")}
+    return {what: given for what, given in found.items() if ":" in given}
 
 
 def describe_keys(kind: type = Recipe, prefix: str = "") -> Iterator[str]:

@@ -1,11 +1,13 @@
 """Other losses and advantages of the field, kept out of grpo.py so that it remains POLARIS alone.
 
-Each is a key of a stage's `variant` table in the recipe; keys can be combined, and the default of each is POLARIS:
+Each is a key of a stage's `variant` table in the recipe; keys can be combined, and the default of each is POLARIS.
+Advantage, loss and filter can be functions of one's own file, FILE.py:NAME, which are called as these here are:
 
     key                      POLARIS                                   variant
+    advantage = "centred"    (reward - mean) / (std + 1e-6)            reward - mean (Dr. GRPO)
+    advantage = "maxrl"                                                (reward - mean) / mean (MaxRL)
     loss = "gspo"            the ratio of a token, clipped             the ratio of the response, clipped
     loss = "cispo"           a clipped token has no gradient           the clipped ratio is a weight
-    divide_by_std = false    (reward - mean) / (std + 1e-6)            reward - mean (Dr. GRPO)
     average                  over the tokens of the batch              over "sequences"; by a "constant" (Dr. GRPO)
     drop_zero_variance       groups without a signal are replaced      dropped
     drop_truncated           a truncated response is wrong             dropped from the loss
@@ -20,14 +22,89 @@ A stage without a variant does not use this file.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batches import TokenBatch, TrainingSequence
-from grpo import Group, PolicyLoss, RatioStats, TokenLoss, UpdateStats, advantages, ratio_sums, training_sequences
+from engine.batches import TokenBatch, TrainingSequence, pack
+from engine.function_file import FunctionError, describe, load, read_function
+from engine.memory import out_of_memory
+from grpo import (
+    ADVANTAGE_EPSILON,
+    Group,
+    PolicyLoss,
+    RatioStats,
+    TokenLoss,
+    UpdateStats,
+    advantages,
+    ratio_sums,
+    training_sequences,
+)
 from lab.recipe import RlStage
+
+# -------------------------------------------------------------------------------------- functions of one's own
+
+RESULTS = {"advantage": "an array of finite numbers", "loss": "a tensor", "filter": "an array of bools"}
+
+
+@cache
+def own_function(what: str, given: str) -> Callable[..., Any]:
+    """Load FILE.py:NAME, an advantage, loss or filter; each result must have the shape of the first argument.
+
+    Raises FunctionError. If memory runs out in it, the error is passed on: the update may go on with less.
+    """
+    function = read_function(given, what)
+    try:
+        call = load(function)
+    except (Exception, SystemExit) as error:
+        why = describe(error, function)
+        raise FunctionError(f"the {what} {given} cannot be used: {why}; fix its file or its name") from None
+
+    def checked(values: np.ndarray | Tensor, *rest: Any) -> Any:
+        try:
+            result = call(values, *rest)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise FunctionError(f"the {what} {given} cannot be used: {describe(error, function)}; fix it") from error
+        if not is_result(what, result, values):
+            found, shape = " ".join(repr(result).split()), tuple(values.shape)
+            raise FunctionError(f"the {what} {given} must return {RESULTS[what]} of shape {shape}, not {found:.80}")
+        return result
+
+    return checked
+
+
+def is_result(what: str, result: Any, values: np.ndarray | Tensor) -> bool:
+    """Whether a function of one's own may return this for these values."""
+    if not isinstance(result, type(values)) or result.shape != values.shape or what == "loss":
+        return isinstance(result, Tensor) and result.shape == values.shape
+    return result.dtype.kind in ("b" if what == "filter" else "iuf") and bool(np.isfinite(result).all())
+
+
+def try_out(stage: RlStage, device: torch.device) -> None:
+    """Call a stage's advantage, loss and filter on small examples. Raises FunctionError."""
+    for right in (1, 0, stage.group_size):  # groups without a signal too: a division by zero would come late
+        choose_advantages(stage)((np.arange(stage.group_size) < right).astype(float))
+    examples = [TrainingSequence(np.arange(4), 2, sign, np.full(2, -1, np.float32)) for sign in (1.0, -1.0)]
+    batch = pack(examples, device)
+    logprobs = batch.old_logprobs.clone().requires_grad_()
+    losses = choose_loss(stage)(logprobs, batch)
+    gradient = torch.autograd.grad(losses.sum(), logprobs)[0] if losses.requires_grad else losses / 0
+    if not (losses + gradient).isfinite().all():
+        what = f"losses {losses.tolist()} with the gradient {gradient.tolist()}"
+        raise FunctionError(f"the loss {stage.variant.loss} has {what} where the policy is the sampler's: fix it")
+    if own := own_filter(stage):
+        own(np.array([0.0, 0.5, 1.0]))
+
+
+def own_filter(stage: RlStage) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Return a stage's filter from pass rates (P,) to what is kept, bool (P,); None: drop_at and drop_above decide."""
+    return own_function("filter", stage.variant.filter) if stage.variant.filter else None
+
 
 # ----------------------------------------------------------------------------------------------------- losses
 
@@ -117,6 +194,17 @@ class SequenceMean:
         return self.loss.sums(logprobs, batch)
 
 
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss of one's own, whose clips are not known."""
+
+    function: TokenLoss
+    sums = staticmethod(ratio_sums)
+
+    def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        return self.function(logprobs, batch)
+
+
 def averaged_over(stage: RlStage) -> str:
     """Return "tokens", "sequences" or "constant": the recipe's choice, or that of the loss's paper."""
     return stage.variant.average or ("sequences" if stage.variant.loss == "gspo" else "tokens")
@@ -125,11 +213,12 @@ def averaged_over(stage: RlStage) -> str:
 def choose_loss(stage: RlStage) -> TokenLoss:
     """Return the loss of a stage; the default is grpo.PolicyLoss."""
     variant = stage.variant
-    loss = {
+    built_in = {
         "polaris": PolicyLoss(stage.clip_low, stage.clip_high, stage.dual_clip),
         "gspo": GspoLoss(variant.gspo_clip_low, variant.gspo_clip_high),
         "cispo": CispoLoss(variant.cispo_cap),
-    }[variant.loss]
+    }
+    loss = built_in.get(variant.loss) or OwnLoss(own_function("loss", variant.loss))
     loss = TruncatedImportance(loss, variant.importance_cap) if variant.importance_cap else loss
     return SequenceMean(loss) if averaged_over(stage) == "sequences" else loss
 
@@ -157,6 +246,17 @@ def punish_overlong(groups: list[Group], stage: RlStage) -> list[Group]:
 def centred_advantages(rewards: np.ndarray) -> np.ndarray:
     """Dr. GRPO's advantages (arXiv 2503.20783, section 3.2): without the std, hard and easy problems weigh the same."""
     return rewards - rewards.mean()
+
+
+def maxrl_advantages(rewards: np.ndarray) -> np.ndarray:
+    """MaxRL's advantages (arXiv 2602.02710): the rarer a success, the more it weighs, as in the gradient of log p."""
+    return (rewards - rewards.mean()) / (rewards.mean() + ADVANTAGE_EPSILON)
+
+
+def choose_advantages(stage: RlStage) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the advantages of a stage, from a group's rewards (G,); the default is grpo.advantages."""
+    built_in = {"polaris": advantages, "centred": centred_advantages, "maxrl": maxrl_advantages}
+    return built_in.get(stage.variant.advantage) or own_function("advantage", stage.variant.advantage)
 
 
 # ----------------------------------------------------------------------------------------------------- the update
@@ -187,7 +287,7 @@ def mini_batches(groups: Sequence[Group], stage: RlStage) -> list[tuple[list[Tra
         groups = [group for group in groups if group.informative]
     for start in range(variant.optimizer_steps):
         part = groups[start :: variant.optimizer_steps]
-        sequences = training_sequences(part, advantages if variant.divide_by_std else centred_advantages)
+        sequences = training_sequences(part, choose_advantages(stage))
         if variant.drop_truncated:
             rollouts = [rollout for group in part for rollout in group.rollouts]
             sequences = [s for s, r in zip(sequences, rollouts, strict=True) if r.finish_reason != "length"]

@@ -11,7 +11,16 @@ from test_traps import Table, fast_update, group, ragged_groups, run_stage, slow
 import grpo
 from grpo import PolicyLoss, RatioStats, UpdateStats
 from lab.recipe import RlStage, VariantSettings
-from lab.variants import GspoLoss, centred_advantages, choose_loss, merge_updates, mini_batches, punish_overlong, update
+from lab.variants import (
+    GspoLoss,
+    centred_advantages,
+    choose_loss,
+    maxrl_advantages,
+    merge_updates,
+    mini_batches,
+    punish_overlong,
+    update,
+)
 
 LIMIT = 12  # max_response_tokens
 SIZE = 6  # rollouts in a group
@@ -148,7 +157,7 @@ def test_dr_grpo(batch):
             value, derivative = slow_token(n, o, advantage)
             loss += value / divisor
             gradient[name] += derivative / divisor
-    [found] = updates_of(stage_of(divide_by_std=False, average="constant"), groups, logprobs)
+    [found] = updates_of(stage_of(advantage="centred", average="constant"), groups, logprobs)
     assert_same(found, loss, gradient)
     assert found[0].tokens == len(logprobs)  # the divisor does not change the token count
 
@@ -172,6 +181,34 @@ def test_mean_over_sequences(batch):
             gradient[name] += derivative / len(names) / (SIZE * len(groups))
     [found] = updates_of(stage_of(average="sequences"), groups, logprobs)
     assert_same(found, loss, gradient)
+
+
+@pytest.mark.parametrize("failed", [0, 2])
+def test_maxrl(batch, failed):
+    """The released code: (r - mean) / (mean + 1e-6) over the group; a group without a success has no gradient."""
+    groups, logprobs = batch
+    groups = [replace(g, rewards=g.rewards * (i >= failed)) for i, g in enumerate(groups)]
+    loss, gradient = 0.0, [0.0] * len(logprobs)
+
+    def over_mean(rewards):
+        mean = sum(rewards) / len(rewards)
+        return [(reward - mean) / (mean + 1e-6) for reward in rewards]
+
+    for names, new, old, advantage, _ in responses(groups, logprobs, over_mean):
+        for name, n, o in zip(names, new, old, strict=True):
+            value, derivative = slow_token(n, o, advantage)
+            loss += value / len(logprobs)
+            gradient[name] += derivative / len(logprobs)
+    [found] = updates_of(stage_of(advantage="maxrl"), groups, logprobs)
+    assert_same(found, loss, gradient)
+
+
+def test_maxrl_weighs_a_rare_success_as_the_gradient_of_log_p():
+    """K successes of N: the sum of their advantages over N is (1 - K / N), whatever K: 1 / p times p (1 - p)."""
+    for right in (1, 2, 6):
+        found = maxrl_advantages((np.arange(8) < right).astype(float))
+        np.testing.assert_allclose(found[:right].sum() / 8, 1 - right / 8, atol=1e-5)
+        np.testing.assert_allclose(found[right:], -1, atol=1e-5)
 
 
 def test_centred_advantages():
@@ -323,7 +360,7 @@ SCRIPT = [{"a": [0, 1, 0, 0], "b": [0, 0, 0, 0], "c": [0, 1, 1, 1], "d": [1, 1, 
         ({"optimizer_steps": 2}, 2, 16),
         ({"optimizer_steps": 4, "drop_zero_variance": True}, 3, 12),
         ({"loss": "gspo", "optimizer_steps": 2}, 2, 16),
-        ({"loss": "cispo", "importance_cap": 2.0, "average": "constant", "divide_by_std": False}, 1, 16),
+        ({"loss": "cispo", "importance_cap": 2.0, "average": "constant", "advantage": "centred"}, 1, 16),
         ({"punish_last_tokens": 5, "drop_truncated": True}, 1, 16),
     ],
 )
