@@ -461,3 +461,9 @@ def test_the_steps_of_a_run_correct_the_hours(tmp_path, capsys):
     hours = sum(job.times * (2 * job.sampling.seconds + 3 * job.update.seconds) for job in jobs) / 3600
     times = "2 times the planned sampling, 3 times the update"
     assert f"by 2 steps of {tmp_path} (in each {times}): {hours:,.1f} hours in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["deepscaler-1.5b", "dapo-32b", "dr-grpo-7b", "gspo-3b", "justrl-1.5b", "maxrl-1.7b"])
+def test_a_recipe_of_the_field_can_be_planned(capsys, name):
+    fits, text = lines(capsys, ROOT / "recipes" / f"{name}.toml", memory=80, processes=8)
+    assert fits == (name != "dapo-32b") and re.search(r"hours \([\d,.]+ days\) on 8 cards", text)
