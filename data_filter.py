@@ -294,23 +294,22 @@ class Filtered:
 def filter_mirrored_j(
     problems: list[Problem],
     history: History,
-    drop_at: float = 1.0,
+    drop_at: float | Rule = 1.0,
     keep_above: float = 0.0,
     max_unsolved_share: float | None = None,
     seed: int = 0,
     group_size: int = GROUP_SIZE,
-    rule: Rule | None = None,
 ) -> Filtered:
     """Drop the problems that the model always solves and keep the rest, 0/8 too (RECIPE section 1).
 
     Kept: keep_above <= pass rate < drop_at, by the latest estimate. max_unsolved_share: the largest share of the kept
-    problems that may be unsolved; the seed selects which stay. `rule` replaces both bounds.
+    problems that may be unsolved; the seed selects which stay. A rule as drop_at replaces both bounds.
     Raises DataError if a problem has no estimate.
     """
     rates = {p.id: history.estimate(p.id) for p in problems}
     if missing := [problem_id for problem_id, rate in rates.items() if rate is None]:
         raise DataError(f"{len(missing)} problems have no pass rate (first: {missing[0]}); estimate them first.")
-    keep = kept_by(rule or (lambda rates: (keep_above <= rates) & (rates < drop_at)), rates)
+    keep = kept_by(drop_at if callable(drop_at) else lambda rates: (keep_above <= rates) & (rates < drop_at), rates)
     if max_unsolved_share is not None and max_unsolved_share < 1:
         unsolved = sorted(problem_id for problem_id in keep if rates[problem_id] == 0)
         solved = len(keep) - len(unsolved)
@@ -323,12 +322,11 @@ def drop_easy(
     problems: list[Problem],
     history: History,
     stage: int,
-    threshold: float = 0.9,
+    threshold: float | Rule = 0.9,
     window: str = "stage",
     group_size: int = GROUP_SIZE,
-    rule: Rule | None = None,
 ) -> Filtered:
-    """Drop the problems whose accuracy is above the threshold, at the end of a stage (RECIPE section 1); or by a rule.
+    """Drop the problems whose accuracy is above the threshold, at the end of a stage (RECIPE section 1), or by a rule.
 
     window: "stage" counts the visits of the stage just ended (a problem not visited in it keeps its earlier estimate),
     "all" counts all visits. A problem never visited is kept.
@@ -336,7 +334,8 @@ def drop_easy(
     if window not in ("stage", "all"):
         raise DataError(f'the window of the drop is {window!r}; it must be "stage" or "all".')
     rates = {p.id: history.estimate(p.id, stage) if window == "stage" else history.pass_rate(p.id) for p in problems}
-    return split_by(problems, kept_by(rule or (lambda rates: rates <= threshold), rates), rates, group_size)
+    keep = kept_by(threshold if callable(threshold) else lambda rates: rates <= threshold, rates)
+    return split_by(problems, keep, rates, group_size)
 
 
 def kept_by(rule: Rule, rates: dict[str, float | None]) -> set[str]:

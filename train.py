@@ -215,8 +215,8 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
     estimated = [visit for problem in problems for visit in known.visits(problem.id)]
     for visit in estimated:
         history.append(visit)
-    own = variants.own_filter(stage)
-    filtered = filter_mirrored_j(problems, history, stage.drop_at, group_size=stage.group_size, rule=own)
+    drop_at = variants.own_function("filter", stage.variant.filter) or stage.drop_at
+    filtered = filter_mirrored_j(problems, history, drop_at, group_size=stage.group_size)
     tokens = sum(visit.tokens for visit in estimated)
     rule = stage.variant.filter or f"pass rate below {stage.drop_at:g}"
     report_filter(run, index, f"before stage {index}", rule, filtered, tokens)
@@ -267,10 +267,10 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
 
 def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
     """Drop what the model has learned; the rest is the next stage's data."""
-    problems, limits = run.stage_problems(index), (stage.drop_above, stage.drop_window)
-    own, rule = variants.own_filter(stage), stage.variant.filter or f"accuracy above {stage.drop_above:g}"
-    filtered = drop_easy(problems, run.state.history, index, *limits, group_size=stage.group_size, rule=own)
-    report_filter(run, index, f"after stage {index}", rule, filtered)
+    problems, own = run.stage_problems(index), variants.own_function("filter", stage.variant.filter)
+    limits, rule = (own or stage.drop_above, stage.drop_window), f"accuracy above {stage.drop_above:g}"
+    filtered = drop_easy(problems, run.state.history, index, *limits, group_size=stage.group_size)
+    report_filter(run, index, f"after stage {index}", stage.variant.filter or rule, filtered)
     run.state.problem_ids = [problem.id for problem in filtered.kept]
     later = [s for s in run.recipe.stage[index + 1 :] if isinstance(s, RlStage)]
     if later and not later[0].data:

@@ -1,5 +1,5 @@
 """Grade responses in the background: most answers are settled by their text, in the calling process; worker processes
-under limits of time and memory decide the rest, or call a reward function (engine/reward_function.py). A late worker is
+under limits of time and memory decide the rest, or call a reward function (engine/own_function.py). A late worker is
 killed and replaced, and costs only that verdict."""
 
 import atexit
@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.function_file import FunctionError, FunctionFile, read_function
+from engine.own_function import FunctionError, OwnFunction, read_function
 from lab import answers as answer_matching
 from lab.answers import text_verdict, tidy
 from reward import Grade, format_reward, last_boxed, response_body, step_reward
@@ -35,9 +35,9 @@ LEAST_FAILURES = 5  # fewer grader failures than this never stop a run
 class _Worker:
     """One worker process and the pipe to it."""
 
-    def __init__(self, memory_limit_bytes: int, time_limit_s: float, reward: FunctionFile | None):
+    def __init__(self, memory_limit_bytes: int, time_limit_s: float, reward: OwnFunction | None):
         # -P: files in lab/ must not shadow the modules that math-verify imports
-        program = ["-m", "engine.reward_function"] if reward else [os.path.abspath(answer_matching.__file__)]
+        program = ["-m", "engine.own_function"] if reward else [os.path.abspath(answer_matching.__file__)]
         command = [sys.executable, "-P", *program, str(memory_limit_bytes), str(time_limit_s)]
         # a new session: a signal to the run's process group must not turn pending answers into grader failures
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
@@ -115,7 +115,7 @@ class Grader:
     ):
         if workers < 1:
             raise ValueError(f"workers must be at least 1, not {workers}")
-        self.reward, self.given = read_function(reward, "reward function"), reward
+        self.reward, self.given = read_function(reward), reward
         self.failures: dict[str, str] = {}  # of the reward function: the first of each verdict, as a sentence
         self.time_limit_s, self.memory_limit_bytes, self.thinking = time_limit_s, memory_limit_bytes, thinking
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()

@@ -24,9 +24,9 @@ from engine.fingerprint import (
     code_version,
     data_identity,
     differences,
-    function_identity,
     git_commit,
     model_identity,
+    own_functions,
     prompts_identity,
 )
 from engine.rollout_worker import RolloutWorker
@@ -34,7 +34,7 @@ from engine.terminal import keep_log
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
 from lab.problems import Problem, has_chats, read_chats
-from lab.recipe import Recipe, RecipeError, load_recipe, own_functions, to_toml
+from lab.recipe import Recipe, RecipeError, load_recipe, to_toml
 from lab.run_data import RunData
 from model import resolve_folder
 
@@ -239,7 +239,7 @@ def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Return what a run depends on in addition to its checkpoint: see `fingerprint.differences`."""
     found = {"recipe": to_toml(recipe), "code": code_version(ROOT)}
     found |= {f"model {part}": value for part, value in model_identity(model_source(recipe, folder)).items()}
-    found |= {what: function_identity(given, what) for what, given in own_functions(recipe).items()}
+    found |= own_functions(recipe)
     data = RunData(recipe, folder)
     for source in sources(recipe):
         path = data.path(source)

@@ -12,11 +12,11 @@ from engine.adapter import Lora, add_lora, initialise_lora
 from engine.batches import TrainingSequence
 from engine.checkpoint import load_trained_weights
 from engine.distributed import Processes, StopRequest
-from engine.fingerprint import function_identity
-from engine.function_file import FunctionError
+from engine.fingerprint import own_functions
 from engine.grader import Grader
 from engine.huggingface import named
 from engine.offload import Offload
+from engine.own_function import FunctionError
 from engine.rollout_worker import RolloutWorker
 from engine.run import Run
 from engine.run_folder import (
@@ -33,7 +33,7 @@ from engine.tokenizer import END_THINK, THINK, load_tokenizer, read_chat, stop_t
 from lab.benchmarks import find_data
 from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
-from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read, load_recipe, own_functions
+from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read, load_recipe
 from lab.run_data import RunData
 from lab.tracker import open_tracker, require_tracker
 from lab.variants import try_out
@@ -108,13 +108,13 @@ def build_run(
 
 
 def try_functions(recipe: Recipe, processes: Processes) -> None:
-    """Call every advantage, loss and filter of one's own; all processes must have the same files."""
+    """Call advantages, losses and filters on small examples; all processes must have the same files of one's own."""
     for stage in recipe.stage:
         if isinstance(stage, RlStage):
             try_out(stage, processes.device)
-    hashes = processes.all_gather({what: function_identity(own, what) for what, own in own_functions(recipe).items()})
-    if differing := [what for what in hashes[0] if any(found[what] != hashes[0][what] for found in hashes)]:
-        raise FunctionError(f"the file of {differing[0]} is not the same on all machines: copy it to each of them")
+    files = processes.all_gather(own_functions(recipe))
+    if files.count(files[0]) < len(files):
+        raise FunctionError(f"the {' or the '.join(files[0])} differs between machines: copy it to all of them")
 
 
 def guard_data(run: Run) -> None:

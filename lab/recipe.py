@@ -276,15 +276,6 @@ def how_to_read(recipe: Recipe, source: str) -> tuple[str, bool, Columns]:
     return user.on_bad_row, bool(recipe.reward.function), user.columns
 
 
-def own_functions(recipe: Recipe) -> dict[str, str]:
-    """Return every FILE.py:NAME of a recipe by what it is; their files belong to what a run is made with."""
-    found = {"reward function": recipe.reward.function}
-    for i, stage in enumerate(recipe.stage):
-        variant = stage.variant if isinstance(stage, RlStage) else VariantSettings()
-        found |= {f"stage.{i}.variant.{what}": getattr(variant, what) for what in ("advantage", "loss", "filter")}
-    return {what: given for what, given in found.items() if ":" in given}
-
-
 def describe_keys(kind: type = Recipe, prefix: str = "") -> Iterator[str]:
     """Yield a line for every key: its default, meaning and bounds."""
     tables = {"world": (World,), "stage": (SftStage, RlStage)}

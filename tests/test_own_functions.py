@@ -13,13 +13,13 @@ from test_variants import SIZE, assert_same, responses, stage_of, updates_of
 
 import train
 from data_filter import History, Visit, drop_easy, filter_mirrored_j
-from engine.fingerprint import differences, function_identity
-from engine.function_file import FunctionError
+from engine.fingerprint import differences, function_identity, own_functions
+from engine.own_function import FunctionError
 from engine.run_folder import run_fingerprint
 from engine.start import try_functions
 from lab.problems import Problem
-from lab.recipe import Recipe, RlStage, VariantSettings, own_functions, to_toml
-from lab.variants import choose_loss, own_function, try_out
+from lab.recipe import Recipe, RlStage, VariantSettings, to_toml
+from lab.variants import VariantLoss, own_function, try_out
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -97,10 +97,10 @@ def history_of(rates, stage=0):
 def test_readmes_filter_keeps_what_is_sometimes_solved_and_is_asked_before_and_after(mine):
     rule = own_function("filter", f"{mine}:sometimes")
     history, problems = history_of({"a": 0, "b": 0.125, "c": 1, "d": 0.5, "e": 0.875})
-    for filtered in (filter_mirrored_j(problems, history, rule=rule), drop_easy(problems, history, 0, rule=rule)):
+    for filtered in (filter_mirrored_j(problems, history, rule), drop_easy(problems, history, 0, rule)):
         assert [p.id for p in filtered.kept] == ["b", "d", "e"] and [p.id for p in filtered.dropped] == ["a", "c"]
     unvisited = [*problems, Problem("f", "?", ("1",))]
-    assert [p.id for p in drop_easy(unvisited, history, 0, rule=rule).kept] == ["b", "d", "e", "f"]
+    assert [p.id for p in drop_easy(unvisited, history, 0, rule).kept] == ["b", "d", "e", "f"]
     assert [p.id for p in filter_mirrored_j(problems, history).kept] == ["a", "b", "d", "e"]  # without it, as before
 
 
@@ -126,7 +126,7 @@ def test_a_stage_learns_with_all_three_and_drops_by_its_own_filter(mine, monkeyp
 @pytest.mark.parametrize(
     "what, code, why",
     [
-        ("advantage", "f = 1", r"cannot be used: AttributeError: it has no callable f \(.*own.py\); fix its file"),
+        ("advantage", "f = 1", r"cannot be used: AttributeError: it has no callable f \(.*own.py\); fix it"),
         ("advantage", "def f(", r"SyntaxError: '\(' was never closed \(.*own.py, line 2\)"),
         ("advantage", "raise SystemExit(3)", "cannot be used: SystemExit: 3"),
         ("advantage", "def f(): pass", r"TypeError: f\(\) takes 0 positional arguments but 1 was given"),
@@ -138,9 +138,9 @@ def test_a_stage_learns_with_all_three_and_drops_by_its_own_filter(mine, monkeyp
         ("advantage", "def f(r): return r.astype(str)", "must return an array of finite numbers"),
         ("loss", "def f(l): return -l", r"f\(\) takes 1 positional argument but 2 were given"),
         ("loss", "def f(l, b): return (-l).mean()", r"must return a tensor of shape \(4,\), not tensor\(1., grad"),
-        ("loss", "def f(l, b): return -l.detach()", "with the gradient .* where the policy is the sampler's"),
-        ("loss", "def f(l, b): return -b.advantages.log() * l", "the loss .* has losses .*nan.* with the gradient"),
-        ("loss", "def f(l, b): return ((l - b.old_logprobs) ** 2).sqrt()", r"gradient \[nan, nan, nan, nan\]"),
+        ("loss", "def f(l, b): return -l.detach()", "has the value .* and the gradient .* on policy, not finite ones"),
+        ("loss", "def f(l, b): return -b.advantages.log() * l", "the loss .* has the value .*nan.* and the gradient"),
+        ("loss", "def f(l, b): return ((l - b.old_logprobs) ** 2).sqrt()", r"gradient \[nan, nan, nan, nan\] on policy"),
         ("loss", "def f(l, b): return -l.detach().numpy()", "must return a tensor of shape"),
         ("loss", "def f(l, b): return b.advantage * l", r"has no attribute 'advantage'"),
         ("filter", "def f(r): return r < 1, 3", r"must return an array of bools of shape \(3,\), not \(array"),
@@ -156,7 +156,7 @@ def test_a_fault_is_one_sentence_before_anything_is_sampled(tmp_path, what, code
 
 @pytest.mark.parametrize("given, why", [("mine.txt:f", "cannot be read .No such file"), (":f", "must be FILE.py:FUN")])
 def test_a_file_that_is_not_there(given, why):
-    with pytest.raises(FunctionError, match=f"the loss '?{given}'?.*{why}"):
+    with pytest.raises(FunctionError, match=f"the function '?{given}'?.*{why}"):
         try_out(stage_of(loss=given), CPU)
 
 
@@ -174,7 +174,7 @@ def test_a_fault_that_comes_late_is_a_sentence_too_but_memory_is_passed_on(tmp_p
     with pytest.raises(FunctionError, match=r"ZeroDivisionError: late \(.*own.py, line 3\)"):
         updates_of(stage_of(loss=f"{path}:f"), groups, logprobs)
     with pytest.raises(torch.OutOfMemoryError):  # the update may go on with smaller micro-batches
-        choose_loss(stage_of(loss=f"{path}:g"))(torch.zeros(2), None)
+        VariantLoss(stage_of(loss=f"{path}:g"))(torch.zeros(2), None)
 
 
 def test_it_is_averaged_as_the_variant_says(tmp_path):
@@ -198,7 +198,8 @@ def test_an_edit_is_noticed_by_a_resume_but_does_not_change_the_run(tmp_path, mo
     path = write(tmp_path, "def f(r): return r - 1\ndef g(r): return r < 1")
     recipe = recipe_of(advantage=f"{path}:f", filter=f"{path}:g")
     assert own_functions(recipe) == {
-        f"stage.{i}.variant.{what}": f"{path}:{name}" for i in (0, 1) for what, name in [("advantage", "f"), ("filter", "g")]
+        f"file of stage.{i}.variant.{what}": function_identity(f"{path}:{name}")
+        for i in (0, 1) for what, name in [("advantage", "f"), ("filter", "g")]
     }
     monkeypatch.setattr("engine.run_folder.model_source", lambda recipe, folder: None)
     monkeypatch.setattr("engine.run_folder.model_identity", lambda folder: {})
@@ -207,14 +208,8 @@ def test_an_edit_is_noticed_by_a_resume_but_does_not_change_the_run(tmp_path, mo
     path.write_text("def f(r): return r - 2")
     assert function(np.zeros(2)).tolist() == own_function("advantage", f"{path}:f")(np.zeros(2)).tolist() == [-1, -1]
     changed = differences(then, run_fingerprint(recipe, tmp_path))
-    assert changed == [f"stage.{i}.variant.{what} changed" for i in (0, 1) for what in ("advantage", "filter")]
+    assert changed == [f"file of stage.{i}.variant.{what} changed" for i in (0, 1) for what in ("advantage", "filter")]
     assert own_functions(recipe_of()) == {} and function_identity("") is None
-
-
-def test_two_functions_of_one_file_share_its_module(tmp_path):
-    path = write(tmp_path, "seen = []\ndef f(r):\n  seen.append(1)\n  return r\ndef g(r): return r + len(seen)")
-    own_function("advantage", f"{path}:f")(np.zeros(1))
-    assert own_function("advantage", f"{path}:g")(np.zeros(1)).tolist() == [1]
 
 
 def test_all_processes_must_have_the_same_file(tmp_path):
@@ -225,8 +220,8 @@ def test_all_processes_must_have_the_same_file(tmp_path):
         return SimpleNamespace(device=CPU, all_gather=lambda mine: [mine, mine | elsewhere])
 
     try_functions(recipe, processes({}))
-    with pytest.raises(FunctionError, match="stage.1.variant.advantage is not the same on all machines"):
-        try_functions(recipe, processes({"stage.1.variant.advantage": "other"}))
+    with pytest.raises(FunctionError, match="the file of stage.0.variant.advantage or the file of .* differs between"):
+        try_functions(recipe, processes({"file of stage.1.variant.advantage": "other"}))
 
 
 def test_a_recipe_with_own_functions_survives_a_round_trip():
@@ -236,5 +231,5 @@ def test_a_recipe_with_own_functions_survives_a_round_trip():
 def test_a_plain_update_still_has_no_variant(batch):
     groups, logprobs = batch
     [found] = updates_of(stage_of(), groups, logprobs)
-    stats, gradient = fast_update(train.training_sequences(groups), logprobs, choose_loss(stage_of()), 40)
+    stats, gradient = fast_update(train.training_sequences(groups), logprobs, VariantLoss(stage_of()), 40)
     assert stats.loss == found[0].loss and gradient == found[1]

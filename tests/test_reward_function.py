@@ -11,7 +11,7 @@ import pytest
 
 from engine.fingerprint import data_identity, function_identity
 from engine.grader import Grader, GraderError, check_grader
-from engine.function_file import FunctionError
+from engine.own_function import FunctionError
 from lab.problems import DataError, Problem, read_problems, write_problems
 from lab.recipe import load_recipe
 from train import make_groups

@@ -12,9 +12,8 @@ import grpo
 from grpo import PolicyLoss, RatioStats, UpdateStats
 from lab.recipe import RlStage, VariantSettings
 from lab.variants import (
-    GspoLoss,
+    VariantLoss,
     centred_advantages,
-    choose_loss,
     maxrl_advantages,
     merge_updates,
     mini_batches,
@@ -36,7 +35,7 @@ def stage_of(problems=6, **settings):
 def updates_of(stage, groups, logprobs, max_tokens=40):
     """Return each optimizer step's statistics and gradient by every log-prob, without changing the log-probs."""
     parts = mini_batches(punish_overlong(groups, stage), stage)
-    return [fast_update(sequences, logprobs, choose_loss(stage), max_tokens, divisor) for sequences, divisor in parts]
+    return [fast_update(sequences, logprobs, VariantLoss(stage), max_tokens, divisor) for sequences, divisor in parts]
 
 
 def responses(groups, logprobs, advantages_of=slow_advantages, shaped=lambda reward, response: reward):
@@ -93,7 +92,8 @@ def test_gspo(drift, low, high, max_tokens):
 
 def test_gspo_ignores_the_clip_range_of_polaris():
     stage = replace(stage_of(loss="gspo"), clip_low=0.7, clip_high=0.8)
-    assert choose_loss(stage).loss == GspoLoss(3e-4, 4e-4)
+    groups, logprobs = ragged_groups(0, size=SIZE)
+    assert updates_of(stage, groups, logprobs) == updates_of(stage_of(loss="gspo"), groups, logprobs)
 
 
 @pytest.mark.parametrize("cap", [1.2, 5.0])
@@ -301,7 +301,7 @@ def test_several_steps_clip_against_the_sampler(batch):
     parts = mini_batches(groups, stage)
     assert len(parts) == 3
     for sequences, divisor in parts:
-        grpo.optimizer_step(table, optimizer, sequences, choose_loss(stage), 40, 1e9, divisor)
+        grpo.optimizer_step(table, optimizer, sequences, VariantLoss(stage), 40, 1e9, divisor)
     np.testing.assert_allclose(table.logprobs.tolist(), now, rtol=0, atol=1e-5)
     assert max(abs(n - o) for n, o in zip(now, logprobs, strict=True)) > 0.1
 
@@ -325,7 +325,7 @@ def test_update_says_whether_an_earlier_step_has_changed_the_weights():
     made, stage = [], stage_of(problems=8, optimizer_steps=4, loss="cispo")
 
     def run_update(sequences, loss, of_stage, divisor, begun):
-        assert loss == choose_loss(stage) and of_stage is stage and divisor is None
+        assert loss == VariantLoss(stage) and of_stage is stage and divisor is None
         made.append((len(sequences), begun))
         stepped = len(made) > 1  # the first gradient is not finite
         ratios = RatioStats(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, None)
@@ -342,8 +342,10 @@ def test_update_says_whether_an_earlier_step_has_changed_the_weights():
 
 def test_the_default_variant_is_polaris(batch):
     stage = replace(stage_of(), clip_low=0.1, clip_high=0.3, dual_clip=4.0)
-    assert choose_loss(stage) == PolicyLoss(0.1, 0.3, 4.0) and type(choose_loss(stage)) is PolicyLoss
-    groups, _ = batch
+    assert VariantLoss(stage).token_loss == PolicyLoss(0.1, 0.3, 4.0)
+    groups, logprobs = batch
+    [found] = updates_of(stage, groups, logprobs)
+    assert found == fast_update(grpo.training_sequences(groups), logprobs, PolicyLoss(0.1, 0.3, 4.0), 40)
     assert punish_overlong(groups, stage) is groups
     [(sequences, divisor)] = mini_batches(groups, stage)
     assert divisor is None
