@@ -12,11 +12,9 @@ from engine.adapter import Lora, add_lora, initialise_lora
 from engine.batches import TrainingSequence
 from engine.checkpoint import load_trained_weights
 from engine.distributed import Processes, StopRequest
-from engine.fingerprint import own_functions
 from engine.grader import Grader
 from engine.huggingface import named
 from engine.offload import Offload
-from engine.own_function import FunctionError
 from engine.rollout_worker import RolloutWorker
 from engine.run import Run
 from engine.run_folder import (
@@ -36,7 +34,7 @@ from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_na
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read, load_recipe
 from lab.run_data import RunData
 from lab.tracker import open_tracker, require_tracker
-from lab.variants import try_out
+from lab.variants import try_functions
 from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
 from yarn import describe_ramp
@@ -105,16 +103,6 @@ def build_run(
         f"{processes.device_name}, {cache_text} each, {folder}"
     )
     return run
-
-
-def try_functions(recipe: Recipe, processes: Processes) -> None:
-    """Call advantages, losses and filters on small examples; all processes must have the same files of one's own."""
-    for stage in recipe.stage:
-        if isinstance(stage, RlStage):
-            try_out(stage, processes.device)
-    files = processes.all_gather(own_functions(recipe))
-    if files.count(files[0]) < len(files):
-        raise FunctionError(f"the {' or the '.join(files[0])} differs between machines: copy it to all of them")
 
 
 def guard_data(run: Run) -> None:

@@ -193,8 +193,12 @@ class SftStage(Reading):
 class VariantSettings:
     """Alternatives from other papers, alone or combined; the defaults are POLARIS. Sources are in lab/variants.py."""
 
-    advantage: str = key("polaris", "NAME(rewards)", named=("polaris", "centred", "maxrl"))
-    loss: str = key("polaris", "NAME(logprobs, batch)", named=("polaris", "gspo", "cispo"))
+    advantage: str = key(
+        "polaris", "reward - mean, / std, 1 or mean; NAME(rewards)", named=("polaris", "centred", "maxrl")
+    )
+    loss: str = key(
+        "polaris", "clips per token, response, weight; NAME(logprobs, batch)", named=("polaris", "gspo", "cispo")
+    )
     filter: str = key("", "FILE.py:NAME, called as NAME(pass_rates) instead of drop_at and drop_above; empty: those")
     gspo_clip_low: float = key(3e-4, least=0)
     gspo_clip_high: float = key(4e-4, least=0)
@@ -458,6 +462,8 @@ def _check_variant(stage: RlStage, where: str) -> None:
             f"{name}.drop_zero_variance leaves out the groups that {where}.substitute overwrites: "
             f"set {where}.substitute = false as well"
         )
+    if variant.advantage == "maxrl" and variant.punish_last_tokens:
+        raise RecipeError(f"{name}.punish_last_tokens makes rewards negative; maxrl divides by their mean")
     if 0 < variant.importance_cap < 1:
         raise RecipeError(f"{name}.importance_cap must be 0 (none) or at least 1, not {variant.importance_cap}")
     steps, problems = variant.optimizer_steps, stage.batch_problems

@@ -30,19 +30,16 @@ import torch
 from torch import Tensor
 
 from engine.batches import TokenBatch, TrainingSequence, pack
+from engine.distributed import Processes
+from engine.fingerprint import own_functions
 from engine.memory import out_of_memory
 from engine.own_function import FunctionError, describe, load, read_function
 from grpo import Group, PolicyLoss, RatioStats, TokenLoss, UpdateStats, advantages, ratio_sums, training_sequences
-from lab.recipe import RlStage
+from lab.recipe import Recipe, RlStage, VariantSettings
 
 # -------------------------------------------------------------------------------------- functions of one's own
 
-# numpy's kinds of types, and the words for them
-RESULTS = {
-    "advantage": ("iuf", "an array of finite numbers"),
-    "loss": ("", "a tensor"),
-    "filter": ("b", "an array of bools"),
-}
+RESULTS = {"advantage": ("iuf", "finite array"), "loss": ("", "tensor"), "filter": ("b", "bool array")}  # numpy's kinds
 
 
 @cache
@@ -65,25 +62,30 @@ def own_function(what: str, given: str) -> Callable[..., Any] | None:
         fits = isinstance(result, type(values)) and result.shape == values.shape
         if not fits or kinds and not (result.dtype.kind in kinds and np.isfinite(result).all()):
             wanted, found = f"{wanted} of shape {tuple(values.shape)}", " ".join(repr(result).split())
-            raise FunctionError(f"the {what} {given} must return {wanted}, not {found:.80}")
+            raise FunctionError(f"the {what} {given} must return a {wanted}, not {found:.80}")
         return result
 
     return checked
 
 
-def try_out(stage: RlStage, device: torch.device) -> None:
-    """Call a stage's advantage, loss and filter on small examples. Raises FunctionError."""
-    for right in (1, 0, stage.group_size):  # groups without a signal too: a division by zero would come late
-        choose_advantages(stage)((np.arange(stage.group_size) < right).astype(float))
-    batch = pack([TrainingSequence(np.arange(4), 2, sign, np.full(2, -1, np.float32)) for sign in (1.0, -1.0)], device)
-    logprobs = batch.old_logprobs.clone().requires_grad_()
-    losses = VariantLoss(stage)(logprobs, batch)
-    gradient = torch.autograd.grad(losses.sum(), logprobs)[0] if losses.requires_grad else losses / 0
-    if not (losses + gradient).isfinite().all():
-        what = f"the value {losses.tolist()} and the gradient {gradient.tolist()} on policy, not finite ones"
-        raise FunctionError(f"the loss {stage.variant.loss} has {what}: fix it")
-    if rule := own_function("filter", stage.variant.filter):
-        rule(np.array([0.0, 0.5, 1.0]))
+def try_functions(recipe: Recipe, processes: Processes) -> None:
+    """Call a variant's functions on small examples; all processes must have the same files. Raises FunctionError."""
+    examples = [TrainingSequence(np.arange(4), 2, sign, np.full(2, -1, np.float32)) for sign in (1.0, -1.0)]
+    batch = pack(examples, processes.device)
+    for stage in (stage for stage in recipe.stage if getattr(stage, "variant", VariantSettings()) != VariantSettings()):
+        for right in (1, 0, stage.group_size):  # groups without a signal too: a division by zero would come late
+            choose_advantages(stage)((np.arange(stage.group_size) < right).astype(float))
+        logprobs = batch.old_logprobs.clone().requires_grad_()
+        losses = VariantLoss(stage)(logprobs, batch)
+        gradient = torch.autograd.grad(losses.sum(), logprobs)[0] if losses.requires_grad else losses / 0
+        if not (losses + gradient).isfinite().all():
+            what = f"the value {losses.tolist()} and the gradient {gradient.tolist()} on policy, not finite ones"
+            raise FunctionError(f"the loss {stage.variant.loss} has {what}: fix it")
+        if rule := own_function("filter", stage.variant.filter):
+            rule(np.array([0.0, 0.5, 1.0]))
+    files = processes.all_gather(own_functions(recipe))
+    if files.count(files[0]) < len(files):
+        raise FunctionError(f"the {' or the '.join(files[0])} differs between machines: copy it to all of them")
 
 
 # ----------------------------------------------------------------------------------------------------- losses
@@ -125,9 +127,7 @@ class VariantLoss:
     Training"): min(trainer's old policy / sampler, cap) weighs each token, and the loss's ratio is new / trainer's old.
     The new log-probs, detached, stand for the trainer's old ones, which would cost another forward over the batch. So
     the inner loss has ratio 1 and never clips; after the first of several steps the weight also includes the drift of
-    the policy, and only the cap bounds it.
-
-    The mean over a response's tokens is summed over responses (GRPO, arXiv 2402.03300, equation 3).
+    the policy, and only the cap bounds it. The mean over sequences is GRPO's (arXiv 2402.03300, equation 3).
     """
 
     stage: RlStage

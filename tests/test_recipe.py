@@ -236,6 +236,7 @@ def test_an_override_of_a_missing_place_is_refused(tmp_path, override, message):
         ("stage.1.variant.cispo_cap=0.5", "stage.1.variant.cispo_cap must be at least 1, not 0.5"),
         ("stage.1.variant.punish_last_tokens=5000", "stage.1.variant.punish_last_tokens = 5000 exceeds"),
         ("stage.0.variant.loss=gspo", "unknown key stage.0.variant"),
+        ("stage.1.variant={advantage='maxrl', punish_last_tokens=9}", "stage.1.variant.punish_last_tokens makes rewards"),
         ("stage.1.learning_rate=nan", "stage.1.learning_rate must be a finite number of at most 64 bits, not nan"),
         ("final.temperature=-inf", "final.temperature must be a finite number of at most 64 bits, not -inf"),
         ("stage.1.temperature=0x" + "f" * 9999, "stage.1.temperature must be a finite number of at most 64 bits"),
