@@ -194,10 +194,10 @@ class VariantSettings:
     """Alternatives from other papers, alone or combined; the defaults are POLARIS. Sources are in lab/variants.py."""
 
     advantage: str = key(
-        "polaris", "reward - mean, / std, 1 or mean; NAME(rewards)", named=("polaris", "centred", "maxrl")
+        "polaris", "(reward - mean) by std, 1, mean; NAME(rewards)", named=("polaris", "centred", "maxrl")
     )
     loss: str = key(
-        "polaris", "clips per token, response, weight; NAME(logprobs, batch)", named=("polaris", "gspo", "cispo")
+        "polaris", "clips a token, response, weight; NAME(logprobs, batch)", named=("polaris", "gspo", "cispo")
     )
     filter: str = key("", "FILE.py:NAME, called as NAME(pass_rates) instead of drop_at and drop_above; empty: those")
     gspo_clip_low: float = key(3e-4, least=0)

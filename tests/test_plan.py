@@ -307,7 +307,8 @@ def options_of(*words):
 def test_published_shapes_have_the_published_sizes():
     sizes = {"Qwen/Qwen3-0.6B": 0.596, "Qwen/Qwen3-1.7B": 1.72, "Qwen/Qwen3-4B": 4.02}  # billions
     sizes |= {"Qwen/Qwen3-0.6B-Base": 0.596, "Qwen/Qwen3-1.7B-Base": 1.72}
-    sizes["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"] = 7.62
+    sizes |= {"deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7.62, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1.78}
+    sizes |= {"Qwen/Qwen2.5-3B-Instruct": 3.09, "Qwen/Qwen2.5-Math-7B": 7.62, "Qwen/Qwen2.5-32B": 32.8}
     assert sizes.keys() == plan.PUBLISHED.keys()
     for name, billions in sizes.items():
         shape, where = plan.find_shape(name)
