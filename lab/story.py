@@ -1,0 +1,241 @@
+"""What happened in a run: sentences with numbers, derived from the rows of metrics.jsonl alone.
+
+They end the console's output and open report.html. Every sentence holds for any run: an unfinished one, one without
+rl stages, held-out problems, a filter or a search. What a row lacks is not told.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+
+from lab.charts import format_number, number
+from lab.console import QUIET, active_alarms
+
+ENDS = 10  # the first and the last steps of a stage that means are taken over
+FALL = 0.02  # of the mean reward between two stages, from which on it is told
+
+
+def values(rows: Sequence[dict], key: str) -> list[float]:
+    """Return the finite values of a key."""
+    return [value for row in rows if (value := number(row.get(key))) is not None]
+
+
+def mean(rows: Sequence[dict], key: str) -> float | None:
+    """Return the mean of a key's finite values; None without any."""
+    known = values(rows, key)
+    return sum(known) / len(known) if known else None
+
+
+def training_stages(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """Return the training steps of each stage, by its label: "SFT 1", "RL 1", "RL 2"."""
+    labels, count, stages = {}, Counter(), defaultdict(list)
+    for row in rows:
+        if (kind := row["kind"].upper()) in ("SFT", "RL"):
+            if row["stage"] not in labels:
+                count[kind] += 1
+                labels[row["stage"]] = f"{kind} {count[kind]}"
+            stages[labels[row["stage"]]].append(row)
+    return stages
+
+
+def held_out(rows: Sequence[dict]) -> list[dict]:
+    """Return the evaluations named "held-out", or else those with the name of the first evaluation."""
+    evals = [row for row in rows if row["kind"] == "eval"]
+    names = [row.get("name") for row in evals]
+    return [row for row in evals if row.get("name") == ("held-out" if "held-out" in names else names[0])]
+
+
+def before_and_after(rows: Sequence[dict]) -> tuple[dict | None, dict | None]:
+    """Return the last held-out evaluation before RL, and the newest after it of as many problems and samples."""
+    first = min((row["step"] for row in rows if row["kind"] == "rl"), default=math.inf)
+    held = [row for row in held_out(rows) if len(values([row], "avg") + values([row], "low")) == 2]
+    before = next((row for row in reversed(held) if row["step"] < first), None)
+    like = ("problems", "n", "temperature")
+    after = [
+        row for row in held if row["step"] >= first and (not before or all(row.get(k) == before.get(k) for k in like))
+    ]
+    return before, after[-1] if after else None
+
+
+def change(a: dict, b: dict) -> str:
+    """Return the difference of two accuracies in points with its 95% interval.
+
+    Newcombe's, from the two intervals as if they were independent: too wide, if anything, for the same problems.
+    """
+    (x, x_low, x_high), (y, y_low, y_high) = ([row[key] for key in ("avg", "low", "high")] for row in (a, b))
+    low, high = y - x - math.hypot(y - y_low, x_high - x), y - x + math.hypot(y_high - y, x - x_low)
+    return f"{100 * (y - x):+.1f} points (95% {100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def what_happened(rows: Sequence[dict]) -> list[str]:
+    """Return the sentences, at most eight."""
+    stages = training_stages(rows)
+    rl = {label: steps for label, steps in stages.items() if label.startswith("RL")}
+    told = [_gain(rows, stages)]
+    if rl:
+        told += [
+            _problems(rows, rl), _temperatures(rows, rl), _falls(rows, rl), _signal(rl), _lengths(rl), _beyond(rows),
+            _alarms(rl),
+        ]  # fmt: skip
+    return [sentence for sentence in told if sentence]
+
+
+def share(value: float | None) -> str:
+    """Format a share in percent."""
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _accuracy(row: dict) -> str:
+    return f"{share(row['avg'])} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+
+
+def _listed(items: Sequence[object]) -> str:
+    *most, last = map(str, items)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _gain(rows: Sequence[dict], stages: dict[str, list[dict]]) -> str:
+    before, after = before_and_after(rows)
+    if before and after:
+        told = (
+            f"Held-out accuracy went from {_accuracy(before)} before RL to {_accuracy(after)} at step "
+            f"{after['step']:,}: {change(before, after)}"
+        )
+        if passes := [row["pass_at"][str(row["n"])]["value"] for row in (before, after) if row.get("pass_at")][1:]:
+            k, was = before["n"], before["pass_at"][str(before["n"])]["value"]
+            told += f"; any of {k} responses is right for {share(passes[0])} of the problems, {share(was)} before"
+        return told + "."
+    if before or after:
+        row = before or after
+        return f"Held-out accuracy was {_accuracy(row)} at step {row['step']:,}; no other evaluation compares with it."
+    for kind, key, what in (("RL", "reward_mean", "reward"), ("SFT", "loss", "loss")):
+        steps = [row for label, own in stages.items() if label.startswith(kind) for row in own]
+        ends = [mean(some, key) for some in (steps[:ENDS], steps[-ENDS:])]
+        if None not in ends:
+            first, last = map(format_number, ends)
+            return (
+                f"No held-out problems were evaluated; the {what} went from {first} to {last} in {len(steps):,} steps."
+            )
+    return ""
+
+
+def _problems(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
+    filters = [row for row in rows if row["kind"] == "filter" and "kept" in row and "dropped" in row]
+    told = []
+    for when, name in (("before", "the filter before"), ("after", "the drop after")):
+        if own := [row for row in filters if str(row.get("label")).startswith(when)]:
+            counts = _listed([f"{row['dropped']:,} of {row['kept'] + row['dropped']:,}" for row in own])
+            told.append(
+                f"{name} {'a stage' if len(own) == 1 else 'each stage'} took out {counts} ({own[0].get('rule')})"
+            )
+    last = values(list(rl.values())[-1], "problems")
+    trained = f"; {list(rl)[-1]} trained on {last[-1]:,.0f} problems" if last else ""
+    return f"Of the problems, {_listed(told)}{trained}." if told else "No problem was filtered or dropped."
+
+
+def _temperatures(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
+    labels = {steps[0]["stage"]: label for label, steps in rl.items()}
+    used = [f"{value:g}" for steps in rl.values() for value in values(steps, "temperature")[:1]]
+    if not used:
+        return ""
+    told = f"The temperature was {used[0]}"
+    if len(set(used)) > 1:
+        told = f"The temperature went from {used[0]} to {_listed(used[1:])}"
+    searches = [row for row in rows if row["kind"] == "temperature" and number(row.get("target_distinct4"))]
+    if searches:
+        told += f", to restore a distinct-4 of {searches[-1]['target_distinct4']:.3f}"
+    short = []
+    for row in searches:
+        first, last = row["curve"][0], row["curve"][-1]
+        got = next(p["distinct4"] or 0.0 for p in row["curve"] if p["temperature"] == row["chosen"])
+        if got < row["target_distinct4"]:
+            short.append(
+                f"{labels.get(row['stage'], 'the next stage')} began with {got:.3f}, as the search ended at "
+                f"{last['temperature']:g}, where accuracy was {share(last['accuracy'])} and not {share(first['accuracy'])}"
+            )
+    if searches:
+        told += "; it could not all be restored: " + "; ".join(short) if short else ", and every search restored it"
+    return told + "."
+
+
+def _falls(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
+    """Say why the reward falls between two stages: what of the task changed, and what the search measured of it."""
+    told = []
+    for (_, was), (label, now) in pairwise(rl.items()):
+        a, b = mean(was[-ENDS:], "reward_mean"), mean(now[:ENDS], "reward_mean")
+        if None in (a, b) or a - b < FALL:
+            continue
+        causes = []
+        for key, name in (("temperature", "temperature"), ("problems", "problems"), ("max_response_tokens", "limit")):
+            ends = [format_number(number(step.get(key))) for step in (was[-1], now[0])]
+            if ends[0] != ends[1]:
+                causes.append(f"{name} {' → '.join(ends)}")
+        for row in rows:
+            if row["kind"] == "temperature" and row["stage"] == now[0]["stage"] and len(row.get("curve") or []) > 1:
+                cost = {point["temperature"]: point["accuracy"] for point in row["curve"]}
+                if {was[-1].get("temperature"), row["chosen"]} <= cost.keys():
+                    lost = 100 * (cost[was[-1]["temperature"]] - cost[row["chosen"]])
+                    causes[0] += f", which alone costs {lost:.1f} points by its search"
+        told.append(
+            f"from {a:.2f} to {b:.2f} at {label} ({'; '.join(causes) or 'nothing else changed in the metrics'})"
+        )
+    return f"The reward falls where the task gets harder, with the same weights: {_listed(told)}." if told else ""
+
+
+def _signal(rl: dict[str, list[dict]]) -> str:
+    steps = [row for own in rl.values() for row in own]
+    groups, empty, rescued, substituted, skipped = (
+        sum(values(steps, key)) for key in ("groups", "zero_variance", "rescued", "substituted", "skipped")
+    )
+    if not groups:
+        return ""
+    return (
+        f"Of {groups:,.0f} groups {empty:,.0f} had equal rewards and no signal ({share(empty / groups)}); rescue gave "
+        f"{rescued:,.0f} failed groups an earlier right response, substitution overwrote {substituted:,.0f} groups with "
+        f"informative ones, and {skipped:,.0f} of {len(steps):,} updates were skipped for want of them."
+    )
+
+
+def _lengths(rl: dict[str, list[dict]]) -> str:
+    own = list(rl.values())
+    limits = [f"{value:,.0f}" for steps in own for value in values(steps, "max_response_tokens")[:1]]
+    ends = [
+        mean(some, key)
+        for key in ("response_length_mean", "truncated_share")
+        for some in (own[0][:ENDS], own[-1][-ENDS:])
+    ]
+    if not limits or None in ends:
+        return ""
+    limit = f"from {limits[0]} to {_listed(limits[1:])} tokens" if len(set(limits)) > 1 else f"{limits[0]} tokens"
+    return (
+        f"The limit of a response was {limit}; their mean length went from {ends[0]:,.0f} to {ends[1]:,.0f} tokens, the "
+        f"share cut off from {share(ends[2])} to {share(ends[3])}."
+    )
+
+
+def _beyond(rows: Sequence[dict]) -> str:
+    held = held_out(rows)
+    final = [row for row in rows if row["kind"] == "eval" and row.get("final") and row not in held and "avg" in row]
+    if not final:
+        return ""
+    told = [f"{row['name']}: {_accuracy(row)}" for row in final]
+    compared = f"; the last against the first {change(final[0], final[-1])}" if len(final) > 1 else ""
+    return f"Longer than trained, the final model reaches {_listed(told)}{compared}."
+
+
+def _alarms(rl: dict[str, list[dict]]) -> str:
+    rang = defaultdict(list)  # kind -> (step, sentence) of each time it began
+    for steps in rl.values():
+        seen: dict[str, int] = {}
+        for i in range(len(steps)):
+            for kind, sentence in active_alarms(steps[: i + 1]).items():
+                if i - seen.get(kind, -math.inf) > QUIET:
+                    rang[kind].append((steps[i]["step"], sentence))
+                seen[kind] = i
+    told = [f"{len(times)} of {kind}, first at step {times[0][0]:,} ({times[0][1]})" for kind, times in rang.items()]
+    if broken := sum(sum(values(steps, "nonfinite")) for steps in rl.values()):
+        told.append(f"{broken:,.0f} of a gradient that was not finite")
+    return (
+        f"Alarms: {'; '.join(told)}." if told else "No alarm of signal, lengths, diversity, entropy or gradients rang."
+    )
