@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lab.charts import format_number, number
+from lab.charts import clean, format_number, number
 from lab.console import QUIET, active_alarms
 
 ENDS = 10  # the first and the last steps of a stage that means are taken over
@@ -46,15 +46,19 @@ def held_out(rows: Sequence[dict]) -> list[dict]:
     return [row for row in evals if row.get("name") == ("held-out" if "held-out" in names else names[0])]
 
 
+def measured(evaluations: Sequence[dict]) -> list[dict]:
+    """Return the evaluations that have an accuracy with its interval."""
+    return [row for row in evaluations if len([v for key in ("avg", "low", "high") for v in values([row], key)]) == 3]
+
+
 def before_and_after(rows: Sequence[dict]) -> tuple[dict | None, dict | None]:
     """Return the last held-out evaluation before RL, and the newest after it of as many problems and samples."""
     first = min((row["step"] for row in rows if row["kind"] == "rl"), default=math.inf)
-    held = [row for row in held_out(rows) if len(values([row], "avg") + values([row], "low")) == 2]
+    held = measured(held_out(rows))
     before = next((row for row in reversed(held) if row["step"] < first), None)
-    like = ("problems", "n", "temperature")
-    after = [
-        row for row in held if row["step"] >= first and (not before or all(row.get(k) == before.get(k) for k in like))
-    ]
+    after = [row for row in held if row["step"] >= first]
+    if before:
+        after = [row for row in after if all(row.get(k) == before.get(k) for k in ("problems", "n", "temperature"))]
     return before, after[-1] if after else None
 
 
@@ -78,7 +82,7 @@ def what_happened(rows: Sequence[dict]) -> list[str]:
             _problems(rows, rl), _temperatures(rows, rl), _falls(rows, rl), _signal(rl), _lengths(rl), _beyond(rows),
             _alarms(rl),
         ]  # fmt: skip
-    return [sentence for sentence in told if sentence]
+    return [clean(sentence) for sentence in told if sentence]
 
 
 def share(value: float | None) -> str:
@@ -148,11 +152,11 @@ def _temperatures(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
     short = []
     for row in searches:
         first, last = row["curve"][0], row["curve"][-1]
-        got = next(p["distinct4"] or 0.0 for p in row["curve"] if p["temperature"] == row["chosen"])
+        got = min(row["curve"], key=lambda p: abs(p["temperature"] - row["chosen"]))["distinct4"] or 0.0
         if got < row["target_distinct4"]:
             short.append(
                 f"{labels.get(row['stage'], 'the next stage')} began with {got:.3f}, as the search ended at "
-                f"{last['temperature']:g}, where accuracy was {share(last['accuracy'])} and not {share(first['accuracy'])}"
+                f"{last['temperature']:g}, where accuracy was {share(last['accuracy'])}, not {share(first['accuracy'])}"
             )
     if searches:
         told += "; it could not all be restored: " + "; ".join(short) if short else ", and every search restored it"
@@ -174,13 +178,14 @@ def _falls(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
         for row in rows:
             if row["kind"] == "temperature" and row["stage"] == now[0]["stage"] and len(row.get("curve") or []) > 1:
                 cost = {point["temperature"]: point["accuracy"] for point in row["curve"]}
-                if {was[-1].get("temperature"), row["chosen"]} <= cost.keys():
-                    lost = 100 * (cost[was[-1]["temperature"]] - cost[row["chosen"]])
+                ends = cost.get(was[-1].get("temperature")), cost.get(row.get("chosen"))
+                if None not in ends and ends[0] != ends[1]:
+                    lost = 100 * (ends[0] - ends[1])
                     causes[0] += f", which alone costs {lost:.1f} points by its search"
         told.append(
-            f"from {a:.2f} to {b:.2f} at {label} ({'; '.join(causes) or 'nothing else changed in the metrics'})"
+            f"from {a:.2f} to {b:.2f} at {label} ({'; '.join(causes) or 'no change of temperature, problems or limit'})"
         )
-    return f"The reward falls where the task gets harder, with the same weights: {_listed(told)}." if told else ""
+    return f"The reward falls where a stage begins, with the weights unchanged: {_listed(told)}." if told else ""
 
 
 def _signal(rl: dict[str, list[dict]]) -> str:
@@ -192,8 +197,8 @@ def _signal(rl: dict[str, list[dict]]) -> str:
         return ""
     return (
         f"Of {groups:,.0f} groups {empty:,.0f} had equal rewards and no signal ({share(empty / groups)}); rescue gave "
-        f"{rescued:,.0f} failed groups an earlier right response, substitution overwrote {substituted:,.0f} groups with "
-        f"informative ones, and {skipped:,.0f} of {len(steps):,} updates were skipped for want of them."
+        f"{rescued:,.0f} failed groups an earlier right response, substitution overwrote {substituted:,.0f} groups "
+        f"with informative ones, and {skipped:,.0f} of {len(steps):,} updates were skipped for want of them."
     )
 
 
@@ -207,16 +212,18 @@ def _lengths(rl: dict[str, list[dict]]) -> str:
     ]
     if not limits or None in ends:
         return ""
-    limit = f"from {limits[0]} to {_listed(limits[1:])} tokens" if len(set(limits)) > 1 else f"{limits[0]} tokens"
+    limit = (
+        f"went from {limits[0]} to {_listed(limits[1:])} tokens" if len(set(limits)) > 1 else f"was {limits[0]} tokens"
+    )
     return (
-        f"The limit of a response was {limit}; their mean length went from {ends[0]:,.0f} to {ends[1]:,.0f} tokens, the "
-        f"share cut off from {share(ends[2])} to {share(ends[3])}."
+        f"The limit on a response {limit}; their mean length went from {ends[0]:,.0f} to {ends[1]:,.0f} tokens, "
+        f"the share cut off from {share(ends[2])} to {share(ends[3])}."
     )
 
 
 def _beyond(rows: Sequence[dict]) -> str:
     held = held_out(rows)
-    final = [row for row in rows if row["kind"] == "eval" and row.get("final") and row not in held and "avg" in row]
+    final = measured([row for row in rows if row["kind"] == "eval" and row.get("final") and row not in held])
     if not final:
         return ""
     told = [f"{row['name']}: {_accuracy(row)}" for row in final]
