@@ -9,9 +9,10 @@ import numpy as np
 
 from data_filter import Filtered
 from engine.batches import TrainingSequence
-from engine.rollout_worker import Attempt, SamplingStats
-from eval import TemperaturePoint, distinct_ngrams
+from engine.rollout_worker import Attempt, RolloutWorker, SamplingStats
+from eval import Response, TemperaturePoint, distinct_ngrams, response_of
 from grpo import Group, UpdateStats
+from lab.problems import Problem
 from lab.scores import Evaluation
 
 
@@ -92,24 +93,43 @@ def describe_update(update: UpdateStats | None, seconds: float) -> dict:
     }
 
 
-def rollouts_to_read(step: int, groups: list[Group], attempts: list[list[Attempt]]) -> list[dict]:
-    """Return the first rollout of each group as a line of rollouts.jsonl."""
-    return [
-        {
-            "step": step,
-            "problem_id": group.problem.id,
-            "problem_text": group.problem.text,
-            "answers": list(group.problem.answers),
-            "response": first.text,
-            "verdict": first.grade.verdict,
-            "reward": float(group.rewards[0]),
-            "group_accuracy": float(group.correct.mean()),
-            "tokens": len(first.rollout.tokens),
-            "finish_reason": first.rollout.finish_reason,
-            "temperature": first.rollout.temperature,
-        }
-        for group, (first, *_) in zip(groups, attempts, strict=True)
-    ]
+def group_to_read(
+    kind: str, problem: Problem, prompt: str, responses: Sequence[Response], temperature: float, fate: str = ""
+) -> dict:
+    """Return a whole group as a line of rollouts.jsonl, without its step and stage."""
+    row = {"kind": kind, "problem_id": problem.id, "prompt": prompt, "answers": list(problem.answers)}
+    kept = ("sample", "tokens", "finish_reason", "verdict", "answer", "text")
+    shown = [{key: getattr(response, key) for key in kept} for response in responses]
+    return row | {"temperature": temperature, "fate": fate, "responses": shown}
+
+
+def groups_to_read(
+    worker: RolloutWorker,
+    attempts: Sequence[Sequence[Attempt]],
+    groups: Sequence[Group],
+    learned: Sequence[Group],
+    most: int,
+) -> list[dict]:
+    """Return up to `most` groups of a step as sampled: in turn a rescued one, a substituted one, and another.
+
+    `groups` are those after rescue, `learned` those after substitution. A rescued group has the text that replaced
+    one of its responses, a substituted one the problem that took its place.
+    """
+    found, seen = [], Counter()
+    for own, group, final in zip(attempts, groups, learned, strict=True):
+        fate = "rescued" if group.rescued is not None else "substituted" if final is not group else ""
+        row = group_to_read(
+            "training", group.problem, worker.message(group.problem)["content"],
+            [response_of("", attempt) for attempt in own], own[0].rollout.temperature, fate,
+        )  # fmt: skip
+        if fate == "rescued":
+            row["replaced"] = group.rescued
+            row["replacement"] = worker.chat.decode(group.rollouts[group.rescued].tokens)
+        elif fate:
+            row["replacement"] = final.problem.id
+        found.append((seen[fate], ("rescued", "substituted", "").index(fate), len(found), row))
+        seen[fate] += 1
+    return [row for *_, row in sorted(found, key=lambda item: item[:3])[:most]]
 
 
 def filter_row(label: str, rule: str, filtered: Filtered, tokens: int = 0) -> dict:
