@@ -115,7 +115,8 @@ def _gain(rows: Sequence[dict], stages: dict[str, list[dict]]) -> str:
         return f"Held-out accuracy was {_accuracy(row)} at step {row['step']:,}; no other evaluation compares with it."
     for kind, key, what in (("RL", "reward_mean", "reward"), ("SFT", "loss", "loss")):
         steps = [row for label, own in stages.items() if label.startswith(kind) for row in own]
-        ends = [mean(some, key) for some in (steps[:ENDS], steps[-ENDS:])]
+        half = min(ENDS, -(-len(steps) // 2))
+        ends = [mean(some, key) for some in (steps[:half], steps[-half:])]
         if None not in ends:
             first, last = map(format_number, ends)
             return (
@@ -165,6 +166,7 @@ def _temperatures(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
 
 def _falls(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
     """Say why the reward falls between two stages: what of the task changed, and what the search measured of it."""
+    searches = {row["stage"]: row["curve"] for row in rows if row["kind"] == "temperature" and row.get("curve")}
     told = []
     for (_, was), (label, now) in pairwise(rl.items()):
         a, b = mean(was[-ENDS:], "reward_mean"), mean(now[:ENDS], "reward_mean")
@@ -172,19 +174,14 @@ def _falls(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
             continue
         causes = []
         for key, name in (("temperature", "temperature"), ("problems", "problems"), ("max_response_tokens", "limit")):
-            ends = [format_number(number(step.get(key))) for step in (was[-1], now[0])]
+            ends = [number(step.get(key)) for step in (was[-1], now[0])]
             if ends[0] != ends[1]:
-                causes.append(f"{name} {' → '.join(ends)}")
-        for row in rows:
-            if row["kind"] == "temperature" and row["stage"] == now[0]["stage"] and len(row.get("curve") or []) > 1:
-                cost = {point["temperature"]: point["accuracy"] for point in row["curve"]}
-                ends = cost.get(was[-1].get("temperature")), cost.get(row.get("chosen"))
-                if None not in ends and ends[0] != ends[1]:
-                    lost = 100 * (ends[0] - ends[1])
-                    causes[0] += f", which alone costs {lost:.1f} points by its search"
-        told.append(
-            f"from {a:.2f} to {b:.2f} at {label} ({'; '.join(causes) or 'no change of temperature, problems or limit'})"
-        )
+                causes.append(f"{name} {' → '.join(map(format_number, ends))}")
+                known = {point["temperature"]: point.get("accuracy") for point in searches.get(now[0]["stage"], ())}
+                cost = [known.get(value) for value in ends]
+                if key == "temperature" and None not in cost:
+                    causes[-1] += f", which alone costs {100 * (cost[0] - cost[1]):.1f} points by its search"
+        told.append(f"from {a:.2f} to {b:.2f} at {label} ({'; '.join(causes) or 'no other setting changed'})")
     return f"The reward falls where a stage begins, with the weights unchanged: {_listed(told)}." if told else ""
 
 

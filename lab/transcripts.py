@@ -33,8 +33,9 @@ def transcript(response: Mapping) -> dict:
     if box is None and not tag:
         thinking, body = text, ""
     start, end = box.span() if box else (len(body), len(body))
-    parts = {"thinking": thinking, "before": body[:start], "box": body[start:end], "after": body[end:]}
-    parts = {name: shorten(part.strip()) for name, part in parts.items()}
+    before, after = body[:start].lstrip(), body[end:].rstrip()
+    parts = {"thinking": thinking.strip(), "before": before, "box": body[start:end], "after": after}
+    parts = {name: shorten(part) for name, part in parts.items()}
     return {**response, **parts, "cut": response.get("finish_reason") == "length", "length": len(thinking)}
 
 
