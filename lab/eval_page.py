@@ -15,9 +15,9 @@ from lab.transcripts import shorten, transcript
 
 RESPONSES_SHOWN = 6  # per verdict and set, drawn at random with a fixed seed
 SETTINGS = {
-    "model": "model", "n": "samples per problem", "temperature": "temperature", "top_k": "top-k (0: off)", "top_p": "top-p",
-    "max_tokens": "most tokens of a response", "thinking": "only a box after </think> counts", "yarn": "YaRN factor",
-    "instruction": "instruction", "reward": "reward function", "seed": "seed",
+    "model": "model", "n": "samples per problem", "temperature": "temperature", "top_k": "top-k (0: off)",
+    "top_p": "top-p", "max_tokens": "most tokens of a response", "thinking": "only a box after </think> counts",
+    "yarn": "YaRN factor", "instruction": "instruction", "reward": "reward function", "seed": "seed",
 }  # fmt: skip
 ZONES = ("robust generation", "controlled exploration", "performance collapse")
 

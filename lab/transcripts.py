@@ -48,7 +48,7 @@ def groups_to_read(path: Path, stages: Mapping[int, str]) -> dict:
     kept: dict[str, dict[int, list[dict]]] = {}  # by topic and stage
     for _, row in read_rows(path) if path.exists() else ():
         if row.get("responses"):
-            topic = TOPICS.get(row.get("fate", "")) if row.get("kind") == "training" else f"problem {row['problem_id']}"
+            topic = TOPICS.get(row.get("fate", "")) if row.get("kind") == "training" else str(row["problem_id"])
             kept.setdefault(topic, {}).setdefault(row["stage"], [])[1:] = [row]  # the first stays
     fixed = [topic for topic in kept if topic not in TOPICS.values()]
     topics = [*fixed[:PROBLEMS_SHOWN], *(topic for topic in TOPICS.values() if topic in kept)]
