@@ -29,6 +29,7 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 
 import numpy as np
 
@@ -156,8 +157,8 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         if stage.substitute:
             learned = substitute(groups, recipe.seed, state.step, stage.informative_share)
         if state.stage_step % max(1, stage.steps // MOMENTS) == 0:
-            to_read = rows.groups_to_read(run.worker, attempts, groups, learned.groups, recipe.run.rollouts_written)
-            run.metrics.write_rollouts([{"step": state.step + 1, "stage": index} | group for group in to_read])
+            where, most = {"step": state.step + 1, "stage": index, "kind": "training"}, recipe.run.rollouts_written
+            run.metrics.write_rollouts(rows.groups_to_read(where, run.worker, attempts, groups, learned.groups)[:most])
 
         # learn: advantages, loss, one optimizer step on the whole batch
         rate, update, update_begun = learning_rate(stage, state.stage_step), None, time.perf_counter()
@@ -336,10 +337,13 @@ def held_out_evaluation(run: Run, index: int, label: str, within_stage: bool = F
     groups = evaluate(run.worker, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
     found = summarise("held-out", problems, groups, sampling.temperature, sampling.max_new_tokens)
     report_evaluation(run, index, found, final)
-    for problem, group in zip(problems[: run.recipe.run.rollouts_written], groups, strict=False):
-        prompt = run.worker.message(problem)["content"]
-        to_read = rows.group_to_read("held-out", problem, prompt, group, sampling.temperature)
-        run.metrics.write_rollouts([{"step": run.state.step, "stage": index} | to_read])
+    where, some = (
+        {"step": run.state.step, "stage": index, "kind": "held-out"},
+        problems[: run.recipe.run.rollouts_written],
+    )
+    prompts = [run.worker.message(problem)["content"] for problem in some]
+    to_read = map(rows.group_to_read, repeat(where), some, prompts, groups, repeat(sampling.temperature))
+    run.metrics.write_rollouts(list(to_read))
 
 
 def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> None:
@@ -356,7 +360,6 @@ def main(arguments: Namespace) -> None:
         run = start_run(arguments, distributed.start(), stop)
         then = f"resume with: {run.resume_command()}"
         train(run)
-        run.metrics.close()
         run.mark_finished()
         then = f"write the report of the finished run with: python -m lab.page {run.folder}"
         if run.processes.is_main:

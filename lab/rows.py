@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 
 import numpy as np
 
@@ -94,42 +95,44 @@ def describe_update(update: UpdateStats | None, seconds: float) -> dict:
 
 
 def group_to_read(
-    kind: str, problem: Problem, prompt: str, responses: Sequence[Response], temperature: float, fate: str = ""
+    where: dict, problem: Problem, prompt: str, responses: Sequence[Response], temperature: float, fate: str = ""
 ) -> dict:
-    """Return a whole group as a line of rollouts.jsonl, without its step and stage."""
-    row = {"kind": kind, "problem_id": problem.id, "prompt": prompt, "answers": list(problem.answers)}
+    """Return a whole group as a line of rollouts.jsonl; `where` is its step, stage and kind (held-out or training)."""
     kept = ("sample", "tokens", "finish_reason", "verdict", "answer", "text")
-    shown = [{key: getattr(response, key) for key in kept} for response in responses]
-    return row | {"temperature": temperature, "fate": fate, "responses": shown}
+    return where | {
+        "problem_id": problem.id,
+        "prompt": prompt,
+        "answers": list(problem.answers),
+        "temperature": temperature,
+        "fate": fate,
+        "responses": [{key: getattr(response, key) for key in kept} for response in responses],
+    }
 
 
 def groups_to_read(
+    where: dict,
     worker: RolloutWorker,
     attempts: Sequence[Sequence[Attempt]],
     groups: Sequence[Group],
     learned: Sequence[Group],
-    most: int,
 ) -> list[dict]:
-    """Return up to `most` groups of a step as sampled: in turn a rescued one, a substituted one, and another.
+    """Return a step's groups as sampled: in turn a rescued one, a substituted one, and another.
 
     `groups` are those after rescue, `learned` those after substitution. A rescued group has the text that replaced
     one of its responses, a substituted one the problem that took its place.
     """
-    found, seen = [], Counter()
+    by_fate: dict[str, list[dict]] = {"rescued": [], "substituted": [], "": []}
     for own, group, final in zip(attempts, groups, learned, strict=True):
         fate = "rescued" if group.rescued is not None else "substituted" if final is not group else ""
-        row = group_to_read(
-            "training", group.problem, worker.message(group.problem)["content"],
-            [response_of("", attempt) for attempt in own], own[0].rollout.temperature, fate,
-        )  # fmt: skip
+        prompt, responses = worker.message(group.problem)["content"], [response_of("", attempt) for attempt in own]
+        row = group_to_read(where, group.problem, prompt, responses, own[0].rollout.temperature, fate)
         if fate == "rescued":
-            row["replaced"] = group.rescued
-            row["replacement"] = worker.chat.decode(group.rollouts[group.rescued].tokens)
+            text = worker.chat.decode(group.rollouts[group.rescued].tokens)
+            row |= {"replaced": group.rescued, "replacement": text}
         elif fate:
             row["replacement"] = final.problem.id
-        found.append((seen[fate], ("rescued", "substituted", "").index(fate), len(found), row))
-        seen[fate] += 1
-    return [row for *_, row in sorted(found, key=lambda item: item[:3])[:most]]
+        by_fate[fate].append(row)
+    return [row for some in zip_longest(*by_fate.values()) for row in some if row]
 
 
 def filter_row(label: str, rule: str, filtered: Filtered, tokens: int = 0) -> dict:

@@ -7,7 +7,7 @@ rl stages, held-out problems, a filter or a search. What a row lacks is not told
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from lab.charts import clean, format_number, number
 from lab.console import QUIET, active_alarms
@@ -48,7 +48,7 @@ def held_out(rows: Sequence[dict]) -> list[dict]:
 
 def measured(evaluations: Sequence[dict]) -> list[dict]:
     """Return the evaluations that have an accuracy with its interval."""
-    return [row for row in evaluations if len([v for key in ("avg", "low", "high") for v in values([row], key)]) == 3]
+    return [row for row in evaluations if all(values([row], key) for key in ("avg", "low", "high"))]
 
 
 def before_and_after(rows: Sequence[dict]) -> tuple[dict | None, dict | None]:
@@ -94,74 +94,68 @@ def _accuracy(row: dict) -> str:
     return f"{share(row['avg'])} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
 
 
-def _listed(items: Sequence[object]) -> str:
-    *most, last = map(str, items)
+def _listed(items: Sequence[str]) -> str:
+    *most, last = items
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def _course(rl: dict[str, list[dict]], key: str) -> str:
+    """Tell the values of a setting from stage to stage: "was 1", "went from 1 to 1.2 and 1.3"."""
+    used = [format_number(value) for steps in rl.values() for value in values(steps, key)[:1]]
+    first, *others = [value for value, _ in groupby(used)] or ["–"]
+    return f"went from {first} to {_listed(others)}" if others else f"was {first}"
 
 
 def _gain(rows: Sequence[dict], stages: dict[str, list[dict]]) -> str:
     before, after = before_and_after(rows)
     if before and after:
-        told = (
-            f"Held-out accuracy went from {_accuracy(before)} before RL to {_accuracy(after)} at step "
-            f"{after['step']:,}: {change(before, after)}"
-        )
-        if passes := [row["pass_at"][str(row["n"])]["value"] for row in (before, after) if row.get("pass_at")][1:]:
-            k, was = before["n"], before["pass_at"][str(before["n"])]["value"]
-            told += f"; any of {k} responses is right for {share(passes[0])} of the problems, {share(was)} before"
+        told = f"Held-out accuracy went from {_accuracy(before)} before RL to {_accuracy(after)} at step "
+        told += f"{after['step']:,}: {change(before, after)}"
+        if before.get("pass_at") and after.get("pass_at"):
+            was, now = (share(row["pass_at"][str(row["n"])]["value"]) for row in (before, after))
+            told += f"; at least one of {before['n']} responses is right for {now} of the problems, {was} before"
         return told + "."
-    if before or after:
-        row = before or after
+    if row := before or after:
         return f"Held-out accuracy was {_accuracy(row)} at step {row['step']:,}; no other evaluation compares with it."
     for kind, key, what in (("RL", "reward_mean", "reward"), ("SFT", "loss", "loss")):
         steps = [row for label, own in stages.items() if label.startswith(kind) for row in own]
         half = min(ENDS, -(-len(steps) // 2))
         ends = [mean(some, key) for some in (steps[:half], steps[-half:])]
         if None not in ends:
-            first, last = map(format_number, ends)
-            return (
-                f"No held-out problems were evaluated; the {what} went from {first} to {last} in {len(steps):,} steps."
-            )
+            course = " to ".join(map(format_number, ends))
+            return f"No held-out problems were evaluated; the {what} went from {course} in {len(steps):,} steps."
     return ""
 
 
 def _problems(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
-    filters = [row for row in rows if row["kind"] == "filter" and "kept" in row and "dropped" in row]
-    told = []
+    filters, told = [row for row in rows if row["kind"] == "filter" and {"kept", "dropped"} <= row.keys()], []
     for when, name in (("before", "the filter before"), ("after", "the drop after")):
         if own := [row for row in filters if str(row.get("label")).startswith(when)]:
             counts = _listed([f"{row['dropped']:,} of {row['kept'] + row['dropped']:,}" for row in own])
-            told.append(
-                f"{name} {'a stage' if len(own) == 1 else 'each stage'} took out {counts} ({own[0].get('rule')})"
-            )
-    last = values(list(rl.values())[-1], "problems")
-    trained = f"; {list(rl)[-1]} trained on {last[-1]:,.0f} problems" if last else ""
-    return f"Of the problems, {_listed(told)}{trained}." if told else "No problem was filtered or dropped."
+            stage = "a stage" if len(own) == 1 else "each stage"
+            told.append(f"{name} {stage} took out {counts} ({own[0].get('rule')})")
+    label, steps = list(rl.items())[-1]
+    trained = [f"; {label} trained on {count:,.0f} problems" for count in values(steps, "problems")[-1:]]
+    return f"Of the problems, {_listed(told)}{''.join(trained)}." if told else "No problem was filtered or dropped."
 
 
 def _temperatures(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
     labels = {steps[0]["stage"]: label for label, steps in rl.items()}
-    used = [f"{value:g}" for steps in rl.values() for value in values(steps, "temperature")[:1]]
-    if not used:
-        return ""
-    told = f"The temperature was {used[0]}"
-    if len(set(used)) > 1:
-        told = f"The temperature went from {used[0]} to {_listed(used[1:])}"
-    searches = [row for row in rows if row["kind"] == "temperature" and number(row.get("target_distinct4"))]
-    if searches:
-        told += f", to restore a distinct-4 of {searches[-1]['target_distinct4']:.3f}"
-    short = []
-    for row in searches:
-        first, last = row["curve"][0], row["curve"][-1]
-        got = min(row["curve"], key=lambda p: abs(p["temperature"] - row["chosen"]))["distinct4"] or 0.0
-        if got < row["target_distinct4"]:
-            short.append(
-                f"{labels.get(row['stage'], 'the next stage')} began with {got:.3f}, as the search ended at "
-                f"{last['temperature']:g}, where accuracy was {share(last['accuracy'])}, not {share(first['accuracy'])}"
-            )
-    if searches:
-        told += "; it could not all be restored: " + "; ".join(short) if short else ", and every search restored it"
-    return told + "."
+    told, short, target = f"The temperature {_course(rl, 'temperature')}", [], None
+    for row in rows:
+        if row["kind"] == "temperature" and number(row.get("target_distinct4")) and row.get("curve"):
+            target, first, last = row["target_distinct4"], row["curve"][0], row["curve"][-1]
+            got = min(row["curve"], key=lambda point: abs(point["temperature"] - row["chosen"]))["distinct4"] or 0.0
+            if got < target:
+                short.append(
+                    f"{labels.get(row['stage'], 'the next stage')} began with {got:.3f}, as the search ended at "
+                    f"{last['temperature']:g}, where accuracy was {share(last['accuracy'])}, not "
+                    f"{share(first['accuracy'])}"
+                )
+    if target is None:
+        return f"{told}." if "–" not in told else ""
+    missed = f"; it could not all be restored: {'; '.join(short)}" if short else ", and every search restored it"
+    return f"{told}, to restore a distinct-4 of {target:.3f}{missed}."
 
 
 def _falls(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
@@ -170,7 +164,7 @@ def _falls(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
     told = []
     for (_, was), (label, now) in pairwise(rl.items()):
         a, b = mean(was[-ENDS:], "reward_mean"), mean(now[:ENDS], "reward_mean")
-        if None in (a, b) or a - b < FALL:
+        if None in (a, b) or a - b < FALL or was[-1]["step"] + 1 < now[0]["step"]:  # fine-tuning between them
             continue
         causes = []
         for key, name in (("temperature", "temperature"), ("problems", "problems"), ("max_response_tokens", "limit")):
@@ -200,32 +194,23 @@ def _signal(rl: dict[str, list[dict]]) -> str:
 
 
 def _lengths(rl: dict[str, list[dict]]) -> str:
-    own = list(rl.values())
-    limits = [f"{value:,.0f}" for steps in own for value in values(steps, "max_response_tokens")[:1]]
-    ends = [
-        mean(some, key)
-        for key in ("response_length_mean", "truncated_share")
-        for some in (own[0][:ENDS], own[-1][-ENDS:])
-    ]
-    if not limits or None in ends:
+    first, *_, last = [*rl.values()] * 2
+    keys = ("response_length_mean", "truncated_share")
+    lengths, cut = ([mean(some, key) for some in (first[:ENDS], last[-ENDS:])] for key in keys)
+    if None in (*lengths, *cut, mean(last, "max_response_tokens")):
         return ""
-    limit = (
-        f"went from {limits[0]} to {_listed(limits[1:])} tokens" if len(set(limits)) > 1 else f"was {limits[0]} tokens"
-    )
     return (
-        f"The limit on a response {limit}; their mean length went from {ends[0]:,.0f} to {ends[1]:,.0f} tokens, "
-        f"the share cut off from {share(ends[2])} to {share(ends[3])}."
+        f"The limit on a response {_course(rl, 'max_response_tokens')} tokens; their mean length went from "
+        f"{lengths[0]:,.0f} to {lengths[1]:,.0f} tokens, the share cut off from {share(cut[0])} to {share(cut[1])}."
     )
 
 
 def _beyond(rows: Sequence[dict]) -> str:
     held = held_out(rows)
     final = measured([row for row in rows if row["kind"] == "eval" and row.get("final") and row not in held])
-    if not final:
-        return ""
-    told = [f"{row['name']}: {_accuracy(row)}" for row in final]
+    told = [f"{row.get('name')}: {_accuracy(row)}" for row in final]
     compared = f"; the last against the first {change(final[0], final[-1])}" if len(final) > 1 else ""
-    return f"Longer than trained, the final model reaches {_listed(told)}{compared}."
+    return f"Longer than trained, the final model reaches {_listed(told)}{compared}." if told else ""
 
 
 def _alarms(rl: dict[str, list[dict]]) -> str:
@@ -240,6 +225,5 @@ def _alarms(rl: dict[str, list[dict]]) -> str:
     told = [f"{len(times)} of {kind}, first at step {times[0][0]:,} ({times[0][1]})" for kind, times in rang.items()]
     if broken := sum(sum(values(steps, "nonfinite")) for steps in rl.values()):
         told.append(f"{broken:,.0f} of a gradient that was not finite")
-    return (
-        f"Alarms: {'; '.join(told)}." if told else "No alarm of signal, lengths, diversity, entropy or gradients rang."
-    )
+    none = "No alarm of signal, lengths, diversity, entropy, gradients or grading rang."
+    return f"Alarms: {'; '.join(told)}." if told else none

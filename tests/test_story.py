@@ -32,7 +32,7 @@ def test_the_gain_is_that_of_the_same_problems_with_newcombe_s_interval():
         f"+20.0 points (95% +{20 - half:.1f} to +{20 + half:.1f}).")
     for row, share in zip(rows[::4], (0.7, 0.8), strict=True):
         row["pass_at"] = {"4": {"value": share}}
-    assert told(rows, "Held-out").endswith("; any of 4 responses is right for 80.0% of the problems, 70.0% before.")
+    assert told(rows, "Held-out").endswith("; at least one of 4 responses is right for 80.0% of the problems, 70.0% before.")
 
 
 def test_a_loss_has_its_sign_and_ends_that_differ():
@@ -90,6 +90,7 @@ def test_a_fall_of_the_reward_names_what_changed_between_the_stages():
         "1.2, which alone costs 10.0 points by its search; problems 50 → 40).")
     assert "(no other setting changed)" in told([rl(1, 0), rl(2, 1, reward_mean=0.3)], "The reward")
     assert not told([rl(1, 0), rl(2, 1, reward_mean=0.49)], "The reward falls")
+    assert not told([rl(1, 0), dict(kind="sft", step=2, stage=1), rl(3, 2, reward_mean=0.3)], "The reward falls")
 
 
 def test_rescue_substitution_and_skipped_updates_are_summed():
@@ -116,7 +117,7 @@ def test_alarms_are_those_that_the_console_printed():
     printed = [step for step in range(1, 41) if new_alarms(rows[:step])]
     assert sentence.startswith(f"Alarms: 1 of diversity, first at step {printed[0]} (diversity collapses") and len(printed) == 1
     assert sentence.endswith("; 1 of a gradient that was not finite.")
-    quiet = "No alarm of signal, lengths, diversity, entropy or gradients rang."
+    quiet = "No alarm of signal, lengths, diversity, entropy, gradients or grading rang."
     assert told(rows[:6], "No alarm") == quiet
 
 
