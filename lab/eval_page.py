@@ -14,11 +14,6 @@ from lab.scores import Evaluation, GroupAccuracy, Response
 from lab.transcripts import shorten, transcript
 
 RESPONSES_SHOWN = 6  # per verdict and set, drawn at random with a fixed seed
-SETTINGS = {
-    "model": "model", "n": "samples per problem", "temperature": "temperature", "top_k": "top-k (0: off)",
-    "top_p": "top-p", "max_tokens": "most tokens of a response", "thinking": "only a box after </think> counts",
-    "yarn": "YaRN factor", "instruction": "instruction", "reward": "reward function", "seed": "seed",
-}  # fmt: skip
 ZONES = ("robust generation", "controlled exploration", "performance collapse")
 
 
@@ -69,18 +64,16 @@ def write_evaluation_page(
     return write_page(
         out / "report.html",
         "evaluation.html",
-        title=f"Evaluation of {name_of(settings['model'])}",
-        settings={name: settings[key] for key, name in SETTINGS.items() if settings.get(key) not in (None, "")},
+        title=f"Evaluation of {Path(settings['model']).name}",
+        settings={
+            key.replace("_", " "): value
+            for key, value in settings.items()
+            if key not in ("identity", "data") and value not in (None, "")
+        },
         published=table,
         curves=drawn,
         sets=shown,
     )
-
-
-def name_of(model: str) -> str:
-    """Return a model's name without its path: "stage-3 of tiny" for runs/tiny/stage-3."""
-    path = Path(model)
-    return f"{path.name} of {path.parent.name}" if path.name.startswith("stage-") else path.name
 
 
 def percent(value: float | None) -> str:

@@ -24,7 +24,7 @@ from lab.charts import BINS, bar_chart, clean, format_number, line_chart, number
 from lab.console import format_eta
 from lab.glossary import GLOSSARY
 from lab.metrics import read_metrics
-from lab.story import before_and_after, change, held_out, share, training_stages, values, what_happened
+from lab.story import held_out, share, training_stages, values, what_happened
 from lab.transcripts import groups_to_read
 
 Drawn = tuple[str, Figure | None, str]  # title, figure (None without data), caption
@@ -44,25 +44,21 @@ class Chart(NamedTuple):
 
 CHARTS = {  # by the part of the story that they tell
     "Learning": [
-        Chart("Held-out accuracy", {"avg": "accuracy"}, "share", "Never trained on; bands: 95% intervals.", "eval"),
+        Chart("Held-out accuracy", {"avg": ""}, "share", "Never trained on; bands: 95% intervals.", "eval"),
         Chart("Held-out accuracy by type", {"by_type": ""}, "share", "At most 12 types; of the larger set.", "eval"),
         Chart("Reward and accuracy", {"reward_mean": "mean reward", "accuracy": "share right"}, "amount",
               "In training. Quickly above 0.7: the problems are too easy."),
         Chart("SFT loss (nats per token)", {"loss": "loss"}, "amount", "Cross-entropy on worked solutions.", "sft"),
-        Chart("RL loss", {"loss": "loss"}, "amount",
-              "Near 0 on policy in value, not in gradient: a group's advantages sum to 0."),
+        Chart("RL loss", {"loss": "loss"}, "amount", "Near 0 on policy in value, not in gradient."),
         Chart("Gradient norm", {"grad_norm": "before clipping"}, "log", "Log axis.", "steps"),
     ],
     "Difficulty": [
-        Chart("Groups (share of the batch)",
-              {"solve_none": "all wrong", "solve_all": "all right", "zero_variance": "no signal",
-               "rescued": "rescued", "substituted": "substituted"}, "groups",
-              "As sampled. Rescue puts an earlier right response into an all-wrong group; substitution overwrites "
-              "groups without a signal."),
+        Chart("Groups (share of the batch)", {"solve_none": "all wrong", "solve_all": "all right",
+              "zero_variance": "no signal", "rescued": "rescued", "substituted": "substituted"}, "groups",
+              "As sampled; how many of them rescue and substitution changed."),
     ],
     "Exploration": [
-        Chart("Distinct-4", {"distinct4": "distinct-4"}, "level",
-              "Diversity; each stage starts at the temperature that restores it."),
+        Chart("Distinct-4", {"distinct4": "distinct-4"}, "level", "Diversity of a group's responses; 1: all differ."),
         Chart("Temperature", {"temperature": "temperature"}, "level", "In the sampler and in the loss."),
         Chart("Entropy (nats per token)", {"entropy": "entropy"}, "amount", "At the sampling temperature."),
         Chart("Importance ratio", {"ratio_mean": "own rollouts", "rescued_ratio_mean": "rescued rollouts"}, "level",
@@ -166,8 +162,7 @@ def _search(row: dict) -> Drawn:
     )
     rules = [(chosen, f"chosen {format_number(chosen)}")] if chosen is not None else []
     figure = temperature_figure(title, [point | {"target": target} for point in row.get("curve") or []], rules)
-    why = "to restore the last stage's diversity" if target else "where accuracy begins to fall"
-    return title, figure, f"Chosen {why}. Bands: 95% intervals."
+    return title, figure, "The search for the temperature that restores an earlier diversity; bands: 95% intervals."
 
 
 def _cell(rows: list[dict], key: str, what: str) -> str:
@@ -179,15 +174,6 @@ def _cell(rows: list[dict], key: str, what: str) -> str:
     if "last" in what:
         return show(known[-1])
     return " → ".join(show(sum(ten) / len(ten)) for ten in (known[:10], known[-10:]))
-
-
-def _gain(rows: list[dict]) -> tuple[str, str, str]:
-    """Return the card of the gain: title, values, difference."""
-    before, after = before_and_after(rows)
-    if not before or not after:
-        return "Held-out accuracy", "–", "needs an evaluation before RL and one after"
-    title = f"Held-out accuracy, before RL → step {after['step']:,}"
-    return title, f"{share(before['avg'])} → {share(after['avg'])}", change(before, after)
 
 
 def _stage_table(stages: dict[str, list[dict]], planned: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -240,7 +226,6 @@ def write_report(folder: Path) -> Path:
         story=what_happened(rows),
         broken=[f"{key} at step {step}" for key, step, value in numbers if number(value) is None],
         cards=[
-            _gain(rows),
             ("Steps", f"{len(steps):,}", f"in {len(stages)} stages"),
             ("Tokens", format_number(sum(values(steps, "tokens"))), "sampled and trained on"),
             ("Wall time", format_eta(sum(values(steps, "seconds"))), "in steps, without evaluation"),

@@ -51,17 +51,6 @@ def measured(evaluations: Sequence[dict]) -> list[dict]:
     return [row for row in evaluations if all(values([row], key) for key in ("avg", "low", "high"))]
 
 
-def before_and_after(rows: Sequence[dict]) -> tuple[dict | None, dict | None]:
-    """Return the last held-out evaluation before RL, and the newest after it of as many problems and samples."""
-    first = min((row["step"] for row in rows if row["kind"] == "rl"), default=math.inf)
-    held = measured(held_out(rows))
-    before = next((row for row in reversed(held) if row["step"] < first), None)
-    after = [row for row in held if row["step"] >= first]
-    if before:
-        after = [row for row in after if all(row.get(k) == before.get(k) for k in ("problems", "n", "temperature"))]
-    return before, after[-1] if after else None
-
-
 def change(a: dict, b: dict) -> str:
     """Return the difference of two accuracies in points with its 95% interval.
 
@@ -107,7 +96,11 @@ def _course(rl: dict[str, list[dict]], key: str) -> str:
 
 
 def _gain(rows: Sequence[dict], stages: dict[str, list[dict]]) -> str:
-    before, after = before_and_after(rows)
+    first = min((row["step"] for row in rows if row["kind"] == "rl"), default=math.inf)
+    held, like = measured(held_out(rows)), ("problems", "n", "temperature")
+    before = next((row for row in reversed(held) if row["step"] < first), None)
+    later = [row for row in held if row["step"] >= first]
+    after = next((row for row in reversed(later) if not before or all(row.get(k) == before.get(k) for k in like)), None)
     if before and after:
         told = f"Held-out accuracy went from {_accuracy(before)} before RL to {_accuracy(after)} at step "
         told += f"{after['step']:,}: {change(before, after)}"

@@ -195,7 +195,7 @@ def test_tables_and_cards_show_the_metrics(run):
         assert f"{sum(row['rescued'] for row in part):.3g}" in cells
         assert f"{part[0]['step']:,}–{part[-1]['step']:,}" in cells
     assert "RL 1: short" in {unescape(cell) for cell in cells}
-    assert "41.2% → 63.4%" in text and "+22.2 points (95% +15.5 to +28.9)" in text
+    assert "from 41.2% (36.4 to 46.0) before RL to 63.4% (58.7 to 68.1) at step 360: +22.2 points" in text
     titles = re.findall(r'<td data-title="(.*?)">', text)  # what a narrow page shows beside a cell
     assert len(titles) == len(cells) and {"Evaluation", "Accuracy", "Limit"} <= set(titles)
 
