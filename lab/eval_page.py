@@ -70,7 +70,7 @@ def write_evaluation_page(
             for key, value in settings.items()
             if key not in ("identity", "data") and value not in (None, "")
         },
-        published=table,
+        published=table if len(table) > 1 + len(found) else [],
         curves=drawn,
         sets=shown,
     )
