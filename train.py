@@ -29,7 +29,7 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
+from textwrap import fill
 
 import numpy as np
 
@@ -337,13 +337,13 @@ def held_out_evaluation(run: Run, index: int, label: str, within_stage: bool = F
     groups = evaluate(run.worker, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
     found = summarise("held-out", problems, groups, sampling.temperature, sampling.max_new_tokens)
     report_evaluation(run, index, found, final)
-    where, some = (
-        {"step": run.state.step, "stage": index, "kind": "held-out"},
-        problems[: run.recipe.run.rollouts_written],
-    )
-    prompts = [run.worker.message(problem)["content"] for problem in some]
-    to_read = map(rows.group_to_read, repeat(where), some, prompts, groups, repeat(sampling.temperature))
-    run.metrics.write_rollouts(list(to_read))
+    where = {"step": run.state.step, "stage": index, "kind": "held-out"}
+    some = zip(problems[: run.recipe.run.rollouts_written], groups, strict=False)
+    message, temperature = run.worker.message, sampling.temperature
+    to_read = [
+        rows.group_to_read(where, problem, message(problem)["content"], own, temperature) for problem, own in some
+    ]
+    run.metrics.write_rollouts(to_read)
 
 
 def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> None:
@@ -367,7 +367,7 @@ def main(arguments: Namespace) -> None:
             from lab.page import write_report
             from lab.story import what_happened
 
-            print(*what_happened(read_metrics(run.folder)), sep="\n")
+            print(*(fill(sentence, 100) for sentence in what_happened(read_metrics(run.folder))), sep="\n")
             print(f"report in {write_report(run.folder)}")
     except Interrupted:
         status = distributed.stop_status()

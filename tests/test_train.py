@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
+from textwrap import fill
 
 import forked
 import pytest
@@ -119,8 +120,10 @@ def test_the_same_held_out_problems_are_written_whole_and_the_story_ends_the_out
     assert all(len(group["responses"]) == held_out[0]["n"] for group in groups if group["kind"] == "held-out")
     trained = [group for group in groups if group["kind"] == "training"]
     assert {group["stage"] for group in trained} == {1, 2, 3} and {len(group["responses"]) for group in trained} == {8}
-    *_, last = story = what_happened(metrics(folder))
-    assert len(story) >= 6 and "\n".join(story) in output and output.index(last) < output.index("report in")
+    story, printed = what_happened(metrics(folder)), output.splitlines()
+    told, report = printed[printed.index(fill(story[0], 100).splitlines()[0]) : -1], printed[-1]
+    assert len(story) >= 6 and " ".join(told) == " ".join(story) and report.startswith("report in")
+    assert max(map(len, told)) <= 100
 
 
 def test_sampler_and_trainer_agree_in_float32_at_every_step(finished):
