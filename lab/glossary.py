@@ -81,8 +81,8 @@ GLOSSARY = (
     Entry("label", "filter temperature", "when it ran"),
     Entry("rule before after kept dropped", "filter", "what is dropped; number of problems solved 0, 1, ... times "
           "before and after; how many were kept and dropped"),
-    Entry("target_distinct4 chosen curve", "temperature", "the diversity to restore; the chosen temperature; all "
-          "measured temperatures"),
+    Entry("target_distinct4 restores chosen curve", "temperature", "the diversity to restore; of which stage's start: "
+          "previous or first; the chosen temperature; all measured temperatures"),
     Entry("data rows", "guard", "a training file and its rows"),
     Entry("duplicates contamination", "guard", "rows that repeat an earlier row; rows that occur in a benchmark"),
     Entry("duplicates_first contamination_first", "guard", "the first such pairs"),

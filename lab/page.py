@@ -163,7 +163,8 @@ def _search(row: dict) -> Drawn:
     )
     rules = [(chosen, f"chosen {format_number(chosen)}")] if chosen is not None else []
     figure = temperature_figure(title, [point | {"target": target} for point in row.get("curve") or []], rules)
-    why = "to restore the last stage's diversity" if target else "where accuracy begins to fall"
+    stage = row.get("restores") or "first"  # older versions wrote no word and restored the first
+    why = f"to restore the {stage} stage's diversity" if target else "where accuracy begins to fall"
     return title, figure, f"Chosen {why}. Bands: 95% intervals."
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from data_filter import History
 from engine.memory import host_memory_bytes
+from lab import premises
 from lab.machine import RESPONSE_SHARE, Machine
 from lab.metrics import read_metrics
 from lab.plan_memory import GIB, Shape, StagePlan, longest_sequence, plan_stages, size_cache, stage_sampling
@@ -417,6 +419,12 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
     if needed > (memory := host_memory_bytes()):
         print(f"  needs {needed / GIB:.0f} GiB of host memory, this machine has {memory / GIB:.0f}")
     show_cost(shape, recipe, machine, run)
+    first = next((i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage)), None)
+    if first is not None:
+        rates, data = run and run / f"pass-rates-{first}.jsonl", stage_data(recipe, first)
+        history = History.load(rates) if rates and rates.exists() else History()
+        problems = count_problems(data, *how_to_read(recipe, data))
+        print(f"\npremises of {premises.of_recipe(recipe, history, shape.config.rope, problems)}")
     return fits
 
 

@@ -1,0 +1,200 @@
+"""Say before training which mechanisms of the recipe can matter, from pass rates alone (RECIPE section 9).
+
+A stage is played with coins in place of the model: its batches, rescue, rule of a third and drop are the run's, and a
+problem's chance of a right rollout stays as it is. That chance is not the measured rate, since 8 of 8 right is no
+certainty: it is drawn from its posterior, under a prior that is fitted to the counts of all problems. The fit makes
+ROUNDS steps of EM from Jeffreys' prior (Laird and Louis 1991, "smoothing by roughening"), so any shape is possible.
+Figures are means over REPLAYS of the stage, with the interval of 95% of them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+
+import numpy as np
+
+from data_filter import History
+from lab.recipe import Recipe, RlStage
+from yarn import Rope, yarn_ramp
+
+GRID = np.sin((np.arange(100) + 0.5) * np.pi / 200) ** 2  # chances; Jeffreys' prior is uniform over them
+ROUNDS, REPLAYS = 200, 100
+LEAST = 0.01  # a choice: what touches fewer groups, problems or responses cannot matter
+PREDICTED = {  # of a stage: format, and what it is
+    "zero_variance": ("{:.0%}", "of groups without a signal"),
+    "skipped": ("{:.0f}", "skipped updates"),
+    "rescued": ("{:.0f}", "rescues"),
+    "dropped": ("{:.0f}", "problems dropped"),
+    "truncated_share": ("{:.1%}", "of responses cut"),
+}
+
+
+@dataclass
+class Premises:
+    """Rows of mechanism, figure and verdict, and what a stage's metrics will be compared with: mean, low, high."""
+
+    title: str
+    table: list[list[str]] = field(default_factory=list)
+    predicted: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, mechanism: str, figure: str, useless: bool | None, why: str, on: bool = True) -> None:
+        """Add a row: whether (None: not known) and why the mechanism cannot matter, and whether the recipe uses it."""
+        verdict = f"cannot matter here, because {why}" if useless else "matters here"
+        verdict = "depends on the pass rates: data_filter.py estimate" if useless is None else verdict
+        self.table.append([mechanism + " (off)" * (not on), figure, verdict])
+
+    def shown(self, key: str) -> str:
+        """Format a prediction with its interval."""
+        mean, low, high = (PREDICTED[key][0].format(value) for value in self.predicted[key])
+        return f"{mean} ({low} to {high})"
+
+    def __str__(self) -> str:
+        first, second, _ = (max(map(len, column)) for column in zip(*self.table, strict=True))
+        return "\n".join([self.title, *(f"  {a:{first}}  {b:{second}}  {c}" for a, b, c in self.table)])
+
+
+def draw_chances(solved: np.ndarray, samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Draw the chances of N problems (REPLAYS, N), of which `solved` of `samples` rollouts (N,) were right."""
+    counts, place = np.unique([solved, samples], axis=1, return_inverse=True)
+    place = place.ravel()  # numpy 2.0 gives it two dimensions
+    likelihood = np.outer(counts[0], np.log(GRID)) + np.outer(counts[1] - counts[0], np.log1p(-GRID))  # (counts, grid)
+    likelihood = np.exp(likelihood - likelihood.max(1, keepdims=True))
+    problems, prior = np.bincount(place), np.full(len(GRID), 1 / len(GRID))
+    for _ in range(ROUNDS + 1):
+        posterior = likelihood * prior
+        posterior /= posterior.sum(1, keepdims=True)
+        prior = problems @ posterior / len(place)
+    chances = np.empty((REPLAYS, len(place)))
+    for kind, size in enumerate(problems):
+        chances[:, place == kind] = random.choice(GRID, (REPLAYS, size), p=posterior[kind])
+    return chances
+
+
+def replay(
+    stage: RlStage, steps: int, chances: np.ndarray, known: np.ndarray, held: np.ndarray, random: np.random.Generator
+) -> dict[str, float]:
+    """Play a stage on N problems: their chances, earlier pass rates (nan: none), whether a sink holds a response."""
+    problems, visits, group = len(chances), steps * stage.batch_problems, stage.group_size
+    epochs = math.ceil(visits / problems)
+    order = random.permuted(np.tile(np.arange(problems), (epochs, 1)), axis=1)
+    visited = np.ones((epochs, problems), dtype=bool)
+    visited[-1, order[-1, visits - (epochs - 1) * problems :]] = False
+    right = random.binomial(group, chances, (epochs, problems)) * visited
+    solved_before = np.maximum.accumulate(np.vstack([held, right > 0]))[:-1]
+    rescued, informative = visited & (right == 0) & solved_before, (right > 0) & (right < group)
+    signals = np.take_along_axis(informative | (rescued & stage.rescue), order, 1).ravel()[:visits]
+    signals = signals.reshape(steps, stage.batch_problems).sum(1)
+    rates = np.where(visited.any(0), right.sum(0) / np.maximum(1, group * visited.sum(0)), known)
+    return {
+        "zero_variance": 1 - informative.sum() / visits,
+        "skipped": float(np.sum(signals <= stage.informative_share * stage.batch_problems)),
+        "rescued": float(rescued.sum()),
+        "dropped": float(np.sum(rates > stage.drop_above)),
+    }
+
+
+def expect(
+    recipe: Recipe, index: int, history: History, ids: Sequence[str], size: int = 0, rope: Rope | None = None
+) -> Premises:
+    """Return the premises of an rl stage that is about to filter the problems `ids`, by the latest visit of each.
+
+    A problem without a visit gets the prior of the others. Without any visit, `size` is the number of problems, and
+    what depends on pass rates is left open. `rope` is the model's.
+    """
+    stage, visits = recipe.stage[index], [history.visits(problem_id) for problem_id in ids]
+    later = [s for s in recipe.stage[index + 1 :] if isinstance(s, RlStage)]
+    users = [stage, *takewhile(lambda s: not s.data, later)]  # stages that train on these problems
+    planned = sum(s.steps * s.batch_problems for s in users) / max(1, len(ids) or size)  # epochs
+    found = Premises(f"stage {index}, {stage.steps:,} steps of {stage.batch_problems} x {stage.group_size} rollouts")
+    off_policy, updates = "", stage.variant.optimizer_steps
+    if any(visits):
+        found.title += f", at unchanged pass rates (in brackets: 95% of {REPLAYS} replays)"
+        measured = (history.settings or {}).get("temperature", stage.temperature)
+        found.title += f", measured at temperature {measured}, not {stage.temperature}" * (
+            measured != stage.temperature
+        )
+        latest = [own[-1] for own in visits if own]
+        samples = np.array([len(own[-1].rewards) if own else 0 for own in visits])
+        solved = np.array([sum(own[-1].rewards) if own else 0.0 for own in visits])
+        tokens = np.array([own[-1].tokens if own else 0 for own in visits])
+        known = np.array([history.estimate(problem_id) for problem_id in ids], dtype=float)  # None becomes nan
+        held = np.array([any(sum(visit.rewards) for visit in own if visit.stage % 1 == 0) for own in visits])
+        keep = ~(known >= stage.drop_at) if stage.filter_before else np.full(len(ids), True)
+        if stage.filter_before:
+            wasted = tokens[~keep].sum() / max(1, tokens.sum())
+            pays = samples.mean() / stage.group_size / wasted if wasted else math.inf  # after so many epochs
+            figure = f"{np.sum(~keep):,} of {len(ids):,} problems always solved, {wasted:.1%} of the tokens"
+            why = f"it pays after {pays:,.1f} epochs, not {planned:.1f}" if wasted else "it drops nothing"
+            found.add("filter", figure, planned < pays, why)
+        if not keep.any():
+            return found
+        steps, per_rollout = stage.steps, tokens[keep].sum() / max(1, samples[keep].sum())
+        if stage.generated_tokens and per_rollout:
+            per_step = stage.batch_problems * stage.group_size * per_rollout
+            steps = min(steps, math.ceil(stage.generated_tokens / per_step))
+        random = np.random.default_rng([recipe.seed, index])
+        chances = draw_chances(solved, samples, random)[:, keep]
+        played = [replay(stage, steps, some, known[keep], held[keep], random) for some in chances]
+        for name in played[0]:
+            values = [outcome[name] for outcome in played]
+            found.predicted[name] = [float(np.mean(values)), *np.quantile(values, [0.025, 0.975]).tolist()]
+        empty, skipped, rescued, dropped = (found.predicted[name][0] for name in played[0])
+        groups, problems = steps * stage.batch_problems, len(chances[0])
+        figure = f"{found.shown('zero_variance')} of groups without a signal"
+        found.add("substitution", figure, empty < LEAST, "nearly all have one", stage.substitute)
+        figure, why = (
+            f"skips {found.shown('skipped')} of {steps:,} updates",
+            "enough groups of each batch have a signal",
+        )
+        found.add("rule of a third", figure, skipped < 0.5, why, stage.substitute)
+        figure = f"{found.shown('rescued')} in {groups:,} groups, {groups / problems:.1f} visits a problem"
+        found.add("rescue", figure, rescued < LEAST * groups, "too few failures were solved before", stage.rescue)
+        why = "no later stage trains on the rest" if len(users) == 1 else f"too few are above {stage.drop_above:g}"
+        useless = len(users) == 1 or dropped < LEAST * problems
+        found.add("drop", f"{found.shown('dropped')} of {problems:,} problems", useless, why)
+        if len(lengths := np.array([length for visit in latest for length in visit.lengths])):
+            longest, limits = lengths.max(), [user.max_response_tokens for user in users]
+            shares = {limit: float(np.mean(lengths >= min(limit, longest))) for limit in limits}
+            figure = ", ".join(f"{'at most ' * int(n > longest)}{x:.0%} reach {n:,}" for n, x in shares.items())
+            found.add("response limits", figure, max(shares.values()) < LEAST, "nearly all responses end before")
+            if limits[0] <= longest:
+                found.predicted["truncated_share"] = [shares[limits[0]]] * 3
+        off_policy = f", but for {rescued:.0f} rescued rollouts" if stage.rescue and rescued >= 0.5 else ""
+        off = {"skipped": not stage.substitute, "rescued": not stage.rescue}
+        found.predicted = {key: value for key, value in found.predicted.items() if not off.get(key)}
+    else:
+        once = True if size and planned <= 1 else None
+        found.add("rescue", f"{planned:.1f} visits a problem", once, "hardly a problem comes twice", stage.rescue)
+        found.add("filter, substitution, drop", "", None, "")
+    figure, why = f"{updates} update{'s' * (updates > 1)} a batch", f"one update a batch is on policy{off_policy}"
+    found.add("clip-higher", figure, updates == 1, why)
+    if rope and (final := recipe.final).data:
+        betas = final.yarn_beta_fast, final.yarn_beta_slow
+        ramp = yarn_ramp(rope.theta, rope.head_dim, final.yarn_original_window, *betas)
+        kept = int((ramp == 0).sum())
+        found.add("YaRN", f"leaves {kept} of {len(ramp)} pairs of dimensions alone", False, "")
+        if 4 * kept < len(ramp):
+            found.table[-1][-1] = "harms here: fewer than a quarter of the pairs stay, lower yarn_beta_fast"
+    return found
+
+
+def of_recipe(recipe: Recipe, history: History, rope: Rope, problems: int = 0) -> Premises:
+    """Return the premises of a recipe's first rl stage with the problems of a file of pass rates, as if it filtered."""
+    index = next(i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage))
+    stages = [replace(stage, filter_before=True) if i == index else stage for i, stage in enumerate(recipe.stage)]
+    return expect(replace(recipe, stage=tuple(stages)), index, history, list(history.by_problem), problems, rope)
+
+
+def compare(predicted: dict[str, list[float]], steps: Sequence[dict], dropped: int) -> tuple[dict[str, float], str]:
+    """Return what a stage's "rl" rows and its drop have shown of what was predicted, and a sentence with both."""
+    names = ("zero_variance", "skipped", "rescued", "truncated_share")
+    seen = {name: sum(row[name] for row in steps) for name in names} | {"dropped": dropped}
+    seen["zero_variance"] /= sum(row["groups"] for row in steps)
+    seen["truncated_share"] /= len(steps)
+    words = [
+        f"{form.format(predicted[key][0])} {what}, seen {form.format(seen[key])}"
+        for key, (form, what) in PREDICTED.items()
+        if key in predicted
+    ]
+    return {key: seen[key] for key in predicted}, f"predicted from earlier pass rates {'; '.join(words)}"
