@@ -5,7 +5,6 @@ from pathlib import Path
 
 from data_filter import (
     ESTIMATE_DRAW,
-    GROUP_SIZE,
     Filtered,
     History,
     draw_histogram,
@@ -26,7 +25,7 @@ from lab import charts, premises
 from lab.benchmarks import text_table
 from lab.command import load_worker, run_command
 from lab.problems import DataError, Problem, read_problems, write_problems
-from lab.recipe import Recipe, RlStage, load_recipe
+from lab.recipe import Recipe, RecipeError, RlStage, load_recipe
 
 ADVICE = {
     "J": "at least half are solved more often than not: drop the always solved (data_filter.py filter)",
@@ -45,7 +44,9 @@ def read_data(arguments: argparse.Namespace, rewarded: bool) -> list[Problem]:
 
 def estimate_command(arguments: argparse.Namespace) -> None:
     """Estimate pass rates on all processes, and print the shape of their histogram."""
-    recipe = load_recipe(arguments.recipe) if arguments.recipe else None  # a mistake in it is said before sampling
+    recipe = load_recipe(arguments.recipe) if arguments.recipe else None
+    if recipe and not any(isinstance(stage, RlStage) for stage in recipe.stage):
+        raise RecipeError(f"{arguments.recipe} has no rl stage, so pass rates mean nothing for it; give another")
     problems = read_data(arguments, bool(arguments.reward))
     worker, sampling, identity = load_worker(arguments, problems, "saving the finished problems", ESTIMATE_DRAW)
     is_main = worker.processes.is_main
@@ -58,8 +59,8 @@ def estimate_command(arguments: argparse.Namespace) -> None:
         shape = verdict(histogram(rates, arguments.n))
         print(f"verdict: {shape}: {ADVICE[shape]}")
         show(arguments.out, f"Pass rates of {arguments.model}", {"problems": rates}, arguments.n)
-        found = premises.of_recipe(recipe or as_published(arguments, len(problems)), history, worker.model.config.rope)
-        print(f"premises of {found}")
+        recipe, rope = recipe or as_published(arguments, len(problems)), worker.model.config.rope
+        print(f"premises of {premises.expect(recipe, None, history, [problem.id for problem in problems], rope=rope)}")
 
 
 def as_published(arguments: argparse.Namespace, problems: int) -> Recipe:

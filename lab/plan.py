@@ -424,7 +424,8 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
         rates, data = run and run / f"pass-rates-{first}.jsonl", stage_data(recipe, first)
         history = History.load(rates) if rates and rates.exists() else History()
         problems = count_problems(data, *how_to_read(recipe, data))
-        print(f"\npremises of {premises.of_recipe(recipe, history, shape.config.rope, problems)}")
+        found = premises.expect(recipe, first, history, list(history.by_problem), problems, shape.config.rope)
+        print(f"\npremises of {found}")
     return fits
 
 

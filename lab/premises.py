@@ -9,25 +9,23 @@ Figures are means over REPLAYS of the stage, with the interval of 95% of them.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 import numpy as np
 
-from data_filter import History
+from data_filter import History, Visit
 from lab.recipe import Recipe, RlStage
 from yarn import Rope, yarn_ramp
 
 GRID = np.sin((np.arange(100) + 0.5) * np.pi / 200) ** 2  # chances; Jeffreys' prior is uniform over them
 ROUNDS, REPLAYS = 200, 100
 LEAST = 0.01  # a choice: what touches fewer groups, problems or responses cannot matter
-PREDICTED = {  # of a stage: format, and what it is
-    "zero_variance": ("{:.0%}", "of groups without a signal"),
-    "skipped": ("{:.0f}", "skipped updates"),
-    "rescued": ("{:.0f}", "rescues"),
-    "dropped": ("{:.0f}", "problems dropped"),
+PREDICTED = {  # of a stage: how it is written
+    "zero_variance": ("{:.0%}", "of groups without a signal"), "skipped": ("{:.0f}", "skipped updates"),
+    "rescued": ("{:.0f}", "rescues"), "dropped": ("{:.0f}", "problems dropped"),
     "truncated_share": ("{:.1%}", "of responses cut"),
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -38,16 +36,11 @@ class Premises:
     table: list[list[str]] = field(default_factory=list)
     predicted: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, mechanism: str, figure: str, useless: bool | None, why: str, on: bool = True) -> None:
+    def add(self, mechanism: str, figure: str, useless: bool | None, why: str = "", on: bool = True) -> None:
         """Add a row: whether (None: not known) and why the mechanism cannot matter, and whether the recipe uses it."""
-        verdict = f"cannot matter here, because {why}" if useless else "matters here"
-        verdict = "depends on the pass rates: data_filter.py estimate" if useless is None else verdict
+        unknown = "depends on the pass rates: data_filter.py estimate"
+        verdict = {None: unknown, True: f"cannot matter here, because {why}", False: "matters here"}[useless]
         self.table.append([mechanism + " (off)" * (not on), figure, verdict])
-
-    def shown(self, key: str) -> str:
-        """Format a prediction with its interval."""
-        mean, low, high = (PREDICTED[key][0].format(value) for value in self.predicted[key])
-        return f"{mean} ({low} to {high})"
 
     def __str__(self) -> str:
         first, second, _ = (max(map(len, column)) for column in zip(*self.table, strict=True))
@@ -56,9 +49,9 @@ class Premises:
 
 def draw_chances(solved: np.ndarray, samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Draw the chances of N problems (REPLAYS, N), of which `solved` of `samples` rollouts (N,) were right."""
-    counts, place = np.unique([solved, samples], axis=1, return_inverse=True)
-    place = place.ravel()  # numpy 2.0 gives it two dimensions
-    likelihood = np.outer(counts[0], np.log(GRID)) + np.outer(counts[1] - counts[0], np.log1p(-GRID))  # (counts, grid)
+    counts, place = np.unique(solved + 1j * samples, return_inverse=True)
+    right, wrong = counts.real, counts.imag - counts.real
+    likelihood = np.outer(right, np.log(GRID)) + np.outer(wrong, np.log1p(-GRID))  # (counts, grid)
     likelihood = np.exp(likelihood - likelihood.max(1, keepdims=True))
     problems, prior = np.bincount(place), np.full(len(GRID), 1 / len(GRID))
     for _ in range(ROUNDS + 1):
@@ -95,33 +88,29 @@ def replay(
 
 
 def expect(
-    recipe: Recipe, index: int, history: History, ids: Sequence[str], size: int = 0, rope: Rope | None = None
+    recipe: Recipe, index: int | None, history: History, ids: Sequence[str], size: int = 0, rope: Rope | None = None
 ) -> Premises:
-    """Return the premises of an rl stage that is about to filter the problems `ids`, by the latest visit of each.
+    """Return the premises of an rl stage (None: the first) that is about to filter or train on the problems `ids`.
 
-    A problem without a visit gets the prior of the others. Without any visit, `size` is the number of problems, and
-    what depends on pass rates is left open. `rope` is the model's.
+    They count by their latest visits; one without a visit gets the prior of the others. Without any visit, `size` is
+    the number of problems, and what depends on pass rates is left open. `rope` is the model's.
     """
-    stage, visits = recipe.stage[index], [history.visits(problem_id) for problem_id in ids]
-    later = [s for s in recipe.stage[index + 1 :] if isinstance(s, RlStage)]
-    users = [stage, *takewhile(lambda s: not s.data, later)]  # stages that train on these problems
+    rl = {i: s for i, s in enumerate(recipe.stage) if isinstance(s, RlStage) and i >= (index or 0)}
+    index, stage = next(iter(rl.items()))
+    users = [stage, *takewhile(lambda s: not s.data, [*rl.values()][1:])]  # stages that train on these problems
     planned = sum(s.steps * s.batch_problems for s in users) / max(1, len(ids) or size)  # epochs
     found = Premises(f"stage {index}, {stage.steps:,} steps of {stage.batch_problems} x {stage.group_size} rollouts")
-    off_policy, updates = "", stage.variant.optimizer_steps
-    if any(visits):
+    visits = [history.visits(problem_id) or [Visit(problem_id, index, 0, ())] for problem_id in ids]
+    solved, samples, tokens = np.array([(sum(v.rewards), len(v.rewards), v.tokens) for *_, v in visits] or [(0,) * 3]).T
+    on_policy = "one update a batch is on policy"
+    if samples.any():
         found.title += f", at unchanged pass rates (in brackets: 95% of {REPLAYS} replays)"
-        measured = (history.settings or {}).get("temperature", stage.temperature)
-        found.title += f", measured at temperature {measured}, not {stage.temperature}" * (
-            measured != stage.temperature
-        )
-        latest = [own[-1] for own in visits if own]
-        samples = np.array([len(own[-1].rewards) if own else 0 for own in visits])
-        solved = np.array([sum(own[-1].rewards) if own else 0.0 for own in visits])
-        tokens = np.array([own[-1].tokens if own else 0 for own in visits])
+        if (measured := (history.settings or {}).get("temperature", stage.temperature)) != stage.temperature:
+            found.title += f", measured at temperature {measured}, not {stage.temperature}"
         known = np.array([history.estimate(problem_id) for problem_id in ids], dtype=float)  # None becomes nan
-        held = np.array([any(sum(visit.rewards) for visit in own if visit.stage % 1 == 0) for own in visits])
-        keep = ~(known >= stage.drop_at) if stage.filter_before else np.full(len(ids), True)
-        if stage.filter_before:
+        filters = stage.filter_before or history.settings is not None  # a file of pass rates is there to filter
+        keep = ~((known >= stage.drop_at) & filters)
+        if filters:
             wasted = tokens[~keep].sum() / max(1, tokens.sum())
             pays = samples.mean() / stage.group_size / wasted if wasted else math.inf  # after so many epochs
             figure = f"{np.sum(~keep):,} of {len(ids):,} problems always solved, {wasted:.1%} of the tokens"
@@ -129,72 +118,63 @@ def expect(
             found.add("filter", figure, planned < pays, why)
         if not keep.any():
             return found
-        steps, per_rollout = stage.steps, tokens[keep].sum() / max(1, samples[keep].sum())
-        if stage.generated_tokens and per_rollout:
-            per_step = stage.batch_problems * stage.group_size * per_rollout
-            steps = min(steps, math.ceil(stage.generated_tokens / per_step))
+        steps, step_tokens = stage.steps, stage.batch_problems * stage.group_size * tokens[keep].sum()
+        if stage.generated_tokens and step_tokens:
+            steps = min(steps, math.ceil(stage.generated_tokens * samples[keep].sum() / step_tokens))
         random = np.random.default_rng([recipe.seed, index])
         chances = draw_chances(solved, samples, random)[:, keep]
+        held = np.array([any(sum(visit.rewards) for visit in own if visit.stage % 1 == 0) for own in visits])
         played = [replay(stage, steps, some, known[keep], held[keep], random) for some in chances]
+        shown = {}
         for name in played[0]:
             values = [outcome[name] for outcome in played]
             found.predicted[name] = [float(np.mean(values)), *np.quantile(values, [0.025, 0.975]).tolist()]
+            mean, low, high = (PREDICTED[name][0].format(value) for value in found.predicted[name])
+            shown[name] = f"{mean} ({low} to {high})"
         empty, skipped, rescued, dropped = (found.predicted[name][0] for name in played[0])
-        groups, problems = steps * stage.batch_problems, len(chances[0])
-        figure = f"{found.shown('zero_variance')} of groups without a signal"
+        groups, problems = steps * stage.batch_problems, keep.sum()
+        figure = f"{shown['zero_variance']} of groups without a signal"
         found.add("substitution", figure, empty < LEAST, "nearly all have one", stage.substitute)
-        figure, why = (
-            f"skips {found.shown('skipped')} of {steps:,} updates",
-            "enough groups of each batch have a signal",
-        )
-        found.add("rule of a third", figure, skipped < 0.5, why, stage.substitute)
-        figure = f"{found.shown('rescued')} in {groups:,} groups, {groups / problems:.1f} visits a problem"
+        figure = f"skips {shown['skipped']} of {steps:,} updates"
+        found.add("rule of a third", figure, skipped < 0.5, "enough groups have a signal", stage.substitute)
+        figure = f"{shown['rescued']} in {groups:,} groups, {groups / problems:.1f} visits a problem"
         found.add("rescue", figure, rescued < LEAST * groups, "too few failures were solved before", stage.rescue)
-        why = "no later stage trains on the rest" if len(users) == 1 else f"too few are above {stage.drop_above:g}"
-        useless = len(users) == 1 or dropped < LEAST * problems
-        found.add("drop", f"{found.shown('dropped')} of {problems:,} problems", useless, why)
-        if len(lengths := np.array([length for visit in latest for length in visit.lengths])):
+        last, figure = len(users) == 1, f"{shown['dropped']} of {problems:,} problems"
+        why = "no later stage trains on the rest" if last else f"too few are above {stage.drop_above:g}"
+        found.add("drop", figure, last or dropped < LEAST * problems, why)
+        if len(lengths := np.array([length for *_, visit in visits for length in visit.lengths])):
             longest, limits = lengths.max(), [user.max_response_tokens for user in users]
             shares = {limit: float(np.mean(lengths >= min(limit, longest))) for limit in limits}
-            figure = ", ".join(f"{'at most ' * int(n > longest)}{x:.0%} reach {n:,}" for n, x in shares.items())
+            figure = ", ".join(f"{'at most ' if n > longest else ''}{x:.0%} reach {n:,}" for n, x in shares.items())
             found.add("response limits", figure, max(shares.values()) < LEAST, "nearly all responses end before")
             if limits[0] <= longest:
                 found.predicted["truncated_share"] = [shares[limits[0]]] * 3
-        off_policy = f", but for {rescued:.0f} rescued rollouts" if stage.rescue and rescued >= 0.5 else ""
+        on_policy += f", but for {rescued:.0f} rescued rollouts" if stage.rescue and rescued >= 0.5 else ""
         off = {"skipped": not stage.substitute, "rescued": not stage.rescue}
         found.predicted = {key: value for key, value in found.predicted.items() if not off.get(key)}
     else:
         once = True if size and planned <= 1 else None
         found.add("rescue", f"{planned:.1f} visits a problem", once, "hardly a problem comes twice", stage.rescue)
-        found.add("filter, substitution, drop", "", None, "")
-    figure, why = f"{updates} update{'s' * (updates > 1)} a batch", f"one update a batch is on policy{off_policy}"
-    found.add("clip-higher", figure, updates == 1, why)
+        found.add("filter, substitution, drop", "", None)
+    updates = stage.variant.optimizer_steps
+    found.add("clip-higher", f"{updates} update{'s' * (updates > 1)} a batch", updates == 1, on_policy)
     if rope and (final := recipe.final).data:
-        betas = final.yarn_beta_fast, final.yarn_beta_slow
-        ramp = yarn_ramp(rope.theta, rope.head_dim, final.yarn_original_window, *betas)
-        kept = int((ramp == 0).sum())
-        found.add("YaRN", f"leaves {kept} of {len(ramp)} pairs of dimensions alone", False, "")
-        if 4 * kept < len(ramp):
+        window, betas = final.yarn_original_window, (final.yarn_beta_fast, final.yarn_beta_slow)
+        kept, pairs = np.sum(yarn_ramp(rope.theta, rope.head_dim, window, *betas).numpy() == 0), rope.head_dim // 2
+        found.add("YaRN", f"leaves {kept} of {pairs} pairs of dimensions alone", False)
+        if 4 * kept < pairs:
             found.table[-1][-1] = "harms here: fewer than a quarter of the pairs stay, lower yarn_beta_fast"
     return found
 
 
-def of_recipe(recipe: Recipe, history: History, rope: Rope, problems: int = 0) -> Premises:
-    """Return the premises of a recipe's first rl stage with the problems of a file of pass rates, as if it filtered."""
-    index = next(i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage))
-    stages = [replace(stage, filter_before=True) if i == index else stage for i, stage in enumerate(recipe.stage)]
-    return expect(replace(recipe, stage=tuple(stages)), index, history, list(history.by_problem), problems, rope)
-
-
 def compare(predicted: dict[str, list[float]], steps: Sequence[dict], dropped: int) -> tuple[dict[str, float], str]:
     """Return what a stage's "rl" rows and its drop have shown of what was predicted, and a sentence with both."""
-    names = ("zero_variance", "skipped", "rescued", "truncated_share")
-    seen = {name: sum(row[name] for row in steps) for name in names} | {"dropped": dropped}
-    seen["zero_variance"] /= sum(row["groups"] for row in steps)
-    seen["truncated_share"] /= len(steps)
+    total = {name: sum(row[name] for row in steps) for name in (*PREDICTED, "groups") if name in steps[0]}
+    shares = {"zero_variance": total["groups"], "truncated_share": len(steps)}
+    seen = {name: value / shares.get(name, 1) for name, value in (total | {"dropped": dropped}).items()}
     words = [
-        f"{form.format(predicted[key][0])} {what}, seen {form.format(seen[key])}"
-        for key, (form, what) in PREDICTED.items()
-        if key in predicted
+        f"{form.format(predicted[name][0])} {what}, seen {form.format(seen[name])}"
+        for name, (form, what) in PREDICTED.items()
+        if name in predicted
     ]
-    return {key: seen[key] for key in predicted}, f"predicted from earlier pass rates {'; '.join(words)}"
+    return {name: seen[name] for name in predicted}, f"predicted from earlier pass rates {'; '.join(words)}"
