@@ -99,7 +99,7 @@ def expect(
     index, stage = next(iter(rl.items()))
     users = [stage, *takewhile(lambda s: not s.data, [*rl.values()][1:])]  # stages that train on these problems
     planned = sum(s.steps * s.batch_problems for s in users) / max(1, len(ids) or size)  # epochs
-    found = Premises(f"stage {index}, {stage.steps:,} steps of {stage.batch_problems} x {stage.group_size} rollouts")
+    found = Premises(f"stage {index}: {stage.steps:,} x {stage.batch_problems} x {stage.group_size} rollouts")
     visits = [history.visits(problem_id) or [Visit(problem_id, index, 0, ())] for problem_id in ids]
     solved, samples, tokens = np.array([(sum(v.rewards), len(v.rewards), v.tokens) for *_, v in visits] or [(0,) * 3]).T
     on_policy = "one update a batch is on policy"
@@ -142,10 +142,11 @@ def expect(
         last, figure = len(users) == 1, f"{shown['dropped']} of {problems:,} problems"
         why = "no later stage trains on the rest" if last else f"too few are above {stage.drop_above:g}"
         found.add("drop", figure, last or dropped < LEAST * problems, why)
-        if len(lengths := np.array([length for *_, visit in visits for length in visit.lengths])):
+        lengths = [np.array(visit.lengths) for (*_, visit), kept in zip(visits, keep, strict=True) if kept]
+        if (lengths := np.concatenate(lengths)).size:
             longest, limits = lengths.max(), [user.max_response_tokens for user in users]
             shares = {limit: float(np.mean(lengths >= min(limit, longest))) for limit in limits}
-            figure = ", ".join(f"{'at most ' if n > longest else ''}{x:.0%} reach {n:,}" for n, x in shares.items())
+            figure = ", ".join(f"{'at most ' if n > longest else ''}{x:.1%} reach {n:,}" for n, x in shares.items())
             found.add("response limits", figure, max(shares.values()) < LEAST, "nearly all responses end before")
             if limits[0] <= longest:
                 found.predicted["truncated_share"] = [shares[limits[0]]] * 3
