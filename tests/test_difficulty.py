@@ -102,12 +102,12 @@ def test_estimate_counts_the_models_answers(command, world, tmp_path, monkeypatc
     counts = [list(expected.values()).count(k / 4) for k in range(5)]
     table = out.with_suffix(".txt").read_text()
     assert [int(count) for count in re.findall(r"^\d of 4 +(\d+)$", table, re.M)] == counts
-    silent = sum(rate**8 + (1 - rate) ** 8 for rate in expected.values()) / 9
-    assert f"groups of 8 without a signal: {silent:.1%}" in printed and table.endswith(f"  {silent:.1%}\n")
+    assert "\npremises of stage 0: 1 x 9 x 8 rollouts, at unchanged pass rates" in printed
     assert out.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert printed.splitlines()[-1] == f"results in {out}, table in {out.with_suffix('.txt')}, picture in " + str(
-        out.with_suffix(".png")
-    )
+    results = f"results in {out}, table in {out.with_suffix('.txt')}, picture in {out.with_suffix('.png')}"
+    lines = printed.splitlines()
+    assert lines.index(results) + 1 == next(i for i, line in enumerate(lines) if line.startswith("premises of stage 0"))
+    assert lines[-1].startswith("  clip-higher  ")
 
 
 def test_an_interrupted_estimate_resumes_and_ends_in_the_same_file(command, world, tmp_path, monkeypatch, capsys):
