@@ -107,6 +107,8 @@ def expect(
         found.title += f", at unchanged pass rates (in brackets: 95% of {REPLAYS} replays)"
         if (measured := (history.settings or {}).get("temperature", stage.temperature)) != stage.temperature:
             found.title += f", measured at temperature {measured}, not {stage.temperature}"
+        more = recipe.reward.function or recipe.reward.format or recipe.reward.steps
+        found.title += ", by right answers alone, though rewards count more" if more else ""
         known = np.array([history.estimate(problem_id) for problem_id in ids], dtype=float)  # None becomes nan
         filters = stage.filter_before or history.settings is not None  # a file of pass rates is there to filter
         keep = ~((known >= stage.drop_at) & filters)
