@@ -38,13 +38,13 @@ class Premises:
 
     def add(self, mechanism: str, figure: str, useless: bool | None, why: str = "", on: bool = True) -> None:
         """Add a row: whether (None: not known) and why the mechanism cannot matter, and whether the recipe uses it."""
-        unknown = "depends on the pass rates: data_filter.py estimate"
-        verdict = {None: unknown, True: f"cannot matter here, because {why}", False: "matters here"}[useless]
-        self.table.append([mechanism + " (off)" * (not on), figure, verdict])
+        answer = {None: "pass rates decide: data_filter.py estimate", True: f"no: {why}", False: "yes"}[useless]
+        self.table.append([mechanism + " (off)" * (not on), figure, answer])
 
     def __str__(self) -> str:
-        first, second, _ = (max(map(len, column)) for column in zip(*self.table, strict=True))
-        return "\n".join([self.title, *(f"  {a:{first}}  {b:{second}}  {c}" for a, b, c in self.table)])
+        rows = [["mechanism", "figure", "does it matter here?"], *self.table]
+        first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+        return "\n".join([self.title, *(f"  {a:{first}}  {b:{second}}  {c}" for a, b, c in rows)])
 
 
 def draw_chances(solved: np.ndarray, samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -102,20 +102,19 @@ def expect(
     found = Premises(f"stage {index}: {stage.steps:,} x {stage.batch_problems} x {stage.group_size} rollouts")
     visits = [history.visits(problem_id) or [Visit(problem_id, index, 0, ())] for problem_id in ids]
     solved, samples, tokens = np.array([(sum(v.rewards), len(v.rewards), v.tokens) for *_, v in visits] or [(0,) * 3]).T
-    on_policy = "one update a batch is on policy"
     if samples.any():
-        found.title += f", at unchanged pass rates (in brackets: 95% of {REPLAYS} replays)"
+        found.title += f", at unchanged pass rates (95% of {REPLAYS} replays)"
         if (measured := (history.settings or {}).get("temperature", stage.temperature)) != stage.temperature:
-            found.title += f", measured at temperature {measured}, not {stage.temperature}"
+            found.title += f"\n  measured at temperature {measured}, the stage has {stage.temperature}"
         more = recipe.reward.function or recipe.reward.format or recipe.reward.steps
-        found.title += ", by right answers alone, though rewards count more" if more else ""
+        found.title += "\n  by right answers alone; the reward tells more groups apart" if more else ""
         known = np.array([history.estimate(problem_id) for problem_id in ids], dtype=float)  # None becomes nan
         filters = stage.filter_before or history.settings is not None  # a file of pass rates is there to filter
         keep = ~((known >= stage.drop_at) & filters)
         if filters:
             wasted = tokens[~keep].sum() / max(1, tokens.sum())
             pays = samples.mean() / stage.group_size / wasted if wasted else math.inf  # after so many epochs
-            figure = f"{np.sum(~keep):,} of {len(ids):,} problems always solved, {wasted:.1%} of the tokens"
+            figure = f"{np.sum(~keep):,} of {len(ids):,} always solved, {wasted:.1%} of tokens"
             why = f"it pays after {pays:,.1f} epochs, not {planned:.1f}" if wasted else "it drops nothing"
             found.add("filter", figure, planned < pays, why)
         if not keep.any():
@@ -135,24 +134,23 @@ def expect(
             shown[name] = f"{mean} ({low} to {high})"
         empty, skipped, rescued, dropped = (found.predicted[name][0] for name in played[0])
         groups, problems = steps * stage.batch_problems, keep.sum()
-        figure = f"{shown['zero_variance']} of groups without a signal"
+        figure = f"{shown['zero_variance']} of groups lack a signal"
         found.add("substitution", figure, empty < LEAST, "nearly all have one", stage.substitute)
         figure = f"skips {shown['skipped']} of {steps:,} updates"
         found.add("rule of a third", figure, skipped < 0.5, "enough groups have a signal", stage.substitute)
-        figure = f"{shown['rescued']} in {groups:,} groups, {groups / problems:.1f} visits a problem"
+        figure = f"{shown['rescued']}, at {groups / problems:.1f} visits a problem"
         found.add("rescue", figure, rescued < LEAST * groups, "too few failures were solved before", stage.rescue)
         last, figure = len(users) == 1, f"{shown['dropped']} of {problems:,} problems"
-        why = "no later stage trains on the rest" if last else f"too few are above {stage.drop_above:g}"
+        why = "no later stage uses the rest" if last else f"too few are above {stage.drop_above:g}"
         found.add("drop", figure, last or dropped < LEAST * problems, why)
         lengths = [np.array(visit.lengths) for (*_, visit), kept in zip(visits, keep, strict=True) if kept]
         if (lengths := np.concatenate(lengths)).size:
             longest, limits = lengths.max(), [user.max_response_tokens for user in users]
             shares = {limit: float(np.mean(lengths >= min(limit, longest))) for limit in limits}
-            figure = ", ".join(f"{'at most ' if n > longest else ''}{x:.1%} reach {n:,}" for n, x in shares.items())
-            found.add("response limits", figure, max(shares.values()) < LEAST, "nearly all responses end before")
+            figure = ", ".join(f"{'<=' if n > longest else ''}{x:.1%} reach {n:,}" for n, x in shares.items())
+            found.add("response limits", figure, max(shares.values()) < LEAST, "nearly all end before")
             if limits[0] <= longest:
                 found.predicted["truncated_share"] = [shares[limits[0]]] * 3
-        on_policy += f", but for {rescued:.0f} rescued rollouts" if stage.rescue and rescued >= 0.5 else ""
         off = {"skipped": not stage.substitute, "rescued": not stage.rescue}
         found.predicted = {key: value for key, value in found.predicted.items() if not off.get(key)}
     else:
@@ -160,13 +158,14 @@ def expect(
         found.add("rescue", f"{planned:.1f} visits a problem", once, "hardly a problem comes twice", stage.rescue)
         found.add("filter, substitution, drop", "", None)
     updates = stage.variant.optimizer_steps
-    found.add("clip-higher", f"{updates} update{'s' * (updates > 1)} a batch", updates == 1, on_policy)
+    why = f"only rescued rollouts are off policy" if "rescued" in found.predicted else "it is on policy"
+    found.add("clip-higher", f"{updates} update{'s' * (updates > 1)} a batch", updates == 1, why)
     if rope and (final := recipe.final).data:
         window, betas = final.yarn_original_window, (final.yarn_beta_fast, final.yarn_beta_slow)
         kept, pairs = np.sum(yarn_ramp(rope.theta, rope.head_dim, window, *betas).numpy() == 0), rope.head_dim // 2
-        found.add("YaRN", f"leaves {kept} of {pairs} pairs of dimensions alone", False)
+        found.add("YaRN", f"leaves {kept} of {pairs} pairs as they are", False)
         if 4 * kept < pairs:
-            found.table[-1][-1] = "harms here: fewer than a quarter of the pairs stay, lower yarn_beta_fast"
+            found.table[-1][-1] = "it harms: under a quarter, lower yarn_beta_fast"
     return found
 
 
