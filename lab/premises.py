@@ -106,8 +106,8 @@ def expect(
         found.title += f", at unchanged pass rates (95% of {REPLAYS} replays)"
         if (measured := (history.settings or {}).get("temperature", stage.temperature)) != stage.temperature:
             found.title += f"\n  measured at temperature {measured}, the stage has {stage.temperature}"
-        more = recipe.reward.function or recipe.reward.format or recipe.reward.steps
-        found.title += "\n  by right answers alone; the reward tells more groups apart" if more else ""
+        if recipe.reward.function or recipe.reward.format or recipe.reward.steps:
+            found.title += "\n  by right answers alone; the reward tells more groups apart"
         known = np.array([history.estimate(problem_id) for problem_id in ids], dtype=float)  # None becomes nan
         filters = stage.filter_before or history.settings is not None  # a file of pass rates is there to filter
         keep = ~((known >= stage.drop_at) & filters)
@@ -126,23 +126,20 @@ def expect(
         chances = draw_chances(solved, samples, random)[:, keep]
         held = np.array([any(sum(visit.rewards) for visit in own if visit.stage % 1 == 0) for own in visits])
         played = [replay(stage, steps, some, known[keep], held[keep], random) for some in chances]
-        shown = {}
+        shown = []
         for name in played[0]:
             values = [outcome[name] for outcome in played]
             found.predicted[name] = [float(np.mean(values)), *np.quantile(values, [0.025, 0.975]).tolist()]
-            mean, low, high = (PREDICTED[name][0].format(value) for value in found.predicted[name])
-            shown[name] = f"{mean} ({low} to {high})"
-        empty, skipped, rescued, dropped = (found.predicted[name][0] for name in played[0])
-        groups, problems = steps * stage.batch_problems, keep.sum()
-        figure = f"{shown['zero_variance']} of groups lack a signal"
-        found.add("substitution", figure, empty < LEAST, "nearly all have one", stage.substitute)
-        figure = f"skips {shown['skipped']} of {steps:,} updates"
-        found.add("rule of a third", figure, skipped < 0.5, "enough groups have a signal", stage.substitute)
-        figure = f"{shown['rescued']}, at {groups / problems:.1f} visits a problem"
-        found.add("rescue", figure, rescued < LEAST * groups, "too few failures were solved before", stage.rescue)
-        last, figure = len(users) == 1, f"{shown['dropped']} of {problems:,} problems"
+            shown.append("{} ({} to {})".format(*map(PREDICTED[name][0].format, found.predicted[name])))
+        empty, skipped, rescued, dropped = (mean for mean, _, _ in found.predicted.values())
+        groups, problems, last, on = steps * stage.batch_problems, keep.sum(), len(users) == 1, stage.substitute
+        found.add("substitution", f"{shown[0]} of groups lack a signal", empty < LEAST, "nearly all have one", on)
+        figure, why = f"skips {shown[1]} of {steps:,} updates", "enough groups have a signal"
+        found.add("rule of a third", figure, skipped < 0.5, why, on)
+        figure, why = f"{shown[2]}, at {groups / problems:.1f} visits a problem", "too few failures were solved before"
+        found.add("rescue", figure, rescued < LEAST * groups, why, stage.rescue)
         why = "no later stage uses the rest" if last else f"too few are above {stage.drop_above:g}"
-        found.add("drop", figure, last or dropped < LEAST * problems, why)
+        found.add("drop", f"{shown[3]} of {problems:,} problems", last or dropped < LEAST * problems, why)
         lengths = [np.array(visit.lengths) for (*_, visit), kept in zip(visits, keep, strict=True) if kept]
         if (lengths := np.concatenate(lengths)).size:
             longest, limits = lengths.max(), [user.max_response_tokens for user in users]
@@ -158,7 +155,7 @@ def expect(
         found.add("rescue", f"{planned:.1f} visits a problem", once, "hardly a problem comes twice", stage.rescue)
         found.add("filter, substitution, drop", "", None)
     updates = stage.variant.optimizer_steps
-    why = f"only rescued rollouts are off policy" if "rescued" in found.predicted else "it is on policy"
+    why = "only rescued rollouts are off policy" if "rescued" in found.predicted else "it is on policy"
     found.add("clip-higher", f"{updates} update{'s' * (updates > 1)} a batch", updates == 1, why)
     if rope and (final := recipe.final).data:
         window, betas = final.yarn_original_window, (final.yarn_beta_fast, final.yarn_beta_slow)
@@ -174,9 +171,6 @@ def compare(predicted: dict[str, list[float]], steps: Sequence[dict], dropped: i
     total = {name: sum(row[name] for row in steps) for name in (*PREDICTED, "groups") if name in steps[0]}
     shares = {"zero_variance": total["groups"], "truncated_share": len(steps)}
     seen = {name: value / shares.get(name, 1) for name, value in (total | {"dropped": dropped}).items()}
-    words = [
-        f"{form.format(predicted[name][0])} {what}, seen {form.format(seen[name])}"
-        for name, (form, what) in PREDICTED.items()
-        if name in predicted
-    ]
-    return {name: seen[name] for name in predicted}, f"predicted from earlier pass rates {'; '.join(words)}"
+    rows = [(*PREDICTED[name], mean, seen[name]) for name, (mean, _, _) in predicted.items()]
+    words = "; ".join(f"{form.format(mean)} {what}, seen {form.format(now)}" for form, what, mean, now in rows)
+    return {name: seen[name] for name in predicted}, f"predicted from earlier pass rates {words}"
