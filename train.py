@@ -231,7 +231,8 @@ def say_premises(run: Run, index: int, problems: list[Problem]) -> None:
     run.state.predicted = found.predicted
     if found.predicted:
         run.processes.say(f"premises of {found}")
-        run.record(index, rows.premises_row(f"before stage {index}", found.predicted, table=found.table))
+        row = {"kind": "premises", "label": f"before stage {index}", "predicted": found.predicted}
+        run.record(index, row | {"table": found.table})
 
 
 def run_temperature(run: Run, stage: RlStage) -> float:
@@ -274,8 +275,8 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
         state.diversity = chosen.distinct4 if state.diversity is None else state.diversity
     goal = f" (to restore the {restores} stage's {target:.3f})" if restores else ""
     run.processes.say(f"stage {index}: temperature {state.temperature:g}, distinct-4 {chosen.distinct4 or 0:.3f}{goal}")
-    row = rows.temperature_row(f"before stage {index}", target, restores, state.temperature, curve, tokens)
-    run.record(index, row)
+    row = rows.temperature_row(f"before stage {index}", target, state.temperature, curve, tokens)
+    run.record(index, row | {"restores": restores})
 
 
 def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
@@ -287,7 +288,8 @@ def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
     if run.processes.is_main and run.state.predicted:
         seen, words = premises.compare(run.state.predicted, run.metrics.steps, len(filtered.dropped))
         run.processes.say(f"stage {index}: {words}")
-        run.record(index, rows.premises_row(f"after stage {index}", run.state.predicted, seen=seen))
+        row = {"kind": "premises", "label": f"after stage {index}", "predicted": run.state.predicted}
+        run.record(index, row | {"seen": seen})
     later = [s for s in run.recipe.stage[index + 1 :] if isinstance(s, RlStage)]
     if later and not later[0].data:
         require_batch(filtered, later[0].batch_problems)

@@ -27,14 +27,6 @@ from lab.command import load_worker, run_command
 from lab.problems import DataError, Problem, read_problems, write_problems
 from lab.recipe import Recipe, RecipeError, RlStage, load_recipe
 
-ADVICE = {
-    "J": "at least half are solved more often than not: drop the always solved (data_filter.py filter)",
-    "mirrored J": "at least half are hard and few are always solved: good for training",
-    "too hard": "more than half are never solved: add easier ones, or cap their share (filter --max-unsolved-share)",
-    "U": "two thirds are always or never solved: few give a signal",
-    "level": "neither end outweighs the other",
-}
-
 
 def read_data(arguments: argparse.Namespace, rewarded: bool) -> list[Problem]:
     """Read the problems of a command, of which a reward function may need the whole rows."""
@@ -43,7 +35,7 @@ def read_data(arguments: argparse.Namespace, rewarded: bool) -> list[Problem]:
 
 
 def estimate_command(arguments: argparse.Namespace) -> None:
-    """Estimate pass rates on all processes, and print the shape of their histogram."""
+    """Estimate pass rates on all processes, and print their histogram and what they mean for a recipe."""
     recipe = load_recipe(arguments.recipe) if arguments.recipe else None
     if recipe and not any(isinstance(stage, RlStage) for stage in recipe.stage):
         raise RecipeError(f"{arguments.recipe} has no rl stage, so pass rates mean nothing for it; give another")
@@ -56,11 +48,9 @@ def estimate_command(arguments: argparse.Namespace) -> None:
         history = estimate(worker, problems, arguments.n, sampling, arguments.out, identity)
     if is_main:
         rates = [history.estimate(problem.id) for problem in problems]
-        shape = verdict(histogram(rates, arguments.n))
-        print(f"verdict: {shape}: {ADVICE[shape]}")
         show(arguments.out, f"Pass rates of {arguments.model}", {"problems": rates}, arguments.n)
         recipe, rope = recipe or as_published(arguments, len(problems)), worker.model.config.rope
-        print(f"premises of {premises.expect(recipe, None, history, [problem.id for problem in problems], rope=rope)}")
+        print(f"premises of {premises.expect(recipe, None, history, [problem.id for problem in problems], rope)}")
 
 
 def as_published(arguments: argparse.Namespace, problems: int) -> Recipe:

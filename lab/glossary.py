@@ -83,8 +83,8 @@ GLOSSARY = (
           "before and after; how many were kept and dropped"),
     Entry("target_distinct4 restores chosen curve", "temperature", "the diversity to restore; of which stage's start: "
           "previous or first; the chosen temperature; all measured temperatures"),
-    Entry("table predicted seen", "premises", "mechanism, figure and verdict before a stage; figures of the stage by their "
-          "keys: foreseen at unchanged pass rates (mean, low, high) and, after it, seen"),
+    Entry("table predicted seen", "premises", "mechanism, figure and verdict before a stage; figures of the stage: "
+          "foreseen at unchanged pass rates (mean, low, high) and, after it, seen"),
     Entry("data rows", "guard", "a training file and its rows"),
     Entry("duplicates contamination", "guard", "rows that repeat an earlier row; rows that occur in a benchmark"),
     Entry("duplicates_first contamination_first", "guard", "the first such pairs"),

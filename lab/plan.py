@@ -424,9 +424,8 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
     if first is not None:
         rates, data = run and run / f"pass-rates-{first}.jsonl", stage_data(recipe, first)
         history = History.load(rates) if rates and rates.exists() else History()
-        problems = count_problems(data, *how_to_read(recipe, data))
-        found = premises.expect(recipe, first, history, list(history.by_problem), problems, shape.config.rope)
-        print(f"\npremises of {found}")
+        ids = list(history.by_problem) or [""] * count_problems(data, *how_to_read(recipe, data))
+        print(f"\npremises of {premises.expect(recipe, first, history, ids, shape.config.rope)}")
     return fits
 
 

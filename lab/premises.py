@@ -1,10 +1,8 @@
 """Say before training which mechanisms of the recipe can matter, from pass rates alone (RECIPE section 9).
 
-A stage is played with coins in place of the model: its batches, rescue, rule of a third and drop are the run's, and a
-problem's chance of a right rollout stays as it is. That chance is not the measured rate, since 8 of 8 right is no
-certainty: it is drawn from its posterior, under a prior that is fitted to the counts of all problems. The fit makes
-ROUNDS steps of EM from Jeffreys' prior (Laird and Louis 1991, "smoothing by roughening"), so any shape is possible.
-Figures are means over REPLAYS of the stage, with the interval of 95% of them.
+A stage is played REPLAYS times by the run's rules, with coins in place of the model, at unchanged chances of a right
+rollout. These are not the measured rates, since 8 of 8 is no certainty: they are drawn from posteriors, under a prior
+fitted to all counts by ROUNDS steps of EM from Jeffreys' prior (Laird and Louis 1991, "smoothing by roughening").
 """
 
 import math
@@ -87,18 +85,15 @@ def replay(
     }
 
 
-def expect(
-    recipe: Recipe, index: int | None, history: History, ids: Sequence[str], size: int = 0, rope: Rope | None = None
-) -> Premises:
+def expect(recipe: Recipe, index: int | None, history: History, ids: list[str], rope: Rope | None = None) -> Premises:
     """Return the premises of an rl stage (None: the first) that is about to filter or train on the problems `ids`.
 
-    They count by their latest visits; one without a visit gets the prior of the others. Without any visit, `size` is
-    the number of problems, and what depends on pass rates is left open. `rope` is the model's.
+    Their latest visits count; one without any gets the prior of the others. `rope` is the model's.
     """
     rl = {i: s for i, s in enumerate(recipe.stage) if isinstance(s, RlStage) and i >= (index or 0)}
     index, stage = next(iter(rl.items()))
     users = [stage, *takewhile(lambda s: not s.data, [*rl.values()][1:])]  # stages that train on these problems
-    planned = sum(s.steps * s.batch_problems for s in users) / max(1, len(ids) or size)  # epochs
+    planned = sum(s.steps * s.batch_problems for s in users) / max(1, len(ids))  # epochs
     found = Premises(f"stage {index}: {stage.steps:,} x {stage.batch_problems} x {stage.group_size} rollouts")
     visits = [history.visits(problem_id) or [Visit(problem_id, index, 0, ())] for problem_id in ids]
     solved, samples, tokens = np.array([(sum(v.rewards), len(v.rewards), v.tokens) for *_, v in visits] or [(0,) * 3]).T
@@ -114,9 +109,8 @@ def expect(
         if filters:
             wasted = tokens[~keep].sum() / max(1, tokens.sum())
             pays = samples.mean() / stage.group_size / wasted if wasted else math.inf  # after so many epochs
-            figure = f"{np.sum(~keep):,} of {len(ids):,} always solved, {wasted:.1%} of tokens"
             why = f"it pays after {pays:,.1f} epochs, not {planned:.1f}" if wasted else "it drops nothing"
-            found.add("filter", figure, planned < pays, why)
+            found.add("filter", f"drops {sum(~keep):,} of {len(ids):,}, {wasted:.1%} of tokens", planned < pays, why)
         if not keep.any():
             return found
         steps, step_tokens = stage.steps, stage.batch_problems * stage.group_size * tokens[keep].sum()
@@ -132,16 +126,17 @@ def expect(
             found.predicted[name] = [float(np.mean(values)), *np.quantile(values, [0.025, 0.975]).tolist()]
             shown.append("{} ({} to {})".format(*map(PREDICTED[name][0].format, found.predicted[name])))
         empty, skipped, rescued, dropped = (mean for mean, _, _ in found.predicted.values())
-        groups, problems, last, on = steps * stage.batch_problems, keep.sum(), len(users) == 1, stage.substitute
+        groups, problems, on = steps * stage.batch_problems, keep.sum(), stage.substitute
         found.add("substitution", f"{shown[0]} of groups lack a signal", empty < LEAST, "nearly all have one", on)
-        figure, why = f"skips {shown[1]} of {steps:,} updates", "enough groups have a signal"
-        found.add("rule of a third", figure, skipped < 0.5, why, on)
+        found.add(
+            "rule of a third", f"skips {shown[1]} of {steps:,} updates", skipped < 0.5, "enough have a signal", on
+        )
         figure, why = f"{shown[2]}, at {groups / problems:.1f} visits a problem", "too few failures were solved before"
         found.add("rescue", figure, rescued < LEAST * groups, why, stage.rescue)
-        why = "no later stage uses the rest" if last else f"too few are above {stage.drop_above:g}"
-        found.add("drop", f"{shown[3]} of {problems:,} problems", last or dropped < LEAST * problems, why)
-        lengths = [np.array(visit.lengths) for (*_, visit), kept in zip(visits, keep, strict=True) if kept]
-        if (lengths := np.concatenate(lengths)).size:
+        why = "no later stage uses the rest" if users == [stage] else f"too few are above {stage.drop_above:g}"
+        found.add("drop", f"{shown[3]} of {problems:,} problems", users == [stage] or dropped < LEAST * problems, why)
+        lengths = np.concatenate([visit.lengths for (*_, visit), kept in zip(visits, keep, strict=True) if kept])
+        if lengths.size:
             longest, limits = lengths.max(), [user.max_response_tokens for user in users]
             shares = {limit: float(np.mean(lengths >= min(limit, longest))) for limit in limits}
             figure = ", ".join(f"{'<=' if n > longest else ''}{x:.1%} reach {n:,}" for n, x in shares.items())
@@ -151,7 +146,7 @@ def expect(
         off = {"skipped": not stage.substitute, "rescued": not stage.rescue}
         found.predicted = {key: value for key, value in found.predicted.items() if not off.get(key)}
     else:
-        once = True if size and planned <= 1 else None
+        once = True if ids and planned <= 1 else None
         found.add("rescue", f"{planned:.1f} visits a problem", once, "hardly a problem comes twice", stage.rescue)
         found.add("filter, substitution, drop", "", None)
     updates = stage.variant.optimizer_steps
@@ -160,9 +155,8 @@ def expect(
     if rope and (final := recipe.final).data:
         window, betas = final.yarn_original_window, (final.yarn_beta_fast, final.yarn_beta_slow)
         kept, pairs = np.sum(yarn_ramp(rope.theta, rope.head_dim, window, *betas).numpy() == 0), rope.head_dim // 2
-        found.add("YaRN", f"leaves {kept} of {pairs} pairs as they are", False)
-        if 4 * kept < pairs:
-            found.table[-1][-1] = "it harms: under a quarter, lower yarn_beta_fast"
+        answer = "it harms: under a quarter, lower yarn_beta_fast" if 4 * kept < pairs else "yes"
+        found.table.append(["YaRN", f"leaves {kept} of {pairs} pairs as they are", answer])
     return found
 
 

@@ -216,9 +216,7 @@ class RlStage(Reading):
     generated_tokens: int = key(0, "training rollout tokens after which the stage ends; 0: no limit", least=0)
     batch_problems: int = key(128, least=1)
     group_size: int = key(8, "rollouts per problem", least=2)
-    temperature: float | str = key(
-        1.4, "a number, or restore a diversity: match-previous (match) or match-first stage's"
-    )
+    temperature: float | str = key(1.4, "a number, or restore the diversity of a stage: match-previous, match-first")
     max_prompt_tokens: int = key(1024, least=1)
     max_response_tokens: int = key(39_936, least=1)
     filter_before: bool = key(False, "sample every problem, drop the always solved (RECIPE section 1)")

@@ -118,21 +118,11 @@ def filter_row(label: str, rule: str, filtered: Filtered, tokens: int = 0) -> di
     return row | {"tokens": tokens, "kept": len(filtered.kept), "dropped": len(filtered.dropped)}
 
 
-def premises_row(label: str, predicted: dict[str, list[float]], **found: object) -> dict:
-    """Return the row of a stage's predictions: with their `table` before it, with what was `seen` after it."""
-    return {"kind": "premises", "label": label, "predicted": predicted, **found}
-
-
 def temperature_row(
-    label: str,
-    target: float | None,
-    restores: str | None,
-    chosen: float,
-    curve: Sequence[TemperaturePoint],
-    tokens: int,
+    label: str, target: float | None, chosen: float, curve: Sequence[TemperaturePoint], tokens: int
 ) -> dict:
-    """Return the row of a temperature search: whose diversity it restores, all temperatures and the chosen one."""
-    row = {"kind": "temperature", "label": label, "target_distinct4": target, "restores": restores, "chosen": chosen}
+    """Return the row of a temperature search: the measured temperatures and the chosen one."""
+    row = {"kind": "temperature", "label": label, "target_distinct4": target, "chosen": chosen}
     return row | {"curve": [point.row() for point in curve], "tokens": tokens}
 
 
