@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 import numpy as np
+from numpy.random import Generator
 
-from data_filter import History, Visit
+from data_filter import History, Rule, Visit, kept_by
 from lab.recipe import Recipe, RlStage
+from lab.variants import own_function
 from yarn import Rope, yarn_ramp
 
 GRID = np.sin((np.arange(100) + 0.5) * np.pi / 200) ** 2  # chances; Jeffreys' prior is uniform over them
@@ -45,7 +47,7 @@ class Premises:
         return "\n".join([self.title, *(f"  {a:{first}}  {b:{second}}  {c}" for a, b, c in rows)])
 
 
-def draw_chances(solved: np.ndarray, samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def draw_chances(solved: np.ndarray, samples: np.ndarray, random: Generator) -> np.ndarray:
     """Draw the chances of N problems (REPLAYS, N), of which `solved` of `samples` rollouts (N,) were right."""
     counts, place = np.unique(solved + 1j * samples, return_inverse=True)
     right, wrong = counts.real, counts.imag - counts.real
@@ -63,7 +65,7 @@ def draw_chances(solved: np.ndarray, samples: np.ndarray, random: np.random.Gene
 
 
 def replay(
-    stage: RlStage, steps: int, chances: np.ndarray, known: np.ndarray, held: np.ndarray, random: np.random.Generator
+    stage: RlStage, steps: int, stays: Rule, chances: np.ndarray, known: np.ndarray, held: np.ndarray, random: Generator
 ) -> dict[str, float]:
     """Play a stage on N problems: their chances, earlier pass rates (nan: none), whether a sink holds a response."""
     problems, visits, group = len(chances), steps * stage.batch_problems, stage.group_size
@@ -81,7 +83,7 @@ def replay(
         "zero_variance": 1 - informative.sum() / visits,
         "skipped": float(np.sum(signals <= stage.informative_share * stage.batch_problems)),
         "rescued": float(rescued.sum()),
-        "dropped": float(np.sum(rates > stage.drop_above)),
+        "dropped": float(np.sum(~stays(rates[~np.isnan(rates)]))),
     }
 
 
@@ -103,9 +105,10 @@ def expect(recipe: Recipe, index: int | None, history: History, ids: list[str], 
             found.title += f"\n  measured at temperature {measured}, the stage has {stage.temperature}"
         if recipe.reward.function or recipe.reward.format or recipe.reward.steps:
             found.title += "\n  by right answers alone; the reward tells more groups apart"
-        known = np.array([history.estimate(problem_id) for problem_id in ids], dtype=float)  # None becomes nan
+        rates, own = {i: history.estimate(i) for i in ids}, own_function("filter", stage.variant.filter)
         filters = stage.filter_before or history.settings is not None  # a file of pass rates is there to filter
-        keep = ~((known >= stage.drop_at) & filters)
+        kept = kept_by(own or (lambda some: some < stage.drop_at), rates) if filters else rates
+        keep, known = np.array([i in kept for i in ids]), np.array([rates[i] for i in ids], float)  # None becomes nan
         if filters:
             wasted = tokens[~keep].sum() / max(1, tokens.sum())
             pays = samples.mean() / stage.group_size / wasted if wasted else math.inf  # after so many epochs
@@ -119,7 +122,8 @@ def expect(recipe: Recipe, index: int | None, history: History, ids: list[str], 
         random = np.random.default_rng([recipe.seed, index])
         chances = draw_chances(solved, samples, random)[:, keep]
         held = np.array([any(sum(visit.rewards) for visit in own if visit.stage % 1 == 0) for own in visits])
-        played = [replay(stage, steps, some, known[keep], held[keep], random) for some in chances]
+        stays = own or (lambda some: some <= stage.drop_above)
+        played = [replay(stage, steps, stays, some, known[keep], held[keep], random) for some in chances]
         shown = []
         for name in played[0]:
             values = [outcome[name] for outcome in played]
@@ -133,9 +137,9 @@ def expect(recipe: Recipe, index: int | None, history: History, ids: list[str], 
         )
         figure, why = f"{shown[2]}, at {groups / problems:.1f} visits a problem", "too few failures were solved before"
         found.add("rescue", figure, rescued < LEAST * groups, why, stage.rescue)
-        why = "no later stage uses the rest" if users == [stage] else f"too few are above {stage.drop_above:g}"
+        why = "no later stage uses the rest" if users == [stage] else "too few are learned"
         found.add("drop", f"{shown[3]} of {problems:,} problems", users == [stage] or dropped < LEAST * problems, why)
-        lengths = np.concatenate([visit.lengths for (*_, visit), kept in zip(visits, keep, strict=True) if kept])
+        lengths = np.concatenate([visit.lengths for *_, visit in visits if visit.problem_id in kept])
         if lengths.size:
             longest, limits = lengths.max(), [user.max_response_tokens for user in users]
             shares = {limit: float(np.mean(lengths >= min(limit, longest))) for limit in limits}

@@ -35,6 +35,10 @@ def file_of(counts, n=8, tokens=None, lengths=None):
     return history
 
 
+def all_stay(rates):
+    return rates >= 0
+
+
 def rows_of(found):
     return {mechanism: (figure, verdict) for mechanism, figure, verdict in found.table}
 
@@ -59,7 +63,7 @@ def test_the_rule_of_a_third_skips_as_often_as_the_binomial_says(batch, known):
     steps, size = 4000, 20 * batch
     stage = stage_of(batch_problems=batch, rescue=False)
     played = premises.replay(
-        stage, steps, np.full(size, low), np.full(size, NAN), np.zeros(size, bool), np.random.default_rng(1)
+        stage, steps, all_stay, np.full(size, low), np.full(size, NAN), np.zeros(size, bool), np.random.default_rng(1)
     )
     assert played["skipped"] / steps == pytest.approx(exact, abs=0.03)
     assert played["zero_variance"] == pytest.approx(0.7, abs=0.01)
@@ -70,7 +74,7 @@ def test_a_rarely_solved_problem_is_rescued_as_often_as_the_geometric_says():
     expected = sum((1 - solved) * (1 - (1 - solved) ** i) for i in range(visits)) * size
     stage = stage_of(batch_problems=size)
     played = premises.replay(
-        stage, visits, np.full(size, 0.01), np.full(size, NAN), np.zeros(size, bool), np.random.default_rng(2)
+        stage, visits, all_stay, np.full(size, 0.01), np.full(size, NAN), np.zeros(size, bool), np.random.default_rng(2)
     )
     assert played["rescued"] == pytest.approx(expected, rel=0.03)
     positive = solved * visits * size
