@@ -19,7 +19,7 @@ from lab.variants import own_function
 from yarn import Rope, yarn_ramp
 
 GRID = np.sin((np.arange(100) + 0.5) * np.pi / 200) ** 2  # chances; Jeffreys' prior is uniform over them
-ROUNDS, REPLAYS = 200, 100
+ROUNDS, REPLAYS, INTERVAL = 200, 100, (0.025, 0.975)
 LEAST = 0.01  # a choice: what touches fewer groups, problems or responses cannot matter
 PREDICTED = {  # of a stage: how it is written
     "zero_variance": ("{:.0%}", "of groups without a signal"), "skipped": ("{:.0f}", "skipped updates"),
@@ -116,19 +116,16 @@ def expect(recipe: Recipe, index: int | None, history: History, ids: list[str], 
             found.add("filter", f"drops {sum(~keep):,} of {len(ids):,}, {wasted:.1%} of tokens", planned < pays, why)
         if not keep.any():
             return found
-        steps, step_tokens = stage.steps, stage.batch_problems * stage.group_size * tokens[keep].sum()
-        if stage.generated_tokens and step_tokens:
-            steps = min(steps, math.ceil(stage.generated_tokens * samples[keep].sum() / step_tokens))
+        per_step = stage.batch_problems * stage.group_size * tokens[keep].sum() / max(1, samples[keep].sum())
+        steps = int(min(stage.steps, np.ceil((stage.generated_tokens or np.inf) / max(1, per_step))))
         random = np.random.default_rng([recipe.seed, index])
         chances = draw_chances(solved, samples, random)[:, keep]
         held = np.array([any(sum(visit.rewards) for visit in own if visit.stage % 1 == 0) for own in visits])
         stays = own or (lambda some: some <= stage.drop_above)
         played = [replay(stage, steps, stays, some, known[keep], held[keep], random) for some in chances]
-        shown = []
-        for name in played[0]:
-            values = [outcome[name] for outcome in played]
-            found.predicted[name] = [float(np.mean(values)), *np.quantile(values, [0.025, 0.975]).tolist()]
-            shown.append("{} ({} to {})".format(*map(PREDICTED[name][0].format, found.predicted[name])))
+        values = {name: [outcome[name] for outcome in played] for name in played[0]}
+        found.predicted = {key: [float(np.mean(v)), *np.quantile(v, INTERVAL).tolist()] for key, v in values.items()}
+        shown = ["{} ({} to {})".format(*map(PREDICTED[key][0].format, own)) for key, own in found.predicted.items()]
         empty, skipped, rescued, dropped = (mean for mean, _, _ in found.predicted.values())
         groups, problems, on = steps * stage.batch_problems, keep.sum(), stage.substitute
         found.add("substitution", f"{shown[0]} of groups lack a signal", empty < LEAST, "nearly all have one", on)
@@ -150,8 +147,8 @@ def expect(recipe: Recipe, index: int | None, history: History, ids: list[str], 
         off = {"skipped": not stage.substitute, "rescued": not stage.rescue}
         found.predicted = {key: value for key, value in found.predicted.items() if not off.get(key)}
     else:
-        once = True if ids and planned <= 1 else None
-        found.add("rescue", f"{planned:.1f} visits a problem", once, "hardly a problem comes twice", stage.rescue)
+        figure, once = f"{planned:.1f} visits a problem", planned <= 1 or None
+        found.add("rescue", figure, once, "hardly a problem comes twice", stage.rescue)
         found.add("filter, substitution, drop", "", None)
     updates = stage.variant.optimizer_steps
     why = "only rescued rollouts are off policy" if "rescued" in found.predicted else "it is on policy"
@@ -166,9 +163,8 @@ def expect(recipe: Recipe, index: int | None, history: History, ids: list[str], 
 
 def compare(predicted: dict[str, list[float]], steps: Sequence[dict], dropped: int) -> tuple[dict[str, float], str]:
     """Return what a stage's "rl" rows and its drop have shown of what was predicted, and a sentence with both."""
-    total = {name: sum(row[name] for row in steps) for name in (*PREDICTED, "groups") if name in steps[0]}
-    shares = {"zero_variance": total["groups"], "truncated_share": len(steps)}
-    seen = {name: value / shares.get(name, 1) for name, value in (total | {"dropped": dropped}).items()}
+    per = {"zero_variance": sum(row["groups"] for row in steps), "truncated_share": len(steps)}
+    seen = {key: sum(row.get(key, 0) for row in steps) / per.get(key, 1) for key in predicted} | {"dropped": dropped}
     rows = [(*PREDICTED[name], mean, seen[name]) for name, (mean, _, _) in predicted.items()]
     words = "; ".join(f"{form.format(mean)} {what}, seen {form.format(now)}" for form, what, mean, now in rows)
-    return {name: seen[name] for name in predicted}, f"predicted from earlier pass rates {words}"
+    return seen, f"predicted from earlier pass rates {words}"

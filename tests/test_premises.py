@@ -274,4 +274,5 @@ def test_the_comparison_counts_what_was_seen():
         "predicted from earlier pass rates 39% of groups without a signal, seen 40%; 4 rescues, seen 3; 7 problems "
         "dropped, seen 6"
     )
-    assert premises.compare({"truncated_share": [0.2] * 3}, steps, 6)[0] == {"truncated_share": 0.5}
+    predicted = {"truncated_share": [0.2] * 3, "dropped": [7.0] * 3}
+    assert premises.compare(predicted, steps, 6)[0] == {"truncated_share": 0.5, "dropped": 6}
