@@ -220,16 +220,6 @@ def _final_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     return ["Evaluation", *(title for title, _, _ in FINAL_COLUMNS), *types], cells
 
 
-def _premises(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Return what pass rates said before each stage about the mechanisms, and what was predicted and seen after it."""
-    cells = [[row.get("label"), *line] for row in rows for line in row.get("table") or []]
-    for row in rows:
-        for key, seen in (row.get("seen") or {}).items():
-            mean = (row.get("predicted") or {}).get(key, [None])[0]
-            cells.append([row.get("label"), key, f"predicted {format_number(mean)}, seen {format_number(seen)}", ""])
-    return ["When", "Mechanism", "Figure", "Does it matter here?"], cells
-
-
 def _rollouts(path: Path, each: int = 3) -> list[tuple[str, dict[str, str]]]:
     """Return the first and the last few rollouts, each as a summary line and its long texts."""
     if not path.exists():
@@ -278,7 +268,6 @@ def write_report(folder: Path) -> Path:
         curves=[(chart.title, line_chart(**curves[chart.title]), chart.caption) for chart in CHARTS],
         difficulty=[_difficulty(row) for row in rows_of["filter"]],
         searches=[_search(row) for row in rows_of["temperature"]],
-        premises=_premises([row for row in rows if row["kind"] == "premises"]),
         rollouts=_rollouts(folder / "rollouts.jsonl"),
         recipe=recipe_text,
         glossary=GLOSSARY,
