@@ -251,9 +251,9 @@ def test_a_later_stage_starts_with_full_sinks_and_the_latest_visits():
     found = foreseen(recipe, history, 1)
     assert "filter" not in rows_of(found)
     mean, _, _ = found.predicted["rescued"]
-    assert mean > 40  # all fail, and all were solved once
+    assert mean > 40 and found.predicted["skipped"][0] == 0  # all fail, all were solved once: a rescue is a signal
     empty = foreseen(replace(recipe, stage=(recipe.stage[1],)), file_of([0] * 48), 0)
-    assert empty.predicted["rescued"][0] == 0
+    assert empty.predicted["rescued"][0] == 0 and empty.predicted["skipped"][0] == 2
 
 
 def test_a_stage_that_ends_by_tokens_is_played_to_their_end():
