@@ -166,5 +166,5 @@ def compare(predicted: dict[str, list[float]], steps: Sequence[dict], dropped: i
     per = {"zero_variance": sum(row["groups"] for row in steps), "truncated_share": len(steps)}
     seen = {key: sum(row.get(key, 0) for row in steps) / per.get(key, 1) for key in predicted} | {"dropped": dropped}
     rows = [(*PREDICTED[name], mean, seen[name]) for name, (mean, _, _) in predicted.items()]
-    words = "; ".join(f"{form.format(mean)} {what}, seen {form.format(now)}" for form, what, mean, now in rows)
-    return seen, f"predicted from earlier pass rates {words}"
+    words = "\n  ".join(f"predicted {form.format(mean)} {what}, seen {form.format(now)}" for form, what, mean, now in rows)
+    return seen, f"at the pass rates before it\n  {words}"

@@ -271,8 +271,8 @@ def test_the_comparison_counts_what_was_seen():
     seen, words = premises.compare(predicted, steps, 6)
     assert seen == {"zero_variance": 0.4, "rescued": 3, "dropped": 6}
     assert words == (
-        "predicted from earlier pass rates 39% of groups without a signal, seen 40%; 4 rescues, seen 3; 7 problems "
-        "dropped, seen 6"
+        "at the pass rates before it\n  predicted 39% of groups without a signal, seen 40%\n"
+        "  predicted 4 rescues, seen 3\n  predicted 7 problems dropped, seen 6"
     )
     predicted = {"truncated_share": [0.2] * 3, "dropped": [7.0] * 3}
     assert premises.compare(predicted, steps, 6)[0] == {"truncated_share": 0.5, "dropped": 6}

@@ -161,7 +161,7 @@ def test_a_stage_says_what_its_pass_rates_imply_and_then_what_was_seen(finished)
         }
         assert after["seen"] == {key: pytest.approx(seen[key]) for key in before["predicted"]}
         assert after["predicted"] == before["predicted"] and all(a <= b for _, a, b in before["predicted"].values())
-        assert f"premises of stage {i}: " in output and f"stage {i}: predicted from earlier pass rates " in output
+        assert f"premises of stage {i}: " in output and f"stage {i}: at the pass rates before it\n  predicted " in output
         assert all(f"  {mechanism} " in output and figure in output for mechanism, figure, _ in before["table"])
     cells = {mechanism: figure for mechanism, figure, _ in found[0]["table"]}
     assert cells["filter"].startswith(f"drops {filters['before stage 1']['dropped']} of 32, ")
