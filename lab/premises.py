@@ -165,6 +165,8 @@ def compare(predicted: dict[str, list[float]], steps: Sequence[dict], dropped: i
     """Return what a stage's "rl" rows and its drop have shown of what was predicted, and a sentence with both."""
     per = {"zero_variance": sum(row["groups"] for row in steps), "truncated_share": len(steps)}
     seen = {key: sum(row.get(key, 0) for row in steps) / per.get(key, 1) for key in predicted} | {"dropped": dropped}
-    rows = [(*PREDICTED[name], mean, seen[name]) for name, (mean, _, _) in predicted.items()]
-    words = "\n  ".join(f"predicted {form.format(mean)} {what}, seen {form.format(now)}" for form, what, mean, now in rows)
+    rows = [(*PREDICTED[key], own[0], seen[key]) for key, own in predicted.items()]
+    words = "\n  ".join(
+        f"predicted {form.format(was)} {what}, seen {form.format(now)}" for form, what, was, now in rows
+    )
     return seen, f"at the pass rates before it\n  {words}"
