@@ -166,7 +166,5 @@ def compare(predicted: dict[str, list[float]], steps: Sequence[dict], dropped: i
     per = {"zero_variance": sum(row["groups"] for row in steps), "truncated_share": len(steps)}
     seen = {key: sum(row.get(key, 0) for row in steps) / per.get(key, 1) for key in predicted} | {"dropped": dropped}
     rows = [(*PREDICTED[key], own[0], seen[key]) for key, own in predicted.items()]
-    words = "\n  ".join(
-        f"predicted {form.format(was)} {what}, seen {form.format(now)}" for form, what, was, now in rows
-    )
+    words = "\n  ".join(f"predicted {how.format(was)} {what}, seen {how.format(now)}" for how, what, was, now in rows)
     return seen, f"at the pass rates before it\n  {words}"
