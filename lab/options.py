@@ -225,6 +225,7 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
     add("--temperature", type=bounded(float, 0, above=True), default=1.4, help="the one training will start at")
     add("--top-k", type=bounded(int, 0), default=0, help="0 is off, as in training")
     add("--out", type=user_path, default=Path("pass-rates.jsonl"), help="a new file, or one to resume")
+    add("--recipe", type=user_path, help="say what the rates mean for it (default: POLARIS's settings, 3 epochs)")
 
     what, example = "Drop the problems that are always solved.", "pass-rates.jsonl math.jsonl train.jsonl"
     add = new_command("filter", what, example, reading, batch)
