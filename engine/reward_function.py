@@ -6,18 +6,13 @@ With `reward.function = "mine.py:score"` in a recipe, or --reward mine.py:score,
     row     the problem's whole row of the data
     return  a number from 0 to 1, or a bool; 1 is "right" for pass rates, filter, drop and rescue, less is learned from
 
-A worker runs `python -P -m engine.reward_function BYTES SECONDS`: a JSON line in, a JSON line out. What the function
-prints is discarded. The file is read once: editing it does not change a run under way.
+What the function prints is discarded. The file is read once: editing it does not change a run under way.
 """
 
-import json
-import os
-import signal
 import sys
 import traceback
 import types
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +50,7 @@ def read_reward(given: str) -> RewardFunction | None:
         raise RewardError(f"the reward function {given}: {path.absolute()} cannot be read ({why}); fix it") from None
 
 
-# ----------------------------------------------------------------------------------------------------- the worker
+# ------------------------------------------------------------------------------------------------- in the worker
 
 
 def load(function: RewardFunction) -> Callable[[str, dict], object]:
@@ -89,42 +84,3 @@ def describe(error: BaseException, function: RewardFunction, first_line: int = 0
     place = f"{function.path}, line {line}" if line else function.path
     text = " ".join(f"{type(error).__name__}: {getattr(error, 'msg', error)}".split())
     return f"{text[:MAX_SHOWN]} ({place})"
-
-
-def work(memory_limit_bytes: int, time_limit_s: float) -> None:
-    """The worker's life: read the function, then {"id", "text", "row"}, write {"id", "score"}, until the pipe ends."""
-    import resource
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    with suppress(ValueError):  # macOS knows no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
-    jobs, replies = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):  # whatever the function, or a process that it starts, reads and prints
-        os.dup2(nothing, stream)
-
-    function = RewardFunction(**json.loads(jobs.readline()))
-    try:
-        score = load(function)
-    except BaseException as error:
-        print(json.dumps({"error": describe(error, function)}), file=replies)
-        return
-    print(json.dumps({"ready": True}), file=replies)
-    for line in jobs:
-        job = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, time_limit_s + 1)  # ends this process should the parent be gone
-        reply, last = {"id": job["id"]}, False
-        try:
-            reply["score"] = checked(score(job["text"], job["row"]))
-        except MemoryError:  # what is left of this process is not to be used
-            reply["exceeded"] = last = True
-        except BaseException as error:
-            reply["error"] = describe(error, function, getattr(getattr(score, "__code__", None), "co_firstlineno", 0))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(reply), file=replies)
-        if last:
-            return
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[1]), float(sys.argv[2]))
