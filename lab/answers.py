@@ -15,17 +15,14 @@ The policy:
      it, or gives its value under another name.
   5. `x<3` is `(-\infty,3)` and `\{x \mid x<3\}`, whatever the variable; an inequality earns no number.
   6. A unit, a degree sign, a base (`52_8`) may be left out on either side. Where both state one it must be the
-     same word, in any case and number; none is converted or spelt out (cm is not centimeters). A bare letter
-     (`2t`) is a variable.
-  7. Words (of two letters or more) match as text, in any case. A choice (`A`) may stand in parentheses and
-     be followed by its text.
+     same word, in any case and number; none is converted (cm is not centimeters). A bare letter is a variable.
+  7. Words (of two letters or more) match as text, in any case. A choice (`A`) may be followed by its text.
   8. What is typed counts as what it stands for: `pi/2`, `sqrt(2)`, `2^10`, `exp(1)`, `x²`, `√2`. But a box has
      braces: `\boxed 5` holds no answer, because TeX would box one digit of `\boxed 55`.
   9. What is left, math-verify (0.9) reads; expressions are equal if they are at eight random points, to twenty
-     figures, and rational numbers exactly. That happens in workers under limits of time and memory
+     figures, and rational numbers exactly. Guards prevent what its parser would do: fold upper case, add 5 6, take
+     2(3) for a mixed number, y' for y, gamma for a function. It runs in workers under limits of time and memory
      (engine/grader.py): a hard answer costs its own verdict, never the run. No answer is evaluated as code.
-     Guards prevent what the parser would do: fold upper case, add 5 6, take 2(3) for a mixed number, y' for y,
-     gamma for a function.
 """
 
 import itertools
@@ -119,23 +116,14 @@ def _figure(text: str) -> tuple[Fraction, bool] | None:
 
 
 def number(text: str) -> Fraction | None:
-    r"""Exact value of a plain number, None for anything else (or longer than MAX_NUMBER_LENGTH).
-
-    Plain: integers and decimals, thousands separators, 1.5e3, 1.5 \times 10^{3}, a/b, \frac{a}{b},
-    3\frac{1}{2}, with a sign, $ or % if need be (50% is 1/2).
-    """
+    r"""Exact value of a plain number: 1,234, .5, 1.5e3, a/b, \frac{a}{b}, 3\frac{1}{2}, 50% (1/2); else None."""
     figure = _figure(tidy(text)) if len(text) <= MAX_NUMBER_LENGTH else None
-    return None if figure is None else figure[0] / 100 if figure[1] else figure[0]
+    return figure and (figure[0] / 100 if figure[1] else figure[0])
 
 
 def normal_form(answer: str) -> str:
-    r"""The form on which a majority vote counts answers; two that differ may still be equal.
-
-    Of a plain number its exact fraction (`0.5`, `\frac12` and `50\%` are `1/2`); of anything else the tidied
-    text, out of \text{}, words in lower case, cut at MAX_ANSWER_LENGTH. Linear time, no worker.
-    """
-    value = number(answer)
-    if value is not None:
+    """The form on which a majority vote counts answers: a plain number's exact fraction, or else the tidied text."""
+    if (value := number(answer)) is not None:
         return str(value)
     text = TEXT.sub(r"\1", tidy(answer[:MAX_ANSWER_LENGTH])[:MAX_ANSWER_LENGTH]).strip()
     return re.sub(r"(?<![A-Za-z\\])[A-Za-z]{2,}", lambda word: word[0].casefold(), text)
@@ -212,9 +200,9 @@ def _entries(text: str) -> tuple[str, list[str]]:
 def _phrase(text: str) -> str | None:
     r"""The casefolded words of an answer; None if it is no word of two letters."""
     bare = TEXT.sub(r"\1", text).strip()
-    is_phrase = re.fullmatch(r"[A-Za-z]++(?:[ ']++[A-Za-z]++|-[A-Za-z]{3,}+)*+", bare) or TEXT.fullmatch(text)
-    words = " ".join(re.findall(r"\w+", bare.casefold()))
-    return words if is_phrase and bare[:1].isalpha() and re.search(r"[A-Za-z]{2}", bare) else None
+    is_phrase = TEXT.fullmatch(text) or re.fullmatch(r"[A-Za-z]++(?: [A-Za-z]++)*+", bare)
+    is_phrase = is_phrase and bare[:1].isalpha() and re.search(r"[A-Za-z]{2}", bare)
+    return " ".join(re.findall(r"\w+", bare.casefold())) if is_phrase else None
 
 
 def _choice(text: str) -> str | None:
@@ -258,7 +246,7 @@ def _unit(text: str) -> tuple[str, str | None]:
 # ---------------------------------------------------------------------------------------------
 # The comparison. Text settles what it can; what is left raises _Undecided, or goes to math-verify in a worker.
 
-# The kinds of collection that may match each kind of gold, besides its own.
+# the kinds of collection that may match each kind of gold
 MATCHING = {"list": ("list", r"\{\}", "()", "[]"), r"\{\}": (r"\{\}", "list"), "()": ("()", "list")}
 Engine = Callable[[str, str], bool]  # decides on two texts what the text leaves open
 
@@ -280,10 +268,8 @@ def same_text(gold: str, answer: str) -> bool:
 def _is_figure(gold: tuple[Fraction, bool], answer: tuple[Fraction, bool]) -> bool:
     """Whether two plain numbers are equal: 50% is 50 and 0.5; a fraction may be a decimal of twelve figures."""
     a, b = (figure / 100 if percent else figure for figure, percent in (gold, answer))
-    if gold[0] == answer[0] or a == b:
-        return True
-    finite = [10**MAX_NUMBER_LENGTH % value.denominator == 0 for value in (a, b)]
-    return finite[0] != finite[1] and abs(a - b) <= EXACT_DECIMAL * abs(a)
+    is_rounded = (10**MAX_NUMBER_LENGTH % a.denominator == 0) != (10**MAX_NUMBER_LENGTH % b.denominator == 0)
+    return gold[0] == answer[0] or abs(a - b) <= is_rounded * EXACT_DECIMAL * abs(a)
 
 
 def compare(gold: str, answer: str, engine: Engine) -> bool:
@@ -292,7 +278,7 @@ def compare(gold: str, answer: str, engine: Engine) -> bool:
         return True
     if letter := _choice(gold):
         return _choice(answer) == letter
-    figures, phrases = (_figure(gold), _figure(answer)), (_phrase(gold), _phrase(answer))
+    figures, phrases = [[read(text) for text in (gold, answer)] for read in (_figure, _phrase)]
     if None not in figures:
         return _is_figure(*figures)
     if None not in phrases or any(p and TEXT.fullmatch(t) for p, t in zip(phrases, (gold, answer), strict=True)):
@@ -517,16 +503,16 @@ def ask_math_verify(gold: str, answer: str) -> bool:
 
 
 def is_right(answer: str, golds: Sequence[str]) -> bool:
-    """Whether a tidy answer matches any of the tidy golds; raises the error of a gold if it matches no other."""
-    failure = None
+    """Whether a tidy answer matches any of the tidy golds. Raises what one of them raised if it matches none."""
+    failures = []
     for gold in golds:
         try:
             if compare(gold, answer, ask_math_verify):
                 return True
-        except (MemoryError, OverflowError, RecursionError):
-            raise
         except Exception as error:  # whatever sympy raises on odd LaTeX
-            failure = error
-    if failure:
-        raise failure
+            failures.append(error)
+            if isinstance(error, MemoryError | OverflowError | RecursionError):
+                break
+    if failures:
+        raise failures[-1]
     return False
