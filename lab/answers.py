@@ -145,9 +145,7 @@ COLON, APPROXIMATES = re.compile(":"), re.compile(r"\\approx(?![A-Za-z])")
 SET_LIKE = re.compile(RELATION.pattern + r"|\\(?:infty|cup|cap|mathbb|emptyset|setminus)(?![A-Za-z])|^[(\[].*,.*[)\]]$")
 INDEX = r"_(?:\w|\{[^{}]*\})"
 # what a name may hold besides letters; the symbols of an expression, each with its index
-DECORATION = re.compile(
-    rf"'|{INDEX}|\^\{{-1\}}|\([^()=]*\)|\\text ?\{{[^{{}}]*\}}|\\frac\{{d[^{{}}]*\}}\{{d[^{{}}]*\}}"
-)
+DECORATION = re.compile(rf"'|{INDEX}|\^\{{-1\}}|\([^()=]*\)|{TEXT.pattern}|\\frac(?:\{{d[^{{}}]*\}}){{2}}")
 OPERATION = rf"\\(?:{FUNCTION}|frac|binom|cdot|times|div|sum|prod|int|lim|max|min|gcd|l?floor|l?ceil)(?![A-Za-z])"
 SYMBOL = re.compile(rf"{OPERATION}|(\\?[A-Za-z]+(?:{INDEX})?)")
 CHOICE = re.compile(r"\(?([A-J])(?:\)|\.|:|$)[).:]* *(.*)", re.DOTALL)
