@@ -1,5 +1,5 @@
 """Grade responses in the background: most answers are settled by their text, in the calling process; worker processes
-under limits of time and memory decide the rest, or call a reward function (engine/reward_function.py). A late worker is
+under limits of time and memory decide the rest, or call a reward function (engine/own_function.py). A late worker is
 killed and replaced, and costs only that verdict."""
 
 import atexit
@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.reward_function import RewardError, RewardFunction, read_reward
+from engine.own_function import FunctionError, OwnFunction, read_function
 from lab.answers import text_verdict, tidy
 from reward import Grade, format_reward, last_boxed, response_body, step_reward
 
@@ -34,7 +34,7 @@ LEAST_FAILURES = 5  # fewer grader failures than this never stop a run
 class _Worker:
     """One worker process and the pipe to it."""
 
-    def __init__(self, memory_limit_bytes: int, time_limit_s: float, reward: RewardFunction | None):
+    def __init__(self, memory_limit_bytes: int, time_limit_s: float, reward: OwnFunction | None):
         limits = str(memory_limit_bytes), str(time_limit_s)
         command = [sys.executable, "-P", "-m", "engine.grader_worker", *limits]  # -P: not the current folder's modules
         # a new session: a signal to the run's process group must not turn pending answers into grader failures
@@ -99,7 +99,7 @@ class Grader:
     time_limit_s: per answer in a worker, for all its accepted answers together, without start-up.
     memory_limit_bytes: address space of one worker.
     thinking: whether responses must close a thinking block before the answer.
-    reward: "FILE.py:FUNCTION", called in a worker on every response instead of comparing answers. Raises RewardError.
+    reward: "FILE.py:FUNCTION", called in a worker on every response instead of comparing answers. Raises FunctionError.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Grader:
     ):
         if workers < 1:
             raise ValueError(f"workers must be at least 1, not {workers}")
-        self.reward, self.given = read_reward(reward), reward
+        self.reward, self.given = read_function(reward), reward
         self.failures: dict[str, str] = {}  # of the reward function: the first of each verdict, as a sentence
         self.time_limit_s, self.memory_limit_bytes, self.thinking = time_limit_s, memory_limit_bytes, thinking
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -126,7 +126,7 @@ class Grader:
             self._slots[0] = self._start()
 
     def _start(self) -> _Worker:
-        """Start the first worker of a reward function. Raises RewardError."""
+        """Start the first worker of a reward function. Raises FunctionError."""
         worker, why = _Worker(self.memory_limit_bytes, self.time_limit_s, self.reward), ""
         try:
             reply = worker.read(START_LIMIT_S)
@@ -138,7 +138,7 @@ class Grader:
         if not worker.ready:
             worker.kill()
             self.close()
-            raise RewardError(f"the reward function {self.given} cannot be used: {why}; fix its file or its name")
+            raise FunctionError(f"the reward function {self.given} cannot be used: {why}; fix its file or its name")
         return worker
 
     def submit(self, response: str, answers: Sequence[str], row: dict | None = None) -> int:

@@ -13,7 +13,9 @@ import signal
 import sys
 from contextlib import suppress
 
-from engine.reward_function import RewardFunction, checked, describe, load
+from engine.own_function import OwnFunction, describe, load
+
+ROUNDING = 1e-6  # a sum of weights may miss 0 or 1 by this
 
 
 def load_comparison():
@@ -25,6 +27,16 @@ def load_comparison():
     gc.freeze()  # sympy's objects are many and stay
     gc.set_threshold(100_000, 50, 50)
     return is_right
+
+
+def checked(score: object) -> float:
+    """Return what a reward function returned as a number from 0 to 1. Raises TypeError or ValueError."""
+    if not hasattr(score, "__float__"):
+        raise TypeError(f"it returned {score!r:.60}, not a number or a bool")
+    value = float(score)
+    if not -ROUNDING <= value <= 1 + ROUNDING:  # nan is not either
+        raise ValueError(f"it returned {value}, not a number from 0 to 1")
+    return 0.0 if value < ROUNDING else 1.0 if value > 1 - ROUNDING else value
 
 
 def work(memory_limit_bytes: int, time_limit_s: float) -> None:
@@ -41,7 +53,7 @@ def work(memory_limit_bytes: int, time_limit_s: float) -> None:
 
     # what the text of an answer exceeds is its own doing, as being late is; a function's errors are its own
     exceeded = MemoryError if given else (MemoryError, OverflowError, RecursionError)
-    function = RewardFunction(**given) if given else RewardFunction("lab/answers.py", "is_right", "")
+    function = OwnFunction(**given) if given else OwnFunction("lab/answers.py", "is_right", "")
     try:
         score = load(function) if given else load_comparison()
     except BaseException as error:
