@@ -40,8 +40,9 @@ def estimate_command(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe) if arguments.recipe else None
     if recipe and not any(isinstance(stage, RlStage) for stage in recipe.stage):
         raise RecipeError(f"{arguments.recipe} has no rl stage, so pass rates mean nothing for it; give another")
-    problems = read_data(arguments, bool(arguments.reward))
-    worker, sampling, identity = load_worker(arguments, problems, "saving the finished problems", ESTIMATE_DRAW)
+    sets = {arguments.data: read_data(arguments, bool(arguments.reward))}
+    worker, sampling, identity = load_worker(arguments, sets, "saving the finished problems", ESTIMATE_DRAW)
+    problems = sets[arguments.data]
     is_main = worker.processes.is_main
     if is_main:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,10 @@ def filter_command(arguments: argparse.Namespace) -> None:
     history = History.load(arguments.pass_rates)
     identity = (history.settings or {}).get("identity")
     problems = read_data(arguments, isinstance(identity, dict) and bool(identity.get("reward function")))
+    if arguments.skip_bad_rows:  # as the estimate did with prompts that were too long
+        known = [problem for problem in problems if history.visits(problem.id)]
+        print(f"left out {len(problems) - len(known):,} problems without a pass rate")
+        problems = known
     require_same(arguments.pass_rates, history.settings, {"identity": {"problems": problems_fingerprint(problems)}})
     n = history.settings["n"]
     bounds = arguments.drop_at, arguments.keep_above, arguments.max_unsolved_share

@@ -62,7 +62,8 @@ def parse_columns(text: str) -> Columns:
 def reading_options() -> argparse.ArgumentParser:
     """Return a parent parser with the options of all commands that read problems."""
     parent = new_parser(add_help=False)
-    parent.add_argument("--skip-bad-rows", action="store_true", help="leave out problems without an answer")
+    what = "leave out problems without an answer, and prompts too long for the model"
+    parent.add_argument("--skip-bad-rows", action="store_true", help=what)
     what = "problem=Q,answer=A: the data's columns, where its names are not known ones"
     parent.add_argument("--columns", type=parse_columns, default=Columns(), metavar="FIELD=NAME,...", help=what)
     parent.add_argument("--limit", type=COUNT, metavar="N", help="only the first N problems of a data set")

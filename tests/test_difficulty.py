@@ -110,6 +110,18 @@ def test_estimate_counts_the_models_answers(command, world, tmp_path, monkeypatc
     assert lines[-1].startswith("  clip-higher  ")
 
 
+def test_prompts_too_long_for_the_estimate_are_left_out_of_it_and_of_the_filter(command, small_world, tmp_path):
+    data, rates = tmp_path / "long.jsonl", tmp_path / "rates.jsonl"
+    write_problems([Problem(f"long/{n}", "1+" * 60 * (n % 2) + "1=", ("2",)) for n in range(4)], data)
+    command("estimate", small_world / "model", data, *OPTIONS, "--skip-bad-rows", "--out", rates)
+    assert list(pass_rates(rates)) == ["long/0", "long/2"]
+    bounds = ["--batch", "1"]
+    command("filter", rates, data, tmp_path / "kept.jsonl", "--skip-bad-rows", *bounds)
+    assert [problem.id for problem in read_problems(tmp_path / "kept.jsonl")] == ["long/0", "long/2"]
+    with pytest.raises(SystemExit):
+        command("filter", rates, data, tmp_path / "other.jsonl", *bounds)
+
+
 def test_an_interrupted_estimate_resumes_and_ends_in_the_same_file(command, world, tmp_path, monkeypatch, capsys):
     words = ("estimate", world / "model", world / "sums.jsonl", *OPTIONS, "--out")
     command(*words, tmp_path / "whole.jsonl")
