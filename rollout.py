@@ -126,10 +126,12 @@ def check_requests(
             raise RolloutError(f"{problem}: the prompt is empty")
         sequence = f"{problem}: prompt of {length} tokens + {new} new"
         if length + new > window:
-            others = sum(len(other.tokens) + new > window for other in prompts) - 1
-            also = f", and {others:,} more do so" * (others > 0)
+            others = [other.problem_id for other in prompts if len(other.tokens) + new > window][1:]
+            named = ", ".join(others[:20]) + ", ..." * (len(others) > 20)
+            also = f", and {len(others):,} more do so ({named})" * bool(others)
             raise RolloutError(
-                f"{sequence} exceeds the model's window of {window}{also}: shorten either or extend with YaRN"
+                f"{sequence} exceeds the model's window of {window}{also}: shorten either, extend with YaRN, or leave "
+                "such problems out (--skip-bad-rows of eval.py and data_filter.py)"
             )
         if limits.tokens and math.ceil((length + new) / size) + 1 > limits.tokens // size:
             raise RolloutError(f"{sequence} and a spare page exceed the cache of {limits.tokens} tokens: enlarge it")

@@ -1,7 +1,8 @@
 """Shared by the commands of eval.py and data_filter.py: loading a model to sample from, and exiting."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import chain
 
 from engine import distributed
 from engine.adapter import tokenizer_folder
@@ -10,7 +11,7 @@ from engine.fingerprint import function_identity, model_identity, prompts_identi
 from engine.grader import Grader
 from engine.rollout_worker import RolloutWorker
 from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
-from lab.problems import Problem
+from lab.problems import DataError, Problem
 from lab.recipe import SamplerSettings
 from model import extend_window, load, resolve_folder
 from rollout import CacheLimits, Sampling, check_requests
@@ -19,13 +20,14 @@ from yarn import describe_ramp
 
 def load_worker(
     arguments: argparse.Namespace,
-    problems: Sequence[Problem],
+    sets: dict[str, list[Problem]],
     stopping: str,
     draw: int = 0,
     yarn: dict | None = None,
 ) -> tuple[RolloutWorker, Sampling, dict[str, str]]:
-    """Load a model to sample these problems with lab.options.model_options; return worker, Sampling and identity.
+    """Load a model to sample these data sets with lab.options.model_options; return worker, Sampling and identity.
 
+    With --skip-bad-rows, problems that the window has no room for are removed from `sets`.
     `stopping` is printed when a signal stops it; `draw` is the step that keys the random draws; `yarn` has the
     arguments of model.extend_window. The caller closes the worker's grader. Raises ModelError, DataError or
     RolloutError for whatever would fail later.
@@ -49,8 +51,14 @@ def load_worker(
         model, chat, sampling.stop_tokens, None, grader, processes, arguments.instruction, StopRequest(stopping),
         arguments.most_failed_share,
     )  # fmt: skip
-    asked: dict = {}
-    prompts = worker.prompts(problems, asked)
+    room, asked = model.config.max_position_embeddings - arguments.max_tokens, {}
+    if arguments.skip_bad_rows and room > 0:
+        for name, problems in sets.items():
+            long = worker.too_long(problems, room, name)
+            sets[name] = [problem for problem in problems if problem.id not in long]
+            if not sets[name]:
+                raise DataError(f"{name}: no prompt has {room} tokens or fewer; lower --max-tokens")
+    prompts = worker.prompts(list(chain(*sets.values())), asked)
     worker.check(asked)
     window = max((len(prompt.tokens) for prompt in prompts), default=0) + arguments.max_tokens
     page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window

@@ -59,10 +59,7 @@ def start_session(arguments: argparse.Namespace) -> Session:
         )[: arguments.limit]
         for name, place in find_data(arguments.data, arguments.folder).items()
     }
-    problems = list(chain(*sets.values()))
-    worker, sampling, identity = load_worker(
-        arguments, problems, "the finished responses are kept", yarn=arguments.yarn
-    )  # fmt: skip
+    worker, sampling, identity = load_worker(arguments, sets, "the finished responses are kept", yarn=arguments.yarn)
     original = getattr(worker.model.config.rope.scaling, "original_max_position_embeddings", None)
     trained = arguments.trained_length or original or arguments.max_tokens
     # everything that decides the responses and their metrics; a folder holds one such evaluation
@@ -75,7 +72,7 @@ def start_session(arguments: argparse.Namespace) -> Session:
         "match": arguments.match,
         "n": arguments.n,
         "reward": arguments.reward,
-        "identity": identity | {"problems": data_identity(problems)},
+        "identity": identity | {"problems": data_identity(chain(*sets.values()))},
     }
     targets = {name: target_diversity(arguments.match, name, settings) for name in sets} if arguments.match else {}
     if worker.processes.is_main:

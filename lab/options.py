@@ -62,7 +62,8 @@ def parse_columns(text: str) -> Columns:
 def reading_options() -> argparse.ArgumentParser:
     """Return a parent parser with the options of all commands that read problems."""
     parent = new_parser(add_help=False)
-    parent.add_argument("--skip-bad-rows", action="store_true", help="leave out problems without an answer")
+    what = "leave out problems without an answer, and prompts too long for the model"
+    parent.add_argument("--skip-bad-rows", action="store_true", help=what)
     what = "problem=Q,answer=A: the data's columns, where its names are not known ones"
     parent.add_argument("--columns", type=parse_columns, default=Columns(), metavar="FIELD=NAME,...", help=what)
     parent.add_argument("--limit", type=COUNT, metavar="N", help="only the first N problems of a data set")
@@ -225,6 +226,7 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
     add("--temperature", type=bounded(float, 0, above=True), default=1.4, help="the one training will start at")
     add("--top-k", type=bounded(int, 0), default=0, help="0 is off, as in training")
     add("--out", type=user_path, default=Path("pass-rates.jsonl"), help="a new file, or one to resume")
+    add("--recipe", type=user_path, help="say what the rates mean for it (default: POLARIS's settings, 3 epochs)")
 
     what, example = "Drop the problems that are always solved.", "pass-rates.jsonl math.jsonl train.jsonl"
     add = new_command("filter", what, example, reading, batch)

@@ -30,6 +30,7 @@ BOUNDS = {
     "one_of": ("one of", lambda value, known: value in known),
     "named": ("FILE.py:NAME or one of", lambda value, known: value in known or ":" in value),
 }
+MATCHES = ("match-previous", "match-first")  # temperatures that restore the diversity of an rl stage's start
 
 
 class RecipeError(UserError):
@@ -224,7 +225,7 @@ class RlStage(Reading):
     generated_tokens: int = key(0, "training rollout tokens after which the stage ends; 0: no limit", least=0)
     batch_problems: int = key(128, least=1)
     group_size: int = key(8, "rollouts per problem", least=2)
-    temperature: float | str = key(1.4, 'a number, or "match": restore the diversity of the last stage with a number')
+    temperature: float | str = key(1.4, "a number, or restore the diversity of a stage: match-previous, match-first")
     max_prompt_tokens: int = key(1024, least=1)
     max_response_tokens: int = key(39_936, least=1)
     filter_before: bool = key(False, "sample every problem, drop the always solved (RECIPE section 1)")
@@ -427,6 +428,8 @@ def _build_stage(table: object, where: str) -> SftStage | RlStage:
     kind = table.get("kind") if isinstance(table, dict) else None
     if kind not in ("sft", "rl"):
         raise RecipeError(f"{where}.kind must be sft or rl, not {_shown(kind)}")
+    if table.get("temperature") == "match":  # written out, so that a run's recipe says which one it restores
+        table = table | {"temperature": "match-previous"}
     return _build(SftStage if kind == "sft" else RlStage, table, where)
 
 
@@ -450,8 +453,8 @@ def _check(recipe: Recipe) -> None:
                 raise RecipeError(f"{where}.data is missing: a file of worked solutions")
             continue
         _check_variant(stage, where)
-        if isinstance(stage.temperature, str) and (stage.temperature != "match" or i == first_rl):
-            what = "the first rl stage needs a number" if i == first_rl else "write a number or match"
+        if isinstance(stage.temperature, str) and (i == first_rl or stage.temperature not in MATCHES):
+            what = "the first rl stage needs a number" if i == first_rl else f"write a number or {' or '.join(MATCHES)}"
             raise RecipeError(f"{where}.temperature is {stage.temperature!r}: {what}")
         if not isinstance(stage.temperature, str) and stage.temperature <= 0:
             raise RecipeError(f"{where}.temperature must be above 0: training samples the policy itself")
