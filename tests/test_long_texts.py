@@ -17,11 +17,11 @@ def test_every_answer_stands_once_before_its_section_and_once_in_it():
     def encoded(part: str) -> list[int]:  # a token per character
         return [ord(character) for character in part]
 
-    text, is_filler, needles = bench.build([ord("_")] * 9000, (4000, 8000), encoded, random.Random(0))
+    text, is_filler, needles = bench.build([ord("_")] * 12_000, (8000, 12_000), encoded, random.Random(0))
     whole = "".join(map(chr, text))
-    assert len(whole) == 8000 and "".join(np.array(list(whole))[is_filler]).strip("_") == ""
+    assert len(whole) == 12_000 and "".join(np.array(list(whole))[is_filler]).strip("_") == ""
     assert [(needle["end"], needle["depth"]) for needle in needles] == [
-        (end, depth) for end in (4000, 8000) for depth in (1.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+        (end, depth) for end in (8000, 12_000) for depth in (1.0, 0.1, 0.3, 0.5, 0.7, 0.9)
     ]
     for needle in needles:
         number = whole[needle["start"] : needle["start"] + 4]
