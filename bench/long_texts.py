@@ -131,7 +131,7 @@ def tables(rows: list[dict], columns: Sequence[int] = COLUMNS, ends: Sequence[in
     spans = [slice(start // BAND, end // BAND) for start, end in pairwise(columns)]
     head = ["texts", *(f"{start:,} to {end:,}" for start, end in pairwise(columns))]
     loss = [["nats a token", *head], ["---"] * (len(head) + 1)]
-    head = [*(f"nats a digit at {end:,}" for end in ends), *(f"right at {end:,}" for end in ends)]
+    head = [*(f"nats a digit at {end:,}" for end in ends), *(f"right at {end:,}: numbers; digits" for end in ends)]
     needle = [["needle", *head], ["---"] * (len(head) + 1)]
     pairs = [(arm, None) for arm in ARMS] + [(arm, ARMS[0]) for arm in ARMS[1:]]
     for arm, base in pairs + [(arm, arm[:-1]) for arm in ARMS if arm.endswith("+")]:
@@ -144,9 +144,9 @@ def tables(rows: list[dict], columns: Sequence[int] = COLUMNS, ends: Sequence[in
         name, form = (f"{arm} minus {base}", "+.3f") if base else (arm, ".3f")
         cells = [losses[:, span].ravel() for span in spans]
         loss.append([name, str(len(texts)), *(with_interval(c, form) if base else f"{c.mean():.3f}" for c in cells)])
-        hits = [asked(own, end, "right") == DIGITS for end in ends]
-        right = ["" if base else f"{hit.sum()} of {len(hit)}" for hit in hits]
-        needle.append([name, *(with_interval(n, form.replace("3", "2")) for n in nats), *right])
+        hits = [asked(own, end, "right") for end in ends if not base]
+        right = [f"{(hit == DIGITS).sum()} of {len(hit)}; {hit.sum()} of {hit.size * DIGITS}" for hit in hits]
+        needle.append([name, *(with_interval(n, form.replace("3", "2")) for n in nats), *(right or [""] * len(ends))])
     return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in part) for part in (loss, needle))
 
 
@@ -161,8 +161,9 @@ def figure(rows: list[dict], ends: Sequence[int] = ENDS) -> str:
         loss[label] = [(BAND * (i + 0.5), x) for i, x in enumerate(np.mean([row["loss"] for row in own], axis=0))]
         needle[label] = [(end, asked(own, end).mean()) for end in ends]
     shared = {"kind": "level", "rules": [(WINDOW, "trained window")], "smooth": False, "x_label": "position, tokens"}
-    parts = [{"title": "loss, nats a token", "series": loss}, {"title": "needle, nats a digit", "series": needle}]
-    drawn = charts.panels(f"SmolLM2-135M beyond its window of {WINDOW:,} tokens", [p | shared for p in parts], 2)
+    parts = {"loss, nats a token": loss, "needle, nats a digit (guessing: 2.30)": needle}
+    parts = [{"title": title, "series": series} | shared for title, series in parts.items()]
+    drawn = charts.panels(f"SmolLM2-135M beyond its window of {WINDOW:,} tokens", parts, 2)
     return charts.svg(drawn).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
 
 

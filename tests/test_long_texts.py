@@ -46,7 +46,7 @@ def test_tables_pair_arms_over_the_texts_that_both_have():
     rows = [row("a", "plain", [2.0, 5.0], 1.0), row("b", "plain", [9.0, 9.0], 1.0), row("a", "2", [2.5, 1.0], 0.5)]
     found = bench.tables(rows, (0, bench.BAND, 2 * bench.BAND), (8,))
     assert "| 2 minus plain | 1 | +0.500 | -4.000 |" in found and "| plain | 2 | 5.500 | 7.000 |" in found
-    assert "| 2 minus plain | -0.50 |  |" in found and "| 2 | 0.50 | 1 of 1 |" in found
+    assert "| 2 minus plain | -0.50 |  |" in found and "| 2 | 0.50 | 1 of 1; 4 of 4 |" in found
     drawn = bench.figure(rows, (8,))
     assert "YaRN 2 1<" in drawn and "plain 5<" in drawn  # text a alone: both arms have it
     assert xml.dom.minidom.parseString(drawn).documentElement.tagName == "svg"
