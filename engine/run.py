@@ -26,6 +26,7 @@ from engine.run_folder import FINISHED, WANTS_RESUMING
 from grpo import TokenLoss, UpdateStats, optimizer_step
 from lab.console import console_line, new_alarms
 from lab.metrics import Metrics
+from lab.model_card import settings_files
 from lab.problems import Problem
 from lab.recipe import EvalSettings, FinalSettings, Recipe, RlStage, SftStage
 from lab.run_data import RunData, by_ids
@@ -223,7 +224,9 @@ class Run:
             export.rename(export.with_name(f"{export.name}.unfinished"))
             (self.folder / f"pass-rates-{index + 1}.jsonl").unlink(missing_ok=True)  # of those weights
         if not self.processes.broadcast(export.exists()):
-            save(self.model, export, self.processes.compute_dtype, tokenizer_from=self.model_folder)
+            stops = self.worker.stop_tokens
+            settings = settings_files(self.recipe, index, self.state.temperature, stops, self.model_folder)
+            save(self.model, export, self.processes.compute_dtype, self.model_folder, settings)
 
     def identity(self, index: int, problems: list[Problem]) -> dict[str, str]:
         """Return the identity of the model that stage INDEX starts from, and of its prompts."""

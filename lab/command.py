@@ -1,43 +1,59 @@
-"""Shared by the commands of eval.py and data_filter.py: loading a model to sample from, and exiting."""
+"""Shared by eval.py, data_filter.py and ask.py: loading a model to sample from, with its settings, and exiting."""
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from engine import distributed
 from engine.adapter import tokenizer_folder
 from engine.distributed import Interrupted, StopRequest
 from engine.fingerprint import model_identity, prompts_identity, reward_identity
 from engine.grader import Grader
+from engine.huggingface import SETTINGS
 from engine.rollout_worker import RolloutWorker
+from engine.terminal import note
 from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
-from lab.problems import Problem
+from lab.model_card import remembered
+from lab.problems import INSTRUCTION, DataError, Problem
 from lab.recipe import SamplerSettings
 from model import extend_window, load, resolve_folder
-from rollout import CacheLimits, Sampling, check_requests
+from rollout import CacheLimits, Prompt, Sampling, check_requests
 from yarn import describe_ramp
 
 
-def load_worker(
-    arguments: argparse.Namespace,
-    problems: Sequence[Problem],
-    stopping: str,
-    draw: int = 0,
-    yarn: dict | None = None,
-) -> tuple[RolloutWorker, Sampling, dict[str, str]]:
-    """Load a model to sample these problems with lab.options.model_options; return worker, Sampling and identity.
+def take_settings(arguments: argparse.Namespace, folder: Path, use: str) -> None:
+    """Set what the command line leaves out: as the model's run has it for this use, else to the defaults."""
+    held = remembered(folder, use)
+    default = {"temperature": 1.4, "top_k": 20 if use == "evaluation" else 0, "max_tokens": 8192}
+    default |= {"instruction": INSTRUCTION, "thinking": "auto"}
+    missing = [name for name in ("n", *default) if getattr(arguments, name) is None]
+    for name in [name for name in missing if name != "n"]:
+        setattr(arguments, name, held.get(name, default[name]))
+    if arguments.n is None:
+        arguments.n = held.get("n", 1 if arguments.temperature == 0 else 8)
+    if taken := [f"{name} = {held[name]!r}" for name in missing if name in held]:
+        note(f"from {folder / SETTINGS}: {', '.join(taken)}")
+    if arguments.temperature == 0 and arguments.n > 1:
+        raise DataError("at temperature 0 all responses to a problem are equal: use -n 1 or give --temperature")
 
-    `stopping` is printed when a signal stops it; `draw` is the step that keys the random draws; `yarn` has the
-    arguments of model.extend_window. The caller closes the worker's grader. Raises ModelError, DataError or
-    RolloutError for whatever would fail later.
+
+def load_worker(
+    arguments: argparse.Namespace, stopping: str, use: str = "evaluation", draw: int = 0, yarn: dict | None = None
+) -> tuple[RolloutWorker, Sampling]:
+    """Load a model to sample with lab.options.model_options, which get their defaults here.
+
+    `stopping` is printed when a signal stops it; `use` is "evaluation" or "training"; `draw` is the step that keys the
+    random draws; `yarn` has the arguments of model.extend_window. The caller closes the worker's grader.
     """
     processes, folder = distributed.start(), resolve_folder(arguments.model)
+    take_settings(arguments, folder, use)
     grader = Grader(arguments.workers, reward=arguments.reward or "")  # tries the function out
     model, tokenizer_from = load(folder, processes.device, processes.compute_dtype), tokenizer_folder(folder)
     if yarn is not None:
         model.config = extend_window(model.config, **yarn)
         model.set_rope(model.config.rope)
         processes.say(describe_ramp(model.config.rope))
-    thinking = {"true": True, "false": False}.get(arguments.thinking, "auto")
+    thinking = {"true": True, "false": False}.get(arguments.thinking, arguments.thinking)
     chat = read_chat(load_tokenizer(tokenizer_from, model), thinking)
     processes.say(chat.account)
     grader.thinking = chat.thinking
@@ -49,16 +65,29 @@ def load_worker(
         model, chat, sampling.stop_tokens, None, grader, processes, arguments.instruction, StopRequest(stopping),
         arguments.most_failed_share,
     )  # fmt: skip
+    return worker, sampling
+
+
+def fit_cache(arguments: argparse.Namespace, worker: RolloutWorker, sampling: Sampling, prompts: list[Prompt]) -> None:
+    """Give the worker a cache for these prompts. RolloutError if one of them cannot be sampled."""
+    window = max((len(prompt.tokens) for prompt in prompts), default=0) + sampling.max_new_tokens
+    page = SamplerSettings.page_tokens if worker.processes.device.type == "cuda" else window
+    worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
+    check_requests(worker.model, prompts, sampling, worker.limits)
+
+
+def prepare(
+    arguments: argparse.Namespace, worker: RolloutWorker, sampling: Sampling, problems: Sequence[Problem]
+) -> dict[str, str]:
+    """Check everything that sampling these problems would fail on; return the identity of model and prompts."""
     asked: dict = {}
     prompts = worker.prompts(problems, asked)
     worker.check(asked)
-    window = max((len(prompt.tokens) for prompt in prompts), default=0) + arguments.max_tokens
-    page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
-    worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
-    check_requests(model, prompts, sampling, worker.limits)
-    identity = processes.broadcast(model_identity(folder) if processes.is_main else None)
-    identity |= {"prompts": prompts_identity(prompts), "reward function": reward_identity(arguments.reward or "")}
-    return worker, sampling, identity
+    fit_cache(arguments, worker, sampling, prompts)
+    identity = worker.processes.broadcast(
+        model_identity(resolve_folder(arguments.model)) if worker.processes.is_main else None
+    )
+    return identity | {"prompts": prompts_identity(prompts), "reward function": reward_identity(arguments.reward or "")}
 
 
 def run_command(script: str, command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
