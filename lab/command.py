@@ -38,12 +38,13 @@ def take_settings(arguments: argparse.Namespace, folder: Path, use: str) -> None
 
 
 def load_worker(
-    arguments: argparse.Namespace, stopping: str, use: str = "evaluation", draw: int = 0, yarn: dict | None = None
+    arguments: argparse.Namespace, stopping: str = "", use: str = "evaluation", draw: int = 0, yarn: dict | None = None
 ) -> tuple[RolloutWorker, Sampling]:
     """Load a model to sample with lab.options.model_options, which get their defaults here.
 
-    `stopping` is printed when a signal stops it; `use` is "evaluation" or "training"; `draw` is the step that keys the
-    random draws; `yarn` has the arguments of model.extend_window. The caller closes the worker's grader.
+    `stopping` is printed when a signal stops it ("": signals end the program); `use` is "evaluation" or "training";
+    `draw` is the step that keys the random draws; `yarn` has the arguments of model.extend_window. The caller closes
+    the worker's grader.
     """
     processes, folder = distributed.start(), resolve_folder(arguments.model)
     take_settings(arguments, folder, use)
@@ -61,8 +62,9 @@ def load_worker(
         arguments.temperature, arguments.max_tokens, stop_tokens(chat, model, tokenizer_from), arguments.seed,
         draw, arguments.top_k, arguments.top_p,
     )  # fmt: skip
+    stop = StopRequest(stopping) if stopping else None
     worker = RolloutWorker(
-        model, chat, sampling.stop_tokens, None, grader, processes, arguments.instruction, StopRequest(stopping),
+        model, chat, sampling.stop_tokens, None, grader, processes, arguments.instruction, stop,
         arguments.most_failed_share,
     )  # fmt: skip
     return worker, sampling

@@ -192,6 +192,19 @@ def temperatures_of(text: str) -> list[float]:
     return [round(first + i * step, 6) for i in range(count)] if 2 <= count <= 100 and first > 0 < step else []
 
 
+def question_arguments(doc: str | None) -> argparse.Namespace:
+    """Parse the command line of ask.py; `doc` is the start of --help."""
+    parser = new_parser(doc, parents=[model_options()])
+    add = parser.add_argument
+    add("model", type=expanduser, help="a model folder or hub id")
+    add("question", nargs="?", help="default: one on each line of the input, or as you type them")
+    add("--answer", help="the right one, to grade by")
+    add("--temperature", type=bounded(float, 0), help="0 is greedy (default: as the model's run has it, else 1.4)")
+    add("--show-thinking", action="store_true", help="print what comes before </think> as well")
+    parser.set_defaults(n=1)
+    return parser.parse_args()
+
+
 def difficulty_arguments(doc: str | None) -> argparse.Namespace:
     """Parse the command line of data_filter.py; `doc` is the start of --help."""
     parser, reading, batch = new_parser(doc), reading_options(), new_parser(add_help=False)
