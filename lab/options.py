@@ -37,10 +37,17 @@ def user_path(text: str) -> Path:
 COUNT, SHARE = bounded(int, 1), bounded(float, 0, 1)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a description, and adds the defaults that are values."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default in (None, [], Columns()) or action.default is False or "default" in (action.help or "")
+        return action.help if unset else super()._get_help_string(action)
+
+
 def new_parser(doc: str | None = None, **options) -> argparse.ArgumentParser:
-    """Return a parser that takes no abbreviations and keeps the line breaks of its description."""
-    form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False, **options)
+    """Return a parser without abbreviations, whose help keeps a description's examples and shows defaults."""
+    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
 
 def parse_columns(text: str) -> Columns:
@@ -62,20 +69,27 @@ def reading_options() -> argparse.ArgumentParser:
     return parent
 
 
-def model_options(top_k: int = 20) -> argparse.ArgumentParser:
+def model_options(top_k: int = 20, n: int | None = None) -> argparse.ArgumentParser:
     """Return a parent parser with the options of all commands that sample from a model."""
     parent = new_parser(add_help=False)
     add = parent.add_argument
     own = "(default: as the model's run has it"
-    add("-n", type=COUNT, help=f"responses per problem {own}, else 8; 1 at temperature 0)")
+    add(
+        "-n", type=COUNT, default=n, help="responses per problem" + f" {own}, else 8; 1 at temperature 0)" * (n is None)
+    )
     add("--top-k", type=bounded(int, 0), help=f"0 is off {own}, else {top_k})")
-    add("--top-p", type=bounded(float, 0, 1, above=True), default=1.0)
+    add(
+        "--top-p",
+        type=bounded(float, 0, 1, above=True),
+        default=1.0,
+        help="sample from this share of the mass; 1 is off",
+    )
     add("--max-tokens", type=COUNT, help=f"of a response {own}, else 8192)")
     what = "whether only a box after </think> counts; given to the template, which decides auto"
     add("--thinking", choices=("auto", "true", "false"), help=f"{what} {own}, else auto)")
     add("--no-thinking", dest="thinking", action="store_const", const="false", help="--thinking false")
-    add("--instruction", help=f"appended to problems that do not contain it {own}, else {INSTRUCTION})")
-    add("--seed", type=int, default=0)
+    add("--instruction", help=f"appended to problems that do not contain it {own}, else {INSTRUCTION!r})")
+    add("--seed", type=int, default=0, help="of the sampling")
     add("--rows", type=COUNT, default=64, help="sequences decoded at once")
     add("--cache-tokens", type=COUNT, help="of all sequences together (default: what the rows need, if memory allows)")
     add("--reward", metavar="FILE.py:NAME", help="call NAME(text, row) instead of comparing answers")
@@ -88,8 +102,9 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
     """Parse the command line of train.py. Exits if the recipe cannot be read, and after --plan."""
     parser = new_parser(doc)
     add = parser.add_argument
-    add("recipe", nargs="?", type=user_path, default=ROOT / "recipes" / "tiny.toml")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="for example stage.1.temperature=1.1")
+    what = "a file with every setting of the run that is no default; `python -m lab.recipe` lists all of them"
+    add("recipe", nargs="?", type=user_path, default=ROOT / "recipes" / "tiny.toml", help=what)
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="instead of the recipe's value; repeatable")
     add("--out", type=user_path, default=Path("runs"), help="where the run's folder is created")
     add(
         "--resume", nargs="?", const=True, type=user_path, metavar="RUN",
@@ -194,14 +209,13 @@ def temperatures_of(text: str) -> list[float]:
 
 def question_arguments(doc: str | None) -> argparse.Namespace:
     """Parse the command line of ask.py; `doc` is the start of --help."""
-    parser = new_parser(doc, parents=[model_options()])
+    parser = new_parser(doc, parents=[model_options(n=1)])
     add = parser.add_argument
     add("model", type=expanduser, help="a model folder or hub id")
     add("question", nargs="?", help="default: one on each line of the input, or as you type them")
     add("--answer", help="the right one, to grade by")
     add("--temperature", type=bounded(float, 0), help="0 is greedy (default: as the model's run has it, else 1.4)")
     add("--show-thinking", action="store_true", help="print what comes before </think> as well")
-    parser.set_defaults(n=1)
     return parser.parse_args()
 
 
@@ -211,18 +225,24 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     batch.add_argument("--batch", type=COUNT, default=1, help="fail if fewer problems than this are left")
 
-    add = commands.add_parser(
-        "estimate", parents=[model_options(top_k=0), reading], help="pass rates of a model", allow_abbrev=False
-    ).add_argument
+    def new_command(name: str, what: str, example: str, *parents: argparse.ArgumentParser) -> Callable:
+        """Return the `add_argument` of a new command."""
+        more = {
+            "description": f"{what}\n\n    python data_filter.py {name} {example}",
+            "formatter_class": HelpFormatter,
+        }
+        return commands.add_parser(name, help=what, parents=parents, allow_abbrev=False, **more).add_argument
+
+    example = "Qwen/Qwen3-4B math.jsonl --max-tokens 38912 --temperature 1.4"
+    add = new_command("estimate", "Pass rates of a model.", example, model_options(top_k=0), reading)
     add("model", type=expanduser, help="a model folder or hub id")
     add("data", type=expanduser, help="a file of problems or a hub data set")
     what = "the one training will start at (default: as the model's run has trained it, else 1.4)"
     add("--temperature", type=bounded(float, 0, above=True), help=what)
     add("--out", type=user_path, default=Path("pass-rates.jsonl"), help="a new file, or one to resume")
 
-    add = commands.add_parser(
-        "filter", parents=[reading, batch], help="drop the problems that are always solved", allow_abbrev=False
-    ).add_argument
+    what, example = "Drop the problems that are always solved.", "pass-rates.jsonl math.jsonl train.jsonl"
+    add = new_command("filter", what, example, reading, batch)
     add("pass_rates", type=user_path, help="the output of estimate")
     add("data", type=expanduser, help="the problems that were estimated")
     add("out", type=user_path, help="a new .jsonl file")
@@ -231,9 +251,8 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
     add("--max-unsolved-share", type=SHARE, help="of the kept problems: drop other unsolved ones at random")
     add("--seed", type=int, default=0, help="for that draw")
 
-    add = commands.add_parser(
-        "drop", parents=[reading, batch], help="drop the problems that a run has learned", allow_abbrev=False
-    ).add_argument
+    what, example = "Drop the problems that a run has learned.", "runs/tiny train.jsonl next.jsonl"
+    add = new_command("drop", what, example, reading, batch)
     add("run", type=user_path, help="the folder of a run of train.py")
     add("data", type=expanduser, help="the problems that it was trained on")
     add("out", type=user_path, help="a new .jsonl file")
