@@ -28,10 +28,11 @@ from engine.errors import UserError, sentence
 from engine.rollout_worker import RolloutWorker
 from engine.sharding import gathered
 from lab.answers import normal_form
-from lab.command import fit_cache, load_worker, run_command
+from lab.command import load_worker, run_command
 from lab.problems import Problem
+from lab.recipe import SamplerSettings
 from reward import response_body
-from rollout import Sampling, generate
+from rollout import CacheLimits, Sampling, generate
 
 with suppress(ImportError):
     import readline  # noqa: F401  # input() then edits a line and recalls earlier ones
@@ -55,12 +56,12 @@ def questions(given: str | None) -> Iterator[str]:
 def ask(worker: RolloutWorker, sampling: Sampling, problem: Problem, arguments: Namespace) -> None:
     """Print n answers to a question, a single one as it is sampled; then each one's box, and the majority."""
     prompt, boxes = worker.prompt(problem, arguments.n), []
-    fit_cache(arguments, worker, sampling, [prompt])
+    limits = CacheLimits(arguments.cache_tokens or 0, SamplerSettings.page_tokens, arguments.rows)
     graded, folded = bool(problem.answers or worker.grader.reward), worker.chat.thinking and not arguments.show_thinking
     over = "\r" * sys.stderr.isatty()  # a terminal shows the count of words as it grows
     printed = None  # characters of the answer on the screen; None while the thinking is counted
     with gathered(worker.model):
-        for rollout in generate(worker.model, [prompt], sampling, worker.limits, live=arguments.n == 1):
+        for rollout in generate(worker.model, [prompt], sampling, limits, live=arguments.n == 1):
             text, ended = worker.chat.decode(rollout.tokens), bool(rollout.finish_reason)
             text = text if ended else text.rstrip("\ufffd")  # the beginning of a character
             body = response_body(text, folded)
@@ -87,7 +88,7 @@ def ask(worker: RolloutWorker, sampling: Sampling, problem: Problem, arguments: 
 def command(arguments: Namespace) -> None:
     """Answer every question. Ctrl-C stops the answer under way."""
     with redirect_stdout(sys.stderr):  # the answers alone go to the output
-        worker, sampling = load_worker(arguments)
+        worker, sampling, _ = load_worker(arguments)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="replace")
     answers = () if arguments.answer is None else (arguments.answer,)

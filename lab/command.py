@@ -17,34 +17,37 @@ from lab.model_card import remembered
 from lab.problems import INSTRUCTION, DataError, Problem
 from lab.recipe import SamplerSettings
 from model import extend_window, load, resolve_folder
-from rollout import CacheLimits, Prompt, Sampling, check_requests
+from rollout import CacheLimits, Sampling, check_requests
 from yarn import describe_ramp
 
 
 def take_settings(arguments: argparse.Namespace, folder: Path, use: str) -> None:
     """Set what the command line leaves out: as the model's run has it for this use, else to the defaults."""
     held = remembered(folder, use)
-    default = {"temperature": 1.4, "top_k": 20 if use == "evaluation" else 0, "max_tokens": 8192}
+    default = {"n": 8, "temperature": 1.4, "top_k": 20 if use == "evaluation" else 0, "max_tokens": 8192}
     default |= {"instruction": INSTRUCTION, "thinking": "auto"}
-    missing = [name for name in ("n", *default) if getattr(arguments, name) is None]
-    for name in [name for name in missing if name != "n"]:
-        setattr(arguments, name, held.get(name, default[name]))
-    if arguments.n is None:
-        arguments.n = held.get("n", 1 if arguments.temperature == 0 else 8)
+    missing = [name for name in default if getattr(arguments, name) is None]
+    vars(arguments).update({name: held.get(name, default[name]) for name in missing})
     if taken := [f"{name} = {held[name]!r}" for name in missing if name in held]:
         note(f"from {folder / SETTINGS}: {', '.join(taken)}")
     if arguments.temperature == 0 and arguments.n > 1:
-        raise DataError("at temperature 0 all responses to a problem are equal: use -n 1 or give --temperature")
+        raise DataError("at temperature 0 all responses to a problem are equal: use -n 1")
 
 
 def load_worker(
-    arguments: argparse.Namespace, stopping: str = "", use: str = "evaluation", draw: int = 0, yarn: dict | None = None
-) -> tuple[RolloutWorker, Sampling]:
-    """Load a model to sample with lab.options.model_options, which get their defaults here.
+    arguments: argparse.Namespace,
+    problems: Sequence[Problem] | None = None,
+    stopping: str = "",
+    use: str = "evaluation",
+    draw: int = 0,
+    yarn: dict | None = None,
+) -> tuple[RolloutWorker, Sampling, dict[str, str]]:
+    """Load a model to sample these problems with lab.options.model_options; return worker, Sampling and identity.
 
-    `stopping` is printed when a signal stops it ("": signals end the program); `use` is "evaluation" or "training";
+    `stopping` is printed when a signal stops it; without, signals end the program. `use` is "evaluation" or "training";
     `draw` is the step that keys the random draws; `yarn` has the arguments of model.extend_window. The caller closes
-    the worker's grader.
+    the worker's grader. Raises ModelError, DataError or RolloutError for whatever would fail later. Without problems
+    the worker has no cache and the model no identity.
     """
     processes, folder = distributed.start(), resolve_folder(arguments.model)
     take_settings(arguments, folder, use)
@@ -67,29 +70,18 @@ def load_worker(
         model, chat, sampling.stop_tokens, None, grader, processes, arguments.instruction, stop,
         arguments.most_failed_share,
     )  # fmt: skip
-    return worker, sampling
-
-
-def fit_cache(arguments: argparse.Namespace, worker: RolloutWorker, sampling: Sampling, prompts: list[Prompt]) -> None:
-    """Give the worker a cache for these prompts. RolloutError if one of them cannot be sampled."""
-    window = max((len(prompt.tokens) for prompt in prompts), default=0) + sampling.max_new_tokens
-    page = SamplerSettings.page_tokens if worker.processes.device.type == "cuda" else window
-    worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
-    check_requests(worker.model, prompts, sampling, worker.limits)
-
-
-def prepare(
-    arguments: argparse.Namespace, worker: RolloutWorker, sampling: Sampling, problems: Sequence[Problem]
-) -> dict[str, str]:
-    """Check everything that sampling these problems would fail on; return the identity of model and prompts."""
+    if problems is None:
+        return worker, sampling, {}
     asked: dict = {}
     prompts = worker.prompts(problems, asked)
     worker.check(asked)
-    fit_cache(arguments, worker, sampling, prompts)
-    identity = worker.processes.broadcast(
-        model_identity(resolve_folder(arguments.model)) if worker.processes.is_main else None
-    )
-    return identity | {"prompts": prompts_identity(prompts), "reward function": reward_identity(arguments.reward or "")}
+    window = max((len(prompt.tokens) for prompt in prompts), default=0) + arguments.max_tokens
+    page = SamplerSettings.page_tokens if processes.device.type == "cuda" else window
+    worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
+    check_requests(model, prompts, sampling, worker.limits)
+    identity = processes.broadcast(model_identity(folder) if processes.is_main else None)
+    identity |= {"prompts": prompts_identity(prompts), "reward function": reward_identity(arguments.reward or "")}
+    return worker, sampling, identity
 
 
 def run_command(script: str, command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:

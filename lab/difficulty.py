@@ -25,7 +25,7 @@ from engine.fingerprint import require_same
 from engine.run import steps_left
 from lab import charts
 from lab.benchmarks import text_table
-from lab.command import load_worker, prepare, run_command
+from lab.command import load_worker, run_command
 from lab.problems import DataError, Problem, read_problems, write_problems
 from lab.recipe import RlStage, load_recipe
 
@@ -47,8 +47,9 @@ def read_data(arguments: argparse.Namespace, rewarded: bool) -> list[Problem]:
 def estimate_command(arguments: argparse.Namespace) -> None:
     """Estimate pass rates on all processes, and print the shape of their histogram."""
     problems = read_data(arguments, bool(arguments.reward))
-    worker, sampling = load_worker(arguments, "saving the finished problems", "training", ESTIMATE_DRAW)
-    identity, is_main = prepare(arguments, worker, sampling, problems), worker.processes.is_main
+    stopping = "saving the finished problems"
+    worker, sampling, identity = load_worker(arguments, problems, stopping, "training", ESTIMATE_DRAW)
+    is_main = worker.processes.is_main
     if is_main:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with worker.grader:

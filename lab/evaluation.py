@@ -19,7 +19,7 @@ from engine.run_folder import new_folder
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
 from lab import eval_page
 from lab.benchmarks import BENCHMARKS, file_name, find_data, published_table, text_table
-from lab.command import load_worker, prepare, run_command
+from lab.command import load_worker, run_command
 from lab.eval_page import percent
 from lab.metrics import read_metrics
 from lab.problems import Columns, DataError, Problem, read_problems, write_problems
@@ -61,8 +61,9 @@ def start_session(arguments: argparse.Namespace) -> Session:
         for name, place in find_data(arguments.data, arguments.folder).items()
     }
     problems = list(chain(*sets.values()))
-    worker, sampling = load_worker(arguments, "the finished responses are kept", yarn=arguments.yarn)
-    identity = prepare(arguments, worker, sampling, problems)
+    worker, sampling, identity = load_worker(
+        arguments, problems, "the finished responses are kept", yarn=arguments.yarn
+    )  # fmt: skip
     original = getattr(worker.model.config.rope.scaling, "original_max_position_embeddings", None)
     trained = arguments.trained_length or original or arguments.max_tokens
     # everything that decides the responses and their metrics; a folder holds one such evaluation

@@ -69,14 +69,13 @@ def reading_options() -> argparse.ArgumentParser:
     return parent
 
 
-def model_options(top_k: int = 20, n: int | None = None) -> argparse.ArgumentParser:
+def model_options(n: int | None = None, top_k: int = 20, greedy: bool = True) -> argparse.ArgumentParser:
     """Return a parent parser with the options of all commands that sample from a model."""
     parent = new_parser(add_help=False)
     add = parent.add_argument
     own = "(default: as the model's run has it"
-    add(
-        "-n", type=COUNT, default=n, help="responses per problem" + f" {own}, else 8; 1 at temperature 0)" * (n is None)
-    )
+    add("-n", type=COUNT, default=n, help="responses per problem" + f" {own}, else 8)" * (n is None))
+    add("--temperature", type=bounded(float, 0, above=not greedy), help=f"{'0 is greedy ' * greedy}{own}, else 1.4)")
     add("--top-k", type=bounded(int, 0), help=f"0 is off {own}, else {top_k})")
     add(
         "--top-p",
@@ -159,7 +158,6 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
     add("model", nargs="?", type=expanduser, help="a model folder or hub id")
     add("--data", action="append", type=expanduser, help="a known benchmark, file, folder of files or hub data set")
     add("--folder", type=user_path, help="where to search for known benchmarks before the hub")
-    add("--temperature", type=bounded(float, 0), help="0 is greedy (default: as the model's run has it, else 1.4)")
     add_yarn_options(parser)
     add(
         "--trained-length", type=COUNT,
@@ -192,7 +190,7 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
         arguments.temperatures = temperatures_of(values[0])
         if not arguments.temperatures:
             parser.error(f"--curve temperature needs FROM:TO:STEP, for example 0.6:1.7:0.1, not {values[0]}")
-    if arguments.temperature == 0 and (arguments.n or 1) > 1:
+    if arguments.temperature == 0 and (arguments.n or 0) > 1:
         parser.error("at temperature 0 all responses to a problem are equal: use -n 1")
     return arguments
 
@@ -214,7 +212,6 @@ def question_arguments(doc: str | None) -> argparse.Namespace:
     add("model", type=expanduser, help="a model folder or hub id")
     add("question", nargs="?", help="default: one on each line of the input, or as you type them")
     add("--answer", help="the right one, to grade by")
-    add("--temperature", type=bounded(float, 0), help="0 is greedy (default: as the model's run has it, else 1.4)")
     add("--show-thinking", action="store_true", help="print what comes before </think> as well")
     return parser.parse_args()
 
@@ -234,11 +231,9 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
         return commands.add_parser(name, help=what, parents=parents, allow_abbrev=False, **more).add_argument
 
     example = "Qwen/Qwen3-4B math.jsonl --max-tokens 38912 --temperature 1.4"
-    add = new_command("estimate", "Pass rates of a model.", example, model_options(top_k=0), reading)
+    add = new_command("estimate", "Pass rates of a model.", example, model_options(top_k=0, greedy=False), reading)
     add("model", type=expanduser, help="a model folder or hub id")
     add("data", type=expanduser, help="a file of problems or a hub data set")
-    what = "the one training will start at (default: as the model's run has trained it, else 1.4)"
-    add("--temperature", type=bounded(float, 0, above=True), help=what)
     add("--out", type=user_path, default=Path("pass-rates.jsonl"), help="a new file, or one to resume")
 
     what, example = "Drop the problems that are always solved.", "pass-rates.jsonl math.jsonl train.jsonl"
