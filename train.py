@@ -29,6 +29,7 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from textwrap import fill
 
 import numpy as np
 
@@ -66,6 +67,7 @@ from lab.problems import Problem
 from lab.recipe import Recipe, RlStage, SftStage, VariantSettings
 from lab.scores import Evaluation, print_evaluation, summarise
 
+MOMENTS = 10  # of a stage, at which groups are written for people to read
 SEARCH_DRAW = -3  # temperature searches draw from a place that no training step counts from
 
 
@@ -140,8 +142,6 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         groups = make_groups(recipe, batch, attempts)
         row = rows.describe_groups(groups, attempts, work)  # of the original rewards: before rescue and substitution
         record_visits(run, index, groups)
-        written = recipe.run.rollouts_written
-        run.metrics.write_rollouts(rows.rollouts_to_read(state.step + 1, groups[:written], attempts[:written]))
 
         # give a signal to groups that have none
         if sinks_are_used:
@@ -154,6 +154,9 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         learned = Substitution(groups, 0, skip_update=False)
         if stage.substitute:
             learned = substitute(groups, recipe.seed, state.step, stage.informative_share)
+        if state.stage_step % max(1, stage.steps // MOMENTS) == 0:
+            where, most = {"step": state.step + 1, "stage": index, "kind": "training"}, recipe.run.rollouts_written
+            run.metrics.write_rollouts(rows.groups_to_read(where, run.worker, attempts, groups, learned.groups)[:most])
 
         # learn: advantages, loss, one optimizer step on the whole batch
         rate, update, update_begun = learning_rate(stage, state.stage_step), None, time.perf_counter()
@@ -335,6 +338,13 @@ def held_out_evaluation(run: Run, index: int, label: str, within_stage: bool = F
     groups = evaluate(run.worker, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
     found = summarise("held-out", problems, groups, sampling.temperature, sampling.max_new_tokens)
     report_evaluation(run, index, found, final)
+    where = {"step": run.state.step, "stage": index, "kind": "held-out"}
+    some = zip(problems[: run.recipe.run.rollouts_written], groups, strict=False)
+    message, temperature = run.worker.message, sampling.temperature
+    to_read = [
+        rows.group_to_read(where, problem, message(problem)["content"], own, temperature) for problem, own in some
+    ]
+    run.metrics.write_rollouts(to_read)
 
 
 def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> None:
@@ -354,8 +364,11 @@ def main(arguments: Namespace) -> None:
         run.mark_finished()
         then = f"write the report of the finished run with: python -m lab.page {run.folder}"
         if run.processes.is_main:
+            from lab.metrics import read_metrics
             from lab.page import write_report
+            from lab.story import what_happened
 
+            print(*(fill(sentence, 100) for sentence in what_happened(read_metrics(run.folder))), sep="\n")
             print(f"report in {write_report(run.folder)}")
     except Interrupted:
         status = distributed.stop_status()

@@ -159,7 +159,7 @@ def write_results(out: Path, model: str, sets: dict[str, list[Problem]], results
     text = json.dumps({"model": model, "evaluations": rows, **curves}, indent=2, allow_nan=False)
     write_atomically(out / "results.json", [f"{text}\n".encode()])
     table = published_table({", ".join(filter(None, (model, setting))): own for setting, own in figures.items()})
-    page = eval_page.write_evaluation_page(out, model, figures, sets, results.groups, table, curves)
+    page = eval_page.write_evaluation_page(out, read_settings(out), figures, sets, results.groups, table, curves)
     for setting, own in figures.items():
         for found in own:
             print(f"{setting}: " * bool(setting), end="")

@@ -168,7 +168,7 @@ class RunSettings:
     checkpoint_every_steps: int = key(20, least=1)
     checkpoints_kept: int = key(2, least=1)
     most_nonfinite_steps: int = key(3, "consecutive non-finite updates that stop the run", least=1)
-    rollouts_written: int = key(4, "rollouts written per step, for people to read", least=0)
+    rollouts_written: int = key(4, "whole groups written per evaluation, and at ten steps of a stage, to read", least=0)
     tracker: str = key("", "also send metrics to it; empty: none", one_of=("", "tensorboard", "wandb", "trackio"))
 
 

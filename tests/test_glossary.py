@@ -30,7 +30,7 @@ def test_every_field_of_an_evaluation_and_of_an_update_is_explained():
 
 def test_every_key_that_the_page_shows_is_explained():
     of = {"steps": {"sft", "rl"}, "sft": {"sft"}, "rl": {"rl"}, "eval": {"eval"}}
-    assert all(set(ROWS_OF[key]) & of[chart.of] for chart in page.CHARTS for key in chart.metrics.split())
+    assert all(set(ROWS_OF[key]) & of[chart.of] for part in page.CHARTS.values() for chart in part for key in chart.metrics)
     assert all("rl" in ROWS_OF[key] for _, key, _ in page.STAGE_COLUMNS)
     assert all("eval" in ROWS_OF[key] for _, key, _ in page.FINAL_COLUMNS)
 

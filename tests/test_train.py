@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
+from textwrap import fill
 
 import forked
 import pytest
@@ -34,6 +35,7 @@ from lab.options import difficulty_arguments, training_arguments
 from lab.problems import DataError
 from lab.recipe import RecipeError, load_recipe
 from lab.run_data import RunData
+from lab.story import what_happened
 
 ROOT = Path(__file__).resolve().parent.parent
 # a model of 0.1M parameters that learns the format in seconds, and sometimes a right answer
@@ -107,6 +109,21 @@ def test_one_command_goes_from_an_untrained_model_to_a_report(finished):
     }
     assert any(row["grad_norm"] > 0 for row in kinds["rl"] if not row["skipped"])
     assert (folder / "finished").exists() and not (folder / "resume-me").exists()
+
+
+def test_the_same_held_out_problems_are_written_whole_and_the_story_ends_the_output(finished):
+    folder, output = finished
+    groups = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    held_out = [row for row in metrics(folder) if row["kind"] == "eval" and row["name"] == "held-out"]
+    asked = [[g["problem_id"] for g in groups if g["kind"] == "held-out" and g["step"] == row["step"]] for row in held_out]
+    assert len(held_out) > 3 and all(ids and ids == asked[0] for ids in asked)
+    assert all(len(group["responses"]) == held_out[0]["n"] for group in groups if group["kind"] == "held-out")
+    trained = [group for group in groups if group["kind"] == "training"]
+    assert {group["stage"] for group in trained} == {1, 2, 3} and {len(group["responses"]) for group in trained} == {8}
+    story, printed = what_happened(metrics(folder)), output.splitlines()
+    told, report = printed[printed.index(fill(story[0], 100).splitlines()[0]) : -1], printed[-1]
+    assert len(story) >= 6 and " ".join(told) == " ".join(story) and report.startswith("report in")
+    assert max(map(len, told)) <= 100
 
 
 def test_sampler_and_trainer_agree_in_float32_at_every_step(finished):
