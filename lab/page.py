@@ -162,7 +162,8 @@ def _search(row: dict) -> Drawn:
     )
     rules = [(chosen, f"chosen {format_number(chosen)}")] if chosen is not None else []
     figure = temperature_figure(title, [point | {"target": target} for point in row.get("curve") or []], rules)
-    return title, figure, "The search for the temperature that restores an earlier diversity; bands: 95% intervals."
+    whose = f"the {row.get('restores') or 'first'} stage's" if target else "an earlier"
+    return title, figure, f"The search for the temperature that restores {whose} diversity; bands: 95% intervals."
 
 
 def _cell(rows: list[dict], key: str, what: str) -> str:

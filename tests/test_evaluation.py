@@ -164,6 +164,19 @@ def test_a_problem_without_an_answer_counts_as_wrong_unless_skipped(command, sma
     assert "left out 1 unusable rows (row 1 has no answer)" in capsys.readouterr().err
 
 
+def test_prompts_too_long_for_the_window_are_named_together_and_left_out_on_request(command, small_world, capsys):
+    rows = [{"id": n, "problem": "1+" * 60 * (n % 2) + "1=", "answer": "2"} for n in range(4)]
+    (small_world / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["-n", 1, "--max-tokens", 4]
+    with pytest.raises(SystemExit, match=r"problem long/1: .* window of 96, and 1 more do so \(long/3\): .*--skip-bad-"):
+        command(*options, data=("long",))
+    results, responses = command(*options, "--skip-bad-rows", data=("long",), out="skipped")
+    assert "long: left out 2 of 4 problems" in capsys.readouterr().out
+    assert results["evaluations"][0]["problems"] == 2 and [row["problem_id"] for row in responses] == ["long/0", "long/2"]
+    with pytest.raises(SystemExit, match="long: no prompt has 1 tokens or fewer; lower --max-tokens"):
+        command(*options[:-1], 95, "--skip-bad-rows", data=("long",), out="none")
+
+
 def test_a_tokenizer_of_another_model_is_refused_or_asked_about(command, small_world, tmp_path, capsys):
     import shutil
 

@@ -20,7 +20,8 @@ def test_the_readme_has_this_table():
 def test_every_key_is_explained_once():
     keys = [key for entry in GLOSSARY for key in entry.keys.split()]
     assert len(set(keys)) == len(keys)
-    assert {row for rows in ROWS_OF.values() for row in rows} == {"sft", "rl", "eval", "filter", "temperature", "guard"}
+    kinds = {"sft", "rl", "eval", "filter", "temperature", "premises", "guard"}
+    assert {row for rows in ROWS_OF.values() for row in rows} == kinds
 
 
 def test_every_field_of_an_evaluation_and_of_an_update_is_explained():
