@@ -41,7 +41,8 @@ def estimate_command(arguments: argparse.Namespace) -> None:
     if recipe and not any(isinstance(stage, RlStage) for stage in recipe.stage):
         raise RecipeError(f"{arguments.recipe} has no rl stage, so pass rates mean nothing for it; give another")
     sets = {arguments.data: read_data(arguments, bool(arguments.reward))}
-    worker, sampling, identity = load_worker(arguments, sets, "saving the finished problems", ESTIMATE_DRAW)
+    stopping = "saving the finished problems"
+    worker, sampling, identity = load_worker(arguments, sets, stopping, "training", ESTIMATE_DRAW)
     problems = sets[arguments.data]
     is_main = worker.processes.is_main
     if is_main:

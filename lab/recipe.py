@@ -14,7 +14,7 @@ import operator
 import os
 import tomllib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -301,8 +301,11 @@ def describe_keys(kind: type = Recipe, prefix: str = "") -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply overrides of the form `stage.0.temperature=1.2`. Raises RecipeError."""
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, object] = {}) -> Recipe:
+    """Read a recipe file and apply overrides of the form `stage.0.temperature=1.2`. Raises RecipeError.
+
+    `defaults` are of keys of the recipe itself that it may leave out.
+    """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -314,6 +317,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: not valid TOML ({str(error).splitlines()[0][:MAX_SHOWN]})") from None
     for override in overrides:
         _apply(table, override)
+    table = {**defaults, **table}
     recipe = _build(Recipe, table, "")
     _check(recipe)
     return recipe

@@ -233,6 +233,16 @@ def test_transformers_loads_the_exported_model(finished):
     assert "</think> \\boxed{" in tokenizer.decode(tokens[0])
 
 
+def test_the_last_model_says_how_it_was_sampled_and_how_good_it_is(finished):
+    folder, rows = finished[0] / "stage-3", metrics(finished[0])
+    chosen = [row["chosen"] for row in rows if row["kind"] == "temperature"][-1]
+    held = json.loads((folder / "nanopolaris.json").read_text())
+    assert held["training"] == {"n": 8, "temperature": chosen, "top_k": 0, "max_tokens": 56}
+    assert held["evaluation"] == {"n": 2, "temperature": 1.0, "top_k": 0, "max_tokens": 64}
+    last = [row for row in rows if row["kind"] == "eval" and row["name"] == "held-out"][-1]
+    assert last["final"] and f"held-out: avg@2 {100 * last['avg']:.1f} (95% " in (folder / "README.md").read_text()
+
+
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path):
     folder = tmp_path / "tiny"
     with forked.Popen(command(tmp_path), stdout=forked.PIPE) as process:
