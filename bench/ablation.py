@@ -34,10 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from extrapolation import SETTINGS as SCALINGS  # noqa: E402
-from extrapolation import WINDOW  # noqa: E402
+from extrapolation import WINDOW, markdown, means, t_interval, with_interval  # noqa: E402
 
 from engine.files import write_atomically  # noqa: E402
-from eval import student_95  # noqa: E402
 from lab import charts  # noqa: E402
 from lab.console import format_eta  # noqa: E402
 from lab.metrics import read_metrics  # noqa: E402
@@ -296,14 +295,6 @@ def read_outcome(folder: Path) -> Outcome:
     )
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its 95% interval by Student's t, infinite for one value."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), math.inf
-    return float(np.mean(values)), float(student_95(n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-
-
 def steps_to(scores: Sequence[tuple[int, int, float]], target: float) -> float:
     """Return the step at which the linearly interpolated evaluations first reach a score, or infinity."""
     for (step, _, score), (next_step, _, next_score) in zip(scores, scores[1:], strict=False):
@@ -353,21 +344,6 @@ def points(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def with_interval(values: Sequence[float], signed: bool = False) -> str:
-    """Format the mean of shares in percent with its t interval."""
-    mean, half = t_interval(values)
-    sign = "+" if signed else ""
-    if half == math.inf:
-        return f"{100 * mean:{sign}.1f}"
-    return f"{100 * mean:{sign}.1f} ({100 * (mean - half):{sign}.1f} to {100 * (mean + half):{sign}.1f})"
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """Return rows of cells, the first a header, as Markdown."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def mean_of(found: dict[int, Outcome], value: Callable[[Outcome], float | None], form: str = ",.0f") -> str:
     """Return the mean over the seeds in which the value is known."""
     known = [value(outcome) for outcome in found.values() if value(outcome) is not None]
@@ -403,14 +379,7 @@ def tables(results: Results) -> str:
         ])  # fmt: skip
     parts = [markdown(scores), markdown(did)]
     if results.lengths:
-        ratios = sorted({ratio for row in results.lengths.values() for _, ratio in row})
-        lines = [[f"avg@8, {len(results.lengths)} seeds, ending at", *(f"{r:g}x = {r * WINDOW:.0f}" for r in ratios)]]
-        for name in SCALINGS:
-            lines.append([name, *(with_interval([row[name, r] for row in results.lengths.values()]) for r in ratios)])
-        for name in SCALINGS[1:]:
-            gains = {r: [row[name, r] - row[SCALINGS[0], r] for row in results.lengths.values()] for r in ratios}
-            lines.append([f"{name}, minus none", *(with_interval(gains[r], signed=True) for r in ratios)])
-        parts.append(markdown(lines))
+        parts.append(means(list(results.lengths.values()), WINDOW))
     return "\n\n".join(parts)
 
 

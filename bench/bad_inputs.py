@@ -138,7 +138,7 @@ CASES = [
 
 def make_inputs() -> None:
     """Write the world, the finished run and the broken files into the current folder."""
-    sizes = {"sft_problems": 4, "train_problems": 6, "held_out_problems": 3, "beyond_problems": 1, "filler_tokens": 3}
+    sizes = {"sft_problems": 4, "train_problems": 6, "held_out_problems": 3, "beyond_problems": 1, "trained_tokens": 30}
     write_world(World(**sizes, hidden_size=32, layers=1, window=96), Path("world"))
     write_world(World(**sizes, hidden_size=64, layers=1, window=96), Path("wide"))
     small = RECIPE.replace('"world/', f'"{Path.cwd()}/world/')

@@ -2,6 +2,7 @@
 
     python bench/extrapolation.py runs/tiny                      # a finished run of recipes/tiny.toml
     python bench/extrapolation.py runs/tiny --window 128 --ratios 1 1.5 2
+    python bench/extrapolation.py runs/tiny-*                    # several seeds: their means as well
 
 Difficulty must not grow with length, or a floor hides the effect. So the sums stay the same (the run's world/
 beyond-window set without its filler), and filler tokens are added before each until prompt and correct response end at
@@ -9,15 +10,19 @@ RATIO x the trained window. Each ratio is evaluated without scaling and with YaR
 each alone and with its attention temperature (0.1 ln s + 1, arXiv 2309.00071); s is the ratio. Inside the window s is
 1.5, to show what scaling costs there.
 
-The scores are avg@8 with 95% intervals over problems. The figures are also written to RUN/extrapolation.json.
+The scores are avg@8 with 95% intervals over problems. The figures are also written to RUN/extrapolation.json; a run
+that has them is not measured again. Means over runs have Student's 95% intervals, differences are paired by run.
 """
 
 import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,7 +33,7 @@ from engine.grader import Grader  # noqa: E402
 from engine.rollout_worker import RolloutWorker  # noqa: E402
 from engine.run import EVALUATION_DRAW  # noqa: E402
 from engine.tokenizer import encode, load_tokenizer, read_chat, stop_tokens  # noqa: E402
-from eval import evaluate  # noqa: E402
+from eval import evaluate, student_95  # noqa: E402
 from lab.arithmetic import FILLER  # noqa: E402
 from lab.problems import Problem, read_problems  # noqa: E402
 from lab.recipe import load_recipe  # noqa: E402
@@ -95,22 +100,65 @@ def table(rows: list[dict], window: int) -> str:
     ratios = list(dict.fromkeys(row["ratio"] for row in rows))
     cells = {(row["ratio"], row["setting"]): cell(row) for row in rows}
     lines = [["avg@8, ending at", *(f"{ratio:g}x = {ratio * window:.0f} tokens" for ratio in ratios)]]
-    lines += [["---"] * len(lines[0]), *([name, *(cells[ratio, name] for ratio in ratios)] for name in SETTINGS)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines + [[name, *(cells[ratio, name] for ratio in ratios)] for name in SETTINGS])
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the half width of its 95% interval by Student's t, infinite for one value."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), math.inf
+    return float(np.mean(values)), float(student_95(n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def with_interval(values: Sequence[float], signed: bool = False) -> str:
+    """Format the mean of shares in percent with its t interval."""
+    mean, half = t_interval(values)
+    sign = "+" if signed else ""
+    if half == math.inf:
+        return f"{100 * mean:{sign}.1f}"
+    return f"{100 * mean:{sign}.1f} ({100 * (mean - half):{sign}.1f} to {100 * (mean + half):{sign}.1f})"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Return rows of cells, the first a header, as Markdown."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def means(runs: Sequence[dict[tuple[str, float], float]], window: int) -> str:
+    """Return a table of means over runs, each avg@8 by setting and ratio, and of paired differences."""
+    ratios = sorted({ratio for row in runs for _, ratio in row})
+    lines = [[f"avg@8, {len(runs)} seeds, ending at", *(f"{r:g}x = {r * window:.0f}" for r in ratios)]]
+    for name in SETTINGS:
+        lines.append([name, *(with_interval([row[name, r] for row in runs]) for r in ratios)])
+    pairs = [(name, SETTINGS[0], "none") for name in SETTINGS[1:]] + [(SETTINGS[4], SETTINGS[3], SETTINGS[3])]
+    for name, other, words in pairs:
+        gains = ([row[name, r] - row[other, r] for row in runs] for r in ratios)
+        lines.append([f"{name}, minus {words}", *(with_interval(gain, signed=True) for gain in gains)])
+    return markdown(lines)
 
 
 def main() -> None:
-    """Measure a run and print its table and one line of JSON."""
+    """Measure the runs, and print a table and one line of JSON for each, then the means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder of a finished run in the laptop world")
+    parser.add_argument("runs", nargs="+", type=Path, help="the folders of finished runs in the laptop world")
     parser.add_argument("--window", type=int, default=WINDOW, help="the trained window, in tokens")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     arguments = parser.parse_args()
-    rows = measure(arguments.run, arguments.window, arguments.ratios)
-    text = json.dumps({"run": arguments.run.name, "window": arguments.window, "rows": rows})
-    write_atomically(arguments.run / "extrapolation.json", [text.encode()])
-    print(table(rows, arguments.window))
-    print(text)
+    found = {}
+    for run in arguments.runs:
+        path = run / "extrapolation.json"
+        if not path.exists():
+            rows = measure(run, arguments.window, arguments.ratios)
+            text = json.dumps({"run": run.name, "window": arguments.window, "rows": rows})
+            write_atomically(path, [text.encode()])
+        text = path.read_text()
+        rows = json.loads(text)["rows"]
+        found[run] = {(row["setting"], row["ratio"]): row["avg"] for row in rows}
+        print(f"{run.name}\n{table(rows, arguments.window)}\n{text}\n")
+    if len(found) > 1:
+        print(means(list(found.values()), arguments.window))
 
 
 if __name__ == "__main__":

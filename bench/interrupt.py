@@ -39,13 +39,14 @@ from lab.metrics import read_metrics  # noqa: E402
 # the full recipe in seconds: 0.1M parameters, 150 steps of fine-tuning, 7 of RL in three stages, a checkpoint every
 # other step
 SMALL = [
-    "name=small", "world.sft_problems=2400", "world.sft_terms=[2, 3]", "world.train_terms=[3, 3]",
-    "world.beyond_terms=[3, 3]", "world.train_problems=32", "world.held_out_problems=16", "world.beyond_problems=8",
-    "world.hidden_size=64", "world.layers=2", "stage.0.steps=150", "stage.0.batch_sequences=16", "stage.1.steps=3",
-    "stage.1.batch_problems=8", "stage.2.steps=2", "stage.2.batch_problems=8", "stage.3.steps=2",
-    "stage.3.batch_problems=8", "search.problems=8", "search.samples=2", "search.most=1.1", "eval.samples=2",
-    "eval.every_steps=2", "final.samples=2", "reward.format=0.1", "reward.steps=0.5", "run.checkpoint_every_steps=2",
-    "stage.1.informative_share=0.0", "stage.2.informative_share=0.0", "stage.3.informative_share=0.0",
+    "name=small", "world.sft_problems=2400", "world.sft_terms=[2, 3]", "world.train_terms=[3]",
+    "world.held_out_terms=[3]", "world.beyond_terms=[3]", "world.train_problems=32", "world.held_out_problems=16",
+    "world.beyond_problems=8", "world.hidden_size=64", "world.layers=2", "stage.0.steps=150",
+    "stage.0.batch_sequences=16", "stage.1.steps=3", "stage.1.batch_problems=8", "stage.2.steps=2",
+    "stage.2.batch_problems=8", "stage.3.steps=2", "stage.3.batch_problems=8", "search.problems=8", "search.samples=2",
+    "search.most=1.1", "eval.samples=2", "eval.every_steps=2", "final.samples=2", "reward.format=0.1",
+    "reward.steps=0.5", "run.checkpoint_every_steps=2", "stage.1.informative_share=0.0",
+    "stage.2.informative_share=0.0", "stage.3.informative_share=0.0",
 ]  # fmt: skip
 KINDS = ("kill", "saving", "stop", "damage", "worker")
 MOST_SECONDS = 900.0  # of one launch; after that it counts as lost

@@ -5,8 +5,9 @@
     python bench/prove_tiny.py runs/tiny --readme                          # put table and curves into the README
 
 For every run: held-out avg@8 of the fine-tuned model and of the trained one with their 95% intervals, how often each
-mechanism fired, and what the problems were like. With --make, fine-tuning is also continued for 100 steps in a run of
-its own, to show what it would have gained instead.
+mechanism fired, and what the problems were like: of the never / always solved ones before RL, shares of all; of the
+groups, the share with equal rewards. A temperature with a star did not restore the diversity. With --make, fine-tuning
+is also continued for 100 steps in a run of its own, to show what it would have gained instead.
 """
 
 import argparse
@@ -33,14 +34,35 @@ def interval(row: dict) -> str:
     return f"{100 * row['avg']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
 
 
+def temperatures(rows: list[dict]) -> str:
+    """The temperature of each stage, with a star where the search found none that restores the diversity."""
+    found = []
+    for row in (row for row in rows if row["kind"] == "temperature"):
+        last = row["curve"][-1]
+        restored = row["chosen"] == last["temperature"] and last["distinct4"] >= (last["target"] or 0)
+        found.append(f"{row['chosen']:g}{'' if restored else '*'}")
+    return " -> ".join(found)
+
+
+def premises(rows: list[dict]) -> list[str]:
+    """Problems never / always solved before RL, problems dropped, and groups of equal rewards in each stage."""
+    filters = [row for row in rows if row["kind"] == "filter"]
+    before, stages = filters[0]["before"], {}
+    for row in (row for row in rows if row["kind"] == "rl"):
+        silent, groups = stages.get(row["stage"], (0, 0))
+        stages[row["stage"]] = silent + row["zero_variance"], groups + row["groups"]
+    return [
+        f"{before[0] / sum(before):.0%} / {before[8] / sum(before):.0%}",
+        " + ".join(str(row["dropped"]) for row in filters),
+        ", ".join(f"{silent / groups:.0%}" for silent, groups in stages.values()),
+    ]
+
+
 def describe(folder: Path) -> str:
     """One row of the table."""
     rows = read_metrics(folder)
     first, last = held_out(rows)[0], held_out(rows)[-1]
     rl = [row for row in rows if row["kind"] == "rl"]
-    filters = [row for row in rows if row["kind"] == "filter"]
-    before = filters[0]["before"]
-    chosen = [f"{row['chosen']:g}" for row in rows if row["kind"] == "temperature"]
     groups = sum(row["groups"] for row in rl)
     return " | ".join(
         [
@@ -48,9 +70,8 @@ def describe(folder: Path) -> str:
             interval(first),
             interval(last),
             f"**{100 * (last['avg'] - first['avg']):+.1f}**",
-            " -> ".join(chosen),
-            f"{before[0]} / {sum(before[1:8])} / {before[8]}",
-            " + ".join(str(row["dropped"]) for row in filters),
+            temperatures(rows),
+            *premises(rows),
             f"{sum(row['rescued'] for row in rl)}, {sum(row['substituted'] for row in rl)} of {groups}",
             f"{sum(row['skipped'] for row in rl)}",
             f"{max(row['logprob_diff_max'] for row in rl if not row['skipped']):.0e} |",
@@ -63,16 +84,18 @@ BEGIN, END = "<!-- default run: written by python bench/prove_tiny.py RUN ... --
 
 def update_readme(folders: list[Path]) -> None:
     """Rewrite the README's block on the default run, and its picture, from these runs."""
-    lines = ["| run | after fine-tuning, avg@8 | after RL, avg@8 | gain | temperatures | rescued | overwritten groups |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| run | after fine-tuning, avg@8 | after RL, avg@8 | gain | never / always solved before RL | dropped "
+             "| temperatures | groups without a signal | rescued | overwritten groups |"]  # fmt: skip
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for folder in folders:
         rows = read_metrics(folder)
         (first, *_, last), rl = held_out(rows), [row for row in rows if row["kind"] == "rl"]
-        chosen = " -> ".join(f"{row['chosen']:g}" for row in rows if row["kind"] == "temperature")
+        (solved, dropped, silent), chosen = premises(rows), temperatures(rows)
         rescued, overwritten = (sum(row[key] for row in rl) for key in ("rescued", "substituted"))
         gain = f"{100 * (last['avg'] - first['avg']):+.1f}"
         groups = sum(row["groups"] for row in rl)
-        cells = [folder.name, interval(first), interval(last), gain, chosen, rescued, f"{overwritten} of {groups}"]
+        cells = [folder.name, interval(first), interval(last), gain, solved, dropped, chosen, silent, rescued,
+                 f"{overwritten} of {groups}"]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     rows = read_metrics(folders[0])
     first, *_, last = held_out(rows)
@@ -120,9 +143,9 @@ def main() -> None:
     if arguments.readme:
         update_readme(runs)
         return
-    print("| run | after SFT, avg@8 | after RL, avg@8 | gain | temperatures | never / sometimes / always | dropped "
-          "| rescued, substituted | skipped | largest log-prob mismatch |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| run | after SFT, avg@8 | after RL, avg@8 | gain | temperatures | never / always | dropped "
+          "| groups without a signal | rescued, substituted | skipped | largest log-prob mismatch |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for folder in runs:
         print(describe(folder))
     for folder in runs:

@@ -8,10 +8,10 @@ response grows with the number of terms:
     problem     7 + 5 - 3
     response    7 + 5 = 12 ; 12 - 3 = 9</think> \boxed{9}
 
-The solutions for supervised fine-tuning are noisy: a share of the steps is wrong, and later steps continue from the
-wrong number. The model learns the noise too, and reinforcement learning from the answer alone can remove it.
-Fine-tuning has fewer terms than the problems of RL, so that some of these are solved always, some sometimes and some
-never. All files have the usual formats, so that no other file depends on this one.
+The solutions for supervised fine-tuning are careless with long sums: a share of their steps is wrong, and later steps
+continue from the wrong number. The model learns the noise too, and reinforcement learning from the answer alone can
+remove it. Most problems of RL are short and some have more terms than fine-tuning, so that many are solved always, some
+sometimes and some never: a J. All files have the usual formats, so that no other file depends on this one.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from lab.recipe import World
 from model import Transformer, initialise, parse_config, save
 
 FILLER = " ."
+TOKENS_PER_TERM = 8  # 2 of the problem and 6 of its solution; the template adds what the first term saves
 MAX_MISSES = 10_000  # consecutive draws without a new sum
 
 # --------------------------------------------------------------------------------------------------- problems
@@ -65,10 +66,10 @@ def solve(terms: Sequence[int], random: np.random.Generator, noise: float) -> st
 def make_problems(
     name: str,
     count: int,
-    terms: tuple[int, int],
+    terms: Sequence[int],
     world: World,
     taken: set[tuple[int, ...]],
-    noise: float = 0.0,
+    noise: Sequence[float] = (0.0,),
     repeats: bool = False,
 ) -> list[Problem]:
     """Draw `count` problems that cycle through the numbers of terms, none with a sum in `taken`.
@@ -79,7 +80,7 @@ def make_problems(
     problems: list[Problem] = []
     misses = 0
     while len(problems) < count:
-        size = terms[0] + len(problems) % (terms[1] - terms[0] + 1)
+        size = terms[len(problems) % len(terms)]
         summands = make_terms(random, size)
         if tuple(summands) in taken:
             misses += 1
@@ -93,13 +94,14 @@ def make_problems(
         if not repeats:
             taken.add(tuple(summands))
         filled = random.random() < world.filler_share
-        filler = FILLER * int(random.integers(1, world.filler_tokens + 1)) if filled else ""
+        room = max(1, world.trained_tokens - TOKENS_PER_TERM * size - 1)
+        filler = FILLER * int(random.integers(1, room + 1)) if filled else ""
         problem = Problem(
             id=f"{name}/{len(problems)}",
             text=filler + write_sum(summands),
             answers=(str(sum(summands)),),
             type=f"{size} terms",
-            solution=solve(summands, random, noise),
+            solution=solve(summands, random, noise[min(max(size - 2, 0), len(noise) - 1)]),
         )
         problems.append(problem)
     return problems
@@ -169,7 +171,7 @@ def write_world(world: World, folder: Path) -> None:
     taken: set[tuple[int, ...]] = set()
     late = replace(world, filler_share=0.0)
     sets = {
-        "held-out": make_problems("held-out", world.held_out_problems, world.train_terms, world, taken),
+        "held-out": make_problems("held-out", world.held_out_problems, world.held_out_terms, world, taken),
         "train": make_problems("train", world.train_problems, world.train_terms, world, taken),
         "beyond-window": make_problems("beyond-window", world.beyond_problems, world.beyond_terms, late, taken),
     }

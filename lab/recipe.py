@@ -47,20 +47,23 @@ def key(default: typing.Any, help: str = "", **bounds: typing.Any) -> typing.Any
 
 @dataclass(frozen=True)
 class World:
-    """The sums of lab/arithmetic.py. `*_terms` are inclusive ranges of the number of summands."""
+    """The sums of lab/arithmetic.py. `*_terms` are numbers of summands, through which a set of problems cycles."""
 
     seed: int = key(0, least=0)
     sft_problems: int = key(32_000, least=1)
-    sft_terms: tuple[int, int] = (2, 6)
-    sft_noise: float = key(0.15, "share of wrong steps in the fine-tuning solutions", least=0, most=1)
+    sft_terms: tuple[int, ...] = key((2, 3, 4, 5, 6), least=1)
+    sft_noise: tuple[float, ...] = key(
+        (0.003, 0.003, 0.0075, 0.075, 0.2), "share of wrong steps with 2, 3, ... terms, and more", least=0, most=1
+    )
     train_problems: int = key(640, least=1)
-    train_terms: tuple[int, int] = (3, 7)
+    train_terms: tuple[int, ...] = key((3, 4, 5, 4, 3, 6, 4, 3, 7, 4, 3, 4, 5, 3, 4, 6, 3, 4, 7, 8), least=1)
     held_out_problems: int = key(240, least=1)
-    filler_share: float = key(0.2, "of problems start with filler, to train late positions", least=0, most=1)
-    filler_tokens: int = key(40, "most tokens of filler", least=1)
+    held_out_terms: tuple[int, ...] = key((3, 4, 5, 6, 7), least=1)
+    filler_share: float = key(0.25, "of problems start with filler, to train late positions", least=0, most=1)
+    trained_tokens: int = key(128, "filler may move the end of a solved problem up to here", least=1)
     beyond_tokens: tuple[int, int] = key((104, 128), "filler tokens of the problems beyond the trained window")
     beyond_problems: int = key(128, least=1)
-    beyond_terms: tuple[int, int] = (3, 6)
+    beyond_terms: tuple[int, ...] = key((3, 4, 5, 6), least=1)
     hidden_size: int = key(128, "a multiple of 32", least=32)
     layers: int = key(4, least=1)
     window: int = key(512, "max_position_embeddings", least=1)
@@ -377,7 +380,8 @@ def _build(kind: type, table: object, where: str) -> typing.Any:
     for f in known.values():  # defaults may be out of bounds too: a stage needs `steps`
         value = getattr(settings, f.name)
         for name, (words, holds) in BOUNDS.items():
-            if name in f.metadata and not holds(value, f.metadata[name]):
+            each = value if isinstance(value, tuple) else (value,)
+            if name in f.metadata and not all(holds(x, f.metadata[name]) for x in each):
                 raise RecipeError(f"{prefix}{f.name} must be {words} {f.metadata[name]}, not {_shown(value)}")
     return settings
 
@@ -399,6 +403,10 @@ def _convert(value: object, kind: typing.Any, where: str) -> typing.Any:
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
             raise RecipeError(f"{where} must be a list of texts, not {_shown(value)}")
         return tuple(map(os.path.expanduser, value))  # benchmarks
+    if kind in (tuple[int, ...], tuple[float, ...]):
+        if not isinstance(value, list) or not value:
+            raise RecipeError(f"{where} must be a list of numbers, not {_shown(value)}")
+        return tuple(_convert(x, typing.get_args(kind)[0], where) for x in value)
     if type(value) is str and where.rpartition(".")[2] in ("model", "data"):
         value = os.path.expanduser(value)
     options = typing.get_args(kind) or (kind,)  # of a union

@@ -119,6 +119,6 @@ def small_world(tmp_path_factory):
     from lab.arithmetic import World, write_world
 
     folder = tmp_path_factory.mktemp("worlds") / "world"
-    sizes = {"sft_problems": 1, "train_problems": 5, "held_out_problems": 6, "beyond_problems": 1, "filler_tokens": 3}
+    sizes = {"sft_problems": 1, "train_problems": 5, "held_out_problems": 6, "beyond_problems": 1, "trained_tokens": 30}
     write_world(World(**sizes, hidden_size=32, layers=1, window=96), folder)
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as models
-from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
+from engine.tokenizer import encode, load_tokenizer, read_chat, stop_tokens
 from lab import arithmetic
 from lab.arithmetic import FILLER, World, make_problems, make_terms, make_tokenizer, solve, write_sum, write_world
 from lab.problems import DataError, read_problems
@@ -19,7 +20,7 @@ from reward import last_boxed, step_reward
 SETS = ("train", "held-out", "beyond-window", "sft")
 SMALL = World(
     sft_problems=3000, train_problems=200, held_out_problems=80, beyond_problems=60, hidden_size=64, layers=2,
-    filler_tokens=20, beyond_tokens=(30, 40), window=96,
+    trained_tokens=72, beyond_tokens=(50, 60), window=128,
 )  # fmt: skip
 
 
@@ -49,10 +50,11 @@ def sets(world):
 
 def test_the_sets_have_their_sizes_and_cycle_through_the_terms(sets):
     assert [len(sets[name]) for name in SETS] == [200, 80, 60, 3000]
-    terms = {"train": (3, 7), "held-out": (3, 7), "beyond-window": (3, 6), "sft": (2, 6)}
-    for name, (low, high) in terms.items():
+    j_shape = [3, 4, 5, 4, 3, 6, 4, 3, 7, 4, 3, 4, 5, 3, 4, 6, 3, 4, 7, 8]  # mostly easy, some beyond fine-tuning
+    terms = {"train": j_shape, "held-out": [3, 4, 5, 6, 7], "beyond-window": [3, 4, 5, 6], "sft": [2, 3, 4, 5, 6]}
+    for name, cycle in terms.items():
         sizes = [len(expression(problem.text).split()) // 2 + 1 for problem in sets[name]]
-        assert sizes == [low + i % (high - low + 1) for i in range(len(sizes))]
+        assert sizes == (cycle * len(sizes))[: len(sizes)]
         assert [problem.type for problem in sets[name]] == [f"{size} terms" for size in sizes]
         assert [problem.id for problem in sets[name]] == [f"{name}/{i}" for i in range(len(sizes))]
 
@@ -89,7 +91,7 @@ def test_a_solution_without_noise_is_right_in_every_step(sets):
 
 
 def test_noise_makes_its_share_of_steps_wrong_and_later_steps_continue_from_them(sets):
-    wrong = steps = 0
+    wrong, steps = Counter(), Counter()
     for problem in sets["sft"]:
         written = re.findall(r"(-?\d+) ([+-]) (\d+) = (-?\d+)", problem.solution)
         signed = re.findall(r"[+-]? ?\d", expression(problem.text))
@@ -97,12 +99,13 @@ def test_noise_makes_its_share_of_steps_wrong_and_later_steps_continue_from_them
         assert len(written) == len(signed) - 1
         for (left, sign, right, result), term in zip(written, signed[1:], strict=True):
             assert int(left) == start and f"{sign} {right}" == term
-            steps, wrong = steps + 1, wrong + (eval(f"{left} {sign} {right}") != int(result))
+            steps[len(signed)] += 1
+            wrong[len(signed)] += eval(f"{left} {sign} {right}") != int(result)
             start = int(result)
         assert last_boxed(problem.solution, thinking=True) == str(start)
-    assert steps > 8000
-    share, error = SMALL.sft_noise, (SMALL.sft_noise * (1 - SMALL.sft_noise) / steps) ** 0.5
-    assert abs(wrong / steps - share) < 4 * error
+    assert steps.total() > 8000
+    for terms, share in {2: 0.003, 3: 0.003, 4: 0.0075, 5: 0.075, 6: 0.2}.items():  # careless with long sums only
+        assert abs(wrong[terms] / steps[terms] - share) < 4 * (share * (1 - share) / steps[terms]) ** 0.5
 
 
 def test_no_sum_of_one_set_is_in_another(sets):
@@ -119,22 +122,34 @@ def test_filler_precedes_its_share_of_problems(sets):
         filler = [problem.text.count(FILLER) for problem in sets[name]]
         share, error = SMALL.filler_share, (SMALL.filler_share * (1 - SMALL.filler_share) / len(filler)) ** 0.5
         assert abs(np.mean([count > 0 for count in filler]) - share) < 4 * error
-        assert max(filler) <= SMALL.filler_tokens
-    assert max(problem.text.count(FILLER) for problem in sets["sft"]) == SMALL.filler_tokens
     beyond = [problem.text.count(FILLER) for problem in sets["beyond-window"]]
     assert (min(beyond), max(beyond)) == SMALL.beyond_tokens
 
 
+def test_filler_moves_the_end_of_solved_problems_up_to_the_trained_window(sets):
+    """Guards: training ended near 100 of 128 tokens, so that late positions inside the window were hardly trained."""
+    chat = read_chat(make_tokenizer())
+    for name in ("train", "held-out", "sft"):
+        ends = [
+            len(chat.prompt([{"role": "user", "content": p.text}])) + len(encode(chat.tokenizer, p.solution)) + 1
+            for p in sets[name]
+            if " = -" not in p.solution  # a wrong step below 0 has a token more
+        ]
+        assert SMALL.trained_tokens * 0.95 < max(ends) <= SMALL.trained_tokens
+        moved = [end for end in ends if end > 65]  # no sum of up to 8 terms ends there by itself
+        assert max(np.diff(sorted(moved))) <= (1 if name == "sft" else 4)
+
+
 def test_fine_tuning_solutions_without_noise(tmp_path):
     """Guards: the sums of two terms ran out, and write_world never ended."""
-    write_world(replace(SMALL, sft_problems=600, sft_noise=0.0), tmp_path / "world")
+    write_world(replace(SMALL, sft_problems=600, sft_noise=(0.0,)), tmp_path / "world")
     assert all(step_reward(problem.solution) == 1.0 for problem in read_problems(tmp_path / "world/sft.jsonl"))
 
 
 def test_more_problems_than_there_are_sums_are_refused():
     """Guards: the search for another sum never ended."""
     with pytest.raises(DataError, match="train"):
-        make_problems("train", 200, (2, 2), SMALL, set())
+        make_problems("train", 200, (2,), SMALL, set())
 
 
 # -------------------------------------------------------------------------------------------------- seeds

@@ -90,11 +90,27 @@ def test_an_integer_becomes_a_float_where_one_is_expected(tmp_path):
 
 
 def test_a_range_in_the_world_must_be_two_integers(tmp_path):
-    assert load(tmp_path, overrides=["world.sft_terms=[2, 4]"]).world == World(sft_terms=(2, 4))
+    assert load(tmp_path, overrides=["world.beyond_tokens=[2, 4]"]).world == World(beyond_tokens=(2, 4))
     for wrong in ("[2]", "[2, 3, 4]", "[2, 3.5]", "3", "[2, true]"):
-        assert refusal(tmp_path, overrides=[f"world.sft_terms={wrong}"]).startswith(
-            "world.sft_terms must be two whole numbers"
+        assert refusal(tmp_path, overrides=[f"world.beyond_tokens={wrong}"]).startswith(
+            "world.beyond_tokens must be two whole numbers"
         )
+
+
+def test_a_list_of_numbers_in_the_world_is_checked_number_by_number(tmp_path):
+    recipe = load(tmp_path, overrides=["world.sft_terms=[2, 4, 3]", "world.sft_noise=[0, 0.5]"])
+    assert recipe.world == World(sft_terms=(2, 4, 3), sft_noise=(0.0, 0.5))
+    (tmp_path / "again.toml").write_text(to_toml(recipe))
+    assert load_recipe(tmp_path / "again.toml") == recipe
+    for name, wrong, message in (
+        ("sft_terms", "[]", "must be a list of numbers, not []"),
+        ("sft_terms", "3", "must be a list of numbers, not 3"),
+        ("sft_terms", "[2, 3.5]", "must be of type int, not 3.5"),
+        ("sft_terms", "[2, true]", "must be of type int, not True"),
+        ("sft_terms", "[2, 0]", "must be at least 1, not (2, 0)"),
+        ("sft_noise", "[0.1, 1.5]", "must be at most 1, not (0.1, 1.5)"),
+    ):
+        assert refusal(tmp_path, overrides=[f"world.{name}={wrong}"]) == f"world.{name} {message}"
 
 
 def test_a_list_of_texts_in_the_guard_survives_a_round_trip(tmp_path):
@@ -254,7 +270,7 @@ def test_an_override_of_a_missing_place_is_refused(tmp_path, override, message):
         ("stage.1.max_grad_norm=0", "stage.1.max_grad_norm must be above 0, not 0.0"),
         ("stage.1.adam_beta2=1.0", "stage.1.adam_beta2 must be below 1, not 1.0"),
         ("world.hidden_size=33", "world.hidden_size must be a multiple of 32"),
-        ("world.train_terms=[5, 2]", "world.train_terms must be a range from 1 upward"),
+        ("world.beyond_tokens=[5, 2]", "world.beyond_tokens must be a range from 1 upward"),
         ("guard.duplicates=drop", "guard.duplicates must be one of ('report', 'exclude'), not 'drop'"),
         ("guard.contamination=true", "guard.contamination must be of type str, not True"),
         ("guard.benchmarks=aime24", "guard.benchmarks must be a list of texts, not 'aime24'"),

@@ -197,7 +197,7 @@ def test_solutions_that_do_not_think_are_counted_where_the_prompt_opens_thinking
 
 def test_the_laptop_world_learns_its_solutions_to_the_letter():
     """Its template opens <think> in the prompt and before every reply, and its solutions close it."""
-    tokenizer, problems = make_tokenizer(), make_problems("sft", 20, (2, 4), World(), set())
+    tokenizer, problems = make_tokenizer(), make_problems("sft", 20, (2, 3, 4), World(), set())
     found = sequences_of(read_chat(tokenizer), *((problem, problem.solution) for problem in problems))
     texts = [f"<|user|>{p.text}<|end|><|assistant|><think>{p.solution}<|end|>" for p in problems]
     assert [tokens for tokens, _ in found] == [tokenizer(text).input_ids for text in texts]

@@ -44,9 +44,9 @@ from rollout import Sampling
 ROOT = Path(__file__).resolve().parent.parent
 # a model of 0.1M parameters that learns the format in seconds, and sometimes a right answer
 MINIATURE = [
-    "world.sft_problems=2400", "world.sft_terms=[2, 3]", "world.train_terms=[3, 3]", "world.beyond_terms=[3, 3]",
-    "world.train_problems=32", "world.held_out_problems=16", "world.beyond_problems=8", "world.hidden_size=64",
-    "world.layers=2", "stage.0.steps=150", "stage.0.batch_sequences=16", "stage.1.steps=4", "stage.1.batch_problems=8",
+    "world.sft_problems=2400", "world.sft_terms=[2, 3]", "world.train_terms=[3]", "world.held_out_terms=[3]",
+    "world.beyond_terms=[3]", "world.train_problems=32", "world.held_out_problems=16", "world.beyond_problems=8",
+    "world.hidden_size=64", "world.layers=2", "stage.0.steps=150", "stage.0.batch_sequences=16", "stage.1.steps=4", "stage.1.batch_problems=8",
     "stage.2.steps=2", "stage.2.batch_problems=8", "stage.3.steps=2", "stage.3.batch_problems=8", "search.problems=8",
     "search.samples=2", "search.most=1.1", "eval.samples=2", "eval.every_steps=2", "final.samples=2",
     "reward.format=0.1", "reward.steps=0.5", "run.checkpoint_every_steps=2", "stage.1.informative_share=0.0",
