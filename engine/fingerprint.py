@@ -17,6 +17,7 @@ from lab.problems import DataError, Problem
 from rollout import Prompt
 
 CHAT_TEMPLATE = "chat_template.jinja"
+MOST_NAMED = 8  # changed files of the code in one sentence
 OTHER_PARTS = ("tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE)  # of TOKENIZER_FILES
 
 
@@ -74,11 +75,10 @@ def _checksums(paths: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def code_version(folder: Path) -> str:
-    """Hash the code's files, which may differ from the commit; the commit is appended for people to read."""
-    found = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for pattern in ("*.py", "engine/*.py", "lab/*.py") for path in folder.glob(pattern)):
-        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return f"{found.hexdigest()}, torch {torch.__version__}, commit {git_commit(folder)[:8]}"
+    """Return the hash of each of the code's files, which may differ from the commit's, and the versions."""
+    paths = sorted(path for pattern in ("*.py", "engine/*.py", "lab/*.py") for path in folder.glob(pattern))
+    files = (f"{p.relative_to(folder)} {hashlib.blake2b(p.read_bytes(), digest_size=4).hexdigest()}" for p in paths)
+    return f"{', '.join(files)}, torch {torch.__version__}, commit {git_commit(folder)[:8]}"
 
 
 def git_commit(folder: Path) -> str:
@@ -95,17 +95,22 @@ def differences(then: dict[str, str], now: dict[str, str], chosen: Collection[st
 
     A fingerprint has "recipe" (TOML), "code", "reward function" (its file), "model PART" (see `model_identity`) and,
     for each source, "data SOURCE" and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only
-    their names are given.
+    the names of what changed are given.
     """
     found = []
-    values = [dict(_flat(tomllib.loads(fingerprint.get("recipe", "")))) for fingerprint in (then, now)]
+    values = [flat_keys(fingerprint.get("recipe", "")) for fingerprint in (then, now)]
     for key in sorted(values[0].keys() | values[1].keys()):
         old, new = (table.get(key) for table in values)
         if old != new and not any(f"{key}.".startswith(f"{name}.") for name in chosen):
             found.append(f"recipe: {key} was {old!r}, is {new!r}")
     for name in sorted((then.keys() & now.keys()) - {"recipe"}):
-        if then[name].partition(", commit")[0] != now[name].partition(", commit")[0]:
-            found.append(f"{name} was {then[name]}, is {now[name]}" if name == "code" else f"{name} changed")
+        (old, _, commit), (new, _, _) = (fingerprint[name].partition(", commit ") for fingerprint in (then, now))
+        if old != new and name == "code":
+            parts = {part.rpartition(" ")[0] or "all" for part in {*old.split(", ")} ^ {*new.split(", ")}}
+            more = f" and {len(parts) - MOST_NAMED} more" * (len(parts) > MOST_NAMED)
+            found.append(f"code changed since commit {commit}: {', '.join(sorted(parts)[:MOST_NAMED])}{more}")
+        elif old != new:
+            found.append(f"{name} changed")
     return found
 
 
@@ -115,13 +120,17 @@ def other_parts(then: object, now: dict[str, str]) -> list[str]:
     return [part for part, value in now.items() if then.get(part) != value]
 
 
-def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
-    """Yield the dotted names, as --set has them, and the values."""
-    for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-            yield from _flat(value, f"{where}{key}.")
-        else:
-            yield f"{where}{key}", value
+def flat_keys(toml: str) -> dict[str, object]:
+    """Return the values of a recipe's text by their dotted names, as --set has them."""
+
+    def walk(table: dict | list, where: str) -> Iterable[tuple[str, object]]:
+        for key, value in table.items() if isinstance(table, dict) else enumerate(table):
+            if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+                yield from walk(value, f"{where}{key}.")
+            else:
+                yield f"{where}{key}", value
+
+    return dict(walk(tomllib.loads(toml), ""))
 
 
 def require_same(path: Path, held: dict | None, wanted: dict) -> None:

@@ -33,7 +33,7 @@ from engine.rollout_worker import RolloutWorker
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
 from lab.problems import Problem, has_chats, read_chats
-from lab.recipe import Recipe, RecipeError, load_recipe, to_toml
+from lab.recipe import Recipe, RecipeError, load_recipe, named_keys, to_toml
 from lab.run_data import RunData
 from model import resolve_folder
 
@@ -108,7 +108,7 @@ def open_run(
             processes.say(f"{folder} has no checkpoint: starting over")
     if checkpoint:
         missing = [f"{LAUNCHES} is missing"]  # nobody knows what the run was made with
-        differing = differences(launches[-1], now, chosen_keys(arguments)) if launches else missing
+        differing = differences(launches[-1], now, chosen_keys(arguments, recipe)) if launches else missing
         if differing and not arguments.resume_anyway:
             if lock is not None:
                 os.close(lock)
@@ -129,9 +129,11 @@ def open_run(
     return lock, checkpoint, state
 
 
-def chosen_keys(arguments: argparse.Namespace) -> set[str]:
+def chosen_keys(arguments: argparse.Namespace, recipe: Recipe) -> set[str]:
     """Return the keys that --set changes on purpose: next to the name of a run, not in a repeated command."""
-    return {value.partition("=")[0] for value in arguments.set} if isinstance(arguments.resume, Path) else set()
+    given = arguments.set if isinstance(arguments.resume, Path) else []
+    kinds = [stage.kind for stage in recipe.stage]
+    return {key for override in given for key in named_keys(override.partition("=")[0], kinds)}
 
 
 def read_launches(path: Path) -> list[dict[str, str]]:
@@ -167,7 +169,7 @@ def require_same_prompts(
             problems = data.problems(source)[:PROMPTS_COMPARED]
         now[f"prompts {source}"] = prompts_identity(worker.prompt(problem, 1) for problem in problems)
     then = {name: value for launch in launches for name, value in launch.items() if name in now}
-    on_purpose = arguments.resume_anyway or {"instruction", "thinking"} & chosen_keys(arguments)
+    on_purpose = arguments.resume_anyway or {"instruction", "thinking"} & chosen_keys(arguments, data.recipe)
     differing = differences(then, now)
     if resumed and differing and not on_purpose:
         raise CheckpointError(

@@ -318,7 +318,7 @@ def test_changed_code_needs_a_flag_and_a_value_set_on_purpose_does_not(last_stag
     monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("resumed")))
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "code_version", lambda folder: "another, torch 9, commit 0")
-        assert "so far: code was " in main(patch, "--resume", last_stage)
+        assert "so far: code changed since commit" in main(patch, "--resume", last_stage)
     rate = ("--set", "stage.3.learning_rate=1e-5")
     assert main(monkeypatch, "--resume", last_stage, *rate) == "train.py: resumed"
     assert load_recipe(last_stage / "recipe.toml").stage[3].learning_rate == 1e-5
