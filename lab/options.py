@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.errors import UserError
 from lab.machine import add_plan_options, read_machine
 from lab.problems import INSTRUCTION, Columns
-from lab.recipe import load_recipe
+from lab.recipe import load_recipe, override_values
 
 ROOT = Path(__file__).resolve().parent.parent  # of the program
 
@@ -34,6 +34,10 @@ def user_path(text: str) -> Path:
     return Path(expanduser(text))
 
 
+SET_HELP = (
+    "stage.1.temperature=1.1; stage.*.KEY (stage.rl.KEY, stage.sft.KEY) is of all stages (of a kind) that have the key; "
+    "KEY=A,B is a sweep: lab/sweep.py"
+)
 COUNT, SHARE = bounded(int, 1), bounded(float, 0, 1)
 
 
@@ -87,7 +91,9 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
     parser = new_parser(doc)
     add = parser.add_argument
     add("recipe", nargs="?", type=user_path, default=ROOT / "recipes" / "tiny.toml")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="for example stage.1.temperature=1.1")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help=SET_HELP)
+    add("--seeds", nargs="+", type=bounded(int, 0), metavar="SEED", help="a sweep over these seeds of the recipe")
+    add("--nproc-per-node", metavar="N", help="of a sweep: processes of each run, which torchrun starts")
     add("--out", type=user_path, default=Path("runs"), help="where the run's folder is created")
     add(
         "--resume", nargs="?", const=True, type=user_path, metavar="RUN",
@@ -102,7 +108,16 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
         parser.error("put the recipe before --resume, which takes the folder of a run")
     if isinstance(arguments.resume, Path) and arguments.plan:
         parser.error("--plan takes a recipe, such as RUN/recipe.toml, not --resume RUN")
+    several = any(len(override_values(override.partition("=")[2])) > 1 for override in arguments.set)
+    if arguments.nproc_per_node and not (several or arguments.seeds):
+        parser.error("--nproc-per-node is of a sweep; for one run: torchrun --nproc-per-node N train.py")
+    if arguments.seeds and (arguments.plan or isinstance(arguments.resume, Path)):
+        parser.error("--seeds are a sweep, which --plan and --resume RUN do not take; --set seed=N is one seed")
     try:
+        if (several or arguments.seeds) and not arguments.plan and not isinstance(arguments.resume, Path):
+            from lab.sweep import run_sweep  # needs torch
+
+            sys.exit(run_sweep(arguments))
         if not isinstance(arguments.resume, Path):
             recipe = load_recipe(arguments.recipe, arguments.set)
         if arguments.plan:
@@ -153,12 +168,14 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
     add("--curve", nargs="+", metavar=("KIND", "FROM:TO:STEP"), help='"temperature 0.6:1.7:0.1", or "length"')
     add("--match", type=expanduser, metavar="RUN|SCORE", help="search upward for the temperature of this distinct-4")
     add("--margin", type=SHARE, help="sufficient half width of a 95%% interval (0: all problems)")
-    add("--compare", nargs=2, type=user_path, metavar=("A", "B"), help="two folders of results, B minus A")
+    add("--compare", nargs="+", type=user_path, metavar="A", help="folders of results, each with the first: B minus A")
     add("--regrade", type=user_path, metavar="RUN", help="grade the responses of a folder again")
     arguments = parser.parse_args()
     if arguments.compare or arguments.regrade:
         if arguments.model or arguments.data:
             parser.error("--compare and --regrade read folders of results: give no model and no --data")
+        if arguments.compare and len(arguments.compare) < 2:
+            parser.error("--compare takes at least two folders of results")
         return arguments
     if not arguments.model or not arguments.data:
         parser.error("a model and at least one --data are required")
