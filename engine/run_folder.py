@@ -2,7 +2,6 @@
 
 import argparse
 import fcntl
-import glob
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from engine.checkpoint import CheckpointError, RunState, read_state
 from engine.distributed import Processes
 from engine.files import write_atomically
 from engine.fingerprint import (
+    MOST_NAMED,
     code_version,
     data_identity,
     differences,
@@ -201,18 +201,19 @@ def new_folder(parent: Path, name: str) -> Path:
 def find_unfinished(out: Path, recipe: Recipe, anyway: bool) -> Path | None:
     """Return the newest unfinished run of exactly this recipe in `out`; None where no unfinished run has its name.
 
-    Raises CheckpointError when the recipes of all runs of that name differ, unless `anyway` takes the newest.
+    Raises CheckpointError when the recipes of all runs of that name differ, unless `anyway` takes the newest; also when
+    the name is all that another run's recipe differs in: it may be mistyped.
     """
-    found, refused = [], []
-    for path in out.glob(f"{glob.escape(recipe.name)}*/recipe.toml"):
-        same_name = re.fullmatch(rf"{re.escape(recipe.name)}(-\d+)?", path.parent.name)
-        if same_name and not (path.parent / FINISHED).exists():
-            found.append(path)
+    refused = []
+    found = [path for path in out.glob("*/recipe.toml") if not (path.parent / FINISHED).exists()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         differing = differences({"recipe": path.read_text(encoding="utf-8")}, {"recipe": to_toml(recipe)})
-        if anyway or not differing:
+        same_name = re.fullmatch(rf"{re.escape(recipe.name)}(-\d+)?", path.parent.name)
+        if same_name and (anyway or not differing):
             return path.parent
-        refused.append(f"{path.parent} ({differing[0]}{f' and {len(differing) - 1} more' * (len(differing) > 1)})")
+        if same_name or [text.startswith("recipe: name was ") for text in differing] == [True]:
+            more = f" and {len(differing) - MOST_NAMED} more" * (len(differing) > MOST_NAMED)
+            refused.append(f"{path.parent} ({'; '.join(differing[:MOST_NAMED])}{more})")
     if refused:
         raise CheckpointError(
             f"no unfinished run in {out} has this recipe: {'; '.join(refused)}: name one with --resume RUN, leave out "

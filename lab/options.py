@@ -34,10 +34,6 @@ def user_path(text: str) -> Path:
     return Path(expanduser(text))
 
 
-SET_HELP = (
-    "stage.1.temperature=1.1; stage.*.KEY (stage.rl.KEY, stage.sft.KEY) is of all stages (of a kind) that have the key; "
-    "KEY=A,B is a sweep: lab/sweep.py"
-)
 COUNT, SHARE = bounded(int, 1), bounded(float, 0, 1)
 
 
@@ -91,8 +87,14 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
     parser = new_parser(doc)
     add = parser.add_argument
     add("recipe", nargs="?", type=user_path, default=ROOT / "recipes" / "tiny.toml")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help=SET_HELP)
-    add("--seeds", nargs="+", type=bounded(int, 0), metavar="SEED", help="a sweep over these seeds of the recipe")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="such as stage.1.temperature=1.1; stage.*. is all stages; A,B a sweep",
+    )
+    add("--seeds", nargs="+", default=[], metavar="SEED", help="--set seed=A,B")
     add("--nproc-per-node", metavar="N", help="of a sweep: processes of each run, which torchrun starts")
     add("--out", type=user_path, default=Path("runs"), help="where the run's folder is created")
     add(
@@ -108,13 +110,12 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
         parser.error("put the recipe before --resume, which takes the folder of a run")
     if isinstance(arguments.resume, Path) and arguments.plan:
         parser.error("--plan takes a recipe, such as RUN/recipe.toml, not --resume RUN")
-    several = any(len(override_values(override.partition("=")[2])) > 1 for override in arguments.set)
-    if arguments.nproc_per_node and not (several or arguments.seeds):
+    arguments.set += [f"seed={','.join(arguments.seeds)}"] * bool(arguments.seeds)
+    sweeps = any(len(override_values(override.partition("=")[2])) > 1 for override in arguments.set)
+    if arguments.nproc_per_node and not sweeps:
         parser.error("--nproc-per-node is of a sweep; for one run: torchrun --nproc-per-node N train.py")
-    if arguments.seeds and (arguments.plan or isinstance(arguments.resume, Path)):
-        parser.error("--seeds are a sweep, which --plan and --resume RUN do not take; --set seed=N is one seed")
     try:
-        if (several or arguments.seeds) and not arguments.plan and not isinstance(arguments.resume, Path):
+        if sweeps and not arguments.plan and not isinstance(arguments.resume, Path):
             from lab.sweep import run_sweep  # needs torch
 
             sys.exit(run_sweep(arguments))

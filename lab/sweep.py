@@ -13,12 +13,11 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
-from engine.fingerprint import differences
+from engine.fingerprint import differences, flat_keys
 from lab.benchmarks import text_table
 from lab.compare_page import write_comparison
 from lab.recipe import RecipeError, literal, load_recipe, override_values, to_toml
@@ -26,66 +25,56 @@ from lab.recipe import RecipeError, literal, load_recipe, override_values, to_to
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
-class Member(NamedTuple):
-    """A run of a sweep; those of one setting differ in their seed."""
-
-    name: str  # of its folder
-    setting: str
-    overrides: list[str]
-
-
-def members(name: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[Member]:
-    """Return the runs of a sweep of the recipe NAME, in order: every combination of the values that --set gives."""
-    choices = []
-    for key, _, text in (override.partition("=") for override in overrides):
-        choices.append([(key, value) for value in override_values(text)])
-    swept = [key for (key, _), *others in choices if others]
+def combinations(overrides: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield each run of a sweep: its folder's name, the same without the seed, and its overrides."""
+    pairs = [(key, override_values(text)) for key, _, text in (override.partition("=") for override in overrides)]
+    swept = [key for key, values in pairs if len(values) > 1]
     short = [key.rpartition(".")[2] for key in swept]
-    names = dict(zip(swept, swept if len(set(short)) < len(short) else short, strict=True))
-    found = []
-    for pairs in product(*choices):
-        words = [f"{names[k]}={v if isinstance(v, str) else literal(v)}" for k, v in pairs if k in names]
-        setting = re.sub(r"[^\w.,=+-]+", "_", ",".join(words))
-        given = [f"{key}={literal(value)}" for key, value in pairs]
-        for seed in seeds or [None]:
-            own = ",".join(filter(None, [setting, f"seed={seed}" * (seed is not None)]))
-            seeded = [f"seed={seed}"] * (seed is not None)
-            found.append(Member(own, setting or name, [*given, *seeded, f"name={literal(own)}"]))
-    if len({member.name for member in found}) < len(found):
-        raise RecipeError(f"two runs of the sweep would have one name: {', '.join(member.name for member in found)}")
-    return found
+    names = dict(zip(swept, short if len({*short}) == len(short) else swept, strict=True))
+    for values in product(*(values for _, values in pairs)):
+        chosen = [(key, value) for (key, _), value in zip(pairs, values, strict=True)]
+        words = [f"{names[k]}={v if isinstance(v, str) else literal(v)}" for k, v in chosen if k in names]
+        name, setting = (
+            re.sub(r"[^\w.,=+-]+", "_", ",".join(w for w in words if not w.startswith(o))) for o in ("=", "seed=")
+        )
+        yield name, setting, [*(f"{key}={literal(value)}" for key, value in chosen), f"name={literal(name)}"]
 
 
 def finished_run(folder: Path, name: str) -> Path | None:
-    """Return the folder of the run NAME, or NAME-2 and so on, if it has finished."""
-    paths = [path.parent for path in folder.glob("*/finished")]
-    return next((path for path in paths if re.fullmatch(rf"{re.escape(name)}(-\d+)?", path.name)), None)
+    """Return the folder of the run NAME, perhaps NAME-2 and so on, if it has finished."""
+    paths = [path.parent for path in sorted(folder.glob("*/finished"))]
+    return next((p for p in paths if flat_keys((p / "recipe.toml").read_text(encoding="utf-8"))["name"] == name), None)
 
 
 def run_sweep(arguments: argparse.Namespace) -> str | int:
-    """Run what has not finished, then print a table and write compare.html; return the exit status, or a sentence."""
+    """Run what has not finished, print a table and write compare.html; return the exit status, or a sentence."""
     if "RANK" in os.environ:
         raise RecipeError("a sweep starts its runs itself: python train.py ... --nproc-per-node N, without torchrun")
-    name = load_recipe(arguments.recipe).name
-    sweep, folder = members(name, arguments.set, arguments.seeds), arguments.out / f"{name}-sweep"
-    for member in sweep:  # mistakes in any of them before the first one runs
-        recipe, done = load_recipe(arguments.recipe, member.overrides), finished_run(folder, member.name)
-        then = {"recipe": (done / "recipe.toml").read_text(encoding="utf-8")} if done else {}
-        if done and (changed := differences(then, {"recipe": to_toml(recipe)})) and not arguments.resume_anyway:
-            raise RecipeError(f"{done} differs from this sweep: {'; '.join(changed)}: give another --out")
-    start = [sys.executable]
+    sweep = list(combinations(arguments.set))
+    if len({name for name, _, _ in sweep}) < len(sweep):
+        raise RecipeError(f"two runs of the sweep have one name: {', '.join(name for name, _, _ in sweep)}")
+    recipes = [load_recipe(arguments.recipe, own) for _, _, own in sweep]  # all mistakes before the first run
+    title = load_recipe(arguments.recipe).name
+    folder = arguments.out / f"{title}-sweep"
+    for recipe in recipes:
+        if done := finished_run(folder, recipe.name):
+            then = (done / "recipe.toml").read_text(encoding="utf-8")
+            changed = differences({"recipe": then}, {"recipe": to_toml(recipe)})
+            if changed and not arguments.resume_anyway:
+                raise RecipeError(f"{done} differs from this sweep: {'; '.join(changed)}: give another --out")
+    command = [sys.executable]
     if arguments.nproc_per_node:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", arguments.nproc_per_node]
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", arguments.nproc_per_node]
+    resume = "--resume-anyway" if arguments.resume_anyway else "--resume"
+    command += [str(TRAIN), str(arguments.recipe), "--out", str(folder), resume]
     groups, failed = defaultdict(list), []
-    for i, member in enumerate(sweep, 1):
-        done = finished_run(folder, member.name)
-        print(f"run {i} of {len(sweep)}, {member.name}{': has finished' * bool(done)}", flush=True)
+    for i, (name, setting, overrides) in enumerate(sweep, 1):
+        done = finished_run(folder, name)
+        print(f"run {i} of {len(sweep)}, {name}{': has finished' * bool(done)}", flush=True)
         if not done:
-            command = [*start, str(TRAIN), str(arguments.recipe), "--out", str(folder)]
-            command += ["--resume-anyway" if arguments.resume_anyway else "--resume"]
-            run_child([*command, *(word for override in member.overrides for word in ("--set", override))])
-            done = finished_run(folder, member.name)
-        groups[member.setting].append(done) if done else failed.append(member.name)
+            run_child([*command, *(word for override in overrides for word in ("--set", override))])
+            done = finished_run(folder, name)
+        groups[setting or title].append(done) if done else failed.append(name)
     if groups:
         path, table = write_comparison(groups)
         print(f"{text_table(table)}\ncomparison in {path}")
@@ -95,7 +84,7 @@ def run_sweep(arguments: argparse.Namespace) -> str | int:
 
 
 def run_child(command: Sequence[str]) -> None:
-    """Run a command to its end. A signal is passed on once, the child saves its work, and the signal ends the sweep."""
+    """Run a command to its end. A signal is passed on to it, which saves its work, and then ends the sweep."""
     child, asked = None, []
 
     def pass_on(number: int, frame: object) -> None:
