@@ -6,7 +6,7 @@ r"""How good is a model? avg@k, pass@k and maj@k with 95% intervals; curves agai
     python eval.py MODEL --data amc23 --curve temperature 0.6:1.7:0.1   # the three zones, and where to start training
     python eval.py MODEL --data amc23 --match runs/eval             # the temperature that restores its diversity
     python eval.py MODEL --data aime24 --curve length --yarn 1.5    # accuracy against budget, with and without YaRN
-    python eval.py --compare runs/eval-a runs/eval-b                # paired by problem
+    python eval.py --compare runs/eval-a runs/eval-b                # paired by problem, on a page; takes several
     python eval.py --regrade runs/eval --out runs/regraded          # stored responses, graded again without a model
 
 Each response is written with its verdict to OUT/responses/NAME.jsonl as it finishes. After an interruption the same

@@ -32,7 +32,7 @@ from lab.glossary import DETERMINISTIC, GLOSSARY
 from lab.metrics import Metrics
 from lab.options import difficulty_arguments, training_arguments
 from lab.problems import DataError
-from lab.recipe import RecipeError, load_recipe
+from lab.recipe import RecipeError, load_recipe, to_toml
 from lab.run_data import RunData
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -392,6 +392,16 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run_of_exactly_this_r
         run_folder.find_unfinished(tmp_path, recipe, False)
     (tmp_path / "tiny-3" / "finished").touch()
     assert run_folder.find_unfinished(tmp_path, recipe, False) is None
+
+
+def test_a_mistyped_name_does_not_start_a_new_run_beside_the_unfinished_one(tmp_path):
+    """Guards: `--resume --set name=tinny` started a new run."""
+    recipe = load_recipe(ROOT / "recipes" / "tiny.toml")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "recipe.toml").write_text(to_toml(recipe))
+    with pytest.raises(CheckpointError, match=r"tiny \(recipe: name was 'tiny', is 'tinny'\): name one with --resume RUN"):
+        run_folder.find_unfinished(tmp_path, replace(recipe, name="tinny"), False)
+    assert run_folder.find_unfinished(tmp_path, replace(recipe, name="other", seed=1), False) is None
 
 
 def test_gradients_that_stay_nonfinite_stop_the_run_with_the_batch(tmp_path, monkeypatch, capsys):
