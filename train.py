@@ -351,7 +351,6 @@ def main(arguments: Namespace) -> None:
         run = start_run(arguments, distributed.start(), stop)
         then = f"resume with: {run.resume_command()}"
         train(run)
-        run.metrics.close()
         run.mark_finished()
         then = f"write the report of the finished run with: python -m lab.page {run.folder}"
         if run.processes.is_main:

@@ -24,7 +24,7 @@ from engine.offload import HostAdamW
 from engine.rollout_worker import RolloutWorker
 from engine.run_folder import FINISHED, WANTS_RESUMING
 from grpo import TokenLoss, UpdateStats, optimizer_step
-from lab.console import console_line, new_alarms
+from lab.console import SFT_LINES, console_header, console_line, format_eta, new_alarms
 from lab.metrics import Metrics
 from lab.problems import Problem
 from lab.recipe import EvalSettings, FinalSettings, Recipe, RlStage, SftStage
@@ -55,8 +55,9 @@ class Run:
     saved: tuple[int, int, bool] | None  # (step, stage, prepared) of the newest checkpoint
     optimizer: torch.optim.Optimizer | None = None  # of the current stage
     sft_sequences: dict[int, list[TrainingSequence]] = field(default_factory=dict)  # by stage
-    stage_began: float = 0.0  # for the ETA: time, and step of the stage, at which this launch entered the stage
-    stage_first_step: int = 0
+    stage_began: float = 0.0  # for the ETA: times at which this launch entered the stage and began its steps
+    steps_began: float = 0.0
+    stage_first_step: int = 0  # of the stage, in this launch
     nonfinite_batch: list[TrainingSequence] | None = None  # of the newest update without a finite gradient
 
     # ------------------------------------------------------------------------------------------ data and sampling
@@ -92,6 +93,7 @@ class Run:
 
     def begin_steps(self, stage: SftStage | RlStage) -> None:
         """Make the stage's AdamW. A run that resumes within the stage loads its moments and the weights."""
+        self.steps_began = time.perf_counter()
         self.state.metrics_position = list(self.metrics.position)  # a stop in the first step keeps the rows before it
         betas = (0.9, stage.adam_beta2)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -155,8 +157,11 @@ class Run:
         row = self.record(index, row)
         state.metrics_position = list(self.metrics.position)
         left = self.steps_left(stage)
-        per_step = (time.perf_counter() - self.stage_began) / (state.stage_step - self.stage_first_step)
-        self.processes.say(console_line(row, sum(s.steps for s in self.recipe.stage), per_step * left))
+        first = state.stage_step == self.stage_first_step + 1
+        if first:
+            self.processes.say(console_header(row))
+        if row["kind"] == "rl" or first or not left or state.stage_step % SFT_LINES == 0:
+            self.processes.say(console_line(row, sum(s.steps for s in self.recipe.stage), self.eta(index, stage)))
         for sentence in new_alarms(self.metrics.steps) if row["kind"] == "rl" else ():
             self.processes.say(f"warning: step {state.step}: {sentence}")
         if row["nonfinite"]:
@@ -169,6 +174,21 @@ class Run:
             raise Interrupted
         if left == 0 or state.stage_step % settings.checkpoint_every_steps == 0:
             self.save()
+
+    def eta(self, index: int, stage: SftStage | RlStage) -> str:
+        """Return the time until the run's last step, of which a batch takes as long as in this stage, by its size.
+
+        Before the first rl stage only the steps of fine-tuning can be estimated: "> 2m 05s".
+        """
+
+        def batch(stage: SftStage | RlStage) -> int:
+            return stage.batch_problems * stage.group_size if isinstance(stage, RlStage) else stage.batch_sequences
+
+        now, done = time.perf_counter(), self.state.stage_step - self.stage_first_step
+        later = [other for other in self.recipe.stage[index + 1 :] if type(other) is type(stage)]
+        steps = self.steps_left(stage) + sum(other.steps * batch(other) / batch(stage) for other in later)
+        seconds = (now - self.steps_began) / done * steps + (self.steps_began - self.stage_began) * len(later)
+        return "> " * (len(later) < len(self.recipe.stage) - index - 1) + format_eta(seconds)
 
     def _stop_at_nonfinite(self) -> None:
         """Save the newest batch and a checkpoint, whose weights are those before these steps; raise UpdateError."""
@@ -248,8 +268,9 @@ class Run:
             say_last(f"stopped after step {self.state.step}; resume with: {self.resume_command()}")
 
     def close(self) -> None:
-        """Stop the grader and release the folder."""
+        """Stop the grader, send what a tracker still has, and release the folder."""
         self.worker.grader.close()
+        self.metrics.close()
         if self.lock is not None:
             os.close(self.lock)
 

@@ -30,6 +30,7 @@ from engine.fingerprint import (
     reward_identity,
 )
 from engine.rollout_worker import RolloutWorker
+from engine.terminal import keep_log
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
 from lab.problems import Problem, has_chats, read_chats
@@ -41,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the code
 FINISHED = "finished"  # a file in a run's folder: the run has ended
 WANTS_RESUMING = "resume-me"  # the run was asked to stop and can be resumed
 LAUNCHES = "fingerprints.json"  # the fingerprint of every launch that changed something
+LOG = "log.txt"  # what the run prints
 PROMPTS_COMPARED = 64  # of each source
 
 
@@ -94,6 +96,7 @@ def open_run(
     lock, found = None, None
     if processes.is_main:
         lock = hold(folder)
+        keep_log(folder / LOG)
         if not resumed and recipe.world:
             write_world(recipe.world, folder / "world")
         found = run_fingerprint(recipe, folder), read_launches(folder / LAUNCHES)

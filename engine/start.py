@@ -33,6 +33,7 @@ from lab.metrics import Metrics, read_metrics
 from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read, load_recipe
 from lab.run_data import RunData
+from lab.tracker import open_tracker, require_tracker
 from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
 from yarn import describe_ramp
@@ -70,7 +71,7 @@ def build_run(
         worker=RolloutWorker(
             model, chat, stops, limits, grader, processes, recipe.instruction, stop, reward.most_failed_share
         ),
-        metrics=Metrics(folder, recipe.run.tensorboard, processes.is_main, state.metrics_position),
+        metrics=Metrics(folder, processes.is_main, state.metrics_position),
         state=state,
         stop=stop,
         resume_from=checkpoint,
@@ -78,6 +79,8 @@ def build_run(
         micro_batch_tokens=recipe.micro_batch_tokens,
         saved=(state.step, state.stage, state.prepared) if checkpoint else None,
     )
+    if processes.is_main:
+        run.metrics.tracker = open_tracker(folder, recipe, state.step + 1 if resumed else None)
     if recipe.final.data:
         processes.say(describe_ramp(final_config(model.config, recipe).rope))
     guard_data(run)
@@ -125,6 +128,7 @@ def leave_out_long_prompts(run: Run) -> None:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise RecipeError or DataError for what can be found wrong before anything is written or loaded."""
+    require_tracker(recipe.run.tracker)
     for source in [stage.data for stage in recipe.stage] + [recipe.eval.data, recipe.final.data]:
         if source.startswith("world/") and not recipe.world:
             raise RecipeError(f"{source}: the recipe has no [world] to make it; write ./{source} for a file")

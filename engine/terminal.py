@@ -1,14 +1,18 @@
-"""Before a program's first line of output: UTF-8 in whatever locale, and text that cannot steer a terminal."""
+"""What a program prints: UTF-8 in whatever locale, text that cannot steer a terminal, and a copy in a file."""
 
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
+from typing import TextIO
 
 # how tqdm redraws a bar: a carriage return before its text, or nothing but moves up
 BAR = re.compile(r"\r|(?:\x1b\[A)+\Z")
+LOGS: list[TextIO] = []  # the file that gets a copy of what is printed
 UNDECODED = re.compile("[\udc80-\udcff]")  # a byte of the command line that is no UTF-8
 
 
@@ -28,6 +32,11 @@ def prepare_terminal() -> None:
         if isinstance(stream, TextIOWrapper):  # neither closed nor captured
             stream.reconfigure(errors="backslashreplace")
             stream.write = _escaping(stream.write, BAR if stream is sys.stderr else None)
+
+
+def keep_log(path: Path) -> None:
+    """Append to a file what this program prints from now on, but for progress bars; needs `prepare_terminal`."""
+    LOGS[:] = [path.open("a", encoding="utf-8", buffering=1)]
 
 
 def is_main_process() -> bool:
@@ -54,10 +63,18 @@ def printable(text: str) -> str:
 def _escaping(write: Callable[[str], int], bar: re.Pattern | None) -> Callable[[str], int]:
     """Return a stream's `write` that writes printable text, after what moves a progress bar."""
 
+    of_bar = False
+
     def write_printable(text: str) -> int:
+        nonlocal of_bar
         kept = bar.match(text) if bar else None
+        of_bar = kept is not None or (of_bar and text == "\n")  # that ends a bar
         start = kept.end() if kept else 0
-        write(text[:start] + printable(text[start:]))
+        shown = printable(text[start:])
+        write(text[:start] + shown)
+        for log in () if of_bar else LOGS:
+            with suppress(OSError):  # a full disk, which the run's own files report
+                log.write(shown)
         return len(text)
 
     return write_printable

@@ -1,16 +1,22 @@
-"""Console output of a training step: one line with aligned columns, and alarms about metrics that go wrong."""
+"""Console output of training: a header and aligned lines, and alarms about metrics that go wrong."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 SMOOTHED = 5  # steps that an alarm averages over
 QUIET = 10  # steps without an alarm before it is printed again
+SFT_LINES = 20  # steps of fine-tuning between two printed lines
+WIDTHS = {  # of the columns, by heading: of rollouts, "tokens" is the mean length and "cut" the truncated share
+    "step": 11, "loss": 6, "reward": 6, "tokens": 6, "cut": 6, "distinct-4": 10, "no signal": 9, "rescued": 7,
+    "substituted": 11, "tokens/s": 8, "ETA": 8,
+}  # fmt: skip
 # alarm thresholds, from RECIPE.md where it gives one, else choices
 MOST_ZERO_VARIANCE = 2 / 3  # of groups: above it the update is skipped (RECIPE section 4)
 MOST_TRUNCATED = 0.1  # of rollouts: fewer were cut at 52K; just under 15% did harm at 24K (RECIPE section 3)
 MOST_GROWTH = 2.0  # a choice: of the mean length within a stage, unless accuracy grew as well
 LEAST_DIVERSITY, MOST_DIVERSITY = 0.75, 1.25  # a choice: of distinct-4 at the stage's start, which a stage restores
 LEAST_ENTROPY = 0.25  # a choice: of the entropy at the stage's start
+MOST_GRADING = 0.2  # a choice: of a step's time, spent waiting for the grader after sampling
 MOST_WASTED = 0.9  # a choice: of responses; from here on the cause is no problem's difficulty
 
 
@@ -26,36 +32,40 @@ def format_eta(seconds: float) -> str:
     return f"{hours}h {minute:02d}m" if hours else f"{minutes}m {second:02d}s"
 
 
-def console_line(row: dict, total_steps: int, eta_s: float) -> str:
-    """Format an "rl" or "sft" row as one line, with the same columns for both; tok/s and grade are over the step."""
+def console_cells(row: dict, total_steps: int, eta: str) -> dict[str, str]:
+    """Return an "rl" or "sft" row's text by heading, a key of WIDTHS; tokens/s are over the whole step."""
 
-    def cell(value: float | None, width: int, spec: str) -> str:
-        if value is None:
-            return "-".rjust(width)
-        text = format(value, spec)
-        return (text if len(text) <= width else f"{value:.0e}").rjust(width)
+    def text(heading: str, value: float | None, spec: str) -> str:
+        text = "-" if value is None else format(value, spec)
+        return text if len(text) <= WIDTHS[heading] else f"{value:.0e}"
 
-    width = max(4, len(str(total_steps)))
-    cells = [f"{row['stage']:>2} {row['kind']:<3}", f"{row['step']:>{width}}/{total_steps:<{width}}"]
-    if row["kind"] == "rl":
-        changed = f"rescued {cell(row.get('rescued'), 3, '.0f')} subst {cell(row.get('substituted'), 4, '.0f')}"
-        cells += [
-            f"reward {cell(row.get('reward_mean'), 6, '.3f')}",
-            f"len {cell(row.get('response_length_mean'), 6, '.0f')}",
-            f"trunc {cell(row.get('truncated_share'), 6, '.1%')}",
-            f"d4 {cell(row.get('distinct4'), 5, '.3f')}",
-            f"T {cell(row.get('temperature'), 4, '.2f')}",
-            f"zerovar {cell(row.get('zero_variance'), 4, '.0f')}/{cell(row.get('groups'), 4, '.0f').strip():<4}",
-            "update skipped".ljust(len(changed)) if row.get("skipped") else changed,
-        ]
-        speed = row["tokens"] / row["seconds"] if row.get("tokens") and row.get("seconds") else None
-    else:
-        blank = len("len 123456  trunc 12.3%_  d4 0.123  T 1.23  zerovar 1234/1234  rescued 123 subst 1234")
-        cells += [f"loss   {cell(row.get('loss'), 6, '.3f')}", " " * blank]
-        speed = row.get("tokens_per_s")
-    waited = row["seconds_grade"] / row["seconds"] if "seconds_grade" in row and row.get("seconds") else None
-    grading = f"grade {cell(waited, 5, '.1%')}" if row["kind"] == "rl" else " " * len("grade 12.3%")
-    return "  ".join([*cells, f"{cell(speed, 6, '.0f')} tok/s {grading}", f"eta {format_eta(eta_s):>7}"])
+    step = {"step": f"{row['step']}/{total_steps}"}
+    if row["kind"] == "sft":
+        speed = text("tokens/s", row.get("tokens_per_s"), ".0f")
+        return step | {"loss": text("loss", row.get("loss"), ".3f"), "tokens/s": speed, "ETA": eta}
+    speed = row["tokens"] / row["seconds"] if row.get("tokens") and row.get("seconds") else None
+    return step | {
+        "reward": text("reward", row.get("reward_mean"), ".3f"),
+        "tokens": text("tokens", row.get("response_length_mean"), ".0f"),
+        "cut": text("cut", row.get("truncated_share"), ".1%"),
+        "distinct-4": text("distinct-4", row.get("distinct4"), ".3f"),
+        "no signal": f"{row.get('zero_variance', '-')}/{row.get('groups', 0):.0f}",
+        "rescued": "update" if row.get("skipped") else text("rescued", row.get("rescued"), ".0f"),
+        "substituted": "skipped" if row.get("skipped") else text("substituted", row.get("substituted"), ".0f"),
+        "tokens/s": text("tokens/s", speed, ".0f"),
+        "ETA": eta,
+    }
+
+
+def console_header(row: dict) -> str:
+    """Format the headings of lines of this kind of row."""
+    return "  ".join(heading.rjust(WIDTHS[heading]) for heading in console_cells(row, 0, ""))
+
+
+def console_line(row: dict, total_steps: int, eta: str) -> str:
+    """Format an "rl" or "sft" row as one line of at most 100 characters, under the headings of `console_header`."""
+    cells = console_cells(row, total_steps, eta)
+    return "  ".join(text.rjust(WIDTHS[heading]) for heading, text in cells.items())
 
 
 def active_alarms(steps: Sequence[dict]) -> dict[str, str]:
@@ -90,6 +100,9 @@ def active_alarms(steps: Sequence[dict]) -> dict[str, str]:
     was, now = mean("entropy", first), mean("entropy", last)
     if now < LEAST_ENTROPY * was:
         found["entropy"] = f"entropy collapses: {was:.3f} to {now:.3f} nats per token"
+    waited, seconds = mean("seconds_grade", last), mean("seconds", last)
+    if waited > MOST_GRADING * seconds:
+        found["grading"] = f"{waited / seconds:.0%} of the time is spent on grading: raise reward.workers"
     return found
 
 

@@ -6,18 +6,25 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
-from lab.options import add_yarn_options, user_path, yarn_settings
+from lab.options import add_yarn_options, new_parser, user_path, yarn_settings
 
 
 def export_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line of model.py; exit with a message on a usage error."""
-    parser = argparse.ArgumentParser("model.py", description="Export a model, or a checkpoint of a run, as a folder.")
+    parser = new_parser(
+        "Export a model, or a checkpoint of a run, as a Hugging Face folder.\n\n"
+        "    python model.py runs/tiny/checkpoints/step-1090 exported\n"
+        "    python model.py runs/polaris-4b/stage-2 exported --yarn 1.5 --original-window 65536",
+        prog="model.py",
+    )
     parser.add_argument(
         "model", type=expanduser, help="model folder, hub id, or RUN/checkpoints/step-N; adapters are merged"
     )
     parser.add_argument("out", type=user_path, help="the folder to write; it must not exist")
     add_yarn_options(parser)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the weights"
+    )
     arguments = parser.parse_args(command_line)
     yarn_settings(parser, arguments)
     return arguments

@@ -1,4 +1,4 @@
-"""Write and read metrics.jsonl and rollouts.jsonl, and write TensorBoard files if the recipe asks for them.
+"""Write and read metrics.jsonl and rollouts.jsonl.
 
 Each line of metrics.jsonl is a JSON object with "kind", "step" and "stage"; lab/glossary.py explains its keys.
 """
@@ -13,7 +13,7 @@ from typing import TextIO
 
 from engine.errors import UserError
 from engine.files import read_jsonl, write_atomically, writing
-from lab.glossary import markdown_table
+from lab.tracker import TensorBoard, Wandb
 
 FILES = ("metrics.jsonl", "rollouts.jsonl")
 
@@ -26,13 +26,12 @@ class Metrics:
     """Append to metrics.jsonl and rollouts.jsonl of `folder`; `enabled=False` (ranks other than 0) does nothing.
 
     `position`: lines of both files to keep when resuming; later lines and half-written ones are dropped.
-    Raises ImportError if `tensorboard` is set and the package is missing.
+    A `tracker` gets all rows too.
     """
 
-    def __init__(
-        self, folder: Path, tensorboard: bool = False, enabled: bool = True, position: Sequence[int] | None = None
-    ):
-        self.folder, self.enabled, self.board = folder, enabled, None
+    def __init__(self, folder: Path, enabled: bool = True, position: Sequence[int] | None = None):
+        self.folder, self.enabled = folder, enabled
+        self.tracker: TensorBoard | Wandb | None = None
         self.position = [0, 0]  # lines of metrics.jsonl and rollouts.jsonl, for checkpoints
         self.steps: list[dict] = []  # rows of the current rl stage, for alarms
         if not enabled:
@@ -45,33 +44,26 @@ class Metrics:
                 write_atomically(path, kept)
                 self.position[i] = len(kept)
         self.rows, self.rollouts = ((self.folder / name).open("a", encoding="utf-8") for name in FILES)
-        rows = read_metrics(self.folder)
-        for row in rows:
+        for row in read_metrics(self.folder):
             self._remember(row)
-        if tensorboard:
-            purge = None if position is None else max((row["step"] for row in rows), default=-1) + 1
-            self.board = _summary_writer(self.folder, purge)
 
     def write(self, row: dict) -> None:
-        """Append one row and flush. TensorBoard gets its numbers as kind/key (evaluations: eval/NAME/key)."""
+        """Append one row and flush."""
         if not self.enabled:
             return
         self._append(self.rows, [row])
         self.position[0] += 1
         self._remember(row)
-        if self.board:
-            prefix = f"eval/{row.get('name')}" if row["kind"] == "eval" else row["kind"]
-            for key, value in row.items():
-                parts = value.items() if isinstance(value, dict) else [(None, value)]
-                for part, number in parts:
-                    if isinstance(number, int | float) and key not in ("step", "stage", "final"):
-                        self.board.add_scalar("/".join(filter(None, (prefix, key, part))), number, row["step"])
+        if self.tracker:
+            self.tracker.log(row)
 
     def write_rollouts(self, rows: list[dict]) -> None:
         """Append a few full rollouts of a step, for people to read."""
         if self.enabled:
             self._append(self.rollouts, rows)
             self.position[1] += len(rows)
+            if self.tracker:
+                self.tracker.log_rollouts(rows)
 
     def sync(self) -> None:
         """Flush both files to disk: a checkpoint refers to their lines."""
@@ -80,12 +72,12 @@ class Metrics:
             os.fsync(self.rollouts.fileno())
 
     def close(self) -> None:
-        """Close all files."""
+        """Close both files, and the tracker."""
         if self.enabled:
             self.rows.close()
             self.rollouts.close()
-        if self.board:
-            self.board.close()
+        if self.tracker:
+            self.tracker.close()
 
     def _remember(self, row: dict) -> None:
         if row.get("kind") == "rl":
@@ -126,15 +118,3 @@ def whole_lines(folder: Path) -> list[int]:
             for _ in read_rows(folder / name):
                 counts[i] += 1
     return counts
-
-
-def _summary_writer(folder: Path, purge_step: int | None):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "run.tensorboard is set but TensorBoard is not installed: `pip install tensorboard`, or set it to false"
-        ) from error
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-    board.add_text("glossary", markdown_table(), 0)
-    return board

@@ -37,10 +37,17 @@ def user_path(text: str) -> Path:
 COUNT, SHARE = bounded(int, 1), bounded(float, 0, 1)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a description, and adds the defaults that are values."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default in (None, [], Columns()) or action.default is False or "default" in (action.help or "")
+        return action.help if unset else super()._get_help_string(action)
+
+
 def new_parser(doc: str | None = None, **options) -> argparse.ArgumentParser:
-    """Return a parser that takes no abbreviations and keeps the line breaks of its description."""
-    form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False, **options)
+    """Return a parser without abbreviations, whose help keeps a description's examples and shows defaults."""
+    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
 
 def parse_columns(text: str) -> Columns:
@@ -67,13 +74,18 @@ def model_options() -> argparse.ArgumentParser:
     parent = new_parser(add_help=False)
     add = parent.add_argument
     add("-n", type=COUNT, default=8, help="responses per problem")
-    add("--top-p", type=bounded(float, 0, 1, above=True), default=1.0)
+    add(
+        "--top-p",
+        type=bounded(float, 0, 1, above=True),
+        default=1.0,
+        help="sample from this share of the mass; 1 is off",
+    )
     add("--max-tokens", type=COUNT, default=8192, help="of a response")
     what = "whether only a box after </think> counts; given to the template, which decides auto"
     add("--thinking", choices=("auto", "true", "false"), default="auto", help=what)
     add("--no-thinking", dest="thinking", action="store_const", const="false", help="--thinking false")
     add("--instruction", default=INSTRUCTION, help="appended to problems that do not contain it")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the sampling")
     add("--rows", type=COUNT, default=64, help="sequences decoded at once")
     add("--cache-tokens", type=COUNT, help="of all sequences together (default: what the rows need, if memory allows)")
     add("--reward", metavar="FILE.py:NAME", help="call NAME(text, row) instead of comparing answers")
@@ -86,15 +98,11 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
     """Parse the command line of train.py. Exits if the recipe cannot be read, and after --plan."""
     parser = new_parser(doc)
     add = parser.add_argument
-    add("recipe", nargs="?", type=user_path, default=ROOT / "recipes" / "tiny.toml")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="such as stage.1.temperature=1.1; stage.*. is all stages; A,B a sweep",
-    )
-    add("--seeds", nargs="+", default=[], metavar="SEED", help="--set seed=A,B")
+    what = "a file with every setting of the run that is no default; `python -m lab.recipe` lists all of them"
+    add("recipe", nargs="?", type=user_path, default=ROOT / "recipes" / "tiny.toml", help=what)
+    what = "instead of the recipe's value; repeatable; stage.*.KEY is of all stages, KEY=A,B a sweep"
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help=what)
+    add("--seeds", nargs="+", default=[], metavar="SEED", help="--set seed=A,B: a sweep over these seeds")
     add("--nproc-per-node", metavar="N", help="of a sweep: processes of each run, which torchrun starts")
     add("--out", type=user_path, default=Path("runs"), help="where the run's folder is created")
     add(
@@ -215,18 +223,24 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     batch.add_argument("--batch", type=COUNT, default=1, help="fail if fewer problems than this are left")
 
-    add = commands.add_parser(
-        "estimate", parents=[model_options(), reading], help="pass rates of a model", allow_abbrev=False
-    ).add_argument
+    def new_command(name: str, what: str, example: str, *parents: argparse.ArgumentParser) -> Callable:
+        """Return the `add_argument` of a new command."""
+        more = {
+            "description": f"{what}\n\n    python data_filter.py {name} {example}",
+            "formatter_class": HelpFormatter,
+        }
+        return commands.add_parser(name, help=what, parents=parents, allow_abbrev=False, **more).add_argument
+
+    example = "Qwen/Qwen3-4B math.jsonl --max-tokens 38912 --temperature 1.4"
+    add = new_command("estimate", "Pass rates of a model.", example, model_options(), reading)
     add("model", type=expanduser, help="a model folder or hub id")
     add("data", type=expanduser, help="a file of problems or a hub data set")
     add("--temperature", type=bounded(float, 0, above=True), default=1.4, help="the one training will start at")
     add("--top-k", type=bounded(int, 0), default=0, help="0 is off, as in training")
     add("--out", type=user_path, default=Path("pass-rates.jsonl"), help="a new file, or one to resume")
 
-    add = commands.add_parser(
-        "filter", parents=[reading, batch], help="drop the problems that are always solved", allow_abbrev=False
-    ).add_argument
+    what, example = "Drop the problems that are always solved.", "pass-rates.jsonl math.jsonl train.jsonl"
+    add = new_command("filter", what, example, reading, batch)
     add("pass_rates", type=user_path, help="the output of estimate")
     add("data", type=expanduser, help="the problems that were estimated")
     add("out", type=user_path, help="a new .jsonl file")
@@ -235,9 +249,8 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
     add("--max-unsolved-share", type=SHARE, help="of the kept problems: drop other unsolved ones at random")
     add("--seed", type=int, default=0, help="for that draw")
 
-    add = commands.add_parser(
-        "drop", parents=[reading, batch], help="drop the problems that a run has learned", allow_abbrev=False
-    ).add_argument
+    what, example = "Drop the problems that a run has learned.", "runs/tiny train.jsonl next.jsonl"
+    add = new_command("drop", what, example, reading, batch)
     add("run", type=user_path, help="the folder of a run of train.py")
     add("data", type=expanduser, help="the problems that it was trained on")
     add("out", type=user_path, help="a new .jsonl file")

@@ -170,7 +170,7 @@ class RunSettings:
     checkpoints_kept: int = key(2, least=1)
     most_nonfinite_steps: int = key(3, "consecutive non-finite updates that stop the run", least=1)
     rollouts_written: int = key(4, "rollouts written per step, for people to read", least=0)
-    tensorboard: bool = False
+    tracker: str = key("", "also send metrics to it; empty: none", one_of=("", "tensorboard", "wandb", "trackio"))
 
 
 @dataclass(frozen=True)

@@ -265,11 +265,15 @@ def summarise(
 
 
 def print_evaluation(found: Evaluation) -> None:
-    """Print a line of metrics, and one for each grouping of the data."""
+    """Print the score, the metrics, and a line for each grouping of the data."""
+    verdicts = ", ".join(f"{count:,} {verdict}" for verdict, count in found.verdicts.items())
     print(
         f"{found.name}: avg@{found.n} {100 * found.avg:.1f} (95% {100 * found.low:.1f} to {100 * found.high:.1f}) over "
-        f"{found.problems} problems, mean length {found.length_mean:,.0f}, truncated {found.truncated_share:.1%}, "
-        f"no box {found.no_box_share:.1%}, {found.verdicts}"
+        f"{found.problems} problems"
+    )
+    print(
+        f"  mean length {found.length_mean:,.0f}, truncated {found.truncated_share:.1%}, no box "
+        f"{found.no_box_share:.1%}; {verdicts}"
     )
     for groups in (found.by_type, found.by_difficulty):
         if len(groups) > 1:

@@ -1,11 +1,15 @@
 """lab/console.py: the columns of a step's line, and when alarms are printed."""
 
 import math
+import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
+from engine.run import Run
 from lab import console
+from lab.recipe import RlStage, SftStage
 
 RL = dict(
     kind="rl", step=123, stage=1, reward_mean=0.512, response_length_mean=1234.5, truncated_share=0.031,
@@ -35,24 +39,18 @@ def test_format_eta(seconds, text):
     assert console.format_eta(seconds) == text
 
 
-def test_console_lines_align_and_fit():
-    rows = [
-        RL,
-        EXTREME,
-        RL | {"skipped": 1},
-        RL | {"reward_mean": math.nan},
-        dict(kind="rl", step=1, stage=1),
-        dict(kind="sft", step=7, stage=0, loss=2.31, tokens_per_s=9123.4),
-        dict(kind="sft", step=8, stage=0, loss=None),
-    ]
-    lines = [console.console_line(row, 10_000, 7860) for row in rows]
-    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 160
-    assert len({line.index(" tok/s") for line in lines}) == 1
-    assert " ".join(lines[0].split()) == (
-        "1 rl 123/10000 reward 0.512 len 1234 trunc 3.1% d4 0.712 T 1.40 zerovar 12/128 "
-        "rescued 1 subst 12 9000 tok/s grade 1.2% eta 2h 11m"
-    )
-    assert "update skipped" in lines[2] and "nan" in lines[3] and "loss    2.310" in lines[5]
+def test_console_lines_align_with_their_header_and_fit():
+    rl = [RL, EXTREME, RL | {"skipped": 1}, RL | {"reward_mean": math.nan}, dict(kind="rl", step=1, stage=1)]
+    sft = [dict(kind="sft", step=7, stage=0, loss=2.31, tokens_per_s=9123.4), dict(kind="sft", step=8, loss=None)]
+    for rows in (rl, sft):
+        lines = [console.console_header(rows[0]), *(console.console_line(row, 10_000, "> 2h 11m") for row in rows)]
+        assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
+        ends = [match.end() for match in re.finditer(r"[^ ](?=  |$)", lines[0])]
+        assert all(line[end - 1] != " " and line[end : end + 1] in ("", " ") for line in lines for end in ends)
+    heading, line, _, skipped, *_ = [console.console_header(RL), *(console.console_line(row, 10_000, "2h 11m") for row in rl)]
+    assert heading.split() == "step reward tokens cut distinct-4 no signal rescued substituted tokens/s ETA".split()
+    assert " ".join(line.split()) == "123/10000 0.512 1234 3.1% 0.712 12/128 1 12 9000 2h 11m"
+    assert " ".join(skipped.split()) == "123/10000 0.512 1234 3.1% 0.712 12/128 update skipped 9000 2h 11m"
 
 
 CALM = dict(
@@ -72,6 +70,7 @@ def printed(steps):
 
 
 ALARMS = {  # sentence: (values beyond the threshold, values within it)
+    "21% of the time": (dict(seconds=10.0, seconds_grade=2.1), dict(seconds=10.0, seconds_grade=1.9)),
     "68% of": (dict(zero_variance=8.1), dict(zero_variance=7.9)),
     "11% of": (dict(truncated_share=0.11), dict(truncated_share=0.099)),
     "response length runs away: 100 to 201 tokens": (
@@ -123,3 +122,14 @@ def test_missing_and_non_finite_metrics_raise_no_alarm():
     assert console.new_alarms(bare) == [] and console.new_alarms([]) == []
     odd = stage_rows(*[dict(distinct4=None, entropy=math.nan, response_length_mean=math.inf, groups=0)] * 8)
     assert console.new_alarms(odd) == []
+
+
+def test_eta_counts_the_stages_to_come(monkeypatch):
+    sft, small, large = SftStage(steps=10), RlStage(steps=10, batch_problems=4), RlStage(steps=20, batch_problems=8)
+    state = SimpleNamespace(step=12, stage_step=4, stage_tokens=0)
+    run = SimpleNamespace(recipe=SimpleNamespace(stage=(sft, small, large)), state=state, stage_first_step=2)
+    run.stage_began, run.steps_began, run.steps_left = 100.0, 130.0, lambda stage: stage.steps - state.stage_step
+    monkeypatch.setattr("time.perf_counter", lambda: 136.0)  # 3 s for each of two steps, after 30 s of preparation
+    assert Run.eta(run, 1, small) == console.format_eta(6 * 3 + 30 + 20 * 2 * 3)
+    assert Run.eta(run, 2, large) == console.format_eta(16 * 3)
+    assert Run.eta(run, 0, sft) == "> 0m 18s"

@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import sys
 
 import pytest
 
@@ -78,53 +77,11 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    metrics = record.Metrics(tmp_path / "run", tensorboard=True, enabled=False)
+    metrics = record.Metrics(tmp_path / "run", enabled=False)
     metrics.write(dict(kind="sft", step=1, stage=0))
     metrics.write_rollouts([dict(step=1)])
     metrics.close()
     assert not (tmp_path / "run").exists()
-
-
-def test_missing_tensorboard_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="TensorBoard is not installed: `pip install tensorboard`"):
-        record.Metrics(tmp_path, tensorboard=True)
-
-
-def test_tensorboard_gets_scalars_and_purges_dropped_steps(tmp_path, monkeypatch):
-    calls = []
-
-    class Board:
-        def __init__(self, folder, purge_step=None):
-            calls.append(("open", purge_step))
-
-        def add_text(self, tag, text, step):
-            assert "| `reward_mean` | rl |" in text
-            calls.append(tag)
-
-        def add_scalar(self, tag, value, step):
-            calls.append((tag, value, step))
-
-        def close(self):
-            calls.append("close")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("module", (), {"SummaryWriter": Board}))
-    metrics = record.Metrics(tmp_path, tensorboard=True)
-    metrics.write(dict(kind="rl", step=3, stage=1, loss=0.5, entropy=None, verdicts={"wrong": 2}))
-    metrics.write(dict(kind="eval", step=3, stage=1, name="held-out", avg=0.4, final=False))
-    metrics.close()
-    record.Metrics(tmp_path, tensorboard=True, position=(0, 0)).close()
-    assert calls == [
-        ("open", None),
-        "glossary",
-        ("rl/loss", 0.5, 3),
-        ("rl/verdicts/wrong", 2, 3),
-        ("eval/held-out/avg", 0.4, 3),
-        "close",
-        ("open", 0),
-        "glossary",
-        "close",
-    ]
 
 
 def test_metrics_keep_the_rows_of_the_current_stage_also_after_a_resume(tmp_path):

@@ -316,7 +316,7 @@ def test_every_key_is_described_with_its_default_and_its_bounds():
     lines = list(describe_keys())
     assert len(lines) == len({*lines}) + 11  # keys that both kinds of stages have
     assert any(line.split() == "stage.group_size = 8 rollouts per problem, at least 2".split() for line in lines)
-    for key in ("name", "seed = 0", "world.layers = 4", "stage.variant.loss = 'polaris'", "run.tensorboard = False"):
+    for key in ("name", "seed = 0", "world.layers = 4", "stage.variant.loss = 'polaris'", "run.tracker = ''"):
         assert any(line.startswith(key) for line in lines), key
 
 

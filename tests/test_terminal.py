@@ -56,6 +56,17 @@ def test_a_progress_bar_still_redraws_its_line():
     assert "\\" not in error and "\r" in error and "\x1b[A" in error
 
 
+def test_a_log_has_what_was_printed_but_no_progress_bar(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from engine.terminal import keep_log, prepare_terminal; prepare_terminal()\n"
+        f"print('before'); keep_log(Path({str(tmp_path / 'log.txt')!r})); print('a\\x1b[2Jb'); from tqdm import tqdm\n"
+        "bar = tqdm(total=2, file=sys.stderr, mininterval=0); bar.update(1); print('warning', file=sys.stderr)"
+    )
+    (tmp_path / "log.txt").write_text("of an earlier launch\n")
+    run("-c", script)
+    assert (tmp_path / "log.txt").read_text() == "of an earlier launch\na\\x1b[2Jb\nwarning\n"
+
+
 def test_text_files_are_opened_with_their_encoding():
     """A library's callers have run no `prepare_terminal`."""
     missing = []
