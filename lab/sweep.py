@@ -27,17 +27,19 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 def combinations(overrides: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
     """Yield each run of a sweep: its folder's name, the same without the seed, and its overrides."""
-    pairs = [(key, override_values(text)) for key, _, text in (override.partition("=") for override in overrides)]
-    swept = [key for key, values in pairs if len(values) > 1]
-    short = [key.rpartition(".")[2] for key in swept]
-    names = dict(zip(swept, short if len({*short}) == len(short) else swept, strict=True))
-    for values in product(*(values for _, values in pairs)):
-        chosen = [(key, value) for (key, _), value in zip(pairs, values, strict=True)]
-        words = [f"{names[k]}={v if isinstance(v, str) else literal(v)}" for k, v in chosen if k in names]
-        name, setting = (
-            re.sub(r"[^\w.,=+-]+", "_", ",".join(w for w in words if not w.startswith(o))) for o in ("=", "seed=")
-        )
-        yield name, setting, [*(f"{key}={literal(value)}" for key, value in chosen), f"name={literal(name)}"]
+    last = reversed(dict.fromkeys(reversed(overrides)))  # of equal ones the last counts
+    values = {override: override_values(override.partition("=")[2]) for override in last}
+    keys = {override: override.partition("=")[0] for override, own in values.items() if len(own) > 1}
+    short = {override: key.rpartition(".")[2] for override, key in keys.items()}
+    names = short if len({*short.values()}) == len(short) else keys
+    for chosen in product(*values.values()):
+        given, words = [], []
+        for override, value in zip(values, chosen, strict=True):
+            given.append(f"{keys[override]}={literal(value)}" if override in keys else override)
+            if override in keys:
+                words.append(f"{names[override]}={value if isinstance(value, str) else literal(value)}")
+        name = re.sub(r"[^\w.,=+-]+", "_", ",".join(words))
+        yield name, re.sub(r"(^|,)seed=\d+$", "", name), [*given, f"name={literal(name)}"]
 
 
 def finished_run(folder: Path, name: str) -> Path | None:
