@@ -24,7 +24,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -42,6 +42,7 @@ from rollout import Sampling
 GROUP_SIZE = 8  # the recipe's rollouts per problem
 ESTIMATE_DRAW = -2  # the draw number of estimates; training steps count from 0
 ESTIMATE_SLICE = 512  # problems sampled between two saves
+Rule = Callable[[np.ndarray], np.ndarray]  # pass rates (P,) -> whether each problem is kept, bool (P,)
 BEFORE_STAGE = -0.5  # relative to stage k: an estimate sorts between the visits of stages k - 1 and k
 
 # ---- the history of pass rates -------------------------------------------------------------------
@@ -293,7 +294,7 @@ class Filtered:
 def filter_mirrored_j(
     problems: list[Problem],
     history: History,
-    drop_at: float = 1.0,
+    drop_at: float | Rule = 1.0,
     keep_above: float = 0.0,
     max_unsolved_share: float | None = None,
     seed: int = 0,
@@ -302,12 +303,13 @@ def filter_mirrored_j(
     """Drop the problems that the model always solves and keep the rest, 0/8 too (RECIPE section 1).
 
     Kept: keep_above <= pass rate < drop_at, by the latest estimate. max_unsolved_share: the largest share of the kept
-    problems that may be unsolved; the seed selects which stay. Raises DataError if a problem has no estimate.
+    problems that may be unsolved; the seed selects which stay. A rule as drop_at replaces both bounds.
+    Raises DataError if a problem has no estimate.
     """
     rates = {p.id: history.estimate(p.id) for p in problems}
     if missing := [problem_id for problem_id, rate in rates.items() if rate is None]:
         raise DataError(f"{len(missing)} problems have no pass rate (first: {missing[0]}); estimate them first.")
-    keep = {problem_id for problem_id, rate in rates.items() if keep_above <= rate < drop_at}
+    keep = kept_by(drop_at if callable(drop_at) else lambda rates: (keep_above <= rates) & (rates < drop_at), rates)
     if max_unsolved_share is not None and max_unsolved_share < 1:
         unsolved = sorted(problem_id for problem_id in keep if rates[problem_id] == 0)
         solved = len(keep) - len(unsolved)
@@ -320,11 +322,11 @@ def drop_easy(
     problems: list[Problem],
     history: History,
     stage: int,
-    threshold: float = 0.9,
+    threshold: float | Rule = 0.9,
     window: str = "stage",
     group_size: int = GROUP_SIZE,
 ) -> Filtered:
-    """Drop the problems whose accuracy is above the threshold, at the end of a stage (RECIPE section 1).
+    """Drop the problems whose accuracy is above the threshold, at the end of a stage (RECIPE section 1), or by a rule.
 
     window: "stage" counts the visits of the stage just ended (a problem not visited in it keeps its earlier estimate),
     "all" counts all visits. A problem never visited is kept.
@@ -332,8 +334,15 @@ def drop_easy(
     if window not in ("stage", "all"):
         raise DataError(f'the window of the drop is {window!r}; it must be "stage" or "all".')
     rates = {p.id: history.estimate(p.id, stage) if window == "stage" else history.pass_rate(p.id) for p in problems}
-    keep = {problem_id for problem_id, rate in rates.items() if rate is None or rate <= threshold}
+    keep = kept_by(threshold if callable(threshold) else lambda rates: rates <= threshold, rates)
     return split_by(problems, keep, rates, group_size)
+
+
+def kept_by(rule: Rule, rates: dict[str, float | None]) -> set[str]:
+    """Return the ids of the problems that a rule keeps; those without a pass rate stay."""
+    known = {problem_id: rate for problem_id, rate in rates.items() if rate is not None}
+    kept = rule(np.array(list(known.values()), dtype=float))
+    return rates.keys() - {problem_id for problem_id, stays in zip(known, kept, strict=True) if not stays}
 
 
 def split_by(problems: list[Problem], keep: set[str], rates: dict[str, float | None], group_size: int) -> Filtered:

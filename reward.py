@@ -7,7 +7,7 @@ in the background, under limits of time and memory:
     with Grader(workers=2) as grader:
         grader.grade([(r"<think>...</think> \boxed{\frac{1}{2}}", ["0.5"])])
 
-A recipe's reward.function takes the place of this comparison: engine/reward_function.py.
+A recipe's reward.function takes the place of this comparison: engine/own_function.py.
 """
 
 import itertools

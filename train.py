@@ -62,7 +62,7 @@ from grpo import (
     supervised_loss,
     training_sequences,
 )
-from lab import rows
+from lab import rows, variants
 from lab.problems import Problem
 from lab.recipe import Recipe, RlStage, SftStage, VariantSettings
 from lab.scores import Evaluation, print_evaluation, summarise
@@ -123,8 +123,6 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
     loss = PolicyLoss(stage.clip_low, stage.clip_high, stage.dual_clip)
     sinks_are_used = any(isinstance(later, RlStage) and later.rescue for later in recipe.stage[index:])
     is_variant = stage.variant != VariantSettings()
-    if is_variant:
-        from lab import variants
     run.begin_steps(stage)
     run.processes.say(
         f"stage {index}: rl on {len(problems):,} problems, {stage.steps} steps of {stage.batch_problems} x "
@@ -218,9 +216,11 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
     estimated = [visit for problem in problems for visit in known.visits(problem.id)]
     for visit in estimated:
         history.append(visit)
-    filtered = filter_mirrored_j(problems, history, stage.drop_at, group_size=stage.group_size)
+    drop_at = variants.own_function("filter", stage.variant.filter) or stage.drop_at
+    filtered = filter_mirrored_j(problems, history, drop_at, group_size=stage.group_size)
     tokens = sum(visit.tokens for visit in estimated)
-    report_filter(run, index, f"before stage {index}", f"pass rate below {stage.drop_at:g}", filtered, tokens)
+    rule = stage.variant.filter or f"pass rate below {stage.drop_at:g}"
+    report_filter(run, index, f"before stage {index}", rule, filtered, tokens)
     require_batch(filtered, stage.batch_problems)
     share = zero_variance_share(filtered.known_rates(filtered.kept), stage.group_size)
     run.processes.say(f"expected share of groups without a signal: {share:.0%}")
@@ -268,9 +268,10 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
 
 def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
     """Drop what the model has learned; the rest is the next stage's data."""
-    problems, limits = run.stage_problems(index), (stage.drop_above, stage.drop_window)
+    problems, own = run.stage_problems(index), variants.own_function("filter", stage.variant.filter)
+    limits, rule = (own or stage.drop_above, stage.drop_window), f"accuracy above {stage.drop_above:g}"
     filtered = drop_easy(problems, run.state.history, index, *limits, group_size=stage.group_size)
-    report_filter(run, index, f"after stage {index}", f"accuracy above {stage.drop_above:g}", filtered)
+    report_filter(run, index, f"after stage {index}", stage.variant.filter or rule, filtered)
     run.state.problem_ids = [problem.id for problem in filtered.kept]
     later = [s for s in run.recipe.stage[index + 1 :] if isinstance(s, RlStage)]
     if later and not later[0].data:

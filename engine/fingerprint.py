@@ -12,8 +12,9 @@ import torch
 from engine import adapter
 from engine.files import file_checksums
 from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_optional_json, resolve_folder, weight_files
-from engine.reward_function import read_reward
+from engine.own_function import read_function
 from lab.problems import DataError, Problem
+from lab.recipe import Recipe, to_toml
 from rollout import Prompt
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -29,10 +30,17 @@ def data_identity(rows: Iterable[Problem | list[dict]]) -> str:
     return _hash(problems)
 
 
-def reward_identity(given: str) -> str | None:
-    """Hash a reward function's file and name; None without one. What the file imports does not count."""
-    function = read_reward(given)
+def function_identity(given: str) -> str | None:
+    """Hash the file and name of FILE.py:NAME; None for "". What the file imports does not count."""
+    function = read_function(given)
     return function and _hash([function.name, function.source])
+
+
+def own_functions(recipe: Recipe) -> dict[str, str]:
+    """Hash the file of every key of a recipe that is FILE.py:NAME."""
+    kinds = (".function", ".advantage", ".loss", ".filter")
+    own = [(key, given) for key, given in flat_keys(to_toml(recipe)).items() if key.endswith(kinds) and ":" in given]
+    return {f"file of {key}": function_identity(given) for key, given in own}
 
 
 def model_identity(folder: Path) -> dict[str, str]:
@@ -93,9 +101,9 @@ def git_commit(folder: Path) -> str:
 def differences(then: dict[str, str], now: dict[str, str], chosen: Collection[str] = ()) -> list[str]:
     """Describe the differences between two fingerprints; `chosen` are recipe keys that were changed on purpose.
 
-    A fingerprint has "recipe" (TOML), "code", "reward function" (its file), "model PART" (see `model_identity`) and,
-    for each source, "data SOURCE" and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing: only
-    the names of what changed are given.
+    A fingerprint has "recipe" (TOML), "code", "model PART" (see `model_identity`), "file of KEY" (see `own_functions`)
+    and, for each source, "data SOURCE" and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing:
+    only the names of what changed are given.
     """
     found = []
     values = [flat_keys(fingerprint.get("recipe", "")) for fingerprint in (then, now)]

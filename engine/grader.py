@@ -1,5 +1,5 @@
 """Grade responses in the background: most answers are settled by their text, in the calling process; worker processes
-under limits of time and memory decide the rest, or call a reward function (engine/reward_function.py). A late worker is
+under limits of time and memory decide the rest, or call a reward function (engine/own_function.py). A late worker is
 killed and replaced, and costs only that verdict."""
 
 import atexit
@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.reward_function import RewardError, RewardFunction, read_reward
+from engine.own_function import FunctionError, OwnFunction, read_function
 from lab import answers as answer_matching
 from lab.answers import text_verdict, tidy
 from reward import Grade, format_reward, last_boxed, response_body, step_reward
@@ -35,9 +35,9 @@ LEAST_FAILURES = 5  # fewer grader failures than this never stop a run
 class _Worker:
     """One worker process and the pipe to it."""
 
-    def __init__(self, memory_limit_bytes: int, time_limit_s: float, reward: RewardFunction | None):
+    def __init__(self, memory_limit_bytes: int, time_limit_s: float, reward: OwnFunction | None):
         # -P: files in lab/ must not shadow the modules that math-verify imports
-        program = ["-m", "engine.reward_function"] if reward else [os.path.abspath(answer_matching.__file__)]
+        program = ["-m", "engine.own_function"] if reward else [os.path.abspath(answer_matching.__file__)]
         command = [sys.executable, "-P", *program, str(memory_limit_bytes), str(time_limit_s)]
         # a new session: a signal to the run's process group must not turn pending answers into grader failures
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
@@ -102,7 +102,7 @@ class Grader:
     time_limit_s: per answer in a worker, for all its accepted answers together, without start-up.
     memory_limit_bytes: address space of one worker.
     thinking: whether responses must close a thinking block before the answer.
-    reward: "FILE.py:FUNCTION", called in a worker on every response instead of comparing answers. Raises RewardError.
+    reward: "FILE.py:FUNCTION", called in a worker on every response instead of comparing answers. Raises FunctionError.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Grader:
     ):
         if workers < 1:
             raise ValueError(f"workers must be at least 1, not {workers}")
-        self.reward, self.given = read_reward(reward), reward
+        self.reward, self.given = read_function(reward), reward
         self.failures: dict[str, str] = {}  # of the reward function: the first of each verdict, as a sentence
         self.time_limit_s, self.memory_limit_bytes, self.thinking = time_limit_s, memory_limit_bytes, thinking
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -129,7 +129,7 @@ class Grader:
             self._slots[0] = self._start()
 
     def _start(self) -> _Worker:
-        """Start the first worker of a reward function. Raises RewardError."""
+        """Start the first worker of a reward function. Raises FunctionError."""
         worker, why = _Worker(self.memory_limit_bytes, self.time_limit_s, self.reward), ""
         try:
             reply = worker.read(START_LIMIT_S)
@@ -141,7 +141,7 @@ class Grader:
         if not worker.ready:
             worker.kill()
             self.close()
-            raise RewardError(f"the reward function {self.given} cannot be used: {why}; fix its file or its name")
+            raise FunctionError(f"the reward function {self.given} cannot be used: {why}; fix its file or its name")
         return worker
 
     def submit(self, response: str, answers: Sequence[str], row: dict | None = None) -> int:

@@ -18,7 +18,7 @@ from engine.batches import TrainingSequence
 from engine.checkpoint import CheckpointError, RunState, load_weights_and_optimizer, save_checkpoint
 from engine.distributed import Interrupted, Processes, StopRequest, say_last
 from engine.files import write_atomically
-from engine.fingerprint import model_identity, prompts_identity, reward_identity
+from engine.fingerprint import function_identity, model_identity, prompts_identity
 from engine.memory import UpdateError
 from engine.offload import HostAdamW
 from engine.rollout_worker import RolloutWorker
@@ -249,7 +249,7 @@ class Run:
         """Return the identity of the model that stage INDEX starts from, and of its prompts."""
         folder = self.folder / f"stage-{index - 1}" if index else self.model_folder
         found = self.processes.broadcast(model_identity(folder) if self.processes.is_main else None)
-        found |= {"reward function": reward_identity(self.recipe.reward.function)}
+        found |= {"reward function": function_identity(self.recipe.reward.function)}
         return found | {"prompts": prompts_identity(self.worker.prompt(problem, 1) for problem in problems)}
 
     def resume_command(self) -> str:

@@ -26,8 +26,8 @@ from engine.fingerprint import (
     differences,
     git_commit,
     model_identity,
+    own_functions,
     prompts_identity,
-    reward_identity,
 )
 from engine.rollout_worker import RolloutWorker
 from engine.terminal import keep_log
@@ -242,8 +242,7 @@ def run_fingerprint(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Return what a run depends on in addition to its checkpoint: see `fingerprint.differences`."""
     found = {"recipe": to_toml(recipe), "code": code_version(ROOT)}
     found |= {f"model {part}": value for part, value in model_identity(model_source(recipe, folder)).items()}
-    if recipe.reward.function:
-        found["reward function"] = reward_identity(recipe.reward.function)
+    found |= own_functions(recipe)
     data = RunData(recipe, folder)
     for source in sources(recipe):
         path = data.path(source)

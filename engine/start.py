@@ -34,6 +34,7 @@ from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_na
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read, load_recipe
 from lab.run_data import RunData
 from lab.tracker import open_tracker, require_tracker
+from lab.variants import try_functions
 from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
 from rollout import CacheLimits, cache_bytes_per_token, check_requests
 from yarn import describe_ramp
@@ -53,6 +54,7 @@ def build_run(
     """Build a run in its folder, and check all of its inputs."""
     sampler, reward = recipe.sampler, recipe.reward
     grader = Grader(reward.workers, reward.time_limit_seconds, reward=reward.function)  # tries the function out
+    try_functions(recipe, processes)
     lock, checkpoint, state = open_run(arguments, recipe, folder, resumed, processes)
     model_folder = model_source(recipe, folder)
     model = build_model(model_folder, recipe, processes)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from engine import distributed
 from engine.adapter import tokenizer_folder
 from engine.distributed import Interrupted, StopRequest
-from engine.fingerprint import model_identity, prompts_identity, reward_identity
+from engine.fingerprint import function_identity, model_identity, prompts_identity
 from engine.grader import Grader
 from engine.rollout_worker import RolloutWorker
 from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
@@ -57,7 +57,7 @@ def load_worker(
     worker.limits = CacheLimits(arguments.cache_tokens or 0, page, arguments.rows)
     check_requests(model, prompts, sampling, worker.limits)
     identity = processes.broadcast(model_identity(folder) if processes.is_main else None)
-    identity |= {"prompts": prompts_identity(prompts), "reward function": reward_identity(arguments.reward or "")}
+    identity |= {"prompts": prompts_identity(prompts), "reward function": function_identity(arguments.reward or "")}
     return worker, sampling, identity
 
 

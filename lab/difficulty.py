@@ -28,6 +28,7 @@ from lab.benchmarks import text_table
 from lab.command import load_worker, run_command
 from lab.problems import DataError, Problem, read_problems, write_problems
 from lab.recipe import RlStage, load_recipe
+from lab.variants import own_function
 
 ADVICE = {
     "J": "at least half are solved more often than not: drop the always solved (data_filter.py filter)",
@@ -92,11 +93,13 @@ def drop_command(arguments: argparse.Namespace) -> None:
     if not any(state.history.visits(problem.id) for problem in problems):
         raise DataError(f"{run} has not visited any problem of {arguments.data}; give the data that it was trained on.")
     stage = stages[index]
+    own = own_function("filter", stage.variant.filter) if arguments.above is None else None
     above = stage.drop_above if arguments.above is None else arguments.above
     window = arguments.window or stage.drop_window
     visits = "that stage" if window == "stage" else "all stages"
-    print(f"{run}, after stage {index}: dropping accuracy above {above:g} in the visits of {visits}")
-    filtered = drop_easy(problems, state.history, index, above, window, stage.group_size)
+    rule = stage.variant.filter if own else f"dropping accuracy above {above:g}"
+    print(f"{run}, after stage {index}: {rule} in the visits of {visits}")
+    filtered = drop_easy(problems, state.history, index, own or above, window, stage.group_size)
     write_filtered(arguments, filtered, stage.group_size)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.distributed import Processes
 from engine.files import write_atomically
-from engine.fingerprint import data_identity, other_parts, require_same, reward_identity
+from engine.fingerprint import data_identity, function_identity, other_parts, require_same
 from engine.grader import Grader, check_grader
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
 from lab import eval_page
@@ -333,7 +333,7 @@ def regrade(arguments: argparse.Namespace) -> None:
             sets[name], results.groups[""][name] = problems, groups
             found = summarise(name, problems, groups, settings["temperature"], settings["trained_length"])
             results.figures[""].append(found)
-    identity = settings["identity"] | {"reward function": reward_identity(reward)}
+    identity = settings["identity"] | {"reward function": function_identity(reward)}
     open_folder(out, settings | {"reward": reward, "identity": identity}, sets)
     for name, groups in results.groups[""].items():
         write_responses(response_file(out, name), chain(*groups))

@@ -32,6 +32,10 @@ PUBLISHED = {  # config.json of known models, for when the model is not on this 
     "Qwen/Qwen3-1.7B-Base": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True, 32_768),
     "Qwen/Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True, 40_960),
     "Qwen/Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151_936, True, 40_960),
+    "Qwen/Qwen2.5-3B-Instruct": ("qwen2", 2048, 11_008, 36, 16, 2, 128, 151_936, True, 32_768),
+    "Qwen/Qwen2.5-Math-7B": ("qwen2", 3584, 18_944, 28, 28, 4, 128, 152_064, False, 4096),
+    "Qwen/Qwen2.5-32B": ("qwen2", 5120, 27_648, 64, 40, 8, 128, 152_064, False, 131_072),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151_936, False, 131_072),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": ("qwen2", 3584, 18_944, 28, 28, 4, 128, 152_064, False, 131_072),
 }
 PUBLISHED_KEYS = (

@@ -30,6 +30,7 @@ BOUNDS = {
     "most": ("at most", operator.le),
     "below": ("below", operator.lt),
     "one_of": ("one of", lambda value, known: value in known),
+    "named": ("FILE.py:NAME or one of", lambda value, known: value in known or ":" in value),
 }
 
 
@@ -38,7 +39,7 @@ class RecipeError(UserError):
 
 
 def key(default: typing.Any, help: str = "", **bounds: typing.Any) -> typing.Any:
-    """Declare a field with its help and bounds: `least`, `above`, `most`, `below` (numbers), `one_of` (a tuple)."""
+    """Declare a field with its help and bounds: `least`, `above`, `most`, `below`; `one_of`, `named` (tuples)."""
     return field(default=default, metadata={"help": help, **bounds})
 
 
@@ -194,11 +195,16 @@ class SftStage(Reading):
 class VariantSettings:
     """Alternatives from other papers, alone or combined; the defaults are POLARIS. Sources are in lab/variants.py."""
 
-    loss: str = key("polaris", "gspo clips per response; cispo clips a weight", one_of=("polaris", "gspo", "cispo"))
+    advantage: str = key(
+        "polaris", "(reward - mean) by std, 1, mean; NAME(rewards)", named=("polaris", "centred", "maxrl")
+    )
+    loss: str = key(
+        "polaris", "clips a token, response, weight; NAME(logprobs, batch)", named=("polaris", "gspo", "cispo")
+    )
+    filter: str = key("", "FILE.py:NAME, called as NAME(pass_rates) instead of drop_at and drop_above; empty: those")
     gspo_clip_low: float = key(3e-4, least=0)
     gspo_clip_high: float = key(4e-4, least=0)
     cispo_cap: float = key(5.0, "the largest ratio, 1 + epsilon", least=1)
-    divide_by_std: bool = key(True, "false: the advantage is reward - mean (Dr. GRPO)")
     average: str = key("", "empty: as in the loss's paper", one_of=("", "tokens", "sequences", "constant"))
     drop_zero_variance: bool = key(False, "leave out groups of equal rewards; `substitute` must be false")
     drop_truncated: bool = key(False, "overlong filtering: no loss on responses cut at the limit")
@@ -350,10 +356,8 @@ def override_values(text: str) -> list:
 
     A TOML value, such as a list or a quoted text, is one value, and so is a bare text with a space after each comma.
     """
-    for whole, many in ((text, False), (f"[{text}]", True)):
-        with suppress(ValueError, RecursionError):
-            value = tomllib.loads(f"value = {whole}")["value"]
-            return value or [text] if many else [value]
+    with suppress(ValueError, RecursionError):
+        return tomllib.loads(f"values = [{text}]")["values"] or [text]
     pieces = re.split(r",(?!\s)", text)  # bare words are texts
     return [value for piece in pieces for value in override_values(piece)] if len(pieces) > 1 else pieces
 
@@ -502,6 +506,8 @@ def _check_variant(stage: RlStage, where: str) -> None:
             f"{name}.drop_zero_variance leaves out the groups that {where}.substitute overwrites: "
             f"set {where}.substitute = false as well"
         )
+    if variant.advantage == "maxrl" and variant.punish_last_tokens:
+        raise RecipeError(f"{name}.punish_last_tokens makes rewards negative; maxrl divides by their mean")
     if 0 < variant.importance_cap < 1:
         raise RecipeError(f"{name}.importance_cap must be 0 (none) or at least 1, not {variant.importance_cap}")
     steps, problems = variant.optimizer_steps, stage.batch_problems

@@ -307,7 +307,8 @@ def options_of(*words):
 def test_published_shapes_have_the_published_sizes():
     sizes = {"Qwen/Qwen3-0.6B": 0.596, "Qwen/Qwen3-1.7B": 1.72, "Qwen/Qwen3-4B": 4.02}  # billions
     sizes |= {"Qwen/Qwen3-0.6B-Base": 0.596, "Qwen/Qwen3-1.7B-Base": 1.72}
-    sizes["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"] = 7.62
+    sizes |= {"deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7.62, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1.78}
+    sizes |= {"Qwen/Qwen2.5-3B-Instruct": 3.09, "Qwen/Qwen2.5-Math-7B": 7.62, "Qwen/Qwen2.5-32B": 32.8}
     assert sizes.keys() == plan.PUBLISHED.keys()
     for name, billions in sizes.items():
         shape, where = plan.find_shape(name)
@@ -461,3 +462,9 @@ def test_the_steps_of_a_run_correct_the_hours(tmp_path, capsys):
     hours = sum(job.times * (2 * job.sampling.seconds + 3 * job.update.seconds) for job in jobs) / 3600
     times = "2 times the planned sampling, 3 times the update"
     assert f"by 2 steps of {tmp_path} (in each {times}): {hours:,.1f} hours in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["deepscaler-1.5b", "dapo-32b", "dr-grpo-7b", "gspo-3b", "justrl-1.5b", "maxrl-1.7b"])
+def test_a_recipe_of_the_field_can_be_planned(capsys, name):
+    fits, text = lines(capsys, ROOT / "recipes" / f"{name}.toml", memory=80, processes=8)
+    assert fits == (name != "dapo-32b") and re.search(r"hours \([\d,.]+ days\) on 8 cards", text)

@@ -259,8 +259,8 @@ def test_commas_separate_the_values_of_a_sweep_but_not_within_a_value(text, valu
         ("stage.2.steps=0", "stage.2.steps must be at least 1, not 0"),
         ('stage.0.data=""', "stage.0.data is missing: a file of worked solutions"),
         ('stage.1.data=""', "stage.1.data is missing: the first rl stage needs problems"),
-        ("stage.1.variant.loss=gpso", "stage.1.variant.loss must be one of ('polaris', 'gspo', 'cispo'), not 'gpso'"),
-        ("stage.1.variant.loss=''", "stage.1.variant.loss must be one of ('polaris', 'gspo', 'cispo'), not ''"),
+        ("stage.1.variant.loss=gpso", "stage.1.variant.loss must be FILE.py:NAME or one of ('polaris', 'gspo', 'cispo'), no"),
+        ("stage.1.variant.loss=''", "stage.1.variant.loss must be FILE.py:NAME or one of ('polaris', 'gspo', 'cispo'), not"),
         ("stage.1.variant.average=sequence", "stage.1.variant.average must be one of ('', 'tokens', 'sequences', 'c"),
         ("stage.1.drop_window=none", "stage.1.drop_window must be one of ('stage', 'all'), not 'none'"),
         ("stage.1.variant.optimiser_steps=2", "unknown key stage.1.variant.optimiser_steps: did you mean optimizer_s"),
@@ -271,6 +271,7 @@ def test_commas_separate_the_values_of_a_sweep_but_not_within_a_value(text, valu
         ("stage.1.variant.cispo_cap=0.5", "stage.1.variant.cispo_cap must be at least 1, not 0.5"),
         ("stage.1.variant.punish_last_tokens=5000", "stage.1.variant.punish_last_tokens = 5000 exceeds"),
         ("stage.0.variant.loss=gspo", "unknown key stage.0.variant"),
+        ("stage.1.variant={advantage='maxrl', punish_last_tokens=9}", "stage.1.variant.punish_last_tokens makes rewards"),
         ("stage.1.learning_rate=nan", "stage.1.learning_rate must be a finite number of at most 64 bits, not nan"),
         ("final.temperature=-inf", "final.temperature must be a finite number of at most 64 bits, not -inf"),
         ("stage.1.temperature=0x" + "f" * 9999, "stage.1.temperature must be a finite number of at most 64 bits"),
@@ -456,6 +457,87 @@ def test_every_published_number_is_written_and_everything_else_is_marked_as_a_ch
     assert {key: written[key][1] for key in published if key in written} == published
     for key, (line, _) in written.items():
         assert ("# a choice" in line) == (key not in published), line
+
+
+NOTHING_ELSE = {"drop_above": 1.0, "rescue": False, "substitute": False, "kind": "rl", "learning_rate": 1e-6}
+DISTILL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+OF_THE_FIELD = {  # RECIPE.md section 11, by dotted key; a list has a value for each stage
+    "deepscaler-1.5b": {
+        "model": DISTILL, "thinking": True, "micro_batch_tokens": 32_768, "eval.data": "HuggingFaceH4/aime_2024",
+        "eval.samples": 16, "eval.temperature": 0.6, "eval.every_steps": 20,
+        "stage.0.data": "agentica-org/DeepScaleR-Preview-Dataset", "stage.0.steps": 1040, "stage.1.steps": 1520 - 1040,
+        "batch_problems": 128, "group_size": [8, 16, 16], "temperature": 0.6, "max_prompt_tokens": 1024,
+        "max_response_tokens": [8192, 16_384, 24_576], "clip_high": 0.2, "dual_clip": 1e9,
+        "variant.optimizer_steps": 128 // 64,
+    },
+    "dapo-32b": {
+        "model": "Qwen/Qwen2.5-32B", "eval.data": "HuggingFaceH4/aime_2024", "eval.samples": 32, "eval.temperature": 1.0,
+        "eval.max_response_tokens": 20_480, "eval.every_steps": 5, "stage.0.data": "BytedTsinghua-SIA/DAPO-Math-17k",
+        "batch_problems": 512, "group_size": 16, "temperature": 1.0, "max_prompt_tokens": 2048,
+        "max_response_tokens": 16_384 + 4096, "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1e9, "warmup_steps": 20,
+        "weight_decay": 0.1, "max_grad_norm": 1.0, "variant.optimizer_steps": 512 * 16 // 512,
+        "variant.drop_zero_variance": True, "variant.punish_last_tokens": 4096,
+    },
+    "dr-grpo-7b": {
+        "model": "Qwen/Qwen2.5-Math-7B", "instruction": "", "eval.data": "HuggingFaceH4/MATH-500:test",
+        "eval.samples": 1, "eval.temperature": 0.0, "eval.max_response_tokens": 3000, "eval.every_steps": 16,
+        "stage.0.data": "math3to5.parquet", "batch_problems": 128, "group_size": 8, "temperature": 1.0,
+        "max_prompt_tokens": 1024, "max_response_tokens": 3000, "clip_high": 0.2, "dual_clip": 1e9, "adam_beta2": 0.95,
+        "weight_decay": 0.0, "max_grad_norm": 1.0, "variant.advantage": "centred", "variant.average": "constant",
+        "variant.optimizer_steps": 128 * 8 // 128,
+    },
+    "gspo-3b": {
+        "model": "Qwen/Qwen2.5-3B-Instruct", "eval.data": "openai/gsm8k:main/test", "eval.samples": 1,
+        "eval.temperature": 1.0, "eval.max_response_tokens": 8192, "eval.every_steps": 10,
+        "stage.0.data": "openai/gsm8k:main/train", "steps": 500, "batch_problems": 512, "group_size": 16,
+        "temperature": 1.0, "max_prompt_tokens": 2048, "max_response_tokens": 8192, "warmup_steps": 500 * 0.05,
+        "weight_decay": 0.1, "max_grad_norm": 1.0, "variant.loss": "gspo", "variant.gspo_clip_low": 3e-4,
+        "variant.gspo_clip_high": 4e-4, "variant.optimizer_steps": 512 // 128,
+    },
+    "justrl-1.5b": {
+        "model": DISTILL, "instruction": BOXED, "micro_batch_tokens": 32_768, "eval.data": "HuggingFaceH4/aime_2024",
+        "eval.samples": 32, "eval.temperature": 0.7, "eval.max_response_tokens": 31_744, "eval.every_steps": 50,
+        "stage.0.data": "BytedTsinghua-SIA/DAPO-Math-17k", "steps": 4000, "batch_problems": 256, "group_size": 8,
+        "temperature": 1.0, "max_prompt_tokens": 1024, "max_response_tokens": 15_360, "on_bad_row": "skip",
+        "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0, "warmup_steps": 10, "weight_decay": 0.1,
+        "max_grad_norm": 1.0, "variant.optimizer_steps": 256 // 64,
+    },
+    "maxrl-1.7b": {
+        "model": "Qwen/Qwen3-1.7B-Base", "instruction": BOXED, "eval.data": "HuggingFaceH4/MATH-500:test",
+        "eval.samples": 32, "eval.temperature": 0.6, "eval.max_response_tokens": 4096, "eval.every_steps": 50,
+        "stage.0.data": "POLARIS-Project/Polaris-Dataset-53K", "steps": 1000, "batch_problems": 256, "group_size": 16,
+        "temperature": 1.0, "max_prompt_tokens": 1024, "max_response_tokens": 4096, "on_bad_row": "skip",
+        "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0, "max_grad_norm": 0.3, "variant.advantage": "maxrl",
+    },
+}  # fmt: skip
+OF_A_STAGE = {f.name for f in fields(RlStage)} - {"data"}
+
+
+@pytest.mark.parametrize("name", OF_THE_FIELD)
+def test_recipes_of_the_field_have_the_published_numbers_and_mark_all_others_as_choices(name):
+    recipe, choices, expected = load_recipe(ROOT / f"recipes/{name}.toml"), set(), {"name": name}
+    for key, value in (NOTHING_ELSE | OF_THE_FIELD[name]).items():
+        if key.partition(".")[0] not in OF_A_STAGE:
+            expected[key] = value
+            continue
+        for i in range(len(recipe.stage)):
+            expected[f"stage.{i}.{key}"] = value[i] if isinstance(value, list) else value
+    written, prefix, stages = {}, "", 0
+    for line in (ROOT / f"recipes/{name}.toml").read_text().splitlines():
+        if line.startswith("[["):
+            prefix, stages = f"stage.{stages}.", stages + 1
+        elif line.startswith("["):
+            prefix = line[1 : line.index("]")].replace("stage.", f"stage.{stages - 1}.") + "."
+        elif line and not line.startswith("#"):
+            [(key, value)] = tomllib.loads(line).items()
+            table = value if isinstance(value, dict) else {"": value}
+            inner = {f"{prefix}{key}.{k}".rstrip("."): v for k, v in table.items()}
+            written |= inner
+            choices |= inner.keys() if "# a choice" in line else set()
+    assert {key: value for key, value in written.items() if key not in choices} == expected
+    for stage in recipe.stage:  # of the published number that is a default here, and so not written
+        assert (stage.clip_low, stage.filter_before, stage.variant.importance_cap) == (0.2, False, 0.0)
 
 
 def test_training_samples_the_policy_itself_as_published():

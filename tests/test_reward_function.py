@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.fingerprint import data_identity, reward_identity
+from engine.fingerprint import data_identity, function_identity
 from engine.grader import Grader, GraderError, check_grader
-from engine.reward_function import RewardError
+from engine.own_function import FunctionError
 from lab.problems import DataError, Problem, read_problems, write_problems
 from lab.recipe import load_recipe
 from train import make_groups
@@ -156,7 +156,7 @@ def test_a_function_that_cannot_be_used_is_one_sentence_at_the_start(file, tmp_p
     if "FILE" not in given:
         (tmp_path / "broken.py").write_text(given)
         given = f"{tmp_path}/broken.py:score"
-    with pytest.raises(RewardError, match=why) as raised:
+    with pytest.raises(FunctionError, match=why) as raised:
         Grader(reward=given.replace("FILE", str(file)))
     assert "\n" not in str(raised.value)
 
@@ -164,11 +164,11 @@ def test_a_function_that_cannot_be_used_is_one_sentence_at_the_start(file, tmp_p
 def test_an_edit_during_a_run_changes_the_identity_but_not_the_run(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("import os\ndef score(text, row): return os._exit(1) if text == 'end' else True")
-    before = reward_identity(f"{path}:score")
+    before = function_identity(f"{path}:score")
     with Grader(thinking=False, reward=f"{path}:score") as grader:
         path.write_text("def score(text, row): return False")
         assert [g.verdict for g in grader.grade([("end", []), ("x", [])])] == ["reward failed", "right"]
-    assert reward_identity(f"{path}:score") != before and reward_identity("") is None
+    assert function_identity(f"{path}:score") != before and function_identity("") is None
 
 
 def test_rows_are_kept_whole_need_no_answer_and_survive_writing(tmp_path):

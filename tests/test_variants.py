@@ -11,7 +11,15 @@ from test_traps import Table, fast_update, group, ragged_groups, run_stage, slow
 import grpo
 from grpo import PolicyLoss, RatioStats, UpdateStats
 from lab.recipe import RlStage, VariantSettings
-from lab.variants import GspoLoss, centred_advantages, choose_loss, merge_updates, mini_batches, punish_overlong, update
+from lab.variants import (
+    VariantLoss,
+    centred_advantages,
+    maxrl_advantages,
+    merge_updates,
+    mini_batches,
+    punish_overlong,
+    update,
+)
 
 LIMIT = 12  # max_response_tokens
 SIZE = 6  # rollouts in a group
@@ -27,7 +35,7 @@ def stage_of(problems=6, **settings):
 def updates_of(stage, groups, logprobs, max_tokens=40):
     """Return each optimizer step's statistics and gradient by every log-prob, without changing the log-probs."""
     parts = mini_batches(punish_overlong(groups, stage), stage)
-    return [fast_update(sequences, logprobs, choose_loss(stage), max_tokens, divisor) for sequences, divisor in parts]
+    return [fast_update(sequences, logprobs, VariantLoss(stage), max_tokens, divisor) for sequences, divisor in parts]
 
 
 def responses(groups, logprobs, advantages_of=slow_advantages, shaped=lambda reward, response: reward):
@@ -84,7 +92,8 @@ def test_gspo(drift, low, high, max_tokens):
 
 def test_gspo_ignores_the_clip_range_of_polaris():
     stage = replace(stage_of(loss="gspo"), clip_low=0.7, clip_high=0.8)
-    assert choose_loss(stage).loss == GspoLoss(3e-4, 4e-4)
+    groups, logprobs = ragged_groups(0, size=SIZE)
+    assert updates_of(stage, groups, logprobs) == updates_of(stage_of(loss="gspo"), groups, logprobs)
 
 
 @pytest.mark.parametrize("cap", [1.2, 5.0])
@@ -148,7 +157,7 @@ def test_dr_grpo(batch):
             value, derivative = slow_token(n, o, advantage)
             loss += value / divisor
             gradient[name] += derivative / divisor
-    [found] = updates_of(stage_of(divide_by_std=False, average="constant"), groups, logprobs)
+    [found] = updates_of(stage_of(advantage="centred", average="constant"), groups, logprobs)
     assert_same(found, loss, gradient)
     assert found[0].tokens == len(logprobs)  # the divisor does not change the token count
 
@@ -172,6 +181,34 @@ def test_mean_over_sequences(batch):
             gradient[name] += derivative / len(names) / (SIZE * len(groups))
     [found] = updates_of(stage_of(average="sequences"), groups, logprobs)
     assert_same(found, loss, gradient)
+
+
+@pytest.mark.parametrize("failed", [0, 2])
+def test_maxrl(batch, failed):
+    """The released code: (r - mean) / (mean + 1e-6) over the group; a group without a success has no gradient."""
+    groups, logprobs = batch
+    groups = [replace(g, rewards=g.rewards * (i >= failed)) for i, g in enumerate(groups)]
+    loss, gradient = 0.0, [0.0] * len(logprobs)
+
+    def over_mean(rewards):
+        mean = sum(rewards) / len(rewards)
+        return [(reward - mean) / (mean + 1e-6) for reward in rewards]
+
+    for names, new, old, advantage, _ in responses(groups, logprobs, over_mean):
+        for name, n, o in zip(names, new, old, strict=True):
+            value, derivative = slow_token(n, o, advantage)
+            loss += value / len(logprobs)
+            gradient[name] += derivative / len(logprobs)
+    [found] = updates_of(stage_of(advantage="maxrl"), groups, logprobs)
+    assert_same(found, loss, gradient)
+
+
+def test_maxrl_weighs_a_rare_success_as_the_gradient_of_log_p():
+    """K successes of N: the sum of their advantages over N is (1 - K / N), whatever K: 1 / p times p (1 - p)."""
+    for right in (1, 2, 6):
+        found = maxrl_advantages((np.arange(8) < right).astype(float))
+        np.testing.assert_allclose(found[:right].sum() / 8, 1 - right / 8, atol=1e-5)
+        np.testing.assert_allclose(found[right:], -1, atol=1e-5)
 
 
 def test_centred_advantages():
@@ -264,7 +301,7 @@ def test_several_steps_clip_against_the_sampler(batch):
     parts = mini_batches(groups, stage)
     assert len(parts) == 3
     for sequences, divisor in parts:
-        grpo.optimizer_step(table, optimizer, sequences, choose_loss(stage), 40, 1e9, divisor)
+        grpo.optimizer_step(table, optimizer, sequences, VariantLoss(stage), 40, 1e9, divisor)
     np.testing.assert_allclose(table.logprobs.tolist(), now, rtol=0, atol=1e-5)
     assert max(abs(n - o) for n, o in zip(now, logprobs, strict=True)) > 0.1
 
@@ -288,7 +325,7 @@ def test_update_says_whether_an_earlier_step_has_changed_the_weights():
     made, stage = [], stage_of(problems=8, optimizer_steps=4, loss="cispo")
 
     def run_update(sequences, loss, of_stage, divisor, begun):
-        assert loss == choose_loss(stage) and of_stage is stage and divisor is None
+        assert loss == VariantLoss(stage) and of_stage is stage and divisor is None
         made.append((len(sequences), begun))
         stepped = len(made) > 1  # the first gradient is not finite
         ratios = RatioStats(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, None)
@@ -305,8 +342,10 @@ def test_update_says_whether_an_earlier_step_has_changed_the_weights():
 
 def test_the_default_variant_is_polaris(batch):
     stage = replace(stage_of(), clip_low=0.1, clip_high=0.3, dual_clip=4.0)
-    assert choose_loss(stage) == PolicyLoss(0.1, 0.3, 4.0) and type(choose_loss(stage)) is PolicyLoss
-    groups, _ = batch
+    assert VariantLoss(stage).token_loss == PolicyLoss(0.1, 0.3, 4.0)
+    groups, logprobs = batch
+    [found] = updates_of(stage, groups, logprobs)
+    assert found == fast_update(grpo.training_sequences(groups), logprobs, PolicyLoss(0.1, 0.3, 4.0), 40)
     assert punish_overlong(groups, stage) is groups
     [(sequences, divisor)] = mini_batches(groups, stage)
     assert divisor is None
@@ -323,7 +362,7 @@ SCRIPT = [{"a": [0, 1, 0, 0], "b": [0, 0, 0, 0], "c": [0, 1, 1, 1], "d": [1, 1, 
         ({"optimizer_steps": 2}, 2, 16),
         ({"optimizer_steps": 4, "drop_zero_variance": True}, 3, 12),
         ({"loss": "gspo", "optimizer_steps": 2}, 2, 16),
-        ({"loss": "cispo", "importance_cap": 2.0, "average": "constant", "divide_by_std": False}, 1, 16),
+        ({"loss": "cispo", "importance_cap": 2.0, "average": "constant", "advantage": "centred"}, 1, 16),
         ({"punish_last_tokens": 5, "drop_truncated": True}, 1, 16),
     ],
 )

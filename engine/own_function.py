@@ -1,4 +1,4 @@
-"""A reward of one's own: a function of a Python file, called in the worker processes that engine/grader.py owns.
+"""A function of one's own file, FILE.py:NAME: a reward here; lab/variants.py has advantages, losses and filters.
 
 With `reward.function = "mine.py:score"` in a recipe, or --reward mine.py:score, score(text, row) grades each response:
 
@@ -6,8 +6,8 @@ With `reward.function = "mine.py:score"` in a recipe, or --reward mine.py:score,
     row     the problem's whole row of the data
     return  a number from 0 to 1, or a bool; 1 is "right" for pass rates, filter, drop and rescue, less is learned from
 
-A worker runs `python -P -m engine.reward_function BYTES SECONDS`: a JSON line in, a JSON line out. What the function
-prints is discarded. The file is read once: editing it does not change a run under way.
+A worker of engine/grader.py runs `python -P -m engine.own_function BYTES SECONDS`: a JSON line in, a JSON line out.
+What the function prints is discarded. The file is read once: editing it does not change a run under way.
 """
 
 import json
@@ -19,7 +19,9 @@ import types
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from engine.errors import UserError
 
@@ -27,12 +29,12 @@ ROUNDING = 1e-6  # a sum of weights may miss 0 or 1 by this
 MAX_SHOWN = 300  # characters of an exception
 
 
-class RewardError(UserError):
-    """A reward function that cannot be used."""
+class FunctionError(UserError):
+    """A function of one's own that cannot be used."""
 
 
 @dataclass(frozen=True)
-class RewardFunction:
+class OwnFunction:
     """A function and its file, as it was when the program started."""
 
     path: str
@@ -40,35 +42,46 @@ class RewardFunction:
     source: str
 
 
-def read_reward(given: str) -> RewardFunction | None:
+def read_function(given: str) -> OwnFunction | None:
     """Read the file of "FILE.py:FUNCTION"; None for "". The path is relative to the current directory."""
     if not given:
         return None
     file, _, name = given.rpartition(":")
     path = Path(file).expanduser()
     if not file or not name.isidentifier():
-        raise RewardError(f"the reward function {given!r} must be FILE.py:FUNCTION, such as mine.py:score")
+        raise FunctionError(f"the function {given!r} must be FILE.py:FUNCTION, such as mine.py:score")
     try:
-        return RewardFunction(str(path), name, path.read_text(encoding="utf-8"))
+        return OwnFunction(str(path), name, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise RewardError(f"the reward function {given}: {path.absolute()} cannot be read ({why}); fix it") from None
+        raise FunctionError(f"the function {given}: {path.absolute()} cannot be read ({why}); fix it") from None
 
 
-# ----------------------------------------------------------------------------------------------------- the worker
-
-
-def load(function: RewardFunction) -> Callable[[str, dict], object]:
+@cache
+def load(function: OwnFunction) -> Callable[..., Any]:
     """Run the file as a module and return its function; its own folder is searched first for what it imports."""
-    module = types.ModuleType("reward_function")
+    module = types.ModuleType(f"own_{function.name}")
     module.__file__ = function.path
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     sys.path.insert(0, str(Path(function.path).resolve().parent))
     exec(compile(function.source, function.path, "exec"), vars(module))
-    if not callable(score := getattr(module, function.name, None)):
-        kind = "no" if score is None else "no callable"
+    if not callable(found := getattr(module, function.name, None)):
+        kind = "no" if found is None else "no callable"
         raise AttributeError(f"it has {kind} {function.name}")
-    return score
+    return found
+
+
+def describe(error: BaseException, function: OwnFunction, first_line: int = 0) -> str:
+    """Return an exception as a clause with the last line of the function's file that it passed through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == function.path]
+    lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == function.path else []
+    line = lines[-1] if lines else first_line
+    place = f"{function.path}, line {line}" if line else function.path
+    text = " ".join(f"{type(error).__name__}: {getattr(error, 'msg', error)}".split())
+    return f"{text[:MAX_SHOWN]} ({place})"
+
+
+# ----------------------------------------------------------------------------------------------------- the worker
 
 
 def checked(score: object) -> float:
@@ -79,16 +92,6 @@ def checked(score: object) -> float:
     if not -ROUNDING <= value <= 1 + ROUNDING:  # nan is not either
         raise ValueError(f"it returned {value}, not a number from 0 to 1")
     return 0.0 if value < ROUNDING else 1.0 if value > 1 - ROUNDING else value
-
-
-def describe(error: BaseException, function: RewardFunction, first_line: int = 0) -> str:
-    """Return an exception as a clause with the last line of the function's file that it passed through."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == function.path]
-    lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == function.path else []
-    line = lines[-1] if lines else first_line
-    place = f"{function.path}, line {line}" if line else function.path
-    text = " ".join(f"{type(error).__name__}: {getattr(error, 'msg', error)}".split())
-    return f"{text[:MAX_SHOWN]} ({place})"
 
 
 def work(memory_limit_bytes: int, time_limit_s: float) -> None:
@@ -103,7 +106,7 @@ def work(memory_limit_bytes: int, time_limit_s: float) -> None:
     for stream in (0, 1, 2):  # whatever the function, or a process that it starts, reads and prints
         os.dup2(nothing, stream)
 
-    function = RewardFunction(**json.loads(jobs.readline()))
+    function = OwnFunction(**json.loads(jobs.readline()))
     try:
         score = load(function)
     except BaseException as error:
