@@ -13,12 +13,11 @@ from engine import adapter
 from engine.files import file_checksums
 from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_optional_json, resolve_folder, weight_files
 from engine.own_function import read_function
-from lab.problems import DataError, Problem
+from lab.problems import DataError, Problem, first_names
 from lab.recipe import Recipe, to_toml
 from rollout import Prompt
 
 CHAT_TEMPLATE = "chat_template.jinja"
-MOST_NAMED = 8  # changed files of the code in one sentence
 OTHER_PARTS = ("tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE)  # of TOKENIZER_FILES
 
 
@@ -115,8 +114,7 @@ def differences(then: dict[str, str], now: dict[str, str], chosen: Collection[st
         (old, _, commit), (new, _, _) = (fingerprint[name].partition(", commit ") for fingerprint in (then, now))
         if old != new and name == "code":
             parts = {part.rpartition(" ")[0] or "all" for part in {*old.split(", ")} ^ {*new.split(", ")}}
-            more = f" and {len(parts) - MOST_NAMED} more" * (len(parts) > MOST_NAMED)
-            found.append(f"code changed since commit {commit}: {', '.join(sorted(parts)[:MOST_NAMED])}{more}")
+            found.append(f"code changed since commit {commit}: {first_names(sorted(parts), 8)}")
         elif old != new:
             found.append(f"{name} changed")
     return found

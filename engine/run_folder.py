@@ -20,7 +20,6 @@ from engine.checkpoint import CheckpointError, RunState, read_state
 from engine.distributed import Processes
 from engine.files import write_atomically
 from engine.fingerprint import (
-    MOST_NAMED,
     code_version,
     data_identity,
     differences,
@@ -33,7 +32,7 @@ from engine.rollout_worker import RolloutWorker
 from engine.terminal import keep_log
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
-from lab.problems import Problem, has_chats, read_chats
+from lab.problems import Problem, first_names, has_chats, read_chats
 from lab.recipe import Recipe, RecipeError, load_recipe, named_keys, to_toml
 from lab.run_data import RunData
 from model import resolve_folder
@@ -215,8 +214,7 @@ def find_unfinished(out: Path, recipe: Recipe, anyway: bool) -> Path | None:
         if same_name and (anyway or not differing):
             return path.parent
         if same_name or [text.startswith("recipe: name was ") for text in differing] == [True]:
-            more = f" and {len(differing) - MOST_NAMED} more" * (len(differing) > MOST_NAMED)
-            refused.append(f"{path.parent} ({'; '.join(differing[:MOST_NAMED])}{more})")
+            refused.append(f"{path.parent} ({first_names(differing, 8)})")
     if refused:
         raise CheckpointError(
             f"no unfinished run in {out} has this recipe: {'; '.join(refused)}: name one with --resume RUN, leave out "
