@@ -33,10 +33,7 @@ DECODING = ("top_k", "top_p", "max_tokens", "yarn", "instruction")
 LENGTH_BUDGETS = 16  # points of the curve of accuracy against length
 CURVE_MARGIN, MATCH_MARGIN = 0.03, 0.01  # default half widths of the 95% intervals of a curve, a search
 MOST_TEXT = 100  # characters of a problem in the table of those that moved
-MOVED_NOTE = (
-    "Problems whose share of right responses moved beyond noise, surest first: Fisher's exact test, with at most 5% "
-    "false discoveries (Benjamini and Hochberg)"
-)
+MOVED_NOTE = "Problems that moved beyond noise, surest first (Fisher's exact test, 5% false discoveries)"
 
 
 @dataclass
