@@ -57,6 +57,7 @@ class Visit:
     step: int
     rewards: tuple[float, ...]  # before rescue and substitution (RECIPE section 1)
     tokens: int = 0  # generated, over all rollouts
+    lengths: tuple[int, ...] = ()  # of each rollout; empty in files of older versions
 
 
 class History:
@@ -96,12 +97,13 @@ class History:
 
     def state_dict(self) -> dict:
         """Return the visits as JSON values, for checkpoints."""
-        return {"visits": [[v.problem_id, v.stage, v.step, list(v.rewards), v.tokens] for v in self.log]}
+        rows = [[v.problem_id, v.stage, v.step, list(v.rewards), v.tokens, list(v.lengths)] for v in self.log]
+        return {"visits": rows}
 
     def load_state_dict(self, state: dict) -> None:
         self.by_problem = {}
-        for problem_id, stage, step, rewards, tokens in state["visits"]:
-            self.append(Visit(problem_id, stage, step, tuple(rewards), tokens))
+        for problem_id, stage, step, rewards, tokens, *lengths in state["visits"]:  # older versions wrote no lengths
+            self.append(Visit(problem_id, stage, step, tuple(rewards), tokens, tuple(*lengths)))
 
     def save(self, path: str | Path) -> None:
         """Write JSON lines atomically: the settings, if any, then one visit per line."""
@@ -133,8 +135,10 @@ def visit_of(row: object) -> Visit | None:
     match row:
         case {"problem_id": str(), "stage": stage, "step": int(), "rewards": [_, *_] as rewards, "tokens": int(tokens)}:
             numbers = {*map(type, [stage, row["step"], tokens, *rewards])} <= {int, float}  # bool is an int to `match`
+            whole = isinstance(lengths := row.get("lengths", []), list) and {*map(type, lengths)} <= {int}
+            numbers = numbers and whole and min(lengths, default=0) >= 0
             if numbers and abs(stage) < math.inf and tokens >= 0 and all(0 <= reward <= 1 for reward in rewards):
-                return Visit(row["problem_id"], stage, row["step"], tuple(rewards), tokens)
+                return Visit(row["problem_id"], stage, row["step"], tuple(rewards), tokens, tuple(lengths))
     return None
 
 
@@ -204,7 +208,7 @@ def estimate(
         for problem in part:
             if len(groups[problem.id]) == n:  # a stop request leaves some incomplete
                 rewards, tokens = zip(*groups[problem.id], strict=True)
-                known.append(Visit(problem.id, stage, step, rewards, sum(tokens)))
+                known.append(Visit(problem.id, stage, step, rewards, sum(tokens), tokens))
         if processes.is_main:
             known.save(path)
         if stopped:
@@ -253,12 +257,6 @@ def verdict(counts: list[int]) -> str:
     if counts[0] + counts[-1] >= total * 2 / 3:
         return "U"
     return "mirrored J" if sum(counts[:half]) >= total / 2 else "level"
-
-
-def zero_variance_share(rates: Iterable[float], group_size: int = GROUP_SIZE) -> float:
-    """Return the expected share of groups with equal rewards, which teach nothing: the mean of p^G + (1 - p)^G."""
-    p = np.asarray(list(rates), dtype=float)
-    return float(np.mean(p**group_size + (1 - p) ** group_size)) if p.size else 0.0
 
 
 def draw_histogram(before: list[int], after: list[int] | None = None, width: int = 28) -> str:

@@ -4,13 +4,14 @@ r"""How good is a model? avg@k, pass@k and maj@k with 95% intervals; curves agai
         --yarn 1.5 --original-window 65536                          # several sets at once; by name, file or folder
     torchrun --nproc-per-node 8 eval.py MODEL --data ...            # the same on eight GPUs
     python eval.py MODEL --data amc23 --curve temperature 0.6:1.7:0.1   # the three zones, and where to start training
-    python eval.py MODEL --data amc23 --match runs/eval             # the temperature that restores its diversity
+    python eval.py LATER --data amc23 --match runs/eval             # restores the diversity of an evaluation on amc23
     python eval.py MODEL --data aime24 --curve length --yarn 1.5    # accuracy against budget, with and without YaRN
-    python eval.py --compare runs/eval-a runs/eval-b                # paired by problem, on a page; takes several
-    python eval.py --regrade runs/eval --out runs/regraded          # stored responses, graded again without a model
+    python eval.py --compare OUT OTHER                              # paired by problem, on a page; takes several
+    python eval.py --regrade runs/eval                              # stored responses, graded again without a model
 
-Each response is written with its verdict to OUT/responses/NAME.jsonl as it finishes. After an interruption the same
-command resumes and ends with the same results. OUT also gets results.json and report.html.
+What the command line leaves out is as the model's run evaluated it; OUT is runs/eval, runs/eval-2, ... unless --out
+names it. Each response is written with its verdict to OUT/responses/NAME.jsonl as it finishes; after an interruption
+the same command resumes and ends with the same results. OUT also gets results.json and report.html.
 """
 
 if __name__ == "__main__":  # --help and argument errors need no torch

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # --help and usage errors must not wait for the impo
 
     arguments = export_arguments()
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -437,12 +437,17 @@ def load(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
 
 
 def save(
-    model: Transformer, folder: Path, dtype: torch.dtype = torch.float32, tokenizer_from: Path | None = None
+    model: Transformer,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    tokenizer_from: Path | None = None,
+    settings: Mapping[str, dict] = {},
 ) -> None:
     """Write a model folder that transformers loads with the same logits. Every rank calls it; rank 0 writes.
 
-    For a model with an adapter, write the adapter alone, in float32, for PEFT. The folder appears complete or not at
-    all; an existing one raises ModelError. Tensors are gathered one file at a time.
+    For a model with an adapter, write the adapter alone, in float32, for PEFT. `settings` are further JSON files by
+    name. The folder appears complete or not at all; an existing one raises ModelError. Tensors are gathered one file at
+    a time.
     """
     parameters = adapter.adapter_parameters(model) if model.lora else dict(model.named_parameters())
     if dist.is_initialized() and dist.get_rank() != 0:
@@ -455,6 +460,8 @@ def save(
             adapter.write_adapter(unfinished, parameters, model.lora, config)
         else:
             huggingface.write_model(unfinished, parameters, dtype, config)
+        for name, value in settings.items():
+            huggingface.write_json(unfinished / name, value)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ A recipe's reward.function takes the place of this comparison: engine/own_functi
 import itertools
 import re
 from dataclasses import dataclass
-
-from lab.answers import OPERAND, SIDE, evaluate
+from fractions import Fraction
 
 # timed out: the answer exceeded the time or memory limit; failed: counted apart, never a silent "wrong"
 VERDICTS = ("right", "wrong", "no answer", "timed out", "grader failed", "reward failed")
@@ -95,7 +94,12 @@ def format_reward(text: str, thinking: bool) -> float:
 # ---------------------------------------------------------------------------------------------
 # The steps
 
-# Possessive, like its parts: each character is read once, whatever a model writes.
+# All quantifiers are possessive: each character is read once, whatever a model writes.
+OPERAND = r"[-−]?+\\?+\$?+(?:[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?+|\.[0-9]++)"
+OPERATOR = r"(?:[-−+*/×÷·]|\\times|\\cdot|\\div|x(?=[ \t]*+[$0-9]))"
+SIDE = re.compile(rf"{OPERAND}(?:[ \t]*+{OPERATOR}[ \t]*+{OPERAND})*+")
+STEP, OPERAND = re.compile(rf"[ \t]*+({OPERATOR})?[ \t]*+({OPERAND})"), re.compile(OPERAND)
+PLAIN_OPERAND = str.maketrans("−", "-", "$,\\")
 CHAIN = re.compile(rf"{SIDE.pattern}(?:[ \t]*+&?+=[ \t]*+{SIDE.pattern})*+")
 # Text next to a side that makes it part of a longer expression: `2x + 3 = 7`, `3 = 7y`.
 ADJACENT_BEFORE = re.compile(r"[\w.)}\]^\\]$")
@@ -105,6 +109,22 @@ CUT_AFTER = re.compile(
     r"[\w(^{!]|\\?%|[.,][0-9]|[ \t]*(?:[-−+/×÷·^]|\*(?!\*))[ \t]*(?:[A-Za-z](?![A-Za-z])|[0-9(\\{])"
     r"|[ \t]*\\(?!text|mathrm|q?quad)[A-Za-z]"
 )
+
+
+def evaluate(side: str) -> Fraction | None:
+    """Return the value of `a op b op c ...`, products first; None when it divides by zero."""
+    total = product = Fraction(0)
+    for operator, operand in STEP.findall(side):
+        value = Fraction(operand.translate(PLAIN_OPERAND))
+        if operator in ("/", "÷", r"\div"):
+            if value == 0:
+                return None
+            product /= value
+        elif operator in ("", "+", "-", "−"):
+            total, product = total + product, -value if operator in ("-", "−") else value
+        else:
+            product *= value
+    return total + product
 
 
 def _is_cut_before(line: str, chain: str) -> bool:

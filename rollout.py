@@ -89,7 +89,7 @@ class Rollout:
     prompt: np.ndarray  # int32 (P,)
     tokens: np.ndarray  # int32 (R,), including a sampled stop token
     logprobs: np.ndarray  # float32 (R,), at `temperature`
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop" or "length"; "" while it is being sampled
     temperature: float
 
 
@@ -126,10 +126,12 @@ def check_requests(
             raise RolloutError(f"{problem}: the prompt is empty")
         sequence = f"{problem}: prompt of {length} tokens + {new} new"
         if length + new > window:
-            others = sum(len(other.tokens) + new > window for other in prompts) - 1
-            also = f", and {others:,} more do so" * (others > 0)
+            others = [other.problem_id for other in prompts if len(other.tokens) + new > window][1:]
+            named = ", ".join(others[:20]) + ", ..." * (len(others) > 20)
+            also = f", and {len(others):,} more do so ({named})" * bool(others)
             raise RolloutError(
-                f"{sequence} exceeds the model's window of {window}{also}: shorten either or extend with YaRN"
+                f"{sequence} exceeds the model's window of {window}{also}: shorten either, extend with YaRN, or leave "
+                "such problems out (--skip-bad-rows of eval.py and data_filter.py)"
             )
         if limits.tokens and math.ceil((length + new) / size) + 1 > limits.tokens // size:
             raise RolloutError(f"{sequence} and a spare page exceed the cache of {limits.tokens} tokens: enlarge it")
@@ -333,13 +335,15 @@ def generate(
     limits: CacheLimits,
     stats: SamplerStats | None = None,
     abandon: Callable[[], bool] = lambda: False,
+    live: bool = False,
 ) -> Iterator[Rollout]:
     """Yield every rollout as it finishes, in no particular order. Needs gathered weights and torch.no_grad.
 
-    `abandon` is called before each decode; when it returns True, unfinished responses are dropped.
+    `abandon` is called before each decode; when it returns True, unfinished responses are dropped. With `live` the
+    unfinished ones are yielded as well, after each decode, and have no finish_reason.
     Raises what `check_requests` raises, before any work, and ModelError where the logits are not finite.
     """
-    return _Sampler(model, list(prompts), sampling, limits, stats or SamplerStats()).run(abandon)
+    return _Sampler(model, list(prompts), sampling, limits, stats or SamplerStats()).run(abandon, live)
 
 
 @dataclass
@@ -418,7 +422,7 @@ class _Sampler:
         what = f"a cache for one sequence of {longest} tokens does not fit"
         raise RolloutError(f"out of memory: {what}: shorten the responses or use a smaller model")
 
-    def run(self, abandon: Callable[[], bool]) -> Iterator[Rollout]:
+    def run(self, abandon: Callable[[], bool], live: bool) -> Iterator[Rollout]:
         """Sample until no row is left."""
         while (self.rows or self.waiting) and not abandon():
             try:
@@ -430,6 +434,7 @@ class _Sampler:
                 drawn = None
             if drawn:
                 yield from self._retire(*drawn)
+                yield from map(self._rollout, self.rows if live else ())
             else:  # outside the except clause: the error's traceback keeps its tensors alive
                 self._shrink()
 
@@ -562,18 +567,20 @@ class _Sampler:
                     source, last.pages = last.pages, self.cache.take(1)
                     self.cache.copy(source[0], last.pages[0], last.length)
                     self.cache.release(source)
-        return [
-            Rollout(
-                problem_id=row.prompt.problem_id,
-                index=row.index,
-                prompt=np.asarray(row.prompt.tokens, dtype=np.int32),
-                tokens=np.asarray(row.tokens, dtype=np.int32),
-                logprobs=np.asarray(row.logprobs, dtype=np.float32),
-                finish_reason="stop" if row.tokens[-1] in stop else "length",
-                temperature=self.sampling.temperature,
-            )
-            for row in finished
-        ]
+        return list(map(self._rollout, finished))
+
+    def _rollout(self, row: _Row) -> Rollout:
+        """Return what a row has drawn so far."""
+        ended = "length" if len(row.tokens) == row.limit else ""
+        return Rollout(
+            problem_id=row.prompt.problem_id,
+            index=row.index,
+            prompt=np.asarray(row.prompt.tokens, dtype=np.int32),
+            tokens=np.asarray(row.tokens, dtype=np.int32),
+            logprobs=np.asarray(row.logprobs, dtype=np.float32),
+            finish_reason="stop" if row.tokens[-1] in self.sampling.stop_tokens else ended,
+            temperature=self.sampling.temperature,
+        )
 
     def _reserve_pages(self, steps: int) -> None:
         """Give every row pages for the tokens to be decoded, oldest first; preempt where none is free."""

@@ -10,7 +10,7 @@
 A recipe is a list of stages. An `sft` stage imitates worked solutions. An `rl` stage learns from the answer alone:
 
     filter      once, before training: drop the problems that the model always solves
-    temperature the recipe's, or the one that restores an earlier stage's diversity
+    temperature the recipe's, or the one that restores the previous (or the first) stage's diversity
     each step   8 rollouts of each problem -> rewards -> rescue -> substitute -> advantages -> one update
     drop        after the stage: problems solved more than 9 times in 10
 
@@ -30,6 +30,7 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from textwrap import fill
 
 import numpy as np
 
@@ -44,7 +45,6 @@ from data_filter import (
     estimate,
     filter_mirrored_j,
     require_batch,
-    zero_variance_share,
 )
 from engine import distributed
 from engine.distributed import Interrupted, StopRequest
@@ -62,11 +62,12 @@ from grpo import (
     supervised_loss,
     training_sequences,
 )
-from lab import rows, variants
+from lab import premises, rows, variants
 from lab.problems import Problem
 from lab.recipe import Recipe, RlStage, SftStage, VariantSettings
 from lab.scores import Evaluation, print_evaluation, summarise
 
+MOMENTS = 10  # of a stage, at which groups are written for people to read
 SEARCH_DRAW = -3  # temperature searches draw from a place that no training step counts from
 
 
@@ -114,8 +115,10 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
     state, recipe = run.state, run.recipe
     problems = run.stage_problems(index)
     if not state.prepared:
+        unfiltered = problems
         if stage.filter_before:
             problems = estimate_and_filter(run, index, stage, problems)
+        say_premises(run, index, unfiltered)
         choose_temperature(run, index, stage, problems)
         held_out_evaluation(run, index, f"before stage {index}")
         state.problem_ids, state.prepared = [problem.id for problem in problems], True
@@ -141,8 +144,6 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         groups = make_groups(recipe, batch, attempts)
         row = rows.describe_groups(groups, attempts, work)  # of the original rewards: before rescue and substitution
         record_visits(run, index, groups)
-        written = recipe.run.rollouts_written
-        run.metrics.write_rollouts(rows.rollouts_to_read(state.step + 1, groups[:written], attempts[:written]))
 
         # give a signal to groups that have none
         if sinks_are_used:
@@ -155,6 +156,9 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         learned = Substitution(groups, 0, skip_update=False)
         if stage.substitute:
             learned = substitute(groups, recipe.seed, state.step, stage.informative_share)
+        if state.stage_step % max(1, stage.steps // MOMENTS) == 0:
+            where, most = {"step": state.step + 1, "stage": index, "kind": "training"}, recipe.run.rollouts_written
+            run.metrics.write_rollouts(rows.groups_to_read(where, run.worker, attempts, groups, learned.groups)[:most])
 
         # learn: advantages, loss, one optimizer step on the whole batch
         rate, update, update_begun = learning_rate(stage, state.stage_step), None, time.perf_counter()
@@ -222,9 +226,17 @@ def estimate_and_filter(run: Run, index: int, stage: RlStage, problems: list[Pro
     rule = stage.variant.filter or f"pass rate below {stage.drop_at:g}"
     report_filter(run, index, f"before stage {index}", rule, filtered, tokens)
     require_batch(filtered, stage.batch_problems)
-    share = zero_variance_share(filtered.known_rates(filtered.kept), stage.group_size)
-    run.processes.say(f"expected share of groups without a signal: {share:.0%}")
     return filtered.kept
+
+
+def say_premises(run: Run, index: int, problems: list[Problem]) -> None:
+    """Say which mechanisms can matter in the stage, where pass rates are known; its end compares what was predicted."""
+    found = premises.expect(run.recipe, index, run.state.history, [problem.id for problem in problems])
+    run.state.predicted = found.predicted
+    if found.predicted:
+        run.processes.say(f"premises of {found}")
+        row = {"kind": "premises", "label": f"before stage {index}", "predicted": found.predicted}
+        run.record(index, row | {"table": found.table})
 
 
 def run_temperature(run: Run, stage: RlStage) -> float:
@@ -235,8 +247,8 @@ def run_temperature(run: Run, stage: RlStage) -> float:
 def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Problem]) -> None:
     """Set the stage's temperature: the recipe's own, or the one that restores an earlier diversity.
 
-    The target is the diversity at the start of the last rl stage whose temperature the recipe gives. It is measured in
-    every stage on the same problems and with the same limit, those of the first.
+    The target is the diversity at the start of the previous rl stage, or of the first ("match-first"). It is measured
+    in every stage on the same problems and with the same limit, those of the first.
     """
     search, state = run.recipe.search, run.state
     if not state.probe_ids:
@@ -251,19 +263,24 @@ def choose_temperature(run: Run, index: int, stage: RlStage, problems: list[Prob
         tokens += sum(response.tokens for group in groups for response in group)
         return groups
 
-    start, target, restores = run_temperature(run, stage), None, ""
-    if stage.temperature == "match" and state.diversity is not None:
-        target, restores = state.diversity, f" (to restore {state.diversity:.3f})"
+    start, target, restores = run_temperature(run, stage), None, None
+    if isinstance(stage.temperature, str) and state.diversity is not None:
+        restores = stage.temperature.removeprefix("match-")
+        # a checkpoint of an older version has the first one alone
+        target = state.diversity if restores == "first" else state.previous_diversity or state.diversity
         bounds = search.step, search.most, search.margin
         state.temperature, curve = match_diversity(answer, probe, target, start, *bounds, run.processes.say)
     else:
         curve = [measure_temperature(answer, probe, start, search.margin)]
-        state.temperature, state.diversity = curve[0].temperature, curve[0].distinct4
+        state.temperature = curve[0].temperature
     chosen = next(point for point in curve if point.temperature == state.temperature)
-    run.processes.say(
-        f"stage {index}: temperature {state.temperature:g}, distinct-4 {chosen.distinct4 or 0:.3f}{restores}"
-    )
-    run.record(index, rows.temperature_row(f"before stage {index}", target, state.temperature, curve, tokens))
+    if chosen.distinct4 is not None:
+        state.previous_diversity = chosen.distinct4
+        state.diversity = chosen.distinct4 if state.diversity is None else state.diversity
+    goal = f" (to restore the {restores} stage's {target:.3f})" if restores else ""
+    run.processes.say(f"stage {index}: temperature {state.temperature:g}, distinct-4 {chosen.distinct4 or 0:.3f}{goal}")
+    row = rows.temperature_row(f"before stage {index}", target, state.temperature, curve, tokens)
+    run.record(index, row | {"restores": restores})
 
 
 def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
@@ -273,6 +290,11 @@ def drop_and_hand_on(run: Run, index: int, stage: RlStage) -> None:
     filtered = drop_easy(problems, run.state.history, index, *limits, group_size=stage.group_size)
     report_filter(run, index, f"after stage {index}", stage.variant.filter or rule, filtered)
     run.state.problem_ids = [problem.id for problem in filtered.kept]
+    if run.processes.is_main and run.state.predicted:
+        seen, words = premises.compare(run.state.predicted, run.metrics.steps, len(filtered.dropped))
+        run.processes.say(f"stage {index}: {words}")
+        row = {"kind": "premises", "label": f"after stage {index}", "predicted": run.state.predicted}
+        run.record(index, row | {"seen": seen})
     later = [s for s in run.recipe.stage[index + 1 :] if isinstance(s, RlStage)]
     if later and not later[0].data:
         require_batch(filtered, later[0].batch_problems)
@@ -336,6 +358,13 @@ def held_out_evaluation(run: Run, index: int, label: str, within_stage: bool = F
     groups = evaluate(run.worker, "held-out", problems, settings.samples, sampling, label=f"held-out, {label}")
     found = summarise("held-out", problems, groups, sampling.temperature, sampling.max_new_tokens)
     report_evaluation(run, index, found, final)
+    where = {"step": run.state.step, "stage": index, "kind": "held-out"}
+    some = zip(problems[: run.recipe.run.rollouts_written], groups, strict=False)
+    message, temperature = run.worker.message, sampling.temperature
+    to_read = [
+        rows.group_to_read(where, problem, message(problem)["content"], own, temperature) for problem, own in some
+    ]
+    run.metrics.write_rollouts(to_read)
 
 
 def report_evaluation(run: Run, index: int, found: Evaluation, final: bool) -> None:
@@ -355,8 +384,11 @@ def main(arguments: Namespace) -> None:
         run.mark_finished()
         then = f"write the report of the finished run with: python -m lab.page {run.folder}"
         if run.processes.is_main:
+            from lab.metrics import read_metrics
             from lab.page import write_report
+            from lab.story import what_happened
 
+            print(*(fill(sentence, 100) for sentence in what_happened(read_metrics(run.folder))), sep="\n")
             print(f"report in {write_report(run.folder)}")
     except Interrupted:
         status = distributed.stop_status()

@@ -71,7 +71,9 @@ class RunState:
     probe_ids: list[str] = field(default_factory=list)  # problems on which diversity is measured, in every stage
     probe_tokens: int = 0  # length limit of responses to them
     temperature: float = 0.0
-    diversity: float | None = None  # distinct-4 that a stage with temperature "match" restores
+    diversity: float | None = None  # distinct-4 at the start of the first rl stage, which "match-first" restores
+    previous_diversity: float | None = None  # of the previous one, which "match" restores
+    predicted: dict[str, list[float]] = field(default_factory=dict)  # of this stage, by lab/premises.py
     nonfinite_steps: int = 0  # consecutive updates up to now without a finite gradient
     history: History = field(default_factory=History)
     sinks: Sinks = field(default_factory=Sinks)

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.own_function import FunctionError, OwnFunction, read_function
-from lab import answers as answer_matching
 from lab.answers import text_verdict, tidy
 from reward import Grade, format_reward, last_boxed, response_body, step_reward
 
@@ -36,19 +35,17 @@ class _Worker:
     """One worker process and the pipe to it."""
 
     def __init__(self, memory_limit_bytes: int, time_limit_s: float, reward: OwnFunction | None):
-        # -P: files in lab/ must not shadow the modules that math-verify imports
-        program = ["-m", "engine.own_function"] if reward else [os.path.abspath(answer_matching.__file__)]
-        command = [sys.executable, "-P", *program, str(memory_limit_bytes), str(time_limit_s)]
+        limits = str(memory_limit_bytes), str(time_limit_s)
+        command = [sys.executable, "-P", "-m", "engine.grader_worker", *limits]  # -P: not the current folder's modules
         # a new session: a signal to the run's process group must not turn pending answers into grader failures
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        if reward:  # a thread per core would take more address space than a worker has
-            paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-            pipes["env"] = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, start_new_session=True, **pipes)
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        # a thread per core would take more address space than a worker has
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
         os.set_blocking(self.process.stdin.fileno(), False)
         self.ready = False
-        if reward:
-            self.send(asdict(reward), START_LIMIT_S)
+        self.send(asdict(reward) if reward else {}, START_LIMIT_S)
 
     def send(self, message: dict, limit_s: float) -> None:
         """Send a message of any length. TimeoutError: the worker does not read it."""
@@ -157,7 +154,7 @@ class Grader:
             verdict = "no answer" if job["text"] is None else None
         else:
             verdict, golds = ("no answer", []) if answer is None else text_verdict(answer, answers)
-            job = {"golds": golds, "answer": tidy(answer)} if verdict is None else {}
+            job = {"text": tidy(answer), "row": golds} if verdict is None else {}
         result, ticket = Future(), next(self._tickets)
         if verdict is None:
             self._jobs.put((ticket, job, result))
@@ -215,7 +212,7 @@ class Grader:
         """Run in a thread: pass jobs to the worker in `slot`, replacing the worker when it fails."""
         while (job := self._jobs.get()) is not None:
             ticket, question, result = job
-            key = () if self.reward else (*question["golds"], question["answer"])
+            key = () if self.reward else (*question["row"], question["text"])
             verdict = self._verdicts.get(key)
             for _ in range(ATTEMPTS if verdict is None else 0):
                 if (verdict := self._ask(slot, ticket, question)) != "killed":
@@ -255,9 +252,8 @@ class Grader:
             if reply.get("id") == ticket and "error" in reply:
                 return self._failure(reply["error"])
             if reply.get("id") == ticket and "score" in reply:
-                return float(reply["score"])
-            if reply.get("id") == ticket and reply.get("right") in (True, False, None):
-                return {True: "right", False: "wrong", None: "grader failed"}[reply["right"]]
+                score = float(reply["score"])
+                return score if self.reward else "right" if score else "wrong"
         except TimeoutError:
             limits = f"{self.time_limit_s:g} seconds or {self.memory_limit_bytes / 2**30:g} GiB"
             why, verdict = f"a call took more than {limits}", "timed out" if worker and worker.ready else ""

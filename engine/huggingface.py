@@ -23,24 +23,27 @@ from yarn import Llama3Scaling, Rope, Yarn
 SHARD_BYTES = 5 * 2**30
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 ADAPTER_CONFIG = "adapter_config.json"  # marks an adapter folder, see engine/adapter.py
+SETTINGS = "nanopolaris.json"  # how a run of train.py has sampled its model, see lab/model_card.py
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "generation_config.json", "tokenizer.model",
 )  # fmt: skip
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list"}
-# keys of config.json, of its rotary blocks and of an adapter's config, by type and, for numbers, bounds (both included)
+# keys of config.json, its rotary blocks, an adapter's config, SETTINGS, by type and, for numbers, bounds (included)
 KEYS_BY_RULE = {
-    (str,): "model_type rope_type peft_type base_model_name_or_path",
+    (str,): "model_type rope_type peft_type base_model_name_or_path instruction",
     (bool,): "tie_word_embeddings attention_bias mlp_bias use_sliding_window",
     (list,): "layer_types target_modules",
-    (dict,): "rope_scaling rope_parameters",
+    (dict,): "rope_scaling rope_parameters evaluation training",
     (int, 1, 1000): "num_hidden_layers",
     (int, 1, 2**14): "num_attention_heads num_key_value_heads",
     (int, 2, 2**14): "head_dim",
     (int, 1, 2**18): "hidden_size r",
     (int, 1, 2**20): "intermediate_size",
     (int, 1, 2**24): "vocab_size",
-    (int, 1, 2**32): "max_position_embeddings original_max_position_embeddings",
+    (int, 1, 2**32): "max_position_embeddings original_max_position_embeddings n max_tokens",
+    (int, 0, 2**32): "top_k",
+    (float, 0, 1e6): "temperature",
     (float, 0, 1): "rms_norm_eps",
     (float, 1, 1e6): "factor",
     (float, 2, 1e12): "rope_theta",
@@ -369,10 +372,12 @@ def new_folder(folder: Path, tokenizer_from: Path | None = None) -> Iterator[Pat
     shutil.rmtree(unfinished, ignore_errors=True)
     with writing(folder, unfinished):
         unfinished.mkdir(parents=True)
-        yield unfinished
-        for file in TOKENIZER_FILES if tokenizer_from else ():
+        for file in (*TOKENIZER_FILES, SETTINGS) if tokenizer_from else ():
             if (tokenizer_from / file).exists():
                 shutil.copy(tokenizer_from / file, unfinished / file)
+        yield unfinished
+        for path in unfinished.iterdir():  # safetensors lets only the owner read, and a copy keeps its mode
+            path.chmod(unfinished.stat().st_mode & 0o666)
         unfinished.rename(folder)
 
 

@@ -104,6 +104,14 @@ class RolloutWorker:
             )
         return prompts
 
+    def too_long(self, problems: Sequence[Problem], most_tokens: int, source: str) -> set[str]:
+        """Return the ids of the problems whose prompts have more than `most_tokens`, and say that they are left out."""
+        long = [problem.id for problem in problems if len(self.prompt(problem, 1).tokens) > most_tokens]
+        if long:
+            what = f"{len(long):,} of {len(problems):,} problems, whose prompts have more than {most_tokens} tokens"
+            self.processes.say(f"{source}: left out {what} ({first_names(long)})")
+        return set(long)
+
     def check(self, asked: dict[str, tuple[str, Sequence[int]]]) -> None:
         """Say what `check_prompts` finds in prompts; one process looks, for all have the same."""
         for found in check_prompts(self.chat.tokenizer, asked) if self.processes.is_main else ():

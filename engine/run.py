@@ -26,6 +26,7 @@ from engine.run_folder import FINISHED, WANTS_RESUMING
 from grpo import TokenLoss, UpdateStats, optimizer_step
 from lab.console import SFT_LINES, console_header, console_line, format_eta, new_alarms
 from lab.metrics import Metrics
+from lab.model_card import settings_files, write_cards
 from lab.problems import Problem
 from lab.recipe import EvalSettings, FinalSettings, Recipe, RlStage, SftStage
 from lab.run_data import RunData, by_ids
@@ -243,7 +244,11 @@ class Run:
             export.rename(export.with_name(f"{export.name}.unfinished"))
             (self.folder / f"pass-rates-{index + 1}.jsonl").unlink(missing_ok=True)  # of those weights
         if not self.processes.broadcast(export.exists()):
-            save(self.model, export, self.processes.compute_dtype, tokenizer_from=self.model_folder)
+            stops = self.worker.stop_tokens
+            settings = settings_files(self.recipe, index, self.state.temperature, stops, self.model_folder)
+            save(self.model, export, self.processes.compute_dtype, self.model_folder, settings)
+            if self.processes.is_main:
+                write_cards(self.folder)
 
     def identity(self, index: int, problems: list[Problem]) -> dict[str, str]:
         """Return the identity of the model that stage INDEX starts from, and of its prompts."""
@@ -259,6 +264,7 @@ class Run:
     def mark_finished(self) -> None:
         """Write a file that says that the run has finished."""
         if self.processes.is_main:
+            write_cards(self.folder)  # with the last evaluation
             write_atomically(self.folder / FINISHED, [f"after step {self.state.step}\n".encode()])
 
     def mark_stopped(self) -> None:

@@ -29,9 +29,10 @@ from engine.fingerprint import (
     prompts_identity,
 )
 from engine.rollout_worker import RolloutWorker
-from engine.terminal import keep_log
+from engine.terminal import keep_log, note
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
+from lab.model_card import remembered
 from lab.problems import Problem, first_names, has_chats, read_chats
 from lab.recipe import Recipe, RecipeError, load_recipe, named_keys, to_toml
 from lab.run_data import RunData
@@ -46,9 +47,18 @@ PROMPTS_COMPARED = 64  # of each source
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
-    """Read the recipe of a new run, or of the run that --resume names."""
+    """Read the recipe of a new run, or of the run that --resume names.
+
+    Instruction and thinking, where it leaves them out, are those that its model was trained with.
+    """
     if not isinstance(arguments.resume, Path):
-        return load_recipe(arguments.recipe, arguments.set)
+        recipe = load_recipe(arguments.recipe, arguments.set)
+        held = {} if recipe.model.startswith("world/") else remembered(resolve_folder(recipe.model))
+        taken = load_recipe(arguments.recipe, arguments.set, held)
+        if taken != recipe:
+            settings = f"instruction = {taken.instruction!r}, thinking = {taken.thinking!r}"
+            note(f"{recipe.model} was trained with {settings}: taken, unless the recipe has its own")
+        return taken
     path = arguments.resume / "recipe.toml"
     if not path.is_file():
         raise RecipeError(f"{arguments.resume} is not a run: it has no recipe.toml; give a folder made by train.py")

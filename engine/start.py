@@ -119,13 +119,9 @@ def leave_out_long_prompts(run: Run) -> None:
     for index, stage in enumerate(run.recipe.stage):
         if isinstance(stage, SftStage) or how_to_read(run.recipe, run.data.rl_source(index))[0] != "skip":
             continue
-        source, most = run.data.rl_source(index), stage.max_prompt_tokens
-        problems, place = run.data.training_problems("rl", source), ("rl", source)
-        long = [problem.id for problem in problems if len(run.worker.prompt(problem, 1).tokens) > most]
-        run.data.excluded[place] = run.data.excluded.get(place, set()).union(long)
-        if long:
-            what = f"left out {len(long):,} of {len(problems):,} problems, whose prompts have more than {most} tokens"
-            run.processes.say(f"{source}: {what} ({first_names(long)})")
+        source = run.data.rl_source(index)
+        long = run.worker.too_long(run.data.training_problems("rl", source), stage.max_prompt_tokens, source)
+        run.data.excluded.setdefault(("rl", source), set()).update(long)
 
 
 def check_recipe(recipe: Recipe) -> None:

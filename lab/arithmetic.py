@@ -111,6 +111,7 @@ SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}<think>{% endif %}"
+    "{% if message['role'] == 'user' and message['content'][:1] != ' ' %}{{ ' ' }}{% endif %}"  # numbers have one
     "{{ message['content'] }}<|end|>"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"

@@ -95,19 +95,20 @@ def _local_file(name: str, folder: Path | None) -> Path | None:
 
 
 def published_table(measured: dict[str, Sequence[Evaluation]]) -> list[list[str]]:
-    """Return the table of RECIPE section 6, header first, with a row for each measured model; "-" is not measured.
+    """Return a row for each measured model, header first, below those of RECIPE section 6 for the measured benchmarks.
 
-    A measured cell is avg@n, its 95% interval and n, which may differ from the published one.
+    A measured cell is avg@n, its 95% interval and n, which may differ from the published one; "-" is not known.
     """
-    columns = {name: f"{b.title} avg@{b.published_k}" for name, b in BENCHMARKS.items() if b.published_k}
-    for found in chain(*measured.values()):
-        columns.setdefault(found.name, BENCHMARKS[found.name].title if found.name in BENCHMARKS else found.name)
-    rows = [["model", *columns.values()]]
-    for model, scores in PUBLISHED.items():
-        rows.append([model, *(f"{score:.1f}" for score in scores), *["-"] * (len(columns) - len(scores))])
+    names = dict.fromkeys(found.name for found in chain(*measured.values()))
+    known = [name for name, benchmark in BENCHMARKS.items() if benchmark.published_k]
+    titles = {name: b.title + f" avg@{b.published_k}" * bool(b.published_k) for name, b in BENCHMARKS.items()}
+    rows = [["model", *(titles.get(name, name) for name in names)]]
+    for model, figures in PUBLISHED.items() if names.keys() & set(known) else ():
+        scores = dict(zip(known, figures, strict=True))
+        rows.append([model, *(f"{scores[name]:.1f}" if name in scores else "-" for name in names)])
     for model, own in measured.items():
         cells = {e.name: f"{100 * e.avg:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}] @{e.n}" for e in own}
-        rows.append([f"{model} (measured here)", *(cells.get(name, "-") for name in columns)])
+        rows.append([f"{model} (measured here)", *(cells.get(name, "-") for name in names)])
     return rows
 
 

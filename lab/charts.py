@@ -25,7 +25,8 @@ STYLE = Path(__file__).with_name("charts.mplstyle")
 WIDTH, HEIGHT = 302, 205  # of a chart, in points
 SIZE = (WIDTH / 72, HEIGHT / 72)  # in inches
 BINS = 300  # a series of more than 2 * BINS values is drawn as the lowest and highest value of each bin
-DASHED = ("max_response_tokens", "target")  # limits and targets, not measurements
+DASHED = ("limit", "target")  # not measurements
+STEPPED = ("limit", "temperature")  # hold until they are set anew
 
 
 @contextmanager
@@ -133,7 +134,7 @@ def line_chart(
     zones: Sequence[tuple[float, float, str]] = (),
     figure: FigureBase | None = None,
 ) -> FigureBase | None:
-    """Draw a line per series, with gaps at None and NaN. Return None if there is no value to draw.
+    """Draw a line per series, with gaps at None and NaN. Return None if no series has two values.
 
     `kind` is the y axis: "amount" (from 0), "share" or "groups" (%), "level" (may leave out 0) or "log".
     `rules`: (x, label) of vertical lines, where stages begin. `smooth`: series of 30 values and more are drawn faint,
@@ -147,7 +148,7 @@ def line_chart(
     xs = [x for points in series.values() for x, _ in points]  # of gaps too, so that charts align
     lines = {label: np.array([(x, y_of(y)) for x, y in points]).reshape(-1, 2).T for label, points in series.items()}
     lines = {label: line for label, line in lines.items() if np.isfinite(line[1]).any()}
-    if not lines:
+    if all(np.isfinite(y).sum() < 2 for _, y in lines.values()):
         return None
     bands = {label: [(x, y_of(low), y_of(high)) for x, low, high in (band or {}).get(label, ())] for label in lines}
     bands = {label: [ends for ends in rows if np.isfinite(ends).all()] for label, rows in bands.items()}
@@ -165,6 +166,7 @@ def line_chart(
             known, limit = np.isfinite(y), label in DASHED
             style = {"color": GREY if limit else COLOURS[i % 6], "linestyle": "--" if limit else "-:"[i // 6 % 2]}
             style["dots"] = known.sum() <= 40 and not limit
+            style["drawstyle"] = "steps-post" if label in STEPPED else "default"
             if bands[label]:
                 ax.fill_between(*np.array(bands[label]).T, color=style["color"], alpha=0.16, linewidth=0)
             if smooth and not limit and known.sum() >= 30:

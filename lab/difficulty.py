@@ -5,7 +5,6 @@ from pathlib import Path
 
 from data_filter import (
     ESTIMATE_DRAW,
-    GROUP_SIZE,
     Filtered,
     History,
     draw_histogram,
@@ -16,27 +15,18 @@ from data_filter import (
     problems_fingerprint,
     require_batch,
     verdict,
-    zero_variance_share,
 )
 from engine import distributed
 from engine.checkpoint import read_state
 from engine.files import write_atomically
 from engine.fingerprint import require_same
 from engine.run import steps_left
-from lab import charts
+from lab import charts, premises
 from lab.benchmarks import text_table
 from lab.command import load_worker, run_command
 from lab.problems import DataError, Problem, read_problems, write_problems
-from lab.recipe import RlStage, load_recipe
+from lab.recipe import Recipe, RecipeError, RlStage, load_recipe
 from lab.variants import own_function
-
-ADVICE = {
-    "J": "at least half are solved more often than not: drop the always solved (data_filter.py filter)",
-    "mirrored J": "at least half are hard and few are always solved: good for training",
-    "too hard": "more than half are never solved: add easier ones, or cap their share (filter --max-unsolved-share)",
-    "U": "two thirds are always or never solved: few give a signal",
-    "level": "neither end outweighs the other",
-}
 
 
 def read_data(arguments: argparse.Namespace, rewarded: bool) -> list[Problem]:
@@ -46,9 +36,14 @@ def read_data(arguments: argparse.Namespace, rewarded: bool) -> list[Problem]:
 
 
 def estimate_command(arguments: argparse.Namespace) -> None:
-    """Estimate pass rates on all processes, and print the shape of their histogram."""
-    problems = read_data(arguments, bool(arguments.reward))
-    worker, sampling, identity = load_worker(arguments, problems, "saving the finished problems", ESTIMATE_DRAW)
+    """Estimate pass rates on all processes, and print their histogram and what they mean for a recipe."""
+    recipe = load_recipe(arguments.recipe) if arguments.recipe else None
+    if recipe and not any(isinstance(stage, RlStage) for stage in recipe.stage):
+        raise RecipeError(f"{arguments.recipe} has no rl stage, so pass rates mean nothing for it; give another")
+    sets = {arguments.data: read_data(arguments, bool(arguments.reward))}
+    stopping = "saving the finished problems"
+    worker, sampling, identity = load_worker(arguments, sets, stopping, "training", ESTIMATE_DRAW)
+    problems = sets[arguments.data]
     is_main = worker.processes.is_main
     if is_main:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,9 +51,19 @@ def estimate_command(arguments: argparse.Namespace) -> None:
         history = estimate(worker, problems, arguments.n, sampling, arguments.out, identity)
     if is_main:
         rates = [history.estimate(problem.id) for problem in problems]
-        shape = verdict(histogram(rates, arguments.n))
-        print(f"verdict: {shape}: {ADVICE[shape]}")
         show(arguments.out, f"Pass rates of {arguments.model}", {"problems": rates}, arguments.n)
+        recipe, rope = recipe or as_published(arguments, len(problems)), worker.model.config.rope
+        print(f"premises of {premises.expect(recipe, None, history, [problem.id for problem in problems], rope)}")
+
+
+def as_published(arguments: argparse.Namespace, problems: int) -> Recipe:
+    """Return three stages of one epoch each, with the settings of POLARIS and the estimate's sampling."""
+    batch = min(RlStage.batch_problems, problems)
+    stage = RlStage(
+        steps=problems // batch, batch_problems=batch, temperature=arguments.temperature,
+        max_response_tokens=arguments.max_tokens,
+    )  # fmt: skip
+    return Recipe(name="as published", model=arguments.model, stage=(stage,) * 3)
 
 
 def filter_command(arguments: argparse.Namespace) -> None:
@@ -66,6 +71,10 @@ def filter_command(arguments: argparse.Namespace) -> None:
     history = History.load(arguments.pass_rates)
     identity = (history.settings or {}).get("identity")
     problems = read_data(arguments, isinstance(identity, dict) and bool(identity.get("reward function")))
+    if arguments.skip_bad_rows:  # as the estimate did with prompts that were too long
+        known = [problem for problem in problems if history.visits(problem.id)]
+        print(f"left out {len(problems) - len(known):,} problems without a pass rate")
+        problems = known
     require_same(arguments.pass_rates, history.settings, {"identity": {"problems": problems_fingerprint(problems)}})
     n = history.settings["n"]
     bounds = arguments.drop_at, arguments.keep_above, arguments.max_unsolved_share
@@ -118,15 +127,12 @@ def write_filtered(arguments: argparse.Namespace, filtered: Filtered, n: int) ->
 def show(out: Path, title: str, rates: dict[str, list[float]], n: int) -> None:
     """Print the histograms of pass rates over n rollouts; write a table and a picture of them next to `out`."""
     counts = {label: histogram(own, n) for label, own in rates.items()}
-    no_signal = [f"{zero_variance_share(own):.1%}" for own in rates.values()]
     table = [["solved", *counts]]
     table += [[f"{k} of {n}", *(f"{own[k]:,}" for own in counts.values())] for k in range(n + 1)]
     table += [["all", *(f"{len(own):,}" for own in rates.values())], ["shape", *map(verdict, counts.values())]]
-    table.append([f"expected groups of {GROUP_SIZE} without a signal", *no_signal])
     write_atomically(out.with_suffix(".txt"), [f"{title}\n{text_table(table)}\n".encode()])
     charts.png(charts.bar_chart(title, counts, f"rollouts right of {n}"), out.with_suffix(".png"))
     print(draw_histogram(*counts.values()))
-    print(f"expected share of groups of {GROUP_SIZE} without a signal: {' -> '.join(no_signal)}")
     print(f"results in {out}, table in {out.with_suffix('.txt')}, picture in {out.with_suffix('.png')}")
 
 

@@ -3,6 +3,7 @@
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from lab.benchmarks import file_name
@@ -10,6 +11,7 @@ from lab.charts import line_chart, png
 from lab.page import Drawn, temperature_figure, write_page
 from lab.problems import Problem
 from lab.scores import Evaluation, GroupAccuracy, Response
+from lab.transcripts import shorten, transcript
 
 RESPONSES_SHOWN = 6  # per verdict and set, drawn at random with a fixed seed
 ZONES = ("robust generation", "controlled exploration", "performance collapse")
@@ -17,7 +19,7 @@ ZONES = ("robust generation", "controlled exploration", "performance collapse")
 
 def write_evaluation_page(
     out: Path,
-    model: str,
+    settings: dict,
     found: dict[str, list[Evaluation]],
     sets: dict[str, list[Problem]],
     groups: dict[str, dict[str, list[list[Response]]]],
@@ -26,8 +28,8 @@ def write_evaluation_page(
 ) -> Path:
     """Write OUT/report.html and a PNG of each curve; return the page's path.
 
-    `found` and `groups` are by setting; `table` is RECIPE.md section 6 with this model; `curves` is that part of
-    results.json: temperature, match, length.
+    `settings` are those of settings.json; `found` and `groups` are by setting; `table` has the published results for
+    what was measured; `curves` is that part of results.json: temperature, match, length.
     """
     drawn = []  # (chart, note, table) of each curve
     for kind in ("temperature", "match", "length"):
@@ -49,14 +51,29 @@ def write_evaluation_page(
             tables = [group_table(title, by_label) for title, by_label in by_group.items() if by_label]
             shown.append({
                 "name": name,
+                "score": (
+                    f"{name}, avg@{evaluation.n}", f"{percent(evaluation.avg)}%",
+                    f"95% {spread(evaluation.low, evaluation.high)}, {evaluation.problems:,} problems",
+                ),
                 "file": file_name(name),
                 "summary": summary_table(evaluation),
                 "figures": [k_chart(evaluation), length_chart(evaluation)],
                 "tables": [k_table(evaluation), length_table(evaluation), *tables],
                 "responses": sample_responses(sets[evaluation.name], groups[setting][evaluation.name]),
             })  # fmt: skip
-    values = {"title": f"Evaluation of {model}", "model": model, "published": table, "curves": drawn, "sets": shown}
-    return write_page(out / "report.html", "evaluation.html", **values)
+    return write_page(
+        out / "report.html",
+        "evaluation.html",
+        title=f"Evaluation of {Path(settings['model']).name}",
+        settings={
+            key.replace("_", " "): value
+            for key, value in settings.items()
+            if key not in ("identity", "data") and value not in (None, "")
+        },
+        published=table if len(table) > 1 + len(found) else [],
+        curves=drawn,
+        sets=shown,
+    )
 
 
 def percent(value: float | None) -> str:
@@ -209,17 +226,14 @@ def budget_chart(name: str, settings: dict) -> Drawn:
 
 
 def sample_responses(problems: Sequence[Problem], groups: Sequence[Sequence[Response]]) -> list[tuple]:
-    """Return (verdict, number of responses, a few of them as summary and full texts) for each verdict."""
+    """Return (verdict, number of responses, transcripts of a few of them with their problems) for each verdict."""
     by_verdict = defaultdict(list)
     for problem, group in zip(problems, groups, strict=True):
-        accepted = " | ".join(problem.answers) or "none"
-        for r in group:
-            summary = (
-                f"{r.verdict} · {r.problem_id} sample {r.sample} · answer {r.answer} · accepted {accepted} · "
-                f"{r.tokens:,} tokens · {r.finish_reason}"
-            )
-            by_verdict[r.verdict].append((summary, {"problem": problem.text, "response": r.text}))
-    return [
-        (verdict, len(found), random.Random(0).sample(found, min(RESPONSES_SHOWN, len(found))))
-        for verdict, found in sorted(by_verdict.items())
-    ]
+        for response in group:
+            by_verdict[response.verdict].append((problem, response))
+    sampled = []
+    for verdict, found in sorted(by_verdict.items()):
+        some = random.Random(0).sample(found, min(RESPONSES_SHOWN, len(found)))
+        shown = [(problem, shorten(problem.text), transcript(asdict(response))) for problem, response in some]
+        sampled.append((verdict, len(found), shown))
+    return sampled

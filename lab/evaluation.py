@@ -4,6 +4,7 @@ import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine.distributed import Processes
 from engine.files import write_atomically
 from engine.fingerprint import data_identity, function_identity, other_parts, require_same
 from engine.grader import Grader, check_grader
+from engine.run_folder import new_folder
 from eval import Diversity, Response, distinct_share, find_zones, interval, match_diversity, measure_temperature
 from lab import eval_page
 from lab.benchmarks import BENCHMARKS, file_name, find_data, published_table, text_table
@@ -54,9 +56,8 @@ class Session:
 
 def start_session(arguments: argparse.Namespace) -> Session:
     """Read the data and load the model; raise every foreseeable error before sampling."""
-    out = arguments.out
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is not a folder; give another --out")
+    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
+        raise DataError(f"{arguments.out} is not a folder; give another --out")
     on_bad_row = "skip" if arguments.skip_bad_rows else "keep"
     sets = {
         name: read_problems(
@@ -64,10 +65,7 @@ def start_session(arguments: argparse.Namespace) -> Session:
         )[: arguments.limit]
         for name, place in find_data(arguments.data, arguments.folder).items()
     }
-    problems = list(chain(*sets.values()))
-    worker, sampling, identity = load_worker(
-        arguments, problems, "the finished responses are kept", yarn=arguments.yarn
-    )  # fmt: skip
+    worker, sampling, identity = load_worker(arguments, sets, "the finished responses are kept", yarn=arguments.yarn)
     original = getattr(worker.model.config.rope.scaling, "original_max_position_embeddings", None)
     trained = arguments.trained_length or original or arguments.max_tokens
     # everything that decides the responses and their metrics; a folder holds one such evaluation
@@ -80,19 +78,27 @@ def start_session(arguments: argparse.Namespace) -> Session:
         "match": arguments.match,
         "n": arguments.n,
         "reward": arguments.reward,
-        "identity": identity | {"problems": data_identity(problems)},
+        "identity": identity | {"problems": data_identity(chain(*sets.values()))},
     }
     targets = {name: target_diversity(arguments.match, name, settings) for name in sets} if arguments.match else {}
-    if worker.processes.is_main:
-        open_folder(out, settings, sets)
-    worker.processes.broadcast(None)
-    return Session(arguments, Recorder(worker, out), sampling, sets, trained, targets)
+    opened = open_folder(arguments.out, settings, sets) if worker.processes.is_main else None
+    arguments.out = worker.processes.broadcast(opened)
+    return Session(arguments, Recorder(worker, arguments.out), sampling, sets, trained, targets)
 
 
-def open_folder(out: Path, settings: dict, sets: dict[str, list[Problem]]) -> None:
-    """Create a folder, or reopen one of the same evaluation; only -n and the places of model and reward may differ."""
+def open_folder(out: Path | None, settings: dict, sets: dict[str, list[Problem]]) -> Path:
+    """Create a folder, or reopen one of the same evaluation; only -n and the places of model and reward may differ.
+
+    Without `out` it is the one of runs/eval, runs/eval-2, ... with the same evaluation, or else a new one.
+    """
+    wanted = {name: value for name, value in settings.items() if name not in ("n", "model", "reward")}
+    for earlier in () if out else (Path("runs/eval"), *Path("runs").glob("eval-[0-9]*")):
+        with suppress(DataError):
+            require_same(earlier, read_settings(earlier), wanted)
+            out = out or earlier
+    out = out or new_folder(Path("runs"), "eval")
     if (out / "settings.json").exists():
-        require_same(out, read_settings(out), {k: v for k, v in settings.items() if k not in ("n", "model", "reward")})
+        require_same(out, read_settings(out), wanted)
         print(f"resuming in {out}")
     elif out.exists() and any(out.iterdir()):
         raise DataError(f"{out} already exists and is not an evaluation; give another --out")
@@ -102,6 +108,7 @@ def open_folder(out: Path, settings: dict, sets: dict[str, list[Problem]]) -> No
         path = out / "problems" / f"{file_name(name)}.jsonl"
         if not path.exists():
             write_problems(problems, path)
+    return out
 
 
 def target_diversity(given: str, name: str, settings: dict) -> Diversity:
@@ -154,7 +161,7 @@ def write_results(out: Path, model: str, sets: dict[str, list[Problem]], results
     text = json.dumps({"model": model, "evaluations": rows, **curves}, indent=2, allow_nan=False)
     write_atomically(out / "results.json", [f"{text}\n".encode()])
     table = published_table({", ".join(filter(None, (model, setting))): own for setting, own in figures.items()})
-    page = eval_page.write_evaluation_page(out, model, figures, sets, results.groups, table, curves)
+    page = eval_page.write_evaluation_page(out, read_settings(out), figures, sets, results.groups, table, curves)
     for setting, own in figures.items():
         for found in own:
             print(f"{setting}: " * bool(setting), end="")
@@ -307,7 +314,7 @@ def regrade(arguments: argparse.Namespace) -> None:
     settings = read_settings(run)
     if settings["curve"] or settings["match"]:
         raise DataError(f"{run} is a curve; --regrade takes an evaluation made without --curve and --match")
-    if out.exists():
+    if out and out.exists():
         raise DataError(f"{out} already exists; give another --out")
     sets, results = {}, Results()
     reward = (settings.get("reward") or "") if arguments.reward is None else arguments.reward
@@ -331,6 +338,7 @@ def regrade(arguments: argparse.Namespace) -> None:
             found = summarise(name, problems, groups, settings["temperature"], settings["trained_length"])
             results.figures[""].append(found)
     identity = settings["identity"] | {"reward function": function_identity(reward)}
+    out = out or new_folder(Path("runs"), "eval")
     open_folder(out, settings | {"reward": reward, "identity": identity}, sets)
     for name, groups in results.groups[""].items():
         write_responses(response_file(out, name), chain(*groups))

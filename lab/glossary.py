@@ -15,7 +15,7 @@ class Entry(NamedTuple):
     varies: bool = False
 
 
-STEPS, ALL = "sft rl", "sft rl eval filter temperature guard"
+STEPS, ALL = "sft rl", "sft rl eval filter temperature premises guard"
 GLOSSARY = (
     Entry("kind step stage", ALL, "the kind of row; the step, from 1 over all stages; the stage, counted from 0"),
     Entry("reward_mean", "rl", "mean reward of all rollouts as sampled: before rescue and substitution"),
@@ -78,11 +78,13 @@ GLOSSARY = (
     Entry("pass_at maj_at by_length", "eval", "pass@k and maj@k with both intervals; accuracy by response length"),
     Entry("length_mean no_box_share", "eval", "mean tokens of a response; share without a final boxed answer"),
     Entry("unanswerable", "eval", "problems without a usable answer, counted as wrong"),
-    Entry("label", "filter temperature", "when it ran"),
+    Entry("label", "filter temperature premises", "when it ran"),
     Entry("rule before after kept dropped", "filter", "what is dropped; number of problems solved 0, 1, ... times "
           "before and after; how many were kept and dropped"),
-    Entry("target_distinct4 chosen curve", "temperature", "the diversity to restore; the chosen temperature; all "
-          "measured temperatures"),
+    Entry("target_distinct4 restores chosen curve", "temperature", "the diversity to restore; of which stage's start: "
+          "previous or first; the chosen temperature; all measured temperatures"),
+    Entry("table predicted seen", "premises", "mechanism, figure and verdict before a stage; figures of the stage: "
+          "foreseen at unchanged pass rates (mean, low, high) and, after it, seen"),
     Entry("data rows", "guard", "a training file and its rows"),
     Entry("duplicates contamination", "guard", "rows that repeat an earlier row; rows that occur in a benchmark"),
     Entry("duplicates_first contamination_first", "guard", "the first such pairs"),

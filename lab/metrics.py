@@ -58,7 +58,7 @@ class Metrics:
             self.tracker.log(row)
 
     def write_rollouts(self, rows: list[dict]) -> None:
-        """Append a few full rollouts of a step, for people to read."""
+        """Append whole groups of rollouts, for people to read."""
         if self.enabled:
             self._append(self.rollouts, rows)
             self.position[1] += len(rows)

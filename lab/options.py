@@ -62,29 +62,33 @@ def parse_columns(text: str) -> Columns:
 def reading_options() -> argparse.ArgumentParser:
     """Return a parent parser with the options of all commands that read problems."""
     parent = new_parser(add_help=False)
-    parent.add_argument("--skip-bad-rows", action="store_true", help="leave out problems without an answer")
+    what = "leave out problems without an answer, and prompts too long for the model"
+    parent.add_argument("--skip-bad-rows", action="store_true", help=what)
     what = "problem=Q,answer=A: the data's columns, where its names are not known ones"
     parent.add_argument("--columns", type=parse_columns, default=Columns(), metavar="FIELD=NAME,...", help=what)
     parent.add_argument("--limit", type=COUNT, metavar="N", help="only the first N problems of a data set")
     return parent
 
 
-def model_options() -> argparse.ArgumentParser:
+def model_options(n: int | None = None, top_k: int = 20, greedy: bool = True) -> argparse.ArgumentParser:
     """Return a parent parser with the options of all commands that sample from a model."""
     parent = new_parser(add_help=False)
     add = parent.add_argument
-    add("-n", type=COUNT, default=8, help="responses per problem")
+    own = "(default: as the model's run has it"
+    add("-n", type=COUNT, default=n, help="responses per problem" + f" {own}, else 8)" * (n is None))
+    add("--temperature", type=bounded(float, 0, above=not greedy), help=f"{'0 is greedy ' * greedy}{own}, else 1.4)")
+    add("--top-k", type=bounded(int, 0), help=f"0 is off {own}, else {top_k})")
     add(
         "--top-p",
         type=bounded(float, 0, 1, above=True),
         default=1.0,
         help="sample from this share of the mass; 1 is off",
     )
-    add("--max-tokens", type=COUNT, default=8192, help="of a response")
+    add("--max-tokens", type=COUNT, help=f"of a response {own}, else 8192)")
     what = "whether only a box after </think> counts; given to the template, which decides auto"
-    add("--thinking", choices=("auto", "true", "false"), default="auto", help=what)
+    add("--thinking", choices=("auto", "true", "false"), help=f"{what} {own}, else auto)")
     add("--no-thinking", dest="thinking", action="store_const", const="false", help="--thinking false")
-    add("--instruction", default=INSTRUCTION, help="appended to problems that do not contain it")
+    add("--instruction", help=f"appended to problems that do not contain it {own}, else {INSTRUCTION!r})")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--rows", type=COUNT, default=64, help="sequences decoded at once")
     add("--cache-tokens", type=COUNT, help="of all sequences together (default: what the rows need, if memory allows)")
@@ -166,14 +170,13 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
     add("model", nargs="?", type=expanduser, help="a model folder or hub id")
     add("--data", action="append", type=expanduser, help="a known benchmark, file, folder of files or hub data set")
     add("--folder", type=user_path, help="where to search for known benchmarks before the hub")
-    add("--temperature", type=bounded(float, 0), help="default: 1.4; 0 is greedy")
-    add("--top-k", type=bounded(int, 0), default=20, help="0 is off")
     add_yarn_options(parser)
     add(
         "--trained-length", type=COUNT,
         help="the length bands are fractions of this (default: YaRN's original window, else --max-tokens)",
     )  # fmt: skip
-    add("--out", type=user_path, default=Path("runs/eval"), help="a new folder, or one to resume in")
+    what = "a new folder, or one to resume in (default: runs/eval, runs/eval-2, ...: the one of this command, else new)"
+    add("--out", type=user_path, help=what)
     add("--curve", nargs="+", metavar=("KIND", "FROM:TO:STEP"), help='"temperature 0.6:1.7:0.1", or "length"')
     add("--match", type=expanduser, metavar="RUN|SCORE", help="search upward for the temperature of this distinct-4")
     add("--margin", type=SHARE, help="sufficient half width of a 95%% interval (0: all problems)")
@@ -201,8 +204,7 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
         arguments.temperatures = temperatures_of(values[0])
         if not arguments.temperatures:
             parser.error(f"--curve temperature needs FROM:TO:STEP, for example 0.6:1.7:0.1, not {values[0]}")
-    arguments.temperature = 1.4 if arguments.temperature is None else arguments.temperature
-    if arguments.temperature == 0 and arguments.n > 1:
+    if arguments.temperature == 0 and (arguments.n or 0) > 1:
         parser.error("at temperature 0 all responses to a problem are equal: use -n 1")
     return arguments
 
@@ -215,6 +217,17 @@ def temperatures_of(text: str) -> list[float]:
     except (ValueError, ZeroDivisionError, OverflowError):
         return []
     return [round(first + i * step, 6) for i in range(count)] if 2 <= count <= 100 and first > 0 < step else []
+
+
+def question_arguments(doc: str | None) -> argparse.Namespace:
+    """Parse the command line of ask.py; `doc` is the start of --help."""
+    parser = new_parser(doc, parents=[model_options(n=1)])
+    add = parser.add_argument
+    add("model", type=expanduser, help="a model folder or hub id")
+    add("question", nargs="?", help="default: one on each line of the input, or as you type them")
+    add("--answer", help="the right one, to grade by")
+    add("--show-thinking", action="store_true", help="print what comes before </think> as well")
+    return parser.parse_args()
 
 
 def difficulty_arguments(doc: str | None) -> argparse.Namespace:
@@ -232,12 +245,11 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
         return commands.add_parser(name, help=what, parents=parents, allow_abbrev=False, **more).add_argument
 
     example = "Qwen/Qwen3-4B math.jsonl --max-tokens 38912 --temperature 1.4"
-    add = new_command("estimate", "Pass rates of a model.", example, model_options(), reading)
+    add = new_command("estimate", "Pass rates of a model.", example, model_options(top_k=0, greedy=False), reading)
     add("model", type=expanduser, help="a model folder or hub id")
     add("data", type=expanduser, help="a file of problems or a hub data set")
-    add("--temperature", type=bounded(float, 0, above=True), default=1.4, help="the one training will start at")
-    add("--top-k", type=bounded(int, 0), default=0, help="0 is off, as in training")
     add("--out", type=user_path, default=Path("pass-rates.jsonl"), help="a new file, or one to resume")
+    add("--recipe", type=user_path, help="say what the rates mean for it (default: POLARIS's settings, 3 epochs)")
 
     what, example = "Drop the problems that are always solved.", "pass-rates.jsonl math.jsonl train.jsonl"
     add = new_command("filter", what, example, reading, batch)

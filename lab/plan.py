@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from data_filter import History
 from engine.memory import host_memory_bytes
+from lab import premises
 from lab.machine import RESPONSE_SHARE, Machine
 from lab.metrics import read_metrics
 from lab.plan_memory import GIB, Shape, StagePlan, longest_sequence, plan_stages, size_cache, stage_sampling
@@ -27,20 +29,21 @@ from model import ModelError, parse_config, read_config
 from rollout import cache_bytes_per_token
 
 PUBLISHED = {  # config.json of known models, for when the model is not on this machine
-    "Qwen/Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True, 40_960),
-    "Qwen/Qwen3-0.6B-Base": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True, 32_768),
-    "Qwen/Qwen3-1.7B-Base": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True, 32_768),
-    "Qwen/Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True, 40_960),
-    "Qwen/Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151_936, True, 40_960),
-    "Qwen/Qwen2.5-3B-Instruct": ("qwen2", 2048, 11_008, 36, 16, 2, 128, 151_936, True, 32_768),
-    "Qwen/Qwen2.5-Math-7B": ("qwen2", 3584, 18_944, 28, 28, 4, 128, 152_064, False, 4096),
-    "Qwen/Qwen2.5-32B": ("qwen2", 5120, 27_648, 64, 40, 8, 128, 152_064, False, 131_072),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151_936, False, 131_072),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": ("qwen2", 3584, 18_944, 28, 28, 4, 128, 152_064, False, 131_072),
+    "Qwen/Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True, 40_960, 1e6),
+    "Qwen/Qwen3-0.6B-Base": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True, 32_768, 1e6),
+    "Qwen/Qwen3-1.7B-Base": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True, 32_768, 1e6),
+    "Qwen/Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True, 40_960, 1e6),
+    "Qwen/Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151_936, True, 40_960, 1e6),
+    "Qwen/Qwen2.5-3B-Instruct": ("qwen2", 2048, 11_008, 36, 16, 2, 128, 151_936, True, 32_768, 1e6),
+    "Qwen/Qwen2.5-Math-7B": ("qwen2", 3584, 18_944, 28, 28, 4, 128, 152_064, False, 4096, 1e4),
+    "Qwen/Qwen2.5-32B": ("qwen2", 5120, 27_648, 64, 40, 8, 128, 152_064, False, 131_072, 1e6),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151_936, False, 131_072, 1e4),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": ("qwen2", 3584, 18_944, 28, 28, 4, 128, 152_064, False, 131_072, 1e4),
 }
 PUBLISHED_KEYS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings",
+    "rope_theta",
 )  # fmt: skip
 
 PROBLEMS = {  # of data that is not local, by hub id without the split
@@ -421,6 +424,12 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
     if needed > (memory := host_memory_bytes()):
         print(f"  needs {needed / GIB:.0f} GiB of host memory, this machine has {memory / GIB:.0f}")
     show_cost(shape, recipe, machine, run)
+    first = next((i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage)), None)
+    if first is not None:
+        rates, data = run and run / f"pass-rates-{first}.jsonl", stage_data(recipe, first)
+        history = History.load(rates) if rates and rates.exists() else History()
+        ids = list(history.by_problem) or [""] * count_problems(data, *how_to_read(recipe, data))
+        print(f"\npremises of {premises.expect(recipe, first, history, ids, shape.config.rope)}")
     return fits
 
 

@@ -76,6 +76,7 @@ KNOWN_COLUMNS = {  # in any case; the first one present counts
     "difficulty": ("difficulty", "level"),
 }  # fmt: skip
 WORKED = ("solution", "solutions")  # end with the answer, or are the answer
+NOT_SHOWN = ("choices", "options", "context", "passage", "body", "input")  # may hold a part of the problem
 LONGEST_ANSWER = 15  # words of a solution that is an answer alone
 NOT_ANSWERS = ("proof", "notfound")  # what NuminaMath-1.5 has in place of an answer
 OTHER_FORMS = re.compile(r"Answer:|####|<answer>")  # where the answers of DAPO, GSM8K and R1-Zero stand
@@ -456,6 +457,9 @@ def find_columns(
             'columns with columns = { problem = "...", answer = "..." } beside data in the recipe, or '
             "--columns problem=...,answer=..."
         )
+    if rest := [name for name in names if name.casefold() in NOT_SHOWN and name not in found["problem"]]:
+        what = f"the model is not shown {' and '.join(rest)}; where a problem needs it, add it to the text"
+        print(f"{path}: {what} in {found['problem'][0]}", file=sys.stderr)
     return found
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import tomllib
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ BOUNDS = {
     "one_of": ("one of", lambda value, known: value in known),
     "named": ("FILE.py:NAME or one of", lambda value, known: value in known or ":" in value),
 }
+MATCHES = ("match-previous", "match-first")  # temperatures that restore the diversity of an rl stage's start
 
 
 class RecipeError(UserError):
@@ -170,7 +171,7 @@ class RunSettings:
     checkpoint_every_steps: int = key(20, least=1)
     checkpoints_kept: int = key(2, least=1)
     most_nonfinite_steps: int = key(3, "consecutive non-finite updates that stop the run", least=1)
-    rollouts_written: int = key(4, "rollouts written per step, for people to read", least=0)
+    rollouts_written: int = key(4, "whole groups written per evaluation, and at ten steps of a stage, to read", least=0)
     tracker: str = key("", "also send metrics to it; empty: none", one_of=("", "tensorboard", "wandb", "trackio"))
 
 
@@ -223,7 +224,7 @@ class RlStage(Reading):
     generated_tokens: int = key(0, "training rollout tokens after which the stage ends; 0: no limit", least=0)
     batch_problems: int = key(128, least=1)
     group_size: int = key(8, "rollouts per problem", least=2)
-    temperature: float | str = key(1.4, 'a number, or "match": restore the diversity of the last stage with a number')
+    temperature: float | str = key(1.4, "a number, or restore the diversity of a stage: match-previous, match-first")
     max_prompt_tokens: int = key(1024, least=1)
     max_response_tokens: int = key(39_936, least=1)
     filter_before: bool = key(False, "sample every problem, drop the always solved (RECIPE section 1)")
@@ -299,8 +300,11 @@ def describe_keys(kind: type = Recipe, prefix: str = "") -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply overrides of the form `stage.0.temperature=1.2`. Raises RecipeError."""
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, object] = {}) -> Recipe:
+    """Read a recipe file and apply overrides of the form `stage.0.temperature=1.2`. Raises RecipeError.
+
+    `defaults` are of keys of the recipe itself that it may leave out.
+    """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -312,6 +316,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: not valid TOML ({str(error).splitlines()[0][:MAX_SHOWN]})") from None
     for override in overrides:
         _apply(table, override)
+    table = {**defaults, **table}
     recipe = _build(Recipe, table, "")
     _check(recipe)
     return recipe
@@ -463,6 +468,8 @@ def _build_stage(table: object, where: str) -> SftStage | RlStage:
     kind = table.get("kind") if isinstance(table, dict) else None
     if kind not in ("sft", "rl"):
         raise RecipeError(f"{where}.kind must be sft or rl, not {_shown(kind)}")
+    if table.get("temperature") == "match":  # written out, so that a run's recipe says which one it restores
+        table = table | {"temperature": "match-previous"}
     return _build(SftStage if kind == "sft" else RlStage, table, where)
 
 
@@ -486,8 +493,8 @@ def _check(recipe: Recipe) -> None:
                 raise RecipeError(f"{where}.data is missing: a file of worked solutions")
             continue
         _check_variant(stage, where)
-        if isinstance(stage.temperature, str) and (stage.temperature != "match" or i == first_rl):
-            what = "the first rl stage needs a number" if i == first_rl else "write a number or match"
+        if isinstance(stage.temperature, str) and (i == first_rl or stage.temperature not in MATCHES):
+            what = "the first rl stage needs a number" if i == first_rl else f"write a number or {' or '.join(MATCHES)}"
             raise RecipeError(f"{where}.temperature is {stage.temperature!r}: {what}")
         if not isinstance(stage.temperature, str) and stage.temperature <= 0:
             raise RecipeError(f"{where}.temperature must be above 0: training samples the policy itself")

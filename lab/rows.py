@@ -4,14 +4,16 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 
 import numpy as np
 
 from data_filter import Filtered
 from engine.batches import TrainingSequence
-from engine.rollout_worker import Attempt, SamplingStats
-from eval import TemperaturePoint, distinct_ngrams
+from engine.rollout_worker import Attempt, RolloutWorker, SamplingStats
+from eval import Response, TemperaturePoint, distinct_ngrams, response_of
 from grpo import Group, UpdateStats
+from lab.problems import Problem
 from lab.scores import Evaluation
 
 
@@ -92,24 +94,45 @@ def describe_update(update: UpdateStats | None, seconds: float) -> dict:
     }
 
 
-def rollouts_to_read(step: int, groups: list[Group], attempts: list[list[Attempt]]) -> list[dict]:
-    """Return the first rollout of each group as a line of rollouts.jsonl."""
-    return [
-        {
-            "step": step,
-            "problem_id": group.problem.id,
-            "problem_text": group.problem.text,
-            "answers": list(group.problem.answers),
-            "response": first.text,
-            "verdict": first.grade.verdict,
-            "reward": float(group.rewards[0]),
-            "group_accuracy": float(group.correct.mean()),
-            "tokens": len(first.rollout.tokens),
-            "finish_reason": first.rollout.finish_reason,
-            "temperature": first.rollout.temperature,
-        }
-        for group, (first, *_) in zip(groups, attempts, strict=True)
-    ]
+def group_to_read(
+    where: dict, problem: Problem, prompt: str, responses: Sequence[Response], temperature: float, fate: str = ""
+) -> dict:
+    """Return a whole group as a line of rollouts.jsonl; `where` is its step, stage and kind (held-out or training)."""
+    kept = ("sample", "tokens", "finish_reason", "verdict", "answer", "text")
+    return where | {
+        "problem_id": problem.id,
+        "prompt": prompt,
+        "answers": list(problem.answers),
+        "temperature": temperature,
+        "fate": fate,
+        "responses": [{key: getattr(response, key) for key in kept} for response in responses],
+    }
+
+
+def groups_to_read(
+    where: dict,
+    worker: RolloutWorker,
+    attempts: Sequence[Sequence[Attempt]],
+    groups: Sequence[Group],
+    learned: Sequence[Group],
+) -> list[dict]:
+    """Return a step's groups as sampled: in turn a rescued one, a substituted one, and another.
+
+    `groups` are those after rescue, `learned` those after substitution. A rescued group has the text that replaced
+    one of its responses, a substituted one the problem that took its place.
+    """
+    by_fate: dict[str, list[dict]] = {"rescued": [], "substituted": [], "": []}
+    for own, group, final in zip(attempts, groups, learned, strict=True):
+        fate = "rescued" if group.rescued is not None else "substituted" if final is not group else ""
+        prompt, responses = worker.message(group.problem)["content"], [response_of("", attempt) for attempt in own]
+        row = group_to_read(where, group.problem, prompt, responses, own[0].rollout.temperature, fate)
+        if fate == "rescued":
+            text = worker.chat.decode(group.rollouts[group.rescued].tokens)
+            row |= {"replaced": group.rescued, "replacement": text}
+        elif fate:
+            row["replacement"] = final.problem.id
+        by_fate[fate].append(row)
+    return [row for some in zip_longest(*by_fate.values()) for row in some if row]
 
 
 def filter_row(label: str, rule: str, filtered: Filtered, tokens: int = 0) -> dict:

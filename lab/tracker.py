@@ -10,7 +10,6 @@ from engine.files import write_atomically
 from lab.glossary import markdown_table
 from lab.recipe import Recipe, RecipeError, to_toml
 
-ROLLOUT_STEPS = 10  # steps from one table of rollouts to the next
 ROLLOUT_CHARACTERS = 4000  # of a text in a table: its end, where the answer is
 
 
@@ -44,7 +43,7 @@ class TensorBoard:
             self.board.add_scalar(name, number, row["step"])
 
     def log_rollouts(self, rows: list[dict]) -> None:
-        """Send rollouts of some steps."""
+        """Send a rollout of each group."""
         for number, row in enumerate(rollouts_to_send(rows)):
             texts = (f"**{name}**\n\n```\n{value}\n```" for name, value in row.items())
             self.board.add_text(f"rollouts/{number}", "\n\n".join(texts), row["step"])
@@ -77,7 +76,7 @@ class Wandb:
         self.module.log(scalars(row), step=row["step"])
 
     def log_rollouts(self, rows: list[dict]) -> None:
-        """Send a table of rollouts of some steps."""
+        """Send a table with a rollout of each group."""
         if sent := rollouts_to_send(rows):
             table = self.module.Table(columns=list(sent[0]), data=[list(row.values()) for row in sent])
             self.module.log({"rollouts": table}, step=rows[0]["step"])
@@ -97,12 +96,14 @@ def scalars(row: dict) -> dict[str, float]:
     return found
 
 
-def rollouts_to_send(rows: list[dict]) -> list[dict]:
-    """Return the rollouts of every ROLLOUT_STEPS-th step, with the ends of long texts; [] at other steps."""
+def rollouts_to_send(groups: list[dict]) -> list[dict]:
+    """Return the first response of each group as a row of a table, with the ends of long texts."""
 
     def shown(value: object) -> float | str:
         text = str(value)
         cut = f"... {text[-ROLLOUT_CHARACTERS:]}" if len(text) > ROLLOUT_CHARACTERS else text
         return value if isinstance(value, int | float) else cut
 
-    return [{key: shown(value) for key, value in row.items()} for row in rows if row["step"] % ROLLOUT_STEPS == 0]
+    keys = ("step", "kind", "problem_id", "prompt", "answers", "temperature", "fate")
+    rows = [{key: group[key] for key in keys} | group["responses"][0] for group in groups]
+    return [{key: shown(value) for key, value in row.items()} for row in rows]

@@ -77,10 +77,11 @@ def test_a_missing_value_is_a_gap_at_its_own_x(gap):
 @pytest.mark.parametrize("series", [{}, {"a": []}, {"a": [(0, None), (1, math.nan)]}])
 def test_without_values_there_is_no_figure(series):
     assert charts.line_chart("t", series) is None
+    assert charts.line_chart("t", {"a": [(0, 1.0), (1, None)], "b": [(1, 2.0)]}) is None  # a point is no curve
 
 
 def test_a_series_without_values_is_left_out_of_the_legend():
-    assert legend(charts.line_chart("t", {"none": [(0, None)], "some": [(0, 2.0)]})) == ["some 2"]
+    assert legend(charts.line_chart("t", {"none": [(0, None)], "some": [(0, 1.0), (1, 2.0)]})) == ["some 2"]
 
 
 def test_a_value_between_two_gaps_is_a_dot_and_a_long_line_has_no_others():
@@ -113,7 +114,7 @@ def test_a_stage_shorter_than_the_window_is_averaged_alone():
 def test_short_series_and_limits_are_not_smoothed():
     assert len(curves(charts.line_chart("t", {"a": noisy(29)}))) == 1
     assert len(curves(charts.line_chart("t", {"a": noisy(30)}))) == 2
-    (limit,) = curves(charts.line_chart("t", {"max_response_tokens": [(x, 96.0 + 64 * (x > 50)) for x in range(99)]}))
+    (limit,) = curves(charts.line_chart("t", {"limit": [(x, 96.0 + 64 * (x > 50)) for x in range(99)]}))
     assert limit.get_linestyle() == "--" and set(limit.get_ydata()) == {96, 160}
 
 
@@ -217,8 +218,8 @@ def test_a_log_axis_spans_decades_and_0_is_a_gap(low, high):
     assert charts.line_chart("t", {"a": [(0, 0.0)]}, "log") is None
 
 
-def test_steps_have_integer_ticks_and_one_step_is_enough():
-    for last in (0, 1, 2, 99):
+def test_steps_have_integer_ticks():
+    for last in (1, 2, 99):
         ax = charts.line_chart("t", {"a": [(x, 1.0) for x in range(last + 1)]}).axes[0]
         assert len(ax.get_xticks()) and all(tick == round(tick) for tick in ax.get_xticks())
     assert 0.2 in charts.line_chart("t", {"a": [(0.1, 1.0), (0.9, 1.0)]}).axes[0].get_xticks()
@@ -227,7 +228,7 @@ def test_steps_have_integer_ticks_and_one_step_is_enough():
 @pytest.mark.parametrize("kind", ["amount", "share", "level", "log"])
 def test_extreme_values_never_raise(kind):
     for value in [5e-324, -5e-324, 1e308, 10**400, True, math.nan, -math.inf, 0, "1", [2]]:
-        text = charts.svg(charts.line_chart("t", {"a": [(0, value), (1, 1e-29)]}, kind))
+        text = charts.svg(charts.line_chart("t", {"a": [(0, value), (1, 1e-29), (2, 1e-29)]}, kind))
         assert not [
             d for node in ElementTree.fromstring(text).iter() if "nan" in (d := node.get("d", "")) or "inf" in d
         ]
@@ -321,7 +322,7 @@ def test_drawing_leaves_the_settings_alone_and_never_imports_pyplot():
     charts.svg(rich())
     assert dict(matplotlib.rcParams) == before
     code = (
-        "import sys; from lab import charts; charts.svg(charts.line_chart('t', {'a': [(0, 1.0)]})); "
+        "import sys; from lab import charts; charts.svg(charts.line_chart('t', {'a': [(0, 1.0), (1, 2.0)]})); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(charts.__file__).parent.parent)

@@ -17,7 +17,6 @@ from data_filter import (
     histogram,
     require_batch,
     verdict,
-    zero_variance_share,
 )
 from lab.problems import DataError, Problem
 
@@ -124,13 +123,6 @@ def test_histogram_rounds_to_the_nearest_and_verdict_names_the_shape():
     assert verdict([40, 3, 3, 3, 8, 3, 3, 3, 34]) == "U"
     assert verdict([1, 1, 1, 1, 9, 1, 1, 1, 1]) == "level"
     assert verdict([0] * 9) == "empty"
-
-
-def test_zero_variance_share_is_both_ends_of_the_binomial():
-    assert zero_variance_share([0.0, 1.0]) == 1.0
-    assert math.isclose(zero_variance_share([0.5, 0.25]), (2 * 0.5**8 + 0.25**8 + 0.75**8) / 2)
-    assert math.isclose(zero_variance_share([0.5], group_size=2), 0.5)
-    assert zero_variance_share([]) == 0.0
 
 
 def test_draw_histogram_shows_both_sides():

@@ -84,10 +84,12 @@ def test_results_responses_and_page_agree(command, small_world, tmp_path, capsys
     assert len(rows) == 24
     assert printed.splitlines()[-1].startswith(
         f"{small_world / 'model'} (measured here)"
-    )  # the output ends with the table of RECIPE section 6
-    assert "81.2" in printed and f"results in {tmp_path / 'out'}, report in " in printed
+    )  # the output ends with the measured row; nothing is published on these sets
+    assert "81.2" not in printed and f"results in {tmp_path / 'out'}, report in " in printed
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<script" not in page and rows[0]["text"].split()[0] in page
+    assert "<script" not in page and rows[0]["text"].split()[0] in page and "81.2" not in page
+    title = page.index(f"Evaluation of {(small_world / 'model').name}</h1>")
+    assert title < page.index("held-out, avg@3<b>0.0%</b>") < page.index("<dt>max tokens</dt><dd>7</dd>")
 
 
 def test_responses_depend_on_the_seed_except_at_temperature_0(command):
@@ -160,6 +162,19 @@ def test_a_problem_without_an_answer_counts_as_wrong_unless_skipped(command, sma
     skipped, _ = command("-n", 1, "--max-tokens", 4, "--skip-bad-rows", data=("gap",), out="skipped")
     assert (skipped["evaluations"][0]["problems"], skipped["evaluations"][0]["unanswerable"]) == (1, 0)
     assert "left out 1 unusable rows (row 1 has no answer)" in capsys.readouterr().err
+
+
+def test_prompts_too_long_for_the_window_are_named_together_and_left_out_on_request(command, small_world, capsys):
+    rows = [{"id": n, "problem": "1+" * 60 * (n % 2) + "1=", "answer": "2"} for n in range(4)]
+    (small_world / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["-n", 1, "--max-tokens", 4]
+    with pytest.raises(SystemExit, match=r"problem long/1: .* window of 96, and 1 more do so \(long/3\): .*--skip-bad-"):
+        command(*options, data=("long",))
+    results, responses = command(*options, "--skip-bad-rows", data=("long",), out="skipped")
+    assert "long: left out 2 of 4 problems" in capsys.readouterr().out
+    assert results["evaluations"][0]["problems"] == 2 and [row["problem_id"] for row in responses] == ["long/0", "long/2"]
+    with pytest.raises(SystemExit, match="long: no prompt has 1 tokens or fewer; lower --max-tokens"):
+        command(*options[:-1], 95, "--skip-bad-rows", data=("long",), out="none")
 
 
 def test_a_tokenizer_of_another_model_is_refused_or_asked_about(command, small_world, tmp_path, capsys):

@@ -354,7 +354,7 @@ def read_a_recipe(folder: Path, content: bytes, overrides: list[str] = ()) -> No
     for stage in recipe.stage:
         assert stage.steps >= 1 and 0 <= stage.learning_rate and 0 <= stage.adam_beta2 < 1 and stage.max_grad_norm > 0
         if isinstance(stage, RlStage):
-            assert stage.temperature == "match" or stage.temperature > 0
+            assert stage.temperature in ("match-previous", "match-first") or stage.temperature > 0
             assert stage.group_size >= 2 and 0 <= stage.clip_low <= 1 and 0 <= stage.informative_share <= 1
     assert recipe.search.step > 0 and recipe.name not in ("", ".", "..") and "/" not in recipe.name
     tomllib.loads(to_toml(recipe))

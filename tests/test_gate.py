@@ -219,8 +219,9 @@ def test_prompts_that_are_too_long_are_left_out_on_request(folder, tmp_path):
         (f"data = '{tmp_path / 'p.jsonl'}'\non_bad_row = 'skip'\n", 400), ("", 100)))  # fmt: skip
     (tmp_path / "r.toml").write_text(f"name = 'r'\nmodel = 'm'\n{stages}")
     recipe, said = load_recipe(tmp_path / "r.toml"), []
-    processes, data = SimpleNamespace(say=said.append), RunData(recipe, tmp_path)
-    run = SimpleNamespace(recipe=recipe, data=data, worker=worker(folder), processes=processes)
+    own, data = worker(folder), RunData(recipe, tmp_path)
+    own.processes.say = said.append
+    run = SimpleNamespace(recipe=recipe, data=data, worker=own)
     leave_out_long_prompts(run)
     assert [p.id for p in data.training_problems("rl", recipe.stage[0].data)] == ["p/0"]
     assert [("left out 1 of 3" in said[0], "p/2" in said[0]), ("left out 1 of 2" in said[1], "p/1" in said[1])] == [

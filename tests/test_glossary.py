@@ -20,7 +20,8 @@ def test_the_readme_has_this_table():
 def test_every_key_is_explained_once():
     keys = [key for entry in GLOSSARY for key in entry.keys.split()]
     assert len(set(keys)) == len(keys)
-    assert {row for rows in ROWS_OF.values() for row in rows} == {"sft", "rl", "eval", "filter", "temperature", "guard"}
+    kinds = {"sft", "rl", "eval", "filter", "temperature", "premises", "guard"}
+    assert {row for rows in ROWS_OF.values() for row in rows} == kinds
 
 
 def test_every_field_of_an_evaluation_and_of_an_update_is_explained():
@@ -30,7 +31,7 @@ def test_every_field_of_an_evaluation_and_of_an_update_is_explained():
 
 def test_every_key_that_the_page_shows_is_explained():
     of = {"steps": {"sft", "rl"}, "sft": {"sft"}, "rl": {"rl"}, "eval": {"eval"}}
-    assert all(set(ROWS_OF[key]) & of[chart.of] for chart in page.CHARTS for key in chart.metrics.split())
+    assert all(set(ROWS_OF[key]) & of[chart.of] for part in page.CHARTS.values() for chart in part for key in chart.metrics)
     assert all("rl" in ROWS_OF[key] for _, key, _ in page.STAGE_COLUMNS)
     assert all("eval" in ROWS_OF[key] for _, key, _ in page.FINAL_COLUMNS)
 

@@ -106,9 +106,9 @@ def test_a_worker_that_sends_nonsense_is_replaced(monkeypatch):
 
         def read(worker, limit_s):
             reply = real(worker, limit_s)
-            if "right" in reply and not told:
+            if "score" in reply and not told:
                 told.append(reply)
-                return {"id": -1, "right": True}
+                return {"id": -1, "score": 1.0}
             return reply
 
         monkeypatch.setattr(graders._Worker, "read", read)
@@ -299,6 +299,6 @@ def test_the_calling_process_leaves_large_comparisons_to_a_worker_under_its_limi
 def test_an_answer_whose_every_worker_is_killed_is_a_grader_failure(monkeypatch):
     with Grader() as grader:
         asked = []
-        monkeypatch.setattr(grader, "_ask", lambda slot, ticket, question: asked.append(question["answer"]) or "killed")
+        monkeypatch.setattr(grader, "_ask", lambda slot, ticket, question: asked.append(question["text"]) or "killed")
         assert grader.grade([(boxed("1+x"), ["x+1"])])[0].verdict == "grader failed"
         assert asked == ["1+x"] * graders.ATTEMPTS

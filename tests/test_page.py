@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import jinja2
 import pytest
 
-from lab import charts, page
+from lab import charts, page, story, transcripts
 from lab.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,16 +78,24 @@ def synthetic_rows(steps: tuple[int, int, int] = (60, 150, 150)) -> list[dict]:
     return rows
 
 
+def group(step: int, stage: int, kind: str = "training", problem: str = "sum-9", fate: str = "", text: str = "") -> dict:
+    text = text or f"<think>{HOSTILE} at step {step}</think> It is \\boxed{{7}}, not 8."
+    responses = [dict(sample=i, tokens=90, finish_reason="stop", verdict="right" if i < 3 else "wrong", answer="7", text=text)
+                 for i in range(8)]
+    row = dict(step=step, stage=stage, kind=kind, problem_id=problem, prompt="What is 3 + 4? " + HOSTILE, answers=["7"],
+               temperature=1.2, fate=fate, responses=responses)
+    return row | ({"replaced": 2, "replacement": "an earlier response"} if fate else {})
+
+
 def synthetic_run(folder: Path, steps: tuple[int, int, int] = (60, 150, 150)) -> list[dict]:
     rows = synthetic_rows(steps)
     metrics = Metrics(folder)
     for row in rows:
         metrics.write(row)
         if row["kind"] == "rl":
-            metrics.write_rollouts([dict(
-                step=row["step"], stage=row["stage"], problem=f"add-{i}", prompt="What is 3 + 4?", verdict="correct",
-                response=HOSTILE + "\nLet me think.\n7" * 20, reward=float(i % 2), tokens=90, ended="stop")
-                for i in range(2)])
+            metrics.write_rollouts([group(row["step"], row["stage"], fate=fate) for fate in ("rescued", "substituted")])
+        if row["kind"] == "eval":
+            metrics.write_rollouts([group(row["step"], row["stage"], "held-out", f"sum-{i}") for i in range(2)])
     metrics.close()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "rl", "step": 99999, "rew')
@@ -148,11 +157,10 @@ def faint(chart: ElementTree.Element) -> str:
 def test_the_page_is_well_formed_and_has_every_section(run):
     _, text, _ = run
     texts, drawn = parse(text).texts, charts_of(text)
-    for section in ("Final evaluation", "Stages", "Curves", "Difficulty", "Temperature searches",
-                    "Rollouts", "Recipe", "Glossary"):
+    for section in ("What happened", "Final evaluation", "Stages", "Curves", *page.CHARTS, "Rollouts", "Recipe", "Glossary"):
         assert section in texts
-    titles = {chart.title for chart in page.CHARTS} | {"Difficulty before stage 1", "Temperature for stage 2"}
-    assert titles <= drawn.keys() and "No data for" not in text
+    titles = {chart.title for part in page.CHARTS.values() for chart in part}
+    assert titles | {"Difficulty before stage 1", "Temperature for stage 2"} <= drawn.keys() and "Not drawn" not in text
     assert all("nan" not in value and "inf" not in value for tree in drawn.values() for node in tree.iter()
                for key, value in node.attrib.items() if key in ("d", "points", "x", "y"))
 
@@ -168,7 +176,7 @@ def test_curves_svg_is_self_contained(run):
 def test_model_output_is_escaped_and_nothing_is_fetched(run):
     _, text, svg = run
     tags = parse(text).tags
-    assert not {tag for tag, _ in tags} & {"script", "img", "link", "iframe", "object"}
+    assert not {tag for tag, _ in tags} & {"script", "img", "link", "iframe", "object", "form"}
     assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
     assert "&lt;/script&gt;&lt;img" in text and "<b>tiny" not in text + svg and "\x00" not in text
     assert not re.search(r"https?://|@import|url\((?!#)", text)
@@ -177,7 +185,7 @@ def test_model_output_is_escaped_and_nothing_is_fetched(run):
 
 def test_tables_and_cards_show_the_metrics(run):
     rows, text, _ = run
-    cells = re.findall(r"<td>(.*?)</td>", text)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", text)
     for row in (row for row in rows if row["kind"] == "eval" and row["final"]):
         assert {f"{100 * row[key]:.1f}%" for key in ("avg", "low", "high")} <= set(cells)
     for stage in (1, 2):
@@ -186,8 +194,10 @@ def test_tables_and_cards_show_the_metrics(run):
         assert f"{ends[0]:.3g} → {ends[1]:.3g}" in cells
         assert f"{sum(row['rescued'] for row in part):.3g}" in cells
         assert f"{part[0]['step']:,}–{part[-1]['step']:,}" in cells
-    assert "RL 1: short" in cells and "41.2% → 63.4%" in text and "+22.2 points" in text
-    assert "[36.4%, 46.0%] → [58.7%, 68.1%] do not overlap" in text
+    assert "RL 1: short" in {unescape(cell) for cell in cells}
+    assert "from 41.2% (36.4 to 46.0) before RL to 63.4% (58.7 to 68.1) at step 360: +22.2 points" in text
+    titles = re.findall(r'<td data-title="(.*?)">', text)  # what a narrow page shows beside a cell
+    assert len(titles) == len(cells) and {"Evaluation", "Accuracy", "Limit"} <= set(titles)
 
 
 def test_a_diverged_step_is_reported_and_left_as_a_gap(run):
@@ -198,18 +208,28 @@ def test_a_diverged_step_is_reported_and_left_as_a_gap(run):
 
 def test_charts_draw_the_metrics_of_their_rows(run):
     rows, _, _ = run
-    rl = [row for row in rows if row["kind"] == "rl"]
-    drawn = {chart.title: page._curve(chart, rl, [(61, "RL 1")]) for chart in page.CHARTS}
-    assert drawn["Entropy"]["series"] == {"entropy": [(row["step"], row.get("entropy")) for row in rl]}
-    shares = drawn["Groups without a signal"]["series"]["solve_all"]
+    rl, held = [row for row in rows if row["kind"] == "rl"], story.held_out(rows)
+    chart = {chart.title: chart for part in page.CHARTS.values() for chart in part}
+    series = page._curve(chart["Entropy (nats per token)"], rl, [])["series"]
+    assert series == {"entropy": [(row["step"], row.get("entropy")) for row in rl]}
+    shares = page._curve(chart["Groups (share of the batch)"], rl, [])["series"]["all right"]
     assert shares == [(row["step"], row["solve_all"] / row["groups"]) for row in rl]
-    held = page._held_out(rows)
-    by_type = page._curve(page.CHARTS[1], held, [])["series"]
-    assert by_type["addition"] == [(row["step"], row["by_type"]["addition"]) for row in held]
+    by_type = chart["Held-out accuracy by type"]
+    added = page._curve(by_type, held, [])["series"]["addition"]
+    assert added == [(row["step"], row["by_type"]["addition"]) for row in held]
     many = [{"step": 1, "by_type": {f"type {i}": 0.5 for i in range(15)}}]
-    assert len(page._curve(page.CHARTS[1], many, [])["series"]) == 12
-    band = page._curve(page.CHARTS[0], held, [])["band"]
-    assert band == {"avg": [(row["step"], row["low"], row["high"]) for row in held]}
+    assert len(page._curve(by_type, many, [])["series"]) == 12
+    band = page._curve(chart["Held-out accuracy"], held, [])["band"]
+    assert band == {"200 problems": [(row["step"], row["low"], row["high"]) for row in held]}
+
+
+def test_evaluations_of_fewer_problems_are_another_line():
+    rows = [dict(step=step, problems=problems, avg=step / 10, low=0, high=1, by_type={"sums": step / 10})
+            for step, problems in ((1, 240), (2, 120), (3, 240), (4, 120))]
+    accuracy, by_type = (page._curve(chart, rows, []) for chart in page.CHARTS["Learning"][:2])
+    assert accuracy["series"] == {"240 problems": [(1, 0.1), (3, 0.3)], "120 problems": [(2, 0.2), (4, 0.4)]}
+    assert list(accuracy["band"]) == ["240 problems", "120 problems"]
+    assert by_type["series"] == {"sums": [(1, 0.1), (3, 0.3)]}
 
 
 def test_a_long_run_is_thinned_without_losing_its_spikes(tmp_path):
@@ -232,22 +252,64 @@ def test_a_long_run_is_thinned_without_losing_its_spikes(tmp_path):
      dict(kind="eval", step=1, stage=1, name="a", final=True)],
     [dict(kind="filter", step=0, stage=0, before=[0] * 9),
      dict(kind="temperature", step=0, stage=0, curve=[{"temperature": None}])]])
-def test_a_page_names_the_charts_without_data(tmp_path, rows):
+def test_a_page_names_the_charts_that_it_does_not_draw(tmp_path, rows):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = page.write_report(tmp_path).read_text()
     parse(text)
     ElementTree.fromstring((tmp_path / "curves.svg").read_text())
-    assert "No data for: Held-out accuracy, " in text
+    assert "Not drawn, with fewer than two values: Held-out accuracy, " in text
 
 
-def test_first_and_last_rollouts_are_shown_without_a_half_written_one(tmp_path):
-    lines = [json.dumps(dict(step=step, response=f"answer {step} " + "x" * 40_000)) for step in range(10)]
-    (tmp_path / "rollouts.jsonl").write_text("\n".join(lines) + '\n{"step": 10, "resp')
-    (tmp_path / "metrics.jsonl").write_text("")
-    shown = page.write_report(tmp_path).read_text()
-    assert shown.count("<details><summary>step ") == 6
-    assert re.findall(r"answer (\d+)", shown) == ["0", "1", "2", "7", "8", "9"]
-    assert "10,009 more characters" in shown
+def reading(folder: Path, rows: list[dict]) -> str:
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "resp')
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(dict(kind="rl", step=9 + k, stage=k)) + "\n" for k in (1, 2)))
+    return page.write_report(folder).read_text()
+
+
+def test_a_problem_is_shown_first_and_last_in_each_stage(tmp_path):
+    rows = [group(step, 1 + (step > 5), "held-out", f"sum-{i}") for step in range(10) for i in range(6)]
+    text = reading(tmp_path, rows)
+    shown = re.findall(r'class="panel group (.*?)"><b>(RL \d, step \d)</b>: 3 of 8 right', text)
+    assert shown == 4 * [("stage-1 ends", "RL 1, step 0"), ("stage-1 ", "RL 1, step 5"), ("stage-2 ", "RL 2, step 6"),
+                         ("stage-2 ends", "RL 2, step 9")]
+    assert text.count('<div class="response ') == 4 * 4 * 8 and "2 more problems are in rollouts.jsonl" in text
+
+
+def test_rollouts_are_filtered_without_a_script(tmp_path):
+    """Each filter's selector hides what lacks its mark; the first problem's first and last groups are shown."""
+    text = reading(tmp_path, [group(1, 1, "held-out", "a"), group(3, 1, fate="rescued"), group(2, 2, "held-out", "a")])
+    tags = parse(text).tags
+    radios = [(own["name"], own.get("id"), "checked" in own) for tag, own in tags if tag == "input"]
+    assert radios == [
+        ("topic", "topic-1", True), ("topic", "topic-2", False), ("topic", None, False),
+        ("stage", "stage-ends", True), ("stage", "stage-1", False), ("stage", "stage-2", False), ("stage", None, False),
+        ("verdict", None, True), ("verdict", "verdict-1", False), ("verdict", "verdict-2", False)]
+    selectors = re.findall(r"body:has\(#(\S+):checked\) \.(\w+):not\(\.(\S+)\)", text)
+    assert [mark for mark, _, _ in selectors] == [
+        "topic-1", "topic-2", "stage-1", "stage-2", "verdict-1", "verdict-2", "stage-ends"]
+    marks = [own["class"].split() for tag, own in tags if "class" in own]
+    for mark, kind, needed in selectors:
+        assert any(needed in own for own in marks if kind in own), (mark, "would show nothing")
+    assert "Rescue put this earlier response into the place of number 3:" in text
+
+
+def test_long_and_hostile_responses_are_cut_and_escaped(tmp_path):
+    text = "<think>" + "x" * 160_000 + "</think> So " + "y" * 10_000 + r" it is \boxed{7}, " + "z" * 10_000 + "end"
+    shown = reading(tmp_path, [group(1, 1, "held-out", "a", text=text), group(2, 1, "held-out", "b" + HOSTILE)])
+    assert "154,007 more characters, not shown" in shown and len(shown) < 400_000
+    assert shown.count(r"<mark>\boxed{7}</mark>") == 16 and shown.count("zend</pre>") == 8
+    assert "160,007 characters</summary>" in shown and "img" not in {tag for tag, _ in parse(shown).tags}
+
+
+@pytest.mark.parametrize(("text", "answer", "parts"), [
+    (r"<think>\boxed{1}</think>It is \boxed{7}.", "7", (r"<think>\boxed{1}", "It is ", r"\boxed{7}", ".")),
+    (r"first \boxed{7}, no: \fbox {7}", "7", ("", r"first \boxed{7}, no: ", r"\fbox {7}", "")),
+    (r"\boxed{\frac{1}{2}} of", r"\frac{1}{2}", ("", "", r"\boxed{\frac{1}{2}}", " of")),
+    ("cut off while", None, ("cut off while", "", "", "")),
+    ("<think>a</think> no box", None, ("<think>a", "no box", "", ""))])
+def test_a_response_is_split_into_thinking_and_box(text, answer, parts):
+    found = transcripts.transcript(dict(text=text, answer=answer, verdict="right", tokens=1))
+    assert tuple(found[part] for part in ("thinking", "before", "box", "after")) == parts
 
 
 def rendered(call: str, **values) -> str:
@@ -255,23 +317,21 @@ def rendered(call: str, **values) -> str:
         '{% from "parts.html" import figures, folded, table %}{{ ' + call + " }}").render(values)
 
 
-def test_folded_text_is_escaped_and_complete_unless_limited():
+def test_folded_text_is_escaped_and_complete():
     text = "<i>" + "x" * 50_000
-    whole = rendered("folded(summary, texts)", summary=HOSTILE, texts={"<u>": text})
-    cut = rendered("folded('s', texts, 10)", texts={"a": text, "b": "short"})
-    assert [data for data in parse(whole).texts if len(data) > 40_000] == [text] and "more" not in whole
-    assert {tag for tag, _ in parse(whole).tags} == {"details", "summary", "h3", "pre"}
-    assert parse(cut).texts.count(text[:10]) == 1 and "49,993 more characters" in cut and "short" in cut
+    whole = rendered("folded(summary, text)", summary=HOSTILE, text=text)
+    assert [data for data in parse(whole).texts if len(data) > 40_000] == [text]
+    assert {tag for tag, _ in parse(whole).tags} == {"details", "summary", "pre"}
 
 
 def test_template_macros_escape_their_arguments():
-    figure = charts.line_chart(HOSTILE, {HOSTILE: [(0, 1.0)]})
+    figure = charts.line_chart(HOSTILE, {HOSTILE: [(0, 1.0), (1, 2.0)]})
     body = rendered("table([text], [[text], [3]])", text=HOSTILE)
     body += rendered("figures(all)", all=[(HOSTILE, figure, HOSTILE), (HOSTILE, None, "")])
     assert "img" not in {tag for tag, _ in parse(body).tags} and body.count("<svg") == 1 and "\ud800" not in body
-    assert "No data for: &lt;/script&gt;" in body and body.count("<figcaption>") == 1
-    assert "No data for: this part" in rendered("figures([])")
-    assert "No data" not in rendered("figures(all)", all=[("a", figure, "")])
+    assert "Not drawn, with fewer than two values: &lt;/script&gt;" in body and body.count("<figcaption>") == 1
+    assert "two values: this part" in rendered("figures([])")
+    assert "Not drawn" not in rendered("figures(all)", all=[("a", figure, "")])
 
 
 def test_a_missing_template_value_is_an_error_and_text_is_never_marked_safe():

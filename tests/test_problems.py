@@ -560,6 +560,12 @@ def test_other_columns_are_named(tmp_path):
         read_problems(path, columns=Columns(problem="R", answer="n"))
 
 
+def test_choices_beside_a_question_are_not_dropped_silently(tmp_path, capsys):
+    path = write_rows(tmp_path / "c.jsonl", [{"question": "3+4?", "Options": ["6", "7"], "answer": "B"}])
+    assert read_problems(path)[0].answers == ("B",)
+    assert "the model is not shown Options; where a problem needs it" in capsys.readouterr().err
+
+
 def test_different_answers_are_no_duplicates(tmp_path, capsys):
     rows = [{"problem": "p", "answer": "7"}, {"problem": "P ", "answer": "8"}, {"problem": "q", "answer": r"\frac12"},
             {"problem": "q", "answer": r"\frac{1}{2}"}, {"id": 4, "problem": "r", "answer": "1"},

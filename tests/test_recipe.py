@@ -250,8 +250,8 @@ def test_commas_separate_the_values_of_a_sweep_but_not_within_a_value(text, valu
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("stage.1.temperature=match", "stage.1.temperature is 'match': the first rl stage needs a number"),
-        ("stage.2.temperature=same", "stage.2.temperature is 'same': write a number or match"),
+        ("stage.1.temperature=match", "stage.1.temperature is 'match-previous': the first rl stage needs a number"),
+        ("stage.2.temperature=same", "stage.2.temperature is 'same': write a number or match-previous or match-first"),
         ("stage.1.temperature=0", "stage.1.temperature must be above 0"),
         ("stage.2.temperature=-1.0", "stage.2.temperature must be above 0"),
         ("stage.1.group_size=1", "stage.1.group_size must be at least 2"),

@@ -581,3 +581,19 @@ def test_sequence_keys_differ_in_every_argument():
     numbers = (0, 1, 11)
     keys = {sequence_key(*x) for x in itertools.product(numbers, numbers, ("a", "b", "1"), numbers)}
     assert len(keys) == 81 and all(-(2**63) <= key < 2**63 for key in keys)
+
+
+def test_live_rollouts_grow_by_what_is_drawn_and_change_nothing(model):
+    prompts, sampling = make_prompts(), Sampling(1.0, 24, STOP, seed=3)
+    expected, seen, ended = run(model, prompts, sampling), {}, {}
+    with torch.no_grad():
+        for found in generate(model, prompts, sampling, replace(AMPLE, rows=5), live=True):
+            key, tokens = (found.problem_id, found.index), found.tokens.tolist()
+            assert key not in ended
+            whole = expected[key].tokens.tolist()
+            assert tokens == whole[: seen.get(key, 0) + 1]  # without graphs a decode draws one token
+            assert found.finish_reason == ("" if len(tokens) < len(whole) else expected[key].finish_reason)
+            seen[key] = len(tokens)
+            if found.finish_reason:
+                ended[key] = found
+    assert_same(ended, expected)

@@ -15,7 +15,12 @@ ROWS = [
     dict(kind="eval", step=10, stage=1, name="held-out", avg=0.4, final=False),
 ]
 SENT = [{"rl/loss": 0.5, "rl/verdicts/wrong": 2}, {"eval/held-out/avg": 0.4}]
-ROLLOUT = dict(step=10, problem_id="a/1", answers=["7"], response="x" * 5000 + "7", reward=1.0)
+GROUP = dict(
+    step=10, kind="training", problem_id="a/1", prompt="3 + 4", answers=["7"], temperature=1.2, fate="rescued", replaced=0,
+    responses=[dict(sample=0, verdict="right", text="x" * 5000 + "7"), dict(sample=1, verdict="wrong", text="8")],
+)  # fmt: skip
+SHOWN = dict(step=10, kind="training", problem_id="a/1", prompt="3 + 4", answers="['7']", temperature=1.2, fate="rescued",
+             sample=0, verdict="right", text="... " + "x" * 3999 + "7")
 
 
 def recipe_with(name):
@@ -33,8 +38,7 @@ def write_all(folder, recipe, first_step=None):
     metrics.tracker = tracker.open_tracker(folder, recipe, first_step)
     for row in ROWS:
         metrics.write(row)
-    metrics.write_rollouts([ROLLOUT])
-    metrics.write_rollouts([ROLLOUT | {"step": 11}])
+    metrics.write_rollouts([GROUP])
     metrics.close()
 
 
@@ -53,7 +57,7 @@ def test_wandb_and_trackio_get_recipe_numbers_and_a_table(tmp_path, monkeypatch,
     assert first["config"] == tomllib.loads(to_toml(recipe)) and first["resume"] == "allow"
     assert first["name"] == (tmp_path / "tracker-id").read_text() and first["name"].startswith(tmp_path.name)
     assert logged[:2] == [(numbers, 10) for numbers in SENT] and last == "finish"
-    assert logged[2] == ({"rollouts": (list(ROLLOUT), [[10, "a/1", "['7']", "... " + "x" * 3999 + "7", 1.0]])}, 10)
+    assert logged[2] == ({"rollouts": (list(SHOWN), [list(SHOWN.values())])}, 10)
 
 
 def test_a_tracker_that_does_not_start_is_one_sentence(tmp_path, monkeypatch):
@@ -92,6 +96,6 @@ def test_tensorboard_gets_scalars_and_purges_dropped_steps(tmp_path, monkeypatch
     write_all(tmp_path, recipe_with("tensorboard"), first_step=4)
     texts = [call for call in calls if isinstance(call, tuple)]
     assert texts[0] == ("open", 4) and "| `reward_mean` | rl |" in texts[1][1] and "kind = " in texts[2][1]
-    assert texts[3][0] == "rollouts/0" and "**reward**\n\n```\n1.0\n```" in texts[3][1] and len(texts) == 4
+    assert texts[3][0] == "rollouts/0" and "**temperature**\n\n```\n1.2\n```" in texts[3][1] and len(texts) == 4
     assert [call for call in calls if isinstance(call, dict)] == [{k: v} for row in SENT for k, v in row.items()]
     assert calls[-1] == "close"

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
+from types import SimpleNamespace
+from textwrap import fill
 
 import forked
 import pytest
@@ -23,17 +25,21 @@ from safetensors.torch import load_file
 import grpo
 import train
 from bench import interrupt
+from engine import checkpoint as checkpoints
 from engine import fingerprint, run_folder, start
 from engine import run as runs
 from engine.checkpoint import CheckpointError, RunState
 from engine.rollout_worker import RolloutWorker
+from eval import Response
 from lab import difficulty
 from lab.glossary import DETERMINISTIC, GLOSSARY
 from lab.metrics import Metrics
 from lab.options import difficulty_arguments, training_arguments
-from lab.problems import DataError
+from lab.problems import DataError, Problem
 from lab.recipe import RecipeError, load_recipe, to_toml
 from lab.run_data import RunData
+from lab.story import what_happened
+from rollout import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 # a model of 0.1M parameters that learns the format in seconds, and sometimes a right answer
@@ -109,6 +115,21 @@ def test_one_command_goes_from_an_untrained_model_to_a_report(finished):
     assert (folder / "finished").exists() and not (folder / "resume-me").exists()
 
 
+def test_the_same_held_out_problems_are_written_whole_and_the_story_ends_the_output(finished):
+    folder, output = finished
+    groups = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    held_out = [row for row in metrics(folder) if row["kind"] == "eval" and row["name"] == "held-out"]
+    asked = [[g["problem_id"] for g in groups if g["kind"] == "held-out" and g["step"] == row["step"]] for row in held_out]
+    assert len(held_out) > 3 and all(ids and ids == asked[0] for ids in asked)
+    assert all(len(group["responses"]) == held_out[0]["n"] for group in groups if group["kind"] == "held-out")
+    trained = [group for group in groups if group["kind"] == "training"]
+    assert {group["stage"] for group in trained} == {1, 2, 3} and {len(group["responses"]) for group in trained} == {8}
+    story, printed = what_happened(metrics(folder)), output.splitlines()
+    told, report = printed[printed.index(fill(story[0], 100).splitlines()[0]) : -1], printed[-1]
+    assert len(story) >= 6 and " ".join(told) == " ".join(story) and report.startswith("report in")
+    assert max(map(len, told)) <= 100
+
+
 def test_sampler_and_trainer_agree_in_float32_at_every_step(finished):
     rows = [row for row in metrics(finished[0]) if row["kind"] == "rl" and not row["skipped"]]
     assert rows and all(row["logprob_diff_max"] < 1e-4 for row in rows)
@@ -123,6 +144,84 @@ def test_temperature_never_falls_and_every_step_samples_at_the_chosen_one(finish
         assert {row["temperature"] for row in rows if row["kind"] == "rl" and row["stage"] == stage} == {temperature}
 
 
+def test_a_stage_says_what_its_pass_rates_imply_and_then_what_was_seen(finished):
+    folder, output = finished
+    rows = metrics(folder)
+    found = [row for row in rows if row["kind"] == "premises"]
+    assert [row["label"] for row in found] == [f"{when} stage {i}" for i in (1, 2, 3) for when in ("before", "after")]
+    filters = {row["label"]: row for row in rows if row["kind"] == "filter"}
+    for i, before, after in zip((1, 2, 3), found[::2], found[1::2], strict=True):
+        steps = [row for row in rows if row["kind"] == "rl" and row["stage"] == i]
+        seen = {
+            "zero_variance": sum(row["zero_variance"] for row in steps) / sum(row["groups"] for row in steps),
+            "skipped": sum(row["skipped"] for row in steps),
+            "rescued": sum(row["rescued"] for row in steps),
+            "dropped": filters[f"after stage {i}"]["dropped"],
+            "truncated_share": sum(row["truncated_share"] for row in steps) / len(steps),
+        }
+        assert after["seen"] == {key: pytest.approx(seen[key]) for key in before["predicted"]}
+        assert after["predicted"] == before["predicted"] and all(a <= b for _, a, b in before["predicted"].values())
+        assert f"premises of stage {i}: " in output and f"stage {i}: at the pass rates before it\n  predicted " in output
+        assert all(f"  {mechanism} " in output and figure in output for mechanism, figure, _ in before["table"])
+    cells = {mechanism: figure for mechanism, figure, _ in found[0]["table"]}
+    assert cells["filter"].startswith(f"drops {filters['before stage 1']['dropped']} of 32, ")
+
+
+DIVERSITY = {  # of the model before each stage, by temperature
+    1: {1.0: 0.40},
+    2: {1.0: 0.30, 1.05: 0.38, 1.1: 0.46, 1.15: 0.5},
+    3: {1.1: 0.35, 1.15: 0.42, 1.2: 0.48},
+}
+
+
+@pytest.mark.parametrize(
+    "word, checkpoints_lack, expected, said",
+    [
+        ("match", (), [1.0, 1.1, 1.2], "distinct-4 0.480 (to restore the previous stage's 0.460)"),
+        ("match-previous", (), [1.0, 1.1, 1.2], "distinct-4 0.480 (to restore the previous stage's 0.460)"),
+        ("match-first", (), [1.0, 1.1, 1.15], "distinct-4 0.420 (to restore the first stage's 0.400)"),
+        ("match-first", ("previous_diversity",), [1.0, 1.1, 1.15], "(to restore the first stage's 0.400)"),
+    ],
+)
+def test_a_temperature_restores_the_diversity_of_the_stage_that_it_names(
+    tmp_path, monkeypatch, word, checkpoints_lack, expected, said
+):
+    def evaluate(worker, name, problems, samples, sampling):
+        words = round(100 * DIVERSITY[stage_now][sampling.temperature])  # of 100 four-grams
+        text = " ".join(["x"] * (104 - words) + [f"y{i}" for i in range(words - 1)])
+        return [[Response("s", p.id, i, 1, "stop", "right", "1", text if i == 0 else "") for i in range(2)]
+                for p in problems]  # fmt: skip
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    recipe = load_recipe(ROOT / "recipes" / "tiny.toml", [f"stage.{i}.temperature={word}" for i in (2, 3)])
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    assert load_recipe(tmp_path / "recipe.toml") == recipe
+    problems, recorded, spoken, state, found = [Problem(str(i), "?", ("1",)) for i in range(3)], [], [], RunState(), []
+    for stage_now in (1, 2, 3):
+        run = SimpleNamespace(
+            recipe=recipe, state=state, worker=None, processes=SimpleNamespace(say=spoken.append),
+            probe_problems=lambda: problems, record=lambda index, row: recorded.append(row),
+            sampling=lambda stage, temperature, draw: Sampling(temperature, 9, (), 0, draw),
+        )  # fmt: skip
+        train.choose_temperature(run, stage_now, recipe.stage[stage_now], problems)
+        found.append(state.temperature)
+        packed = checkpoints._pack(state)  # every stage resumes from a checkpoint
+        packed.pop("torch_rng")
+        state = checkpoints._unpack({key: value for key, value in packed.items() if key not in checkpoints_lack})
+    assert found == expected and spoken[-1].endswith(said)
+    restores = "first" if word == "match-first" else "previous"
+    assert [row["restores"] for row in recorded] == [None, restores, restores]
+
+
+def test_a_run_of_an_older_version_with_match_names_the_difference(last_stage, monkeypatch):
+    folder = last_stage
+    launches = json.loads((folder / "fingerprints.json").read_text())
+    assert 'temperature = "match-previous"' in launches[-1]["recipe"]
+    for place in (folder / "recipe.toml", folder / "fingerprints.json"):  # where "match" meant the first
+        place.write_text(place.read_text().replace("match-previous", "match"))
+    assert "recipe: stage.2.temperature was 'match', is 'match-previous'" in main(monkeypatch, "--resume", folder)
+
+
 def test_transformers_loads_the_exported_model(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,6 +231,16 @@ def test_transformers_loads_the_exported_model(finished):
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**prompt, max_new_tokens=40, do_sample=False)
     assert "</think> \\boxed{" in tokenizer.decode(tokens[0])
+
+
+def test_the_last_model_says_how_it_was_sampled_and_how_good_it_is(finished):
+    folder, rows = finished[0] / "stage-3", metrics(finished[0])
+    chosen = [row["chosen"] for row in rows if row["kind"] == "temperature"][-1]
+    held = json.loads((folder / "nanopolaris.json").read_text())
+    assert held["training"] == {"n": 8, "temperature": chosen, "top_k": 0, "max_tokens": 56}
+    assert held["evaluation"] == {"n": 2, "temperature": 1.0, "top_k": 0, "max_tokens": 64}
+    last = [row for row in rows if row["kind"] == "eval" and row["name"] == "held-out"][-1]
+    assert last["final"] and f"held-out: avg@2 {100 * last['avg']:.1f} (95% " in (folder / "README.md").read_text()
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path):
