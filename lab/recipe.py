@@ -330,10 +330,8 @@ def _apply(table: dict, override: str) -> None:
         raise RecipeError(f"--set {shown}: write NAME=VALUE, such as stage.0.temperature=1.2")
     value, *others = override_values(text)
     if others:
-        raise RecipeError(
-            f"--set {shown}: {len(others) + 1} values are a sweep, which --plan and --resume RUN do not take; "
-            "a text with a comma is written in double quotes, within the shell's single ones"
-        )
+        what = f"{len(others) + 1} values are a sweep, which --plan and --resume RUN do not take"
+        raise RecipeError(f"--set {shown}: {what}; write a text with a comma as '\"a,b\"'")
     stages = table.get("stage")
     kinds = [stage.get("kind") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     for each in named_keys(name, kinds):
@@ -376,10 +374,10 @@ def named_keys(name: str, kinds: Sequence[str]) -> list[str]:
     if not named:
         return [name]
     wanted, rest, first = named.groups()
-    keys = {kind: {f.name for f in fields(stage)} for kind, stage in (("sft", SftStage), ("rl", RlStage))}
+    keys = {stage.kind: [f.name for f in fields(stage)] for stage in (SftStage, RlStage)}
     found = [i for i, kind in enumerate(kinds) if wanted in ("*", kind) and first in keys.get(kind, ())]
     if not found:
-        known = set().union(*(keys.get(kind, ()) for kind in kinds if wanted in ("*", kind)))
+        known = {key: 0 for kind in kinds if wanted in ("*", kind) for key in keys.get(kind, ())}
         raise RecipeError(f"--set {_plain(name)}: no such stage has the key {_plain(first)}: {_known(first, known)}")
     return [f"stage.{i}.{rest}" for i in found]
 
