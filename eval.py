@@ -6,7 +6,7 @@ r"""How good is a model? avg@k, pass@k and maj@k with 95% intervals; curves agai
     python eval.py MODEL --data amc23 --curve temperature 0.6:1.7:0.1   # the three zones, and where to start training
     python eval.py LATER --data amc23 --match runs/eval             # restores the diversity of an evaluation on amc23
     python eval.py MODEL --data aime24 --curve length --yarn 1.5    # accuracy against budget, with and without YaRN
-    python eval.py --compare OUT OTHER                              # paired by problem
+    python eval.py --compare OUT OTHER                              # paired by problem, on a page; takes several
     python eval.py --regrade runs/eval                              # stored responses, graded again without a model
 
 What the command line leaves out is as the model's run evaluated it; OUT is runs/eval, runs/eval-2, ... unless --out

@@ -3,6 +3,7 @@
     torchrun train.py                                            # the laptop world, from nothing to a report
     torchrun --nproc-per-node 8 train.py recipes/polaris-4b.toml
     python train.py recipes/tiny.toml --set stage.1.temperature=1.1
+    python train.py --set stage.rl.learning_rate=1e-4,3e-4 --seeds 0 1 2     # a sweep, with a page that compares
     torchrun train.py recipes/tiny.toml --resume                 # go on where it stopped, or begin
     python train.py recipes/polaris-4b.toml --plan --device 80GB --gpus 8    # will it fit, what does it cost?
 

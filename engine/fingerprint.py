@@ -13,7 +13,7 @@ from engine import adapter
 from engine.files import file_checksums
 from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_optional_json, resolve_folder, weight_files
 from engine.own_function import read_function
-from lab.problems import DataError, Problem
+from lab.problems import DataError, Problem, first_names
 from lab.recipe import Recipe, to_toml
 from rollout import Prompt
 
@@ -38,7 +38,7 @@ def function_identity(given: str) -> str | None:
 def own_functions(recipe: Recipe) -> dict[str, str]:
     """Hash the file of every key of a recipe that is FILE.py:NAME."""
     kinds = (".function", ".advantage", ".loss", ".filter")
-    own = [(key, given) for key, given in _flat(tomllib.loads(to_toml(recipe))) if key.endswith(kinds) and ":" in given]
+    own = [(key, given) for key, given in flat_keys(to_toml(recipe)).items() if key.endswith(kinds) and ":" in given]
     return {f"file of {key}": function_identity(given) for key, given in own}
 
 
@@ -82,11 +82,10 @@ def _checksums(paths: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def code_version(folder: Path) -> str:
-    """Hash the code's files, which may differ from the commit; the commit is appended for people to read."""
-    found = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for pattern in ("*.py", "engine/*.py", "lab/*.py") for path in folder.glob(pattern)):
-        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return f"{found.hexdigest()}, torch {torch.__version__}, commit {git_commit(folder)[:8]}"
+    """Return the hash of each of the code's files, which may differ from the commit's, and the versions."""
+    paths = sorted(path for pattern in ("*.py", "engine/*.py", "lab/*.py") for path in folder.glob(pattern))
+    files = (f"{p.relative_to(folder)} {hashlib.blake2b(p.read_bytes(), digest_size=4).hexdigest()}" for p in paths)
+    return f"{', '.join(files)}, torch {torch.__version__}, commit {git_commit(folder)[:8]}"
 
 
 def git_commit(folder: Path) -> str:
@@ -103,17 +102,21 @@ def differences(then: dict[str, str], now: dict[str, str], chosen: Collection[st
 
     A fingerprint has "recipe" (TOML), "code", "model PART" (see `model_identity`), "file of KEY" (see `own_functions`)
     and, for each source, "data SOURCE" and "prompts SOURCE". Commits are not compared. Hashes tell a person nothing:
-    only their names are given.
+    only the names of what changed are given.
     """
     found = []
-    values = [dict(_flat(tomllib.loads(fingerprint.get("recipe", "")))) for fingerprint in (then, now)]
+    values = [flat_keys(fingerprint.get("recipe", "")) for fingerprint in (then, now)]
     for key in sorted(values[0].keys() | values[1].keys()):
         old, new = (table.get(key) for table in values)
         if old != new and not any(f"{key}.".startswith(f"{name}.") for name in chosen):
             found.append(f"recipe: {key} was {old!r}, is {new!r}")
     for name in sorted((then.keys() & now.keys()) - {"recipe"}):
-        if then[name].partition(", commit")[0] != now[name].partition(", commit")[0]:
-            found.append(f"{name} was {then[name]}, is {now[name]}" if name == "code" else f"{name} changed")
+        (old, _, commit), (new, _, _) = (fingerprint[name].partition(", commit ") for fingerprint in (then, now))
+        if old != new and name == "code":
+            parts = {part.rpartition(" ")[0] or "all" for part in {*old.split(", ")} ^ {*new.split(", ")}}
+            found.append(f"code changed since commit {commit}: {first_names(sorted(parts), 8)}")
+        elif old != new:
+            found.append(f"{name} changed")
     return found
 
 
@@ -123,13 +126,17 @@ def other_parts(then: object, now: dict[str, str]) -> list[str]:
     return [part for part, value in now.items() if then.get(part) != value]
 
 
-def _flat(table: dict | list, where: str = "") -> Iterable[tuple[str, object]]:
-    """Yield the dotted names, as --set has them, and the values."""
-    for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-            yield from _flat(value, f"{where}{key}.")
-        else:
-            yield f"{where}{key}", value
+def flat_keys(toml: str) -> dict[str, object]:
+    """Return the values of a recipe's text by their dotted names, as --set has them."""
+
+    def walk(table: dict | list, where: str) -> Iterable[tuple[str, object]]:
+        for key, value in table.items() if isinstance(table, dict) else enumerate(table):
+            if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+                yield from walk(value, f"{where}{key}.")
+            else:
+                yield f"{where}{key}", value
+
+    return dict(walk(tomllib.loads(toml), ""))
 
 
 def require_same(path: Path, held: dict | None, wanted: dict) -> None:

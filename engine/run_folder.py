@@ -2,7 +2,6 @@
 
 import argparse
 import fcntl
-import glob
 import json
 import os
 import platform
@@ -34,8 +33,8 @@ from engine.terminal import keep_log, note
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
 from lab.model_card import remembered
-from lab.problems import Problem, has_chats, read_chats
-from lab.recipe import Recipe, RecipeError, load_recipe, to_toml
+from lab.problems import Problem, first_names, has_chats, read_chats
+from lab.recipe import Recipe, RecipeError, load_recipe, named_keys, to_toml
 from lab.run_data import RunData
 from model import resolve_folder
 
@@ -121,7 +120,7 @@ def open_run(
             processes.say(f"{folder} has no checkpoint: starting over")
     if checkpoint:
         missing = [f"{LAUNCHES} is missing"]  # nobody knows what the run was made with
-        differing = differences(launches[-1], now, chosen_keys(arguments)) if launches else missing
+        differing = differences(launches[-1], now, chosen_keys(arguments, recipe)) if launches else missing
         if differing and not arguments.resume_anyway:
             if lock is not None:
                 os.close(lock)
@@ -142,9 +141,11 @@ def open_run(
     return lock, checkpoint, state
 
 
-def chosen_keys(arguments: argparse.Namespace) -> set[str]:
+def chosen_keys(arguments: argparse.Namespace, recipe: Recipe) -> set[str]:
     """Return the keys that --set changes on purpose: next to the name of a run, not in a repeated command."""
-    return {value.partition("=")[0] for value in arguments.set} if isinstance(arguments.resume, Path) else set()
+    given = arguments.set if isinstance(arguments.resume, Path) else []
+    kinds = [stage.kind for stage in recipe.stage]
+    return {key for override in given for key in named_keys(override.partition("=")[0], kinds)}
 
 
 def read_launches(path: Path) -> list[dict[str, str]]:
@@ -180,7 +181,7 @@ def require_same_prompts(
             problems = data.problems(source)[:PROMPTS_COMPARED]
         now[f"prompts {source}"] = prompts_identity(worker.prompt(problem, 1) for problem in problems)
     then = {name: value for launch in launches for name, value in launch.items() if name in now}
-    on_purpose = arguments.resume_anyway or {"instruction", "thinking"} & chosen_keys(arguments)
+    on_purpose = arguments.resume_anyway or {"instruction", "thinking"} & chosen_keys(arguments, data.recipe)
     differing = differences(then, now)
     if resumed and differing and not on_purpose:
         raise CheckpointError(
@@ -212,18 +213,18 @@ def new_folder(parent: Path, name: str) -> Path:
 def find_unfinished(out: Path, recipe: Recipe, anyway: bool) -> Path | None:
     """Return the newest unfinished run of exactly this recipe in `out`; None where no unfinished run has its name.
 
-    Raises CheckpointError when the recipes of all runs of that name differ, unless `anyway` takes the newest.
+    Raises CheckpointError when the recipes of all runs of that name differ, unless `anyway` takes the newest; also when
+    the name is all that another run's recipe differs in: it may be mistyped.
     """
-    found, refused = [], []
-    for path in out.glob(f"{glob.escape(recipe.name)}*/recipe.toml"):
-        same_name = re.fullmatch(rf"{re.escape(recipe.name)}(-\d+)?", path.parent.name)
-        if same_name and not (path.parent / FINISHED).exists():
-            found.append(path)
+    refused = []
+    found = [path for path in out.glob("*/recipe.toml") if not (path.parent / FINISHED).exists()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         differing = differences({"recipe": path.read_text(encoding="utf-8")}, {"recipe": to_toml(recipe)})
-        if anyway or not differing:
+        same_name = re.fullmatch(rf"{re.escape(recipe.name)}(-\d+)?", path.parent.name)
+        if same_name and (anyway or not differing):
             return path.parent
-        refused.append(f"{path.parent} ({differing[0]}{f' and {len(differing) - 1} more' * (len(differing) > 1)})")
+        if same_name or [text.startswith("recipe: name was ") for text in differing] == [True]:
+            refused.append(f"{path.parent} ({first_names(differing, 8)})")
     if refused:
         raise CheckpointError(
             f"no unfinished run in {out} has this recipe: {'; '.join(refused)}: name one with --resume RUN, leave out "

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 
@@ -20,17 +21,21 @@ from eval import Diversity, Response, distinct_share, find_zones, interval, matc
 from lab import eval_page
 from lab.benchmarks import BENCHMARKS, file_name, find_data, published_table, text_table
 from lab.command import load_worker, run_command
+from lab.compare_page import PAIRED, PAIRED_NOTE, paired_row
 from lab.eval_page import percent
 from lab.metrics import read_metrics
+from lab.page import write_page
 from lab.problems import Columns, DataError, Problem, read_problems, write_problems
 from lab.responses import Recorder, read_groups, read_settings, response_file, write_responses
-from lab.scores import Evaluation, compare, print_evaluation, summarise
+from lab.scores import Evaluation, compare, moved_problems, print_evaluation, summarise
 from reward import last_boxed
 from rollout import Sampling
 
 DECODING = ("top_k", "top_p", "max_tokens", "yarn", "instruction")
 LENGTH_BUDGETS = 16  # points of the curve of accuracy against length
 CURVE_MARGIN, MATCH_MARGIN = 0.03, 0.01  # default half widths of the 95% intervals of a curve, a search
+MOST_TEXT = 100  # characters of a problem in the table of those that moved
+MOVED_NOTE = "Problems that moved beyond noise, surest first (Fisher's exact test, 5% false discoveries)"
 
 
 @dataclass
@@ -340,40 +345,43 @@ def regrade(arguments: argparse.Namespace) -> None:
     write_results(out, settings["model"], sets, results)
 
 
-def compare_runs(a: Path, b: Path) -> None:
-    """Print the paired difference of two evaluations, B minus A, for each set in both."""
-    then, now = read_settings(a), read_settings(b)
-    for name in ("n", "temperature", *DECODING, "thinking"):
-        if then.get(name) != now.get(name):
-            print(f"note: {name} is {then.get(name)} in {a} and {now.get(name)} in {b}")
-    for part in other_parts(then.get("identity"), now.get("identity", {})):
-        if part in ("prompts", "problems", "reward function"):
-            print(f"note: the {part} of {a} and {b} differ")
-    shared = [name for name in then["data"] if name in now["data"]]
-    if not shared:
-        raise DataError(f"{a} has {', '.join(then['data'])}, {b} {', '.join(now['data'])}: no set is in both")
-    rows = [["set", "A", "B", "B - A", "95%, paired", "up", "down", "same", "left out"]]
-    for name in shared:
-        means = [
-            {group[0].problem_id: float(np.mean([response.correct for response in group])) for group in groups}
-            for groups in (
-                read_groups(run, name, own["n"], bool(own.get("reward")))[1] for run, own in ((a, then), (b, now))
-            )
-        ]
-        found = compare(name, *means)
-        rows.append([
-            name, percent(found.avg_a), percent(found.avg_b), f"{100 * found.difference:+.1f}",
-            f"{100 * found.low:+.1f} to {100 * found.high:+.1f}", str(found.up), str(found.down), str(found.same),
-            str(found.only_a + found.only_b),
-        ])  # fmt: skip
-    print(f"A is {a}, B is {b}; up and down: problems that B solves more and less often than A")
+def compare_runs(folders: Sequence[Path]) -> None:
+    """Compare evaluations with the first, paired by problem, for each set in both; print it and write compare.html."""
+    a, *others = folders
+    then, rows, moved = read_settings(a), [["set", *PAIRED]], [["problem", "set", "A", "B", "text"]]
+    notes = [f"A is {a}, B is {' or '.join(map(str, others))}; {PAIRED_NOTE}"]
+    for b in others:
+        now = read_settings(b)
+        for name in ("n", "temperature", *DECODING, "thinking"):
+            if then.get(name) != now.get(name):
+                notes.append(f"note: {name} is {then.get(name)} in {a} and {now.get(name)} in {b}")
+        for part in other_parts(then.get("identity"), now.get("identity", {})):
+            if part in ("prompts", "problems", "reward function"):
+                notes.append(f"note: the {part} of {a} and {b} differ")
+        shared = [name for name in then["data"] if name in now["data"]]
+        if not shared:
+            raise DataError(f"{a} has {', '.join(then['data'])}, {b} {', '.join(now['data'])}: no set is in both")
+        for name in shared:
+            read = [read_groups(run, name, own["n"], bool(own.get("reward"))) for run, own in ((a, then), (b, now))]
+            right = [{group[0].problem_id: [r.correct for r in group] for group in groups} for _, groups in read]
+            found = compare(name, *({key: float(np.mean(own)) for key, own in of.items()} for of in right))
+            label, texts = f"{name}, {b}" if len(others) > 1 else name, {p.id: p.text for p in read[0][0]}
+            rows.append([label, *paired_row(found)])
+            for key in moved_problems(*right):
+                counts = (f"{sum(of[key])} of {len(of[key])}" for of in right)
+                moved.append([key, label, *counts, shorten(texts[key], MOST_TEXT, placeholder=" …")])
+    path, noise = a.resolve().parent / "compare.html", MOVED_NOTE if moved[1:] else "No problem moved beyond noise"
+    parts = [("Paired by problem", notes, rows, []), ("Problems that moved", [noise], moved, [])]
+    print(*notes, sep="\n")
+    print(f"{noise}\n{text_table([row[:-1] for row in moved])}\n" if moved[1:] else f"{noise}\n")
+    print(f"page in {write_page(path, 'compare.html', title=' · '.join(map(str, folders)), parts=parts)}")
     print(text_table(rows))
 
 
 def command(arguments: argparse.Namespace) -> None:
     """Run the command that the arguments select."""
     if arguments.compare:
-        compare_runs(*arguments.compare)
+        compare_runs(arguments.compare)
     elif arguments.regrade:
         regrade(arguments)
     else:

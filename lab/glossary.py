@@ -74,7 +74,7 @@ GLOSSARY = (
     Entry("peak_memory_gib", "rl eval", "most memory of one device", varies=True),
     Entry("name final", "eval", "which evaluation; whether it ran after training"),
     Entry("avg low high n", "eval", "avg@n with its 95% interval, clustered by problem; samples per problem"),
-    Entry("by_type by_difficulty", "eval", "accuracy by problem type and difficulty"),
+    Entry("by_type by_difficulty by_problem", "eval", "accuracy by problem type, difficulty and problem id"),
     Entry("pass_at maj_at by_length", "eval", "pass@k and maj@k with both intervals; accuracy by response length"),
     Entry("length_mean no_box_share", "eval", "mean tokens of a response; share without a final boxed answer"),
     Entry("unanswerable", "eval", "problems without a usable answer, counted as wrong"),

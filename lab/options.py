@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.errors import UserError
 from lab.machine import add_plan_options, read_machine
 from lab.problems import INSTRUCTION, Columns
-from lab.recipe import load_recipe
+from lab.recipe import load_recipe, override_values
 
 ROOT = Path(__file__).resolve().parent.parent  # of the program
 
@@ -104,7 +104,10 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
     add = parser.add_argument
     what = "a file with every setting of the run that is no default; `python -m lab.recipe` lists all of them"
     add("recipe", nargs="?", type=user_path, default=ROOT / "recipes" / "tiny.toml", help=what)
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="instead of the recipe's value; repeatable")
+    what = "instead of the recipe's value; repeatable; stage.*.KEY is of all stages, KEY=A,B a sweep"
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help=what)
+    add("--seeds", nargs="+", default=[], metavar="SEED", help="--set seed=A,B: a sweep over these seeds")
+    add("--nproc-per-node", metavar="N", help="of a sweep: processes of each run, which torchrun starts")
     add("--out", type=user_path, default=Path("runs"), help="where the run's folder is created")
     add(
         "--resume", nargs="?", const=True, type=user_path, metavar="RUN",
@@ -119,7 +122,15 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
         parser.error("put the recipe before --resume, which takes the folder of a run")
     if isinstance(arguments.resume, Path) and arguments.plan:
         parser.error("--plan takes a recipe, such as RUN/recipe.toml, not --resume RUN")
+    arguments.set += [f"seed={','.join(arguments.seeds)}"] * bool(arguments.seeds)
+    sweeps = any(len(override_values(override.partition("=")[2])) > 1 for override in arguments.set)
+    if arguments.nproc_per_node and not sweeps:
+        parser.error("--nproc-per-node is of a sweep; for one run: torchrun --nproc-per-node N train.py")
     try:
+        if sweeps and not arguments.plan and not isinstance(arguments.resume, Path):
+            from lab.sweep import run_sweep  # needs torch
+
+            sys.exit(run_sweep(arguments))
         if not isinstance(arguments.resume, Path):
             recipe = load_recipe(arguments.recipe, arguments.set)
         if arguments.plan:
@@ -169,12 +180,14 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
     add("--curve", nargs="+", metavar=("KIND", "FROM:TO:STEP"), help='"temperature 0.6:1.7:0.1", or "length"')
     add("--match", type=expanduser, metavar="RUN|SCORE", help="search upward for the temperature of this distinct-4")
     add("--margin", type=SHARE, help="sufficient half width of a 95%% interval (0: all problems)")
-    add("--compare", nargs=2, type=user_path, metavar=("A", "B"), help="two folders of results, B minus A")
+    add("--compare", nargs="+", type=user_path, metavar="A", help="folders of results, each with the first: B minus A")
     add("--regrade", type=user_path, metavar="RUN", help="grade the responses of a folder again")
     arguments = parser.parse_args()
     if arguments.compare or arguments.regrade:
         if arguments.model or arguments.data:
             parser.error("--compare and --regrade read folders of results: give no model and no --data")
+        if arguments.compare and len(arguments.compare) < 2:
+            parser.error("--compare takes at least two folders of results")
         return arguments
     if not arguments.model or not arguments.data:
         parser.error("a model and at least one --data are required")

@@ -3,6 +3,7 @@
 Read from metrics.jsonl, rollouts.jsonl and recipe.toml; rebuild it at any time, also during the run:
 
     python -m lab.page runs/NAME
+    python -m lab.page runs/A runs/B        # compare several: lab/compare_page.py
 """
 
 import argparse
@@ -249,13 +250,21 @@ def write_report(folder: Path) -> Path:
 if __name__ == "__main__":
     prepare_terminal()
     parser = argparse.ArgumentParser(
-        "python -m lab.page", description="Write a run's report.html and curves.svg again."
+        "python -m lab.page", description="Write a run's report.html and curves.svg again; of several, compare.html."
     )
-    parser.add_argument("run", type=Path, help="the folder of a run")
-    run = parser.parse_args().run
-    if not (run / "metrics.jsonl").exists():
-        sys.exit(f"lab.page: {run} is not a run: it has no metrics.jsonl; give a folder that train.py has made")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; several are compared, with the first")
+    runs = parser.parse_args().runs
+    for run in runs:
+        if not (run / "metrics.jsonl").exists():
+            sys.exit(f"lab.page: {run} is not a run: it has no metrics.jsonl; give a folder that train.py has made")
     try:
-        print(write_report(run))
+        if len(runs) > 1:
+            from lab.compare_page import write_comparison
+
+            names = [run.resolve().name for run in runs]
+            labels = names if len(set(names)) == len(runs) else map(str, runs)
+            print(write_comparison({label: [run] for label, run in zip(labels, runs, strict=True)})[0])
+        else:
+            print(write_report(runs[0]))
     except (UserError, OSError) as error:
         sys.exit(f"lab.page: {sentence(error)}")

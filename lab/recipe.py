@@ -1,6 +1,6 @@
 """All settings of a run: typed dataclasses, read from TOML.
 
-    load_recipe("recipes/tiny.toml", ["stage.1.temperature=1.2"])
+    load_recipe("recipes/tiny.toml", ["stage.1.temperature=1.2", "stage.*.max_grad_norm=0.5"])
     python -m lab.recipe                   # list every key with its default, meaning and bounds
 
 An unknown key is an error that names the nearest known one, and so is a value of the wrong type or out of bounds. A key
@@ -12,9 +12,11 @@ import json
 import math
 import operator
 import os
+import re
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -329,10 +331,18 @@ def _apply(table: dict, override: str) -> None:
     shown = _plain(override)
     if not equals:
         raise RecipeError(f"--set {shown}: write NAME=VALUE, such as stage.0.temperature=1.2")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text  # a bare word is a string
+    value, *others = override_values(text)
+    if others:
+        what = f"{len(others) + 1} values are a sweep, which --plan and --resume RUN do not take"
+        raise RecipeError(f"--set {shown}: {what}; write a text with a comma as '\"a,b\"'")
+    stages = table.get("stage")
+    kinds = [stage.get("kind") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    for each in named_keys(name, kinds):
+        _put(table, each, value, shown)
+
+
+def _put(table: dict, name: str, value: object, shown: str) -> None:
+    """Set the value of one key; `shown` is its override, for errors."""
     *path, last = name.split(".")
     target: object = table
     for part in path:
@@ -345,6 +355,40 @@ def _apply(table: dict, override: str) -> None:
     if not isinstance(target, dict):
         raise RecipeError(f"--set {shown}: {_plain('.'.join(path))} is not a table")
     target[last] = value
+
+
+def override_values(text: str) -> list:
+    """Return the values that a --set gives its key: one, or those of a sweep, with commas between them.
+
+    A TOML value, such as a list or a quoted text, is one value, and so is a bare text with a space after each comma.
+    """
+    with suppress(ValueError, RecursionError):
+        return tomllib.loads(f"values = [{text}]")["values"] or [text]
+    pieces = re.split(r",(?!\s)", text)  # bare words are texts
+    return [value for piece in pieces for value in override_values(piece)] if len(pieces) > 1 else pieces
+
+
+def named_keys(name: str, kinds: Sequence[str]) -> list[str]:
+    """Return the keys that a --set names, in a recipe with stages of these kinds.
+
+    `stage.*.KEY` is that of every stage that has the key; `stage.rl.KEY` and `stage.sft.KEY` are of one kind only.
+    """
+    named = re.fullmatch(r"stage\.(\*|sft|rl)\.(([^.]+).*)", name)
+    if not named:
+        return [name]
+    wanted, rest, first = named.groups()
+    keys = {stage.kind: [f.name for f in fields(stage)] for stage in (SftStage, RlStage)}
+    found = [i for i, kind in enumerate(kinds) if wanted in ("*", kind) and first in keys.get(kind, ())]
+    if not found:
+        known = {key: 0 for kind in kinds if wanted in ("*", kind) for key in keys.get(kind, ())}
+        raise RecipeError(f"--set {_plain(name)}: no such stage has the key {_plain(first)}: {_known(first, known)}")
+    return [f"stage.{i}.{rest}" for i in found]
+
+
+def _known(name: str, known: Collection[str]) -> str:
+    """Suggest the nearest of the known keys, or all of them."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
 
 
 def _plain(text: str) -> str:
@@ -370,9 +414,7 @@ def _build(kind: type, table: object, where: str) -> typing.Any:
     prefix = f"{where}." if where else ""
     for name in table:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
-            raise RecipeError(f"unknown key {prefix}{_plain(name)}: {hint}")
+            raise RecipeError(f"unknown key {prefix}{_plain(name)}: {_known(name, known)}")
     for name, f in known.items():
         if name not in table and f.default is f.default_factory is MISSING:
             raise RecipeError(f"the key {prefix}{name} is missing")
@@ -497,21 +539,22 @@ def to_toml(recipe: Recipe) -> str:
     table = asdict(recipe)
     stages = table.pop("stage")
     tables = {key: value for key, value in table.items() if isinstance(value, dict)}
-    lines = [f"{key} = {_literal(value)}" for key, value in table.items() if value is not None and key not in tables]
+    lines = [f"{key} = {literal(value)}" for key, value in table.items() if value is not None and key not in tables]
     for name, values in [*tables.items(), *(("[stage]", stage) for stage in stages)]:
-        lines += ["", f"[{name}]", *(f"{key} = {_literal(value)}" for key, value in values.items())]
+        lines += ["", f"[{name}]", *(f"{key} = {literal(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
 
 
-def _literal(value: object) -> str:
+def literal(value: object) -> str:
+    """Write a value as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
     if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key} = {_literal(inner)}' for key, inner in value.items())} }}"
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_literal, value))}]"
+        return f"{{ {', '.join(f'{key} = {literal(inner)}' for key, inner in value.items())} }}"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(literal, value))}]"
     return repr(value)
 
 

@@ -20,6 +20,7 @@ from eval import Response, distinct_ngrams, half_width, interval, pass_at, share
 from lab.answers import normal_form
 from lab.problems import DataError, Problem
 
+FALSE_DISCOVERIES = 0.05  # expected share, at most, of the problems that are said to have moved
 RESAMPLES = 400  # bootstrap draws for maj@k
 LENGTH_BANDS = (0.25, 0.5, 1.0)  # of the trained length; of 32K: the 8K, 16K and 32K of RECIPE section 3
 MOST_DIFFICULTIES = 12  # more distinct values than this are grouped into quartiles
@@ -83,6 +84,7 @@ class Evaluation:
     unanswerable: int  # problems without a usable answer, which count as wrong
     tokens_per_s: float | None = None  # while sampling; None for responses read from disk
     peak_memory_gib: float | None = None
+    by_problem: tuple[tuple[str, float], ...] = ()  # problem id, share of its responses that are right
 
 
 # ----------------------------------------------------------------------------------------------------- intervals
@@ -258,6 +260,7 @@ def summarise(
         tokens=sum(response.tokens for response in everything),
         verdicts=dict(Counter(response.verdict for response in everything)),
         unanswerable=sum(not problem.answers and not problem.row for problem in problems),
+        by_problem=tuple((problem.id, float(mean)) for problem, mean in zip(problems, means, strict=True)),
     )
 
 
@@ -319,3 +322,28 @@ def compare(name: str, means_a: dict[str, float], means_b: dict[str, float]) -> 
         only_a=len(means_a) - len(shared),
         only_b=len(means_b) - len(shared),
     )
+
+
+def mean_over_runs(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean of a figure over runs and half its 95% interval, by Student's t; None for one run."""
+    mean, n = float(np.mean(values)), len(values)
+    return mean, student_95(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
+
+
+def fisher_p(right_a: int, n_a: int, right_b: int, n_b: int) -> float:
+    """Return the two-sided p-value of Fisher's exact test: are two shares of right responses the same?"""
+    right = right_a + right_b
+    least = max(0, right - n_b)
+    ways = [math.comb(n_a, k) * math.comb(n_b, right - k) for k in range(least, min(n_a, right) + 1)]
+    return sum(w for w in ways if w <= ways[right_a - least]) / math.comb(n_a + n_b, right)
+
+
+def moved_problems(a: dict[str, Sequence[bool]], b: dict[str, Sequence[bool]]) -> list[str]:
+    """Return the ids of the problems that B solves more or less often than A beyond noise, surest first.
+
+    By Fisher's exact test of each problem, with the procedure of Benjamini and Hochberg (1995) over all of them.
+    """
+    p = {key: fisher_p(sum(a[key]), len(a[key]), sum(b[key]), len(b[key])) for key in a if key in b}
+    ranked = sorted(p, key=p.__getitem__)
+    significant = [i for i, key in enumerate(ranked, 1) if p[key] <= FALSE_DISCOVERIES * i / len(p)]
+    return ranked[: max(significant, default=0)]

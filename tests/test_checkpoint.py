@@ -391,7 +391,7 @@ def test_a_checkpoint_that_continues_from_lost_lines_is_skipped(processes, tmp_p
 
 RECIPE = 'name = "a"\n[sampler]\nrows = 4\n[[stage]]\nkind = "sft"\nsteps = 3\n[[stage]]\nkind = "rl"\nsteps = 5\n'
 PRINT = {
-    "recipe": RECIPE, "model weights": "w1", "model config": "c1", "code": "c1, torch 2, commit f",
+    "recipe": RECIPE, "model weights": "w1", "model config": "c1", "code": "a.py 1, b.py 1, torch 2, commit f",
     "data a.jsonl": "d1", "data b": "e1",
 }  # fmt: skip
 
@@ -407,8 +407,9 @@ PRINT = {
         ({"recipe": RECIPE + "warmup = 1\n"}, (), ["recipe: stage.1.warmup was None, is 1"]),
         ({"model weights": "w2"}, ["model"], ["model weights changed"]),
         ({"data a.jsonl": "d2", "data c": "new"}, (), ["data a.jsonl changed"]),
-        ({"code": "c2, torch 2, commit f"}, (), ["code was c1, torch 2, commit f, is c2, torch 2, commit f"]),
-        ({"code": "c1, torch 2, commit g"}, (), []),  # the same code in another commit
+        ({"code": "a.py 1, b.py 1, torch 2, commit g"}, (), []),  # the same code in another commit
+        ({"code": "a.py 1, b.py 2, torch 3, commit g"}, (), ["code changed since commit f: b.py, torch"]),
+        ({"code": "a.py 1, c.py 1, torch 2, commit g"}, (), ["code changed since commit f: b.py, c.py"]),
     ],
 )
 def test_differences_are_named(change, chosen, expected):

@@ -526,6 +526,24 @@ def test_compare_pairs_problems(command, tmp_path, monkeypatch, capsys):
         main(evaluation_arguments(None))
 
 
+def test_compare_takes_several_and_lists_the_problems_that_moved(command, tmp_path, monkeypatch, capsys):
+    for out, right in (("a", 0), ("b", 8), ("c", 0)):
+        command("-n", 8, "--max-tokens", 2, out=out)
+        path = tmp_path / out / "responses" / "held-out.jsonl"
+        rows = responses.read_responses(path)
+        rows = [Response(**asdict(r) | {"verdict": "right" if i < right else "wrong"}) for i, r in enumerate(rows)]
+        responses.write_responses(path, rows)
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["eval.py", "--compare", *(str(tmp_path / out) for out in "abc")])
+    main(evaluation_arguments(None))
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[2:5] for line in printed[-2:]] == [["0.0", "16.7", "+16.7"], ["0.0", "0.0", "+0.0"]]
+    moved = [line.split() for line in printed if " of 8" in line]
+    assert [(words[0], words[-6:]) for words in moved] == [(rows[0].problem_id, "0 of 8 8 of 8".split())]
+    page = (tmp_path / "compare.html").read_text()
+    assert rows[0].problem_id in page and rows[8].problem_id not in page
+
+
 def test_regrade_grades_stored_responses_again(command, tmp_path, monkeypatch, capsys):
     command("-n", 2, "--max-tokens", 4)
     path = tmp_path / "out" / "responses" / "held-out.jsonl"

@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ("m --data d --original-window 64", "--original-window requires --yarn"),
         ("m --data d --beta-fast 2", "--beta-fast requires --yarn"),
         ("m --data d --compare a b", "give no model and no --data"),
+        ("--compare a", "--compare takes at least two folders"),
         ("m --data d --curve length --match 0.5", "--curve and --match exclude each other"),
     ],
 )
@@ -91,6 +92,8 @@ def test_data_filter_refuses_bad_arguments(monkeypatch, capsys, words, sentence)
         ("train.py", "--set stage.1.temprature=1", 1, "did you mean temperature?"),
         ("train.py", "--resume recipes/tiny.toml", 2, "put the recipe before --resume"),
         ("train.py", "--plan --resume runs/a", 2, "--plan takes a recipe"),
+        ("train.py", "--plan --seeds 0 1", 1, "2 values are a sweep, which --plan and --resume RUN do not take"),
+        ("train.py", "--nproc-per-node 2", 2, "--nproc-per-node is of a sweep"),
         ("eval.py", "--help", 0, "How good is a model?"),
         ("eval.py", "model --data d --temprature 1", 2, "unrecognized arguments: --temprature 1"),
         ("data_filter.py", "--help", 0, "how hard problems are"),

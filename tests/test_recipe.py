@@ -24,6 +24,7 @@ from lab.recipe import (
     describe_keys,
     how_to_read,
     load_recipe,
+    override_values,
     to_toml,
 )
 from train import learning_rate
@@ -223,6 +224,40 @@ def test_the_later_of_two_overrides_wins(tmp_path):
 )
 def test_an_override_of_a_missing_place_is_refused(tmp_path, override, message):
     assert refusal(tmp_path, overrides=[override]) == message
+
+
+def test_a_star_sets_a_key_of_all_stages_that_have_it(tmp_path):
+    overrides = ["stage.*.max_grad_norm=0.5", "stage.rl.learning_rate=2e-6", "stage.*.temperature=1.1"]
+    recipe = load(tmp_path, overrides=[*overrides, "stage.*.variant.loss=gspo", "stage.2.temperature=1.2"])
+    assert [stage.max_grad_norm for stage in recipe.stage] == [0.5] * 3
+    assert [stage.learning_rate for stage in recipe.stage] == [load(tmp_path).stage[0].learning_rate, 2e-6, 2e-6]
+    assert [(stage.temperature, stage.variant.loss) for stage in recipe.stage[1:]] == [(1.1, "gspo"), (1.2, "gspo")]
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("stage.*.temprature=1", "--set stage.*.temprature: no such stage has the key temprature: did you mean temper"),
+        ("stage.sft.temperature=1", "--set stage.sft.temperature: no such stage has the key temperature: known are"),
+        ("stage.*.temperature=1,2", "--set stage.*.temperature=1,2: 2 values are a sweep, which --plan and --resume"),
+        ("stage.*=1", "--set stage.*=1: stage is not a table"),
+    ],
+)
+def test_a_star_that_no_stage_takes_is_refused(tmp_path, override, message):
+    assert refusal(tmp_path, overrides=[override]).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("1e-6,3e-6", [1e-6, 3e-6]), ("1e-6, 3e-6", [1e-6, 3e-6]), ("true,false", [True, False]),
+        ("match,1.2", ["match", 1.2]), ("gspo,cispo", ["gspo", "cispo"]), ('"a,b","c"', ["a,b", "c"]),
+        ("[1,2]", [[1, 2]]), ("[1,2],[3,4]", [[1, 2], [3, 4]]), ('"a,b"', ["a,b"]), ("a, then b", ["a, then b"]),
+        ("", [""]), ("[]", [[]]), ("owner/name:test", ["owner/name:test"]), ("a=b.jsonl", ["a=b.jsonl"]),
+    ],
+)  # fmt: skip
+def test_commas_separate_the_values_of_a_sweep_but_not_within_a_value(text, values):
+    assert override_values(text) == values
 
 
 # ------------------------------------------------------------------------------------- rules beyond types

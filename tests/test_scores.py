@@ -1,20 +1,26 @@
 """lab/scores.py against brute force, bootstraps and hand counts."""
 
+import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from eval import Response, interval, pass_at
+from lab import scores
 from lab.problems import DataError, Problem
 from lab.scores import (
     accuracy_by,
     compare,
     count_votes,
     difficulty_groups,
+    fisher_p,
     length_bands,
     majority,
     majority_half_width,
+    mean_over_runs,
+    moved_problems,
     pass_half_width,
     summarise,
 )
@@ -273,3 +279,40 @@ def test_equal_accuracies_have_an_interval_and_disjoint_problems_are_an_error():
     assert (found.difference, found.low, found.high, found.same) == (0.0, -0.1, 0.1, 30)
     with pytest.raises(DataError, match="no problem in common"):
         compare("set", {"a": 1.0}, {"b": 1.0})
+
+
+def test_fishers_test_counts_the_ways_to_label_the_responses():
+    """The oracle: of all ways to choose which responses are A's, those that are at most as likely as the one seen."""
+    cases = [(0, 3, 3, 3), (1, 4, 3, 3), (2, 2, 1, 5), (3, 5, 0, 3), (0, 4, 0, 4), (2, 4, 2, 4)]
+    for right_a, n_a, right_b, n_b in cases:
+        responses = [1] * (right_a + right_b) + [0] * (n_a + n_b - right_a - right_b)
+        seen = [sum(chosen) for chosen in itertools.combinations(responses, n_a)]
+        ways = Counter(seen)
+        expected = sum(ways[count] for count in ways if ways[count] <= ways[right_a]) / len(seen)
+        assert fisher_p(right_a, n_a, right_b, n_b) == pytest.approx(expected)
+    assert fisher_p(3, 4, 1, 4) == pytest.approx(34 / 70)  # Fisher's lady tasting tea, two-sided
+
+
+def test_moved_problems_are_those_of_benjamini_and_hochberg(monkeypatch):
+    """The example of their paper, section 3.2: of 15 tests, 4 are rejected at 5%; Bonferroni rejects 3."""
+    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.3240]
+    p += [0.4262, 0.5719, 0.6528, 0.7590, 1.0000]
+    monkeypatch.setattr(scores, "fisher_p", lambda right_a, n_a, right_b, n_b: p[right_a])
+    a = {f"p{i}": [True] * i + [False] * (15 - i) for i in range(15)}
+    shuffled = dict(reversed(a.items()))
+    assert moved_problems(shuffled, a | {"only B": [True]}) == ["p0", "p1", "p2", "p3"]
+
+
+def test_problems_move_only_beyond_noise():
+    random = np.random.default_rng(0)
+    same = [{f"{i}": random.random(8) < i / 200 for i in range(200)} for _ in range(2)]
+    assert moved_problems(*same) == []
+    better = same[1] | {"3": np.ones(8, dtype=bool), "199": np.zeros(8, dtype=bool)}
+    assert set(moved_problems(same[0], better)) == {"3", "199"}
+    assert moved_problems({"a": [False]}, {"a": [True]}) == []  # one response says nothing
+
+
+def test_the_interval_over_runs_is_students():
+    assert mean_over_runs([0.5]) == (0.5, None)
+    mean, half = mean_over_runs([0.4, 0.5, 0.6])
+    assert (mean, half) == pytest.approx((0.5, 4.302653 * 0.1 / math.sqrt(3)), rel=1e-5)

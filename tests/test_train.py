@@ -427,7 +427,7 @@ def test_changed_code_needs_a_flag_and_a_value_set_on_purpose_does_not(last_stag
     monkeypatch.setattr(train, "train", lambda run: (_ for _ in ()).throw(RecipeError("resumed")))
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "code_version", lambda folder: "another, torch 9, commit 0")
-        assert "so far: code was " in main(patch, "--resume", last_stage)
+        assert "so far: code changed since commit" in main(patch, "--resume", last_stage)
     rate = ("--set", "stage.3.learning_rate=1e-5")
     assert main(monkeypatch, "--resume", last_stage, *rate) == "train.py: resumed"
     assert load_recipe(last_stage / "recipe.toml").stage[3].learning_rate == 1e-5
@@ -501,6 +501,16 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run_of_exactly_this_r
         run_folder.find_unfinished(tmp_path, recipe, False)
     (tmp_path / "tiny-3" / "finished").touch()
     assert run_folder.find_unfinished(tmp_path, recipe, False) is None
+
+
+def test_a_mistyped_name_does_not_start_a_new_run_beside_the_unfinished_one(tmp_path):
+    """Guards: `--resume --set name=tinny` started a new run."""
+    recipe = load_recipe(ROOT / "recipes" / "tiny.toml")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "recipe.toml").write_text(to_toml(recipe))
+    with pytest.raises(CheckpointError, match=r"tiny \(recipe: name was 'tiny', is 'tinny'\): name one with --resume RUN"):
+        run_folder.find_unfinished(tmp_path, replace(recipe, name="tinny"), False)
+    assert run_folder.find_unfinished(tmp_path, replace(recipe, name="other", seed=1), False) is None
 
 
 def test_gradients_that_stay_nonfinite_stop_the_run_with_the_batch(tmp_path, monkeypatch, capsys):
