@@ -36,7 +36,8 @@ from engine.distributed import Interrupted
 from engine.files import read_jsonl, write_atomically
 from engine.fingerprint import data_identity, require_same
 from engine.rollout_worker import Attempt, RolloutWorker
-from lab.problems import DataError, Problem
+from lab.data_files import DataError
+from lab.problems import Problem
 from rollout import Sampling
 
 GROUP_SIZE = 8  # the recipe's rollouts per problem

@@ -18,7 +18,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lab.problems import DataError, Problem, write_problems  # noqa: E402
+from lab.data_files import DataError  # noqa: E402
+from lab.problems import Problem, write_problems  # noqa: E402
 
 SIZES = {"held-out": 96, "train": 256, "sft": 320}  # the sets share no problem
 RECIPE = """# SmolLM2-135M-Instruct on small sums: written by bench/sums.py, every number a choice for two CPU cores.

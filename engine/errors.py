@@ -1,5 +1,6 @@
-"""The base class of all errors that a person can correct, and the sentence for a disk that takes no more."""
+"""The base class of all errors that a person can correct, and what their sentences are made of."""
 
+from collections.abc import Sequence
 from errno import EDQUOT, EFBIG, ENOSPC
 
 
@@ -13,3 +14,8 @@ def sentence(error: BaseException, then: str = "repeat the command") -> str:
         return str(error)
     path = error.filename2 or error.filename or "a file, or the program's output,"
     return f"{path} cannot be written ({error.strerror}): free some space there, then {then}"
+
+
+def first_names(names: Sequence[str], most: int = 20) -> str:
+    """Return names for a sentence, the first ones of many."""
+    return ", ".join(names[:most]) + f" and {len(names) - most:,} more" * (len(names) > most)

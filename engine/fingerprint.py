@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from engine import adapter
+from engine.errors import first_names
 from engine.files import file_checksums
 from engine.huggingface import ADAPTER_CONFIG, TOKENIZER_FILES, read_optional_json, resolve_folder, weight_files
 from engine.own_function import read_function
-from lab.problems import DataError, Problem, first_names
+from lab.data_files import DataError
+from lab.problems import Problem
 from lab.recipe import Recipe, to_toml
 from rollout import Prompt
 

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from engine.distributed import Interrupted, Processes, StopRequest, note_place
+from engine.errors import first_names
 from engine.grader import Grader, check_grader
 from engine.huggingface import named
 from engine.sharding import gathered
 from engine.terminal import note
 from engine.tokenizer import Chat, check_prompts
 from lab.console import wasted_responses
-from lab.problems import DataError, Problem, asks_otherwise, first_names, prompt_text
+from lab.data_files import DataError
+from lab.problems import Problem, asks_otherwise, prompt_text
 from model import Transformer
 from reward import Grade, last_boxed
 from rollout import CacheLimits, Prompt, Rollout, SamplerStats, Sampling, generate

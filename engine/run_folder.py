@@ -18,6 +18,7 @@ import transformers
 
 from engine.checkpoint import CheckpointError, RunState, read_state
 from engine.distributed import Processes
+from engine.errors import first_names
 from engine.files import write_atomically
 from engine.fingerprint import (
     code_version,
@@ -33,7 +34,7 @@ from engine.terminal import keep_log, note
 from lab.arithmetic import write_world
 from lab.metrics import whole_lines
 from lab.model_card import remembered
-from lab.problems import Problem, first_names, has_chats, read_chats
+from lab.problems import Problem, has_chats, read_chats
 from lab.recipe import Recipe, RecipeError, load_recipe, named_keys, to_toml
 from lab.run_data import RunData
 from model import resolve_folder

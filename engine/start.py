@@ -12,6 +12,7 @@ from engine.adapter import Lora, add_lora, initialise_lora
 from engine.batches import TrainingSequence
 from engine.checkpoint import load_trained_weights
 from engine.distributed import Processes, StopRequest
+from engine.errors import first_names
 from engine.grader import Grader
 from engine.huggingface import named
 from engine.offload import Offload
@@ -29,8 +30,9 @@ from engine.run_folder import (
 from engine.sharding import shard
 from engine.tokenizer import END_THINK, THINK, load_tokenizer, read_chat, stop_tokens
 from lab.benchmarks import find_data
+from lab.data_files import DATA_FILES, DataError, existing_file
 from lab.metrics import Metrics, read_metrics
-from lab.problems import DATA_FILES, DataError, Problem, existing_file, first_names
+from lab.problems import Problem
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read, load_recipe
 from lab.run_data import RunData
 from lab.tracker import open_tracker, require_tracker

@@ -13,9 +13,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from engine.errors import first_names
 from engine.huggingface import end_tokens, named, read_optional_json, regular_file
 from engine.terminal import note
-from lab.problems import first_names
 from model import ModelError, Transformer
 
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # of a chat template

@@ -24,7 +24,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from engine.terminal import prepare_terminal
-from lab.problems import DataError, Problem, write_problems
+from lab.data_files import DataError
+from lab.problems import Problem, write_problems
 from lab.recipe import World
 from model import Transformer, initialise, parse_config, save
 

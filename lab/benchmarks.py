@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from lab.problems import DATA_FILES, HUB_ID, DataError, data_name
+from lab.data_files import DATA_FILES, HUB_ID, DataError, data_name
 from lab.scores import Evaluation
 
 

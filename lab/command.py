@@ -14,8 +14,9 @@ from engine.huggingface import SETTINGS
 from engine.rollout_worker import RolloutWorker
 from engine.terminal import note
 from engine.tokenizer import load_tokenizer, read_chat, stop_tokens
+from lab.data_files import DataError
 from lab.model_card import remembered
-from lab.problems import INSTRUCTION, DataError, Problem
+from lab.problems import INSTRUCTION, Problem
 from lab.recipe import SamplerSettings
 from model import extend_window, load, resolve_folder
 from rollout import CacheLimits, Sampling, check_requests

@@ -24,7 +24,8 @@ from engine.run import steps_left
 from lab import charts, premises
 from lab.benchmarks import text_table
 from lab.command import load_worker, run_command
-from lab.problems import DataError, Problem, read_problems, write_problems
+from lab.data_files import DataError
+from lab.problems import Problem, read_problems, write_problems
 from lab.recipe import Recipe, RecipeError, RlStage, load_recipe
 from lab.variants import own_function
 

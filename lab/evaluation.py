@@ -22,10 +22,11 @@ from lab import eval_page
 from lab.benchmarks import BENCHMARKS, file_name, find_data, published_table, text_table
 from lab.command import load_worker, run_command
 from lab.compare_page import PAIRED, PAIRED_NOTE, paired_row
+from lab.data_files import DataError
 from lab.eval_page import percent
 from lab.metrics import read_metrics
 from lab.page import write_page
-from lab.problems import Columns, DataError, Problem, read_problems, write_problems
+from lab.problems import Columns, Problem, read_problems, write_problems
 from lab.responses import Recorder, read_groups, read_settings, response_file, write_responses
 from lab.scores import Evaluation, compare, moved_problems, print_evaluation, summarise
 from reward import last_boxed

@@ -6,8 +6,8 @@ from jinja2 import Template
 
 from engine.files import write_atomically
 from engine.huggingface import SETTINGS, ModelError, check_keys, named, read_optional_json
+from lab.data_files import HUB_ID
 from lab.metrics import read_metrics
-from lab.problems import HUB_ID
 from lab.recipe import Recipe, RlStage, load_recipe
 
 

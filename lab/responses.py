@@ -17,7 +17,8 @@ from engine.grader import check_grader
 from engine.rollout_worker import Attempt, RolloutWorker, SamplingStats
 from eval import Response, response_of
 from lab.benchmarks import file_name
-from lab.problems import DataError, Problem, read_problems
+from lab.data_files import DataError
+from lab.problems import Problem, read_problems
 from rollout import Prompt, Sampling
 
 

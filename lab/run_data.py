@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from lab.benchmarks import find_data
-from lab.problems import Columns, DataError, Problem, benchmark_copies, duplicated, has_chats, read_chats, read_problems
+from lab.data_files import DataError
+from lab.problems import Columns, Problem, benchmark_copies, duplicated, has_chats, read_chats, read_problems
 from lab.recipe import Recipe, RlStage, SftStage, how_to_read
 
 PAIRS_NAMED = 3  # copies named in messages and metrics

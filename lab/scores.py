@@ -18,7 +18,8 @@ import numpy as np
 
 from eval import Response, distinct_ngrams, half_width, interval, pass_at, share_interval, student_95
 from lab.answers import normal_form
-from lab.problems import DataError, Problem
+from lab.data_files import DataError
+from lab.problems import Problem
 
 FALSE_DISCOVERIES = 0.05  # expected share, at most, of the problems that are said to have moved
 RESAMPLES = 400  # bootstrap draws for maj@k

@@ -14,7 +14,8 @@ import model as models
 from engine.tokenizer import encode, load_tokenizer, read_chat, stop_tokens
 from lab import arithmetic
 from lab.arithmetic import FILLER, World, make_problems, make_terms, make_tokenizer, solve, write_sum, write_world
-from lab.problems import DataError, read_problems
+from lab.data_files import DataError
+from lab.problems import read_problems
 from reward import last_boxed, step_reward
 
 SETS = ("train", "held-out", "beyond-window", "sft")

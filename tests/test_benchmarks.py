@@ -4,7 +4,8 @@ import pytest
 
 from eval import Response
 from lab.benchmarks import BENCHMARKS, PUBLISHED, find_data, published_table, text_table
-from lab.problems import DataError, Problem
+from lab.data_files import DataError
+from lab.problems import Problem
 from lab.scores import summarise
 
 

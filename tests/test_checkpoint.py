@@ -27,7 +27,8 @@ from engine import checkpoint as checkpoints
 from engine import distributed, files, fingerprint, sharding
 from engine.checkpoint import CheckpointError, RunState, list_checkpoints, load_weights_and_optimizer, read_state
 from lab.export import export_arguments, main
-from lab.problems import DataError, Problem
+from lab.data_files import DataError
+from lab.problems import Problem
 from rollout import Prompt, Rollout
 
 ROOT = Path(__file__).resolve().parent.parent

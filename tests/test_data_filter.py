@@ -18,7 +18,8 @@ from data_filter import (
     require_batch,
     verdict,
 )
-from lab.problems import DataError, Problem
+from lab.data_files import DataError
+from lab.problems import Problem
 
 
 def problem(id, text="", answers=("1",)):

@@ -19,7 +19,8 @@ from engine import checkpoint
 from engine.rollout_worker import RolloutWorker
 from lab import difficulty
 from lab.options import difficulty_arguments
-from lab.problems import DataError, Problem, read_problems, write_problems
+from lab.data_files import DataError
+from lab.problems import Problem, read_problems, write_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ["-n", "4", "--temperature", "1", "--max-tokens", "10", "--instruction", "", "--rows", "6"]

@@ -17,7 +17,7 @@ from forked import free_port, in_processes
 
 from engine import distributed
 from engine.distributed import RankError
-from lab.problems import DataError
+from lab.data_files import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 

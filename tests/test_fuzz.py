@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from data_filter import History, Visit
 from lab.arithmetic import World
 from lab.metrics import Metrics, MetricsError, read_metrics
-from lab.problems import DataError, has_chats, read_chats, read_problems, write_problems
+from lab.data_files import DataError
+from lab.problems import has_chats, read_chats, read_problems, write_problems
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, load_recipe, to_toml
 from lab.responses import read_responses
 from lab.scores import Response

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from engine.rollout_worker import RolloutWorker
 from engine.start import leave_out_long_prompts
 from engine.tokenizer import check_prompts, load_tokenizer, read_chat
-from lab.problems import DataError, Problem, read_chats
+from lab.data_files import DataError
+from lab.problems import Problem, read_chats
 from lab.recipe import load_recipe
 from lab.run_data import RunData
 from model import ModelError

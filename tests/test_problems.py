@@ -1,4 +1,4 @@
-"""lab/problems.py: every format, every fault, the hub, and real files."""
+"""lab/problems.py and lab/data_files.py: every format, every fault, the hub, and real files."""
 
 import csv
 import gzip
@@ -10,19 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lab import problems
-from lab.problems import (
-    INSTRUCTION,
-    Columns,
-    DataError,
-    Problem,
-    asks_otherwise,
-    benchmark_copies,
-    duplicated,
-    prompt_text,
-    read_problems,
-    write_problems,
-)
+from lab import data_files
+from lab.data_files import DataError
+from lab.problems import Columns, INSTRUCTION, Problem, asks_otherwise, benchmark_copies, duplicated, prompt_text, read_problems, write_problems
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="shared/data is not available")
@@ -431,15 +421,15 @@ def test_53_000_problems_are_compared_in_seconds():
 
 
 def test_heavy_libraries_are_imported_only_where_they_are_used():
-    source = Path(problems.__file__).read_text()
+    source = Path(data_files.__file__).read_text()
     assert not {"import pyarrow", "import huggingface_hub"} & set(source.splitlines())
     assert "\nfrom huggingface_hub" not in source
 
 
 def test_a_small_file_that_unpacks_to_a_huge_one_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(problems, "MOST_BYTES", 1 << 20)
-    monkeypatch.setattr(problems, "MOST_ROWS", 5000)
+    monkeypatch.setattr(data_files, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(data_files, "MOST_ROWS", 5000)
 
     def repeated(text, times):
         return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([text]))
@@ -600,7 +590,7 @@ def test_gzip_csv_and_wrapped_files_are_read(tmp_path):
 
 
 def test_a_packed_file_that_unpacks_to_a_huge_one_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(problems, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(data_files, "MOST_BYTES", 1 << 20)
     with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
         file.write(json.dumps({"problem": "x" * (1 << 20), "answer": "1"}))
     with pytest.raises(DataError, match="holds more than"):

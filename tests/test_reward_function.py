@@ -12,7 +12,8 @@ import pytest
 from engine.fingerprint import data_identity, function_identity
 from engine.grader import Grader, GraderError, check_grader
 from engine.own_function import FunctionError
-from lab.problems import DataError, Problem, read_problems, write_problems
+from lab.data_files import DataError
+from lab.problems import Problem, read_problems, write_problems
 from lab.recipe import load_recipe
 from train import make_groups
 

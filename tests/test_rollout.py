@@ -23,7 +23,6 @@ from rollout import (
     SamplerStats,
     Sampling,
     cache_bytes_per_token,
-    check_requests,
     counter_uniform,
     generate,
     sample,

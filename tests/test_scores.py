@@ -9,7 +9,8 @@ import pytest
 
 from eval import Response, interval, pass_at
 from lab import scores
-from lab.problems import DataError, Problem
+from lab.data_files import DataError
+from lab.problems import Problem
 from lab.scores import (
     accuracy_by,
     compare,

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.start import sft_sequences
 from engine.tokenizer import read_chat
 from lab.arithmetic import World, make_problems, make_tokenizer
-from lab.problems import DataError
+from lab.data_files import DataError
 from lab.recipe import SftStage
 from model import ModelError
 

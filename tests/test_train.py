@@ -35,7 +35,8 @@ from lab import difficulty
 from lab.glossary import DETERMINISTIC, GLOSSARY
 from lab.metrics import Metrics
 from lab.options import difficulty_arguments, training_arguments
-from lab.problems import DataError, Problem
+from lab.data_files import DataError
+from lab.problems import Problem
 from lab.recipe import RecipeError, load_recipe, to_toml
 from lab.run_data import RunData
 from lab.story import what_happened
