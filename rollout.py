@@ -422,7 +422,7 @@ class _Sampler:
         what = f"a cache for one sequence of {longest} tokens does not fit"
         raise RolloutError(f"out of memory: {what}: shorten the responses or use a smaller model")
 
-    def run(self, abandon: Callable[[], bool], live: bool) -> Iterator[Rollout]:
+    def run(self, abandon: Callable[[], bool], live: bool = False) -> Iterator[Rollout]:
         """Sample until no row is left."""
         while (self.rows or self.waiting) and not abandon():
             try:
