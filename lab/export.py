@@ -13,7 +13,7 @@ def export_arguments(command_line: Sequence[str] | None = None) -> argparse.Name
     """Parse the command line of model.py; exit with a message on a usage error."""
     parser = new_parser(
         "Export a model, or a checkpoint of a run, as a Hugging Face folder.\n\n"
-        "    python model.py runs/tiny/checkpoints/step-1290 exported\n"
+        "    python model.py runs/tiny/checkpoints/step-1090 exported\n"
         "    python model.py runs/polaris-4b/stage-2 exported --yarn 1.5 --original-window 65536",
         prog="model.py",
     )
