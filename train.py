@@ -156,8 +156,8 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         learned = Substitution(groups, 0, skip_update=False)
         if stage.substitute:
             learned = substitute(groups, recipe.seed, state.step, stage.informative_share)
-        if state.stage_step % max(1, stage.steps // MOMENTS) == 0:
-            where, most = {"step": state.step + 1, "stage": index, "kind": "training"}, recipe.run.rollouts_written
+        if (most := recipe.run.rollouts_written) and state.stage_step % max(1, stage.steps // MOMENTS) == 0:
+            where = {"step": state.step + 1, "stage": index, "kind": "training"}
             run.metrics.write_rollouts(rows.groups_to_read(where, run.worker, attempts, groups, learned.groups)[:most])
 
         # learn: advantages, loss, one optimizer step on the whole batch

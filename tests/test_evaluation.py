@@ -75,10 +75,8 @@ def test_results_responses_and_page_agree(command, small_world, tmp_path, capsys
         assert result["no_box_share"] == np.mean([row["answer"] is None for row in mine])
         assert sum(result["verdicts"].values()) == 12
         assert all(1 <= row["tokens"] <= 7 for row in mine)
-        assert {label: group["avg"] for label, group in result["by_type"].items()} == {
-            f"{terms} terms": 0.0
-            for terms in range(3, 7)  # the first four problems'
-        }
+        by_type = {label: group["avg"] for label, group in result["by_type"].items()}
+        assert by_type == {problem.type: 0.0 for problem in problems} and len(by_type) >= 3
         assert f"{result['name']}: avg@3 0.0 (95% 0.0 to 49.0) over 4 problems" in printed
         assert result["tokens_per_s"] > 0 and result["peak_memory_gib"] > 0
     assert len(rows) == 24

@@ -430,8 +430,8 @@ reward = {{ correct = 1.0, format = 0.1, steps = 0.5 }}
 kind = "sft"
 data = "{world}/sft.jsonl"
 steps = 30
-batch_sequences = 4
-learning_rate = 3e-2
+batch_sequences = 5
+learning_rate = 2e-2
 decay_share = 0.5
 [[stage]]
 kind = "rl"

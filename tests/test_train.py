@@ -569,7 +569,7 @@ data = "{folder / "world" / "train.jsonl"}"
 steps = 2
 batch_problems = 7
 temperature = 1.0
-max_prompt_tokens = 64
+max_prompt_tokens = 112
 max_response_tokens = 48
 informative_share = 0.0
 learning_rate = 1e-3
@@ -603,7 +603,7 @@ learning_rate = 1e-3
 
 def test_a_stage_ends_with_its_token_budget_also_after_a_resume(finished, tmp_path):
     folder, recipe = finished[0], tmp_path / "budget.toml"
-    stage = "steps = 40\ngenerated_tokens = 2500\nbatch_problems = 8\nmax_prompt_tokens = 64\nmax_response_tokens = 48"
+    stage = "steps = 40\ngenerated_tokens = 2500\nbatch_problems = 8\nmax_prompt_tokens = 112\nmax_response_tokens = 48"
     stage = f'[[stage]]\nkind = "rl"\ntemperature = 1.0\nfilter_before = true\n{stage}\n'
     recipe.write_text(
         f"""name = "budget"

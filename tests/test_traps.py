@@ -417,11 +417,17 @@ def run_stage(script, **settings):
     run = ScriptedRun(
         recipe=Recipe("test", "none", (stage,)),
         folder=None,
-        processes=SimpleNamespace(say=lambda *_: None, peak_memory_gib=lambda: 0.0, all_gather=lambda value: [value]),
+        processes=SimpleNamespace(
+            say=lambda *_: None, peak_memory_gib=lambda: 0.0, all_gather=lambda value: [value],
+            is_main=False,
+        ),
         model=model,
         model_folder=None,
         data=None,
-        worker=SimpleNamespace(attempt=attempt, stop_tokens=(EOS,)),
+        worker=SimpleNamespace(
+            attempt=attempt, stop_tokens=(EOS,), message=lambda problem: {"content": problem.text},
+            chat=SimpleNamespace(decode=str),
+        ),
         metrics=SimpleNamespace(write_rollouts=lambda rows: None),
         state=state,
         stop=SimpleNamespace(asked=False),
