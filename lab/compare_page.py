@@ -28,7 +28,7 @@ CURVES = (  # title, metric, y axis of lab.charts.line_chart, rows
 )
 MOST_LINES = 12  # that a chart's legend has room for
 PAIRED = ("A", "B", "B - A", "95%, paired", "up", "down", "same", "left out")
-PAIRED_NOTE = "up and down: problems that B solves more and less often than A"
+PAIRED_NOTE = "up and down: problems that B solves more and less often than A; a dash: no problem in common"
 
 
 class Record(NamedTuple):
@@ -110,9 +110,13 @@ def paired_row(found: Comparison) -> list[str]:
 def paired_table(records: dict[str, list[Record]]) -> list[list[str]]:
     """Tabulate the last evaluation of each name against the first group's, where both have some of its problems."""
 
+    def solved_in(run: Record, name: str) -> dict[str, float]:
+        source = run.recipe.get("eval.data" if name == "held-out" else "final.data")
+        data = run.made_with.get(f"data {source}")  # other data has other problems, even under the same ids
+        return {f"{key} {data}": share for key, share in dict(evaluations(run, name)[-1].get("by_problem", ())).items()}
+
     def shares(runs: list[Record], name: str) -> dict[str, float]:
-        last = [own[-1] for run in runs if (own := evaluations(run, name))]
-        solved = [dict(row.get("by_problem", ())) for row in last]
+        solved = [solved_in(run, name) for run in runs if evaluations(run, name)]
         shared = [key for key in (solved or [{}])[0] if all(key in own for own in solved)]
         return {key: mean_over_runs([own[key] for own in solved])[0] for key in shared}
 

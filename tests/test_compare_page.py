@@ -8,10 +8,10 @@ from test_page import charts_of, parse
 
 from lab.compare_page import write_comparison
 
-TOML = 'name = "{}"\nseed = {}\n[[stage]]\nkind = "rl"\ntemperature = {}\n'
+TOML = 'name = "{}"\nseed = {}\neval = {{ data = "d" }}\n[[stage]]\nkind = "rl"\ntemperature = {}\n'
 
 
-def write_run(folder, seed=0, temperature=1.0, solved=(0.0, 1.0), code="a.py 1", tokens=100):
+def write_run(folder, seed=0, temperature=1.0, solved=(0.0, 1.0), code="a.py 1", tokens=100, data="1"):
     folder.mkdir()
     held_out = dict(kind="eval", stage=0, name="held-out", low=0.0, high=1.0, tokens=10**9)
     rows = [held_out | dict(step=0, problems=2, avg=0.25)]
@@ -23,7 +23,7 @@ def write_run(folder, seed=0, temperature=1.0, solved=(0.0, 1.0), code="a.py 1",
     rows.append(held_out | dict(step=4, problems=2, avg=sum(solved) / 2, by_problem=by_problem))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.toml").write_text(TOML.format(folder.name, seed, temperature))
-    made_with = {"recipe": "", "after_step": 0, "code": f"{code}, torch 2, commit f", "data d": "1"}
+    made_with = {"recipe": "", "after_step": 0, "code": f"{code}, torch 2, commit f", "data d": data}
     (folder / "fingerprints.json").write_text(json.dumps([made_with]))
     return folder
 
@@ -51,6 +51,13 @@ def test_the_page_has_what_differs_and_what_is_paired(tmp_path):
     assert paired[:5] == ["held-out", "b&lt;i&gt;", "50.0", "75.0", "+25.0"] and paired[-4:] == ["1", "0", "1", "0"]
     titles = list(charts_of(page))
     assert "Accuracy: held-out, 1 problems" in titles and "Accuracy: held-out, 2 problems" in titles
+
+
+def test_other_problems_under_the_same_ids_are_not_paired(tmp_path):
+    """Regression: worlds of two seeds were compared sum by sum, though they have no sum in common."""
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1, solved=(0.5, 1.0), data="2")
+    path, _ = write_comparison({"a": [a], "b": [b]})
+    assert next(row for row in table_rows(path.read_text()) if row[0] == "held-out")[2:] == ["–"] * 8
 
 
 def test_seeds_are_one_line_with_the_interval_of_their_mean(tmp_path):
