@@ -156,6 +156,7 @@ def sign_flip_p(values: Sequence[float]) -> float:
 
 
 def folder_of(out: Path, premise: str, seed: int, arm: str, rate: float) -> Path:
+    """Return the folder of a run."""
     return out / premise / f"seed-{seed}" / f"{arm}-{rate:g}"
 
 
