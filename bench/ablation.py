@@ -3,7 +3,6 @@
     python bench/ablation.py                                # 5 seeds, 9 settings; resume with the same command
     python bench/ablation.py --seeds 0 1 --settings full vanilla --steps 10 --out runs/short
     python bench/ablation.py --tables                       # only tables and figure of the finished runs
-    python bench/ablation.py --recipe sums/recipe.toml --settings full vanilla     # a real model: see bench/sums.py
 
 recipes/tiny.toml is fine-tuned once per seed (each seed has its own world); every setting continues from it with
 its RL stages. Any recipe that begins with an sft stage works. All stages of all settings end after the same number of
@@ -151,7 +150,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def make_jobs(out: Path, seeds: Sequence[int], settings: Sequence[str], plan: Plan) -> list[Job]:
-    """Return all jobs, seed by seed; raise RecipeError if OUT contains a run of another recipe."""
+    """Return all jobs, seed by seed."""
     jobs = []
     for seed in seeds:
         folder = out / f"seed-{seed}"
@@ -161,15 +160,15 @@ def make_jobs(out: Path, seeds: Sequence[int], settings: Sequence[str], plan: Pl
             job for job in runs if job.folder.name == "full" and plan.recipe == TINY
         ]  # the lengths are those of the laptop world
         jobs += [sft, *runs, *(Job(job.folder, None, job) for job in measured)]
-    for job in jobs:
-        begun = job.folder / "recipe.toml"
-        if job.recipe and begun.exists() and load_recipe(begun) != job.recipe:
-            raise RecipeError(f"{job.folder} was begun with another recipe: give another --out, or the same --steps")
     return jobs
 
 
 def run_jobs(jobs: list[Job], side_by_side: int) -> None:
-    """Run the unfinished jobs, `side_by_side` at a time, and print progress."""
+    """Run the unfinished jobs, `side_by_side` at a time, and print progress; refuse a folder of another recipe."""
+    for job in jobs:
+        begun = job.folder / "recipe.toml"
+        if job.recipe and begun.exists() and load_recipe(begun) != job.recipe:
+            raise RecipeError(f"{job.folder} was begun with another recipe: give another --out, or the same settings")
     done = [job for job in jobs if job.finished()]
     waiting, running, failed = [job for job in jobs if job not in done], [], []
     threads = max(1, len(os.sched_getaffinity(0)) // side_by_side)

@@ -32,7 +32,7 @@ from extrapolation import markdown, with_interval  # noqa: E402
 
 from engine.files import write_atomically  # noqa: E402
 from lab.metrics import read_metrics  # noqa: E402
-from lab.recipe import Recipe, load_recipe  # noqa: E402
+from lab.recipe import Recipe, RecipeError, load_recipe  # noqa: E402
 
 PREMISES = {"on": [], "off": ["world.sft_noise=[0.15]", "world.train_terms=[3, 4, 5, 6, 7]"]}
 ARMS = {"full": SETTINGS["full"], "vanilla": SETTINGS["vanilla"], "justrl": SETTINGS["vanilla"]}  # justrl: one stage
@@ -258,6 +258,8 @@ def main() -> None:
                 sys.exit("interaction.py: a run that chooses a learning rate failed; the same command tries again")
             rates = {key: [rate] for key, rate in best.items()}
             run_jobs(make_jobs(arguments.out, arguments.seeds, rates, True), arguments.jobs)
+        except RecipeError as error:
+            sys.exit(f"interaction.py: {error}")
         except KeyboardInterrupt:
             sys.exit("stopped")
     text, record = tables(arguments.out, arguments.seeds)

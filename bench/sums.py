@@ -1,9 +1,9 @@
-"""Write sums that SmolLM2-135M-Instruct sometimes solves, and a recipe: full against vanilla on a real model.
+"""Write sums that SmolLM2-135M-Instruct sometimes solves, and two recipes: fine-tune it to box, then reinforce it.
 
     python bench/smollm2.py models/smollm2-135m
-    python bench/sums.py sums --model models/smollm2-135m       # sft.jsonl, train.jsonl, held-out.jsonl, recipe.toml
-    python bench/ablation.py --recipe sums/recipe.toml --settings full vanilla --seeds 0 --steps 10 \\
-        --response-tokens 20 --jobs 1 --out runs/sums
+    python bench/sums.py sums --model models/smollm2-135m     # three files of problems, sft.toml and rl.toml
+    python train.py sums/sft.toml --out sums                  # 10 minutes on one core
+    python train.py sums/rl.toml --out sums                   # 45 minutes
 
 The model can add, but does not put its answer into a box: a few steps of fine-tuning on correct solutions teach the
 format, and reinforcement learning improves the answers.
@@ -22,8 +22,8 @@ from lab.data_files import DataError  # noqa: E402
 from lab.problems import Problem, write_problems  # noqa: E402
 
 SIZES = {"held-out": 96, "train": 256, "sft": 320}  # the sets share no problem
-RECIPE = """# SmolLM2-135M-Instruct on small sums: written by bench/sums.py, every number a choice for two CPU cores.
-name = "sums"
+COMMON = """# {title}: written by bench/sums.py, every number a choice for two CPU cores.
+name = "{name}"
 seed = 0
 model = "{model}"
 thinking = false
@@ -44,42 +44,33 @@ data = "{folder}/held-out.jsonl"
 samples = 4
 temperature = 1.0
 max_response_tokens = 48
+every_steps = 20
 
-[search]
-problems = 16
-samples = 8
-step = 0.1
-most = 1.6
+[run]
+checkpoint_every_steps = 10
 
 [[stage]]
-kind = "sft"
+"""
+SFT = """kind = "sft"
 data = "{folder}/sft.jsonl"
-steps = 20
+steps = 40
 batch_sequences = 16
-learning_rate = 2e-5
+learning_rate = 1e-4
 warmup_steps = 4
 decay_share = 0.3
-
-[[stage]]
-kind = "rl"
+"""
+RL = """kind = "rl"
 data = "{folder}/train.jsonl"
-steps = 10
-batch_problems = 8
+steps = 60
+batch_problems = 16
 temperature = 1.0
 max_prompt_tokens = 96
-max_response_tokens = 40
-filter_before = true
-learning_rate = 4e-5
-warmup_steps = 2
-
-[[stage]]
-kind = "rl"
-steps = 10
-batch_problems = 8
-temperature = "match-previous"
-max_prompt_tokens = 96
 max_response_tokens = 48
-learning_rate = 4e-5
+substitute = false                 # groups without a signal are left out instead: half the time of a step
+variant.drop_zero_variance = true
+informative_share = 0.0
+learning_rate = 1e-5
+warmup_steps = 2
 """
 
 
@@ -125,8 +116,13 @@ def main() -> None:
             write_problems(problems, out / f"{name}.jsonl")
     except DataError as error:
         sys.exit(f"sums.py: {error}")
-    (out / "recipe.toml").write_text(RECIPE.format(model=arguments.model.resolve(), folder=out))
-    print(f"wrote {out}; go on with: python bench/ablation.py --recipe {out / 'recipe.toml'} --settings full vanilla")
+    for name, title, model, stage in (
+        ("sft", "SmolLM2-135M-Instruct learns the box", arguments.model.resolve(), SFT),
+        ("rl", "SmolLM2-135M-Instruct learns small sums from their answers", out / "sft" / "stage-0", RL),
+    ):
+        words = {"title": title, "name": name, "model": model, "folder": out}
+        (out / f"{name}.toml").write_text((COMMON + stage).format(**words))
+    print(f"wrote {out}; go on with: python train.py {out}/sft.toml --out {out}, then the same with rl.toml")
 
 
 if __name__ == "__main__":
