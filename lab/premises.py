@@ -67,7 +67,7 @@ def draw_chances(solved: np.ndarray, samples: np.ndarray, random: Generator) -> 
 def replay(
     stage: RlStage, steps: int, stays: Rule, chances: np.ndarray, known: np.ndarray, held: np.ndarray, random: Generator
 ) -> dict[str, float]:
-    """Play a stage on N problems: their chances, earlier pass rates (nan: none), whether a sink holds a response."""
+    """Play a stage on N problems: their chances, earlier (right, all) rollouts (2, N), whether a sink holds one."""
     problems, visits, group = len(chances), steps * stage.batch_problems, stage.group_size
     epochs = math.ceil(visits / problems)
     order = random.permuted(np.tile(np.arange(problems), (epochs, 1)), axis=1)
@@ -78,12 +78,13 @@ def replay(
     rescued, informative = visited & (right == 0) & solved_before, (right > 0) & (right < group)
     signals = np.take_along_axis(informative | (rescued & stage.rescue), order, 1).ravel()[:visits]
     signals = signals.reshape(steps, stage.batch_problems).sum(1)
-    rates = np.where(visited.any(0), right.sum(0) / np.maximum(1, group * visited.sum(0)), known)
+    seen = np.stack([right.sum(0), group * visited.sum(0)])
+    solved, samples = known + seen if stage.drop_window == "all" else np.where(visited.any(0), seen, known)
     return {
         "zero_variance": 1 - informative.sum() / visits,
         "skipped": float(np.sum(signals <= stage.informative_share * stage.batch_problems)),
         "rescued": float(rescued.sum()),
-        "dropped": float(np.sum(~stays(rates[~np.isnan(rates)]))),
+        "dropped": float(np.sum(~stays(solved[samples > 0] / samples[samples > 0]))),
     }
 
 
@@ -108,7 +109,7 @@ def expect(recipe: Recipe, index: int | None, history: History, ids: list[str], 
         rates, own = {i: history.estimate(i) for i in ids}, own_function("filter", stage.variant.filter)
         filters = stage.filter_before or history.settings is not None  # a file of pass rates is there to filter
         kept = kept_by(own or (lambda some: some < stage.drop_at), rates) if filters else rates
-        keep, known = np.array([i in kept for i in ids]), np.array([rates[i] for i in ids], float)  # None becomes nan
+        keep = np.array([i in kept for i in ids])
         if filters:
             wasted = tokens[~keep].sum() / max(1, tokens.sum())
             pays = samples.mean() / stage.group_size / wasted if wasted else math.inf  # after so many epochs
@@ -121,8 +122,10 @@ def expect(recipe: Recipe, index: int | None, history: History, ids: list[str], 
         random = np.random.default_rng([recipe.seed, index])
         chances = draw_chances(solved, samples, random)[:, keep]
         held = np.array([any(sum(visit.rewards) for visit in own if visit.stage % 1 == 0) for own in visits])
+        window = [[v for v in own if stage.drop_window == "all" or v.stage == own[-1].stage] for own in visits]
+        known = np.array([(sum(sum(v.rewards) for v in own), sum(len(v.rewards) for v in own)) for own in window]).T
         stays = own or (lambda some: some <= stage.drop_above)
-        played = [replay(stage, steps, stays, some, known[keep], held[keep], random) for some in chances]
+        played = [replay(stage, steps, stays, some, known[:, keep], held[keep], random) for some in chances]
         values = {name: [outcome[name] for outcome in played] for name in played[0]}
         found.predicted = {key: [float(np.mean(v)), *np.quantile(v, INTERVAL).tolist()] for key, v in values.items()}
         shown = ["{} ({} to {})".format(*map(PREDICTED[key][0].format, own)) for key, own in found.predicted.items()]

@@ -13,8 +13,6 @@ from lab.problems import Problem
 from lab.recipe import FinalSettings, Recipe, RlStage, VariantSettings
 from yarn import Rope
 
-NAN = math.nan
-
 
 def stage_of(**settings):
     return RlStage(**({"steps": 20, "batch_problems": 24, "data": "d", "temperature": 1.0} | settings))
@@ -63,7 +61,7 @@ def test_the_rule_of_a_third_skips_as_often_as_the_binomial_says(batch, known):
     steps, size = 4000, 20 * batch
     stage = stage_of(batch_problems=batch, rescue=False)
     played = premises.replay(
-        stage, steps, all_stay, np.full(size, low), np.full(size, NAN), np.zeros(size, bool), np.random.default_rng(1)
+        stage, steps, all_stay, np.full(size, low), np.zeros((2, size)), np.zeros(size, bool), np.random.default_rng(1)
     )
     assert played["skipped"] / steps == pytest.approx(exact, abs=0.03)
     assert played["zero_variance"] == pytest.approx(0.7, abs=0.01)
@@ -73,9 +71,8 @@ def test_a_rarely_solved_problem_is_rescued_as_often_as_the_geometric_says():
     solved, visits, size = 1 - (1 - 0.01) ** 8, 12, 4000
     expected = sum((1 - solved) * (1 - (1 - solved) ** i) for i in range(visits)) * size
     stage = stage_of(batch_problems=size)
-    played = premises.replay(
-        stage, visits, all_stay, np.full(size, 0.01), np.full(size, NAN), np.zeros(size, bool), np.random.default_rng(2)
-    )
+    chances, none, random = np.full(size, 0.01), np.zeros((2, size)), np.random.default_rng(2)
+    played = premises.replay(stage, visits, all_stay, chances, none, none[0] > 0, random)
     assert played["rescued"] == pytest.approx(expected, rel=0.03)
     positive = solved * visits * size
     assert 5 < (positive + played["rescued"]) / positive < 6  # RECIPE section 9, at 12 visits
@@ -111,7 +108,7 @@ def play_the_run(recipe, index, truth, history, seed):
         groups = sinks.rescue(groups, seed, step)
         seen["rescued"] += sum(group.rescued is not None for group in groups)
         seen["skipped"] += substitute(groups, seed, step, stage.informative_share).skip_update
-    seen["dropped"] = len(drop_easy(problems, own, index, stage.drop_above).dropped)
+    seen["dropped"] = len(drop_easy(problems, own, index, stage.drop_above, stage.drop_window).dropped)
     return seen
 
 
@@ -131,6 +128,21 @@ def test_a_stage_goes_as_predicted_from_eight_samples_a_problem(shape):
         actual = np.mean([one[key] for one in seen])
         assert mean == pytest.approx(actual, abs=max(allowed, high - mean, mean - low)), key
         assert high - low < {"zero_variance": 0.15, "skipped": 12}.get(key, 70)  # so wide says nothing
+
+
+@pytest.mark.parametrize("window, dropped", [("stage", 40), ("all", 10)])
+def test_the_drop_counts_the_visits_of_its_window(window, dropped):
+    stage, never = stage_of(steps=1, batch_problems=40, drop_window=window), np.zeros(30)
+    known = np.stack([np.append(never, np.full(10, 7)), np.full(40, 8)])  # 8 of 16, or 15 of 16, after a visit of 8
+    played = premises.replay(
+        stage, 1, lambda rates: rates <= 0.9, np.ones(40), known, known[0] > 0, np.random.default_rng(0)
+    )
+    assert played["dropped"] == dropped
+    history = file_of(known[0])
+    for i in range(40):
+        history.append(Visit(str(i), 0, 0, (1.0,) * 8))
+    problems = [Problem(str(i), "?", ("1",)) for i in range(40)]
+    assert len(drop_easy(problems, history, 0, 0.9, window).dropped) == dropped
 
 
 def test_a_rate_of_eight_in_eight_is_no_certainty():
