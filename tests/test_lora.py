@@ -485,9 +485,9 @@ def world(small_world, tmp_path_factory) -> Path:
     # freshly initialised embeddings make all tokens equally likely, and an adapter cannot change them
     weights["model.embed_tokens.weight"] *= 30
     save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
-    # one solution earns the format reward and one does not, so that groups have non-zero advantages
+    # it earns the format reward; after so few steps it is written sometimes, so that advantages are not zero
     problems = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    rows = [problem | {"solution": reply} for problem in problems for reply in ("</think> \\boxed{1}", " 1")]
+    rows = [problem | {"solution": "</think> \\boxed{1}"} for problem in problems]
     (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
