@@ -407,8 +407,8 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
         line = f"  {verdict}: at most {max(sampling, update) / GIB:.1f} of {machine.memory_gib:g} GiB, in {phase}"
         left = machine.memory_gib - max(sampling, update) / GIB
         line += f"; {left:.1f} GiB left" * (left >= 0)
-        line += ", too little beside a desktop: set sampler.cache_tokens=0" * (0 <= left < 1 and sampling > update)
-        line += ", too little beside a desktop: lower micro_batch_tokens" * (0 <= left < 1 and sampling <= update)
+        setting = "sampler.cache_tokens" if sampling > update else "micro_batch_tokens"
+        line += f", too little beside a desktop: lower {setting}" * (0 <= left < 1)
         print("", *memory_table(plan), line + f"; {plan.problem}" * bool(plan.problem), sep="\n")
     fits = not excess(plans, machine)
     found = None if fits else fit_recipe(shape, recipe, machine)
