@@ -11,6 +11,7 @@ from itertools import groupby, pairwise
 
 from lab.charts import clean, format_number, number
 from lab.console import QUIET, active_alarms
+from lab.scores import compare
 
 ENDS = 10  # the first and the last steps of a stage that means are taken over
 FALL = 0.02  # of the mean reward between two stages, from which on it is told
@@ -52,13 +53,13 @@ def measured(evaluations: Sequence[dict]) -> list[dict]:
 
 
 def change(a: dict, b: dict) -> str:
-    """Return the difference of two accuracies in points with its 95% interval.
-
-    Newcombe's, from the two intervals as if they were independent: too wide, if anything, for the same problems.
-    """
-    (x, x_low, x_high), (y, y_low, y_high) = ([row[key] for key in ("avg", "low", "high")] for row in (a, b))
-    low, high = y - x - math.hypot(y - y_low, x_high - x), y - x + math.hypot(y_high - y, x - x_low)
-    return f"{100 * (y - x):+.1f} points (95% {100 * low:+.1f} to {100 * high:+.1f})"
+    """Return the difference of two accuracies in points; its 95% interval is paired by problem, where both have them."""
+    means_a, means_b = (dict(row.get("by_problem") or ()) for row in (a, b))
+    told = f"{100 * (b['avg'] - a['avg']):+.1f} points"
+    if means_a and means_a.keys() == means_b.keys():
+        found = compare("", means_a, means_b)
+        told += f" (95% {100 * found.low:+.1f} to {100 * found.high:+.1f}, paired by problem)"
+    return told
 
 
 def what_happened(rows: Sequence[dict]) -> list[str]:

@@ -1,6 +1,6 @@
 """lab/story.py: every sentence from hand-made rows, and runs that lack what a sentence is about."""
 
-import math
+import numpy as np
 
 from lab import story
 from lab.console import new_alarms
@@ -23,22 +23,24 @@ def told(rows: list[dict], start: str) -> str:
     return found[0] if found else ""
 
 
-def test_the_gain_is_that_of_the_same_problems_with_newcombe_s_interval():
+def test_the_gain_is_that_of_the_same_problems():
     rows = [evaluation(0, 0.4), rl(1, 0), evaluation(1, 0.9, problems=20), rl(2, 0), evaluation(2, 0.6), rl(3, 0),
             evaluation(3, 0.95, problems=20)]
-    half = 100 * math.hypot(0.05, 0.05)
     assert told(rows, "Held-out") == (
-        "Held-out accuracy went from 40.0% (35.0 to 45.0) before RL to 60.0% (55.0 to 65.0) at step 2: "
-        f"+20.0 points (95% +{20 - half:.1f} to +{20 + half:.1f}).")
+        "Held-out accuracy went from 40.0% (35.0 to 45.0) before RL to 60.0% (55.0 to 65.0) at step 2: +20.0 points.")
     for row, share in zip(rows[::4], (0.7, 0.8), strict=True):
         row["pass_at"] = {"4": {"value": share}}
     assert told(rows, "Held-out").endswith("; at least one of 4 responses is right for 80.0% of the problems, 70.0% before.")
 
 
-def test_a_loss_has_its_sign_and_ends_that_differ():
-    sentence = story.change(dict(avg=0.5, low=0.4, high=0.55), dict(avg=0.4, low=0.38, high=0.5))
-    low, high = -0.1 - math.hypot(0.02, 0.05), -0.1 + math.hypot(0.1, 0.1)
-    assert sentence == f"-10.0 points (95% {100 * low:+.1f} to {100 * high:+.1f})"
+def test_a_change_has_the_interval_of_its_differences_by_problem():
+    before = dict(avg=0.5, by_problem=[["a", 0.5], ["b", 1.0], ["c", 0.25], ["d", 0.25]])
+    after = dict(avg=0.25, by_problem=[["d", 0.25], ["c", 0.0], ["b", 0.75], ["a", 0.0]])
+    half = 100 * 3.182 * np.std([-0.5, -0.25, -0.25, 0.0], ddof=1) / 2  # Student's t with 3 degrees of freedom
+    interval = f"(95% {-25 - half:+.1f} to {-25 + half:+.1f}, paired by problem)"
+    assert story.change(before, after) == f"-25.0 points {interval}"
+    others = dict(avg=0.25, by_problem=[["e", 0.25], *after["by_problem"][1:]])
+    assert story.change(before, others) == story.change(before, dict(avg=0.25)) == "-25.0 points"
 
 
 def test_without_a_second_evaluation_there_is_no_gain():
@@ -108,7 +110,7 @@ def test_lengths_and_what_longer_responses_gave():
     rows.insert(0, evaluation(0, 0.4))
     assert told(rows, "Longer") == (
         "Longer than trained, the final model reaches no YaRN: 50.0% (45.0 to 55.0) and YaRN: 60.0% (55.0 to 65.0); the "
-        "last against the first +10.0 points (95% +2.9 to +17.1).")
+        "last against the first +10.0 points.")
 
 
 def test_alarms_are_those_that_the_console_printed():
