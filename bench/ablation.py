@@ -107,7 +107,7 @@ class Job:
     failed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.folder.parent.name}/{self.folder.name}" + (" at other lengths" if self.recipe is None else "")
+        return f"{self.folder.parent.name}/{self.folder.name}" + (" measured" if self.recipe is None else "")
 
     @property
     def log(self) -> Path:
