@@ -101,10 +101,10 @@ class Curve:
     """The held-out evaluations of a run against all tokens generated until then."""
 
     tokens: np.ndarray
+    trained: np.ndarray  # tokens generated for training alone
     band: np.ndarray  # accuracy on BAND
     easy: np.ndarray
     every: np.ndarray
-    training_tokens: int
     silent: float  # share of groups with equal rewards
     always: float | None  # share of problems always solved before RL; None without a filter
 
@@ -112,20 +112,20 @@ class Curve:
 @cache
 def read_curve(folder: Path) -> Curve:
     """Read a finished run."""
-    total, points, rows = 0, [], read_metrics(folder)
+    total, trained, points, rows = 0, 0, [], read_metrics(folder)
     for row in rows:
         if row["kind"] in ("rl", "filter", "temperature"):
             if row["tokens"] is None:  # stopped while sampling for a filter or a search
                 sys.exit(f"interaction.py: {folder} lost count of its tokens: remove the folder to repeat the run")
             total += row["tokens"]
+            trained += row["tokens"] * (row["kind"] == "rl")
         elif row["kind"] == "eval":
             means = [np.mean([row["by_type"][terms] for terms in part]) for part in (BAND, EASY)]
-            points.append((total, *means, row["avg"]))
+            points.append((total, trained, *means, row["avg"]))
     rl = [row for row in rows if row["kind"] == "rl"]
     before = next((row["before"] for row in rows if row["kind"] == "filter" and row["tokens"]), None)
     return Curve(
         *np.array(points).T,
-        sum(row["tokens"] for row in rl),
         sum(row["zero_variance"] for row in rl) / sum(row["groups"] for row in rl),
         before[-1] / sum(before) if before else None,
     )
@@ -137,9 +137,9 @@ def read_end(folder: Path, kind: str) -> float:
     return found["evaluations"][0]["avg"]
 
 
-def area(curve: Curve, heights: np.ndarray) -> float:
-    """Return the mean height over all tokens up to BUDGET; until the first evaluation it is the fine-tuned model's."""
-    return float(np.interp(np.linspace(0, BUDGET, GRID), curve.tokens, heights).mean())
+def area(tokens: np.ndarray, heights: np.ndarray) -> float:
+    """Return the mean height over tokens up to BUDGET; until the first evaluation it is the fine-tuned model's."""
+    return float(np.interp(np.linspace(0, BUDGET, GRID), tokens, heights).mean())
 
 
 def tokens_to(curve: Curve, target: float) -> float:
@@ -167,7 +167,7 @@ def chosen_rate(out: Path, premise: str, arm: str) -> float | None:
         folders = [folder_of(out, premise, seed, arm, rate) for seed in TUNING_SEEDS]
         if not all(map(is_finished, folders)):
             return None
-        means[rate] = np.mean([area(curve, curve.band) for curve in map(read_curve, folders)])
+        means[rate] = np.mean([area(curve.tokens, curve.band) for curve in map(read_curve, folders)])
     return max(means, key=means.get)
 
 
@@ -193,9 +193,9 @@ def tables(out: Path, seeds: Sequence[int]) -> tuple[str, dict]:
     seeds = [seed for seed in seeds if all(job.finished() for job in jobs[seed])]
     if not seeds:
         return "no seed is finished yet", {}
-    lines = [["premise, arm", "learning rate", "area, 5 and 6 terms", "area, all", "tokens to 80%", "all tokens",
-              "end, own T", "end, T = 1", "end, greedy", "3 and 4 terms, end minus start", "without a signal",
-              "always solved"]]  # fmt: skip
+    lines = [["premise, arm", "learning rate", "area, 5 and 6 terms", "the same against training tokens",
+              "area, all lengths", "tokens to 80%", "all tokens", "end, own T", "end, T = 1", "end, greedy",
+              "3 and 4 terms, end minus start", "without a signal", "always solved"]]  # fmt: skip
     areas: dict[tuple[str, str], list[float]] = {}
     record: dict = {"seeds": list(seeds), "rates": {" ".join(key): rate for key, rate in rates.items()}, "runs": {}}
     for premise in PREMISES:
@@ -205,12 +205,13 @@ def tables(out: Path, seeds: Sequence[int]) -> tuple[str, dict]:
         best = max(np.mean([curve.band[-1] for curve in found]) for found in curves.values())
         target = start + SHARE * (best - start)
         for arm, found in curves.items():
-            areas[premise, arm] = [area(curve, curve.band) for curve in found]
+            areas[premise, arm] = [area(curve.tokens, curve.band) for curve in found]
             ends = {kind: [read_end(folder, kind) for folder in folders[arm]] for kind in ("own", "greedy")}
             always = [curve.always for curve in found if curve.always is not None]
             lines.append([
                 f"{premise}, {arm}", f"{rates[premise, arm]:g}", with_interval(areas[premise, arm]),
-                with_interval([area(curve, curve.every) for curve in found]),
+                with_interval([area(curve.trained, curve.band) for curve in found]),
+                with_interval([area(curve.tokens, curve.every) for curve in found]),
                 f"{np.mean([tokens_to(curve, target) for curve in found]):,.0f}",
                 f"{np.mean([curve.tokens[-1] for curve in found]):,.0f}", with_interval(ends["own"]),
                 with_interval([curve.every[-1] for curve in found]), with_interval(ends["greedy"]),
