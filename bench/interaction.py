@@ -196,6 +196,8 @@ def tables(out: Path, seeds: Sequence[int]) -> tuple[str, dict]:
     lines = [["premise, arm", "learning rate", "area, 5 and 6 terms", "the same against training tokens",
               "area, all lengths", "tokens to 80%", "all tokens", "end, own T", "end, T = 1", "end, greedy",
               "3 and 4 terms, end minus start", "without a signal", "always solved"]]  # fmt: skip
+    paired = [["full minus", "area, 5 and 6 terms", "the same against training tokens", "end, T = 1",
+               "3 and 4 terms, end minus start", "tokens not for training"]]  # fmt: skip
     areas: dict[tuple[str, str], list[float]] = {}
     record: dict = {"seeds": list(seeds), "rates": {" ".join(key): rate for key, rate in rates.items()}, "runs": {}}
     for premise in PREMISES:
@@ -218,6 +220,17 @@ def tables(out: Path, seeds: Sequence[int]) -> tuple[str, dict]:
                 with_interval([curve.easy[-1] - curve.easy[0] for curve in found], signed=True),
                 f"{np.mean([curve.silent for curve in found]):.0%}", f"{np.mean(always):.0%}" if always else "",
             ])  # fmt: skip
+            if arm != "full":
+                pairs = list(zip(curves["full"], found, strict=True))
+                differences = [
+                    [area(x.tokens, x.band) - area(y.tokens, y.band) for x, y in pairs],
+                    [area(x.trained, x.band) - area(y.trained, y.band) for x, y in pairs],
+                    [x.every[-1] - y.every[-1] for x, y in pairs],
+                    [(x.easy[-1] - x.easy[0]) - (y.easy[-1] - y.easy[0]) for x, y in pairs],
+                ]
+                more = np.mean([(x.tokens[-1] - x.trained[-1]) - (y.tokens[-1] - y.trained[-1]) for x, y in pairs])
+                cells = [with_interval(values, signed=True) for values in differences]
+                paired.append([f"{arm}, {premise}", *cells, f"{more:+,.0f}"])
             record["runs"][f"{premise} {arm}"] = {
                 "area": areas[premise, arm], "silent": [c.silent for c in found], "always": always, **ends
             }  # fmt: skip
@@ -239,7 +252,7 @@ def tables(out: Path, seeds: Sequence[int]) -> tuple[str, dict]:
         f"{always['off']:.0%} off; vanilla's groups without a signal {silent['on']:.0%} on, {silent['off']:.0%} off"
     )
     record |= {"interaction": tests, "p": adjusted, "holds": bool(holds)}
-    return "\n\n".join([f"{len(seeds)} seeds; {check}", markdown(claim), markdown(lines)]), record
+    return "\n\n".join([f"{len(seeds)} seeds; {check}", markdown(claim), markdown(paired), markdown(lines)]), record
 
 
 def main() -> None:
