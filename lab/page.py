@@ -94,6 +94,11 @@ FINAL_COLUMNS = [
     ("Problems", "problems", "last"), ("Samples", "n", "last"), ("T", "temperature", "last"),
     ("Length", "length_mean", "last"), ("Truncated", "truncated_share", "last %"), ("No box", "no_box_share", "last %"),
 ]  # fmt: skip
+SEEN = {  # by a premise's mechanism: the figure that its stage ends with
+    "substitution": ("zero_variance", "last %", "lack a signal"), "rule of a third": ("skipped", "last", "skipped"),
+    "rescue": ("rescued", "last", "rescues"), "drop": ("dropped", "last", "dropped"),
+    "response limits": ("truncated_share", "last %", "cut"),
+}  # fmt: skip
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -188,6 +193,18 @@ def _stage_table(stages: dict[str, list[dict]], planned: list[dict]) -> tuple[li
     return ["Stage", "Steps", *(title for title, _, _ in STAGE_COLUMNS), "Time"], rows
 
 
+def _premise_table(stages: dict[str, list[dict]], rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    labels, cells = {steps[0]["stage"]: label for label, steps in stages.items()}, []
+    ends = {row["stage"]: row["seen"] for row in rows if "seen" in row}
+    for row in rows:
+        for mechanism, figure, answer in row.get("table", ()):
+            key, what, words = SEEN.get(mechanism.removesuffix(" (off)"), ("", "last", ""))
+            seen = ends.get(row["stage"], {})
+            seen = f"{_cell([seen], key, what)} {words}" if key in seen else "–"
+            cells.append([labels.get(row["stage"], "next"), mechanism, figure, answer, seen])
+    return ["Stage", "Mechanism", "Expected at its start", "Does it matter?", "Seen at its end"], cells
+
+
 def _final_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     final = [row for row in rows if row["kind"] == "eval" and row.get("final")]
     types = sorted({part for row in final for part in row.get("by_type") or {}})
@@ -207,7 +224,8 @@ def write_report(folder: Path) -> Path:
     recipe_text = (folder / "recipe.toml").read_text(encoding="utf-8") if (folder / "recipe.toml").exists() else ""
     recipe, stages = tomllib.loads(recipe_text), training_stages(rows)
     title = recipe.get("name", folder.resolve().name)
-    rows_of = {kind: [row for row in rows if row["kind"] == kind] for kind in ("sft", "rl", "filter", "temperature")}
+    kinds = ("sft", "rl", "filter", "temperature", "premises")
+    rows_of = {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
     steps = [row for part in stages.values() for row in part]
     rows_of |= {"steps": steps, "eval": held_out(rows)}
     rules = [(part[0]["step"], label) for label, part in stages.items()]
@@ -235,6 +253,7 @@ def write_report(folder: Path) -> Path:
         ],
         final=_final_table(rows),
         stage_table=_stage_table(stages, recipe.get("stage", [])),
+        premises=_premise_table(stages, rows_of["premises"]),
         bins=BINS,
         parts={
             part: [(chart.title, line_chart(**curves[chart.title]), chart.caption) for chart in charts]

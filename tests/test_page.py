@@ -47,6 +47,10 @@ def synthetic_rows(steps: tuple[int, int, int] = (60, 150, 150)) -> list[dict]:
                       distinct4=1 / (1 + math.exp((11 - t) / 2))) for t in range(4, 19)]
         rows.append(dict(kind="temperature", step=step, stage=stage, label=f"for stage {stage}", curve=curve,
                          target_distinct4=0.62 if stage == 2 else None, chosen=1.1 + stage / 10))
+        table = [["filter", "drops 900 of 2,760", "yes"], ["substitution (off)", "41% of groups lack a signal", "yes"],
+                 ["rescue", "310 (290 to 330)", "no: " + HOSTILE]]
+        rows.append(dict(kind="premises", step=step, stage=stage, label=f"before stage {stage}", table=table,
+                         predicted={"zero_variance": [0.41, 0.4, 0.42], "rescued": [310.0, 290.0, 330.0]}))
         limit = 96 + 64 * (stage - 1)
         for i in range(steps[stage]):
             step += 1
@@ -70,6 +74,9 @@ def synthetic_rows(steps: tuple[int, int, int] = (60, 150, 150)) -> list[dict]:
                 seconds_sample=4.1 + draw.gauss(0, 0.2), seconds_grade=0.3, seconds_update=6.2 + draw.gauss(0, 0.2)))
             if i % 25 == 24:
                 rows.append(evaluation(0.412 + 0.22 * done + draw.gauss(0, 0.01)))
+        if stage == 1:  # the other is still going on
+            rows.append(dict(kind="premises", step=step, stage=1, label="after stage 1",
+                             predicted=rows[-1].get("predicted"), seen={"zero_variance": 0.3925, "rescued": 281.0}))
     diverged = next(row for row in rows if row["kind"] == "rl" and row["step"] == steps[0] + 100)
     diverged.update(loss=math.nan, grad_norm=math.inf)
     del diverged["entropy"], diverged["distinct4"], diverged["verdicts"]
@@ -198,6 +205,21 @@ def test_tables_and_cards_show_the_metrics(run):
     assert "from 41.2% (36.4 to 46.0) before RL to 63.4% (58.7 to 68.1) at step 360: +22.2 points" in text
     titles = re.findall(r'<td data-title="(.*?)">', text)  # what a narrow page shows beside a cell
     assert len(titles) == len(cells) and {"Evaluation", "Accuracy", "Limit"} <= set(titles)
+
+
+def test_premises_stand_beside_what_their_stage_showed(run):
+    _, text, _ = run
+    part = text[text.index("<h2>What can matter</h2>") : text.index("<h2>Curves</h2>")]
+    rows = [[unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in part.split("<tr>")[2:]]
+    assert rows[0] == ["RL 1", "filter", "drops 900 of 2,760", "yes", "–"]
+    off = ["substitution (off)", "41% of groups lack a signal", "yes"]
+    assert rows[1] == ["RL 1", *off, "39.2% lack a signal"] and rows[4] == ["RL 2", *off, "–"]
+    assert rows[2][-1] == "281 rescues" and len(rows) == 6
+
+
+def test_a_page_without_premises_has_no_table_of_them(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "rl", "step": 1, "stage": 0}\n')
+    assert "What can matter" not in page.write_report(tmp_path).read_text()
 
 
 def test_a_diverged_step_is_reported_and_left_as_a_gap(run):
