@@ -14,7 +14,8 @@ A recipe is a list of stages. An `sft` stage imitates worked solutions. An `rl` 
     each step   8 rollouts of each problem -> rewards -> rescue -> substitute -> advantages -> one update
     drop        after the stage: problems solved more than 9 times in 10
 
-At the end the model is evaluated longer than it was trained, with and without YaRN, and report.html is written.
+At the end the model is evaluated longer than it was trained, with and without YaRN, where the recipe has [final].
+Every run writes report.html.
 RECIPE.md has the facts, and where this project departs from the published recipe and code.
 """
 

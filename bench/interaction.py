@@ -1,6 +1,6 @@
 """Does the recipe win where its premise holds? One premise, on and off, with and without what it is for.
 
-    python bench/interaction.py              # about 100 short runs, a night on two cores; resume with the same command
+    python bench/interaction.py              # about 100 short runs, 4 hours of one core; resume with the same command
     python bench/interaction.py batch        # another premise: 84 runs
     python bench/interaction.py --tables     # only the tables of the finished runs
 

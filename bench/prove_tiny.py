@@ -104,7 +104,7 @@ def update_readme(folders: list[Path]) -> None:
     solved.append(" to ".join(f"{100 * row['by_type']['7 terms']:.1f}" for row in (first, last)))
     lines += [
         "",
-        f"Of {folders[0].name}: pass@8 goes from {solved[0]}, so RL mostly sharpens. Problems of 7 terms, longer than",
+        f"Of {folders[0].name}: pass@8 goes from {solved[0]}. Problems of 7 terms, longer than",
         f"fine-tuning saw, go from {solved[1]}. Behind filler, beyond the trained window, avg@8 is",
         f"{interval(beyond[0])} without scaling and {interval(beyond[1])} with YaRN.",
     ]
