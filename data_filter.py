@@ -58,7 +58,7 @@ class Visit:
     step: int
     rewards: tuple[float, ...]  # before rescue and substitution (RECIPE section 1)
     tokens: int = 0  # generated, over all rollouts
-    lengths: tuple[int, ...] = ()  # of each rollout; empty in files of older versions
+    lengths: tuple[int, ...] = ()  # of each rollout; empty if unknown
 
 
 class History:
@@ -103,8 +103,8 @@ class History:
 
     def load_state_dict(self, state: dict) -> None:
         self.by_problem = {}
-        for problem_id, stage, step, rewards, tokens, *lengths in state["visits"]:  # older versions wrote no lengths
-            self.append(Visit(problem_id, stage, step, tuple(rewards), tokens, tuple(*lengths)))
+        for problem_id, stage, step, rewards, tokens, lengths in state["visits"]:
+            self.append(Visit(problem_id, stage, step, tuple(rewards), tokens, tuple(lengths)))
 
     def save(self, path: str | Path) -> None:
         """Write JSON lines atomically: the settings, if any, then one visit per line."""

@@ -314,6 +314,8 @@ def find_zones(curve: Sequence[TemperaturePoint]) -> Zones:
         means = table[:, random.integers(0, known, known)].mean(1)
         with suppress(ValueError):  # none of the problems drawn is ever solved
             starts.append(_zones(temperatures, means.tolist()).start)
+    if not starts:  # what was measured at every temperature is never solved
+        return zones
     low, high = np.quantile(starts, [0.025, 0.975], method="nearest")
     return replace(zones, start_low=float(low), start_high=float(high))
 

@@ -71,7 +71,8 @@ class ModelConfig:
 
 def parse_config(source: dict, where: str | Path = "config.json") -> ModelConfig:
     """Read a Hugging Face config. ModelError if it describes a model that this file does not compute."""
-    return ModelConfig(**huggingface.config_fields(source, where))
+    with huggingface.named(where):
+        return ModelConfig(**huggingface.config_fields(source, where))
 
 
 def read_config(folder: Path, name: str = "config.json") -> ModelConfig:

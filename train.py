@@ -68,7 +68,7 @@ from lab.problems import Problem
 from lab.recipe import Recipe, RlStage, SftStage, VariantSettings
 from lab.scores import Evaluation, print_evaluation, summarise
 
-MOMENTS = 10  # of a stage, at which groups are written for people to read
+MOMENTS = 10  # of a stage, at most, at which groups are written for people to read
 SEARCH_DRAW = -3  # temperature searches draw from a place that no training step counts from
 
 
@@ -133,9 +133,9 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         f"{stage.group_size}, temperature {state.temperature:g}, {stage.max_response_tokens:,} tokens"
     )
     while run.steps_left(stage):
-        begun = time.perf_counter()
         if recipe.eval.every_steps and state.stage_step and state.stage_step % recipe.eval.every_steps == 0:
             held_out_evaluation(run, index, f"after step {state.step}", within_stage=True)
+        begun = time.perf_counter()
 
         # sample and grade: a group of rollouts of each problem of the batch
         batch = order.batch(state.position)
@@ -157,7 +157,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         learned = Substitution(groups, 0, skip_update=False)
         if stage.substitute:
             learned = substitute(groups, recipe.seed, state.step, stage.informative_share)
-        if (most := recipe.run.rollouts_written) and state.stage_step % max(1, stage.steps // MOMENTS) == 0:
+        if (most := recipe.run.rollouts_written) and state.stage_step % -(-stage.steps // MOMENTS) == 0:
             where = {"step": state.step + 1, "stage": index, "kind": "training"}
             run.metrics.write_rollouts(rows.groups_to_read(where, run.worker, attempts, groups, learned.groups)[:most])
 
@@ -326,8 +326,8 @@ def record_visits(run: Run, index: int, groups: list[Group]) -> None:
     """Every problem's pass rate and length of responses follow the training; rewards are the original ones."""
     for group in groups:
         solved = tuple(float(right) for right in group.correct)
-        tokens = sum(len(rollout.tokens) for rollout in group.rollouts)
-        run.state.history.append(Visit(group.problem.id, index, run.state.step, solved, tokens))
+        lengths = tuple(len(rollout.tokens) for rollout in group.rollouts)
+        run.state.history.append(Visit(group.problem.id, index, run.state.step, solved, sum(lengths), lengths))
 
 
 def sft_batch(sequences: list[TrainingSequence], size: int, step: int, seed: list[int]) -> list[TrainingSequence]:

@@ -24,7 +24,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +352,7 @@ def _pack(state: RunState) -> dict:
     """Return the state as plain types and tensors, which torch.load reads without running code."""
     sinks = {}
     for problem_id, (rollout, reward) in state.sinks.held.items():
-        fields = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in asdict(rollout).items()}
+        fields = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(rollout).items()}
         sinks[problem_id] = fields | {"reward": reward}
     return vars(state) | {"history": state.history.state_dict(), "sinks": sinks, "torch_rng": torch.get_rng_state()}
 

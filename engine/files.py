@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,12 +56,9 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to disk, so that a rename survives a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with suppress(OSError):  # some file systems cannot sync folders, and need not
         os.fsync(descriptor)
-    except OSError:  # some file systems cannot sync folders, and need not
-        pass
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 def checksum(path: Path) -> int:

@@ -123,11 +123,6 @@ def end_tokens(source: dict, vocabulary: int) -> set[int]:
 
 def config_fields(source: dict, where: str | Path) -> dict:
     """Read a Hugging Face config as the fields of model.ModelConfig; ModelError if the model is not supported."""
-    with named(where):
-        return _config_fields(source, where)
-
-
-def _config_fields(source: dict, where: str | Path) -> dict:
     check_keys(source)
     kind = source.get("model_type")
     if kind not in ARCHITECTURES:

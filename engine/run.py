@@ -7,7 +7,7 @@ checkpoints and stopping. `engine.start` builds it.
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from lab.metrics import Metrics
 from lab.model_card import settings_files, write_cards
 from lab.problems import Problem
 from lab.recipe import EvalSettings, FinalSettings, Recipe, RlStage, SftStage
-from lab.run_data import RunData, by_ids
+from lab.run_data import RunData, by_ids, rl_source
 from model import Transformer, save
 from rollout import Sampling
 
@@ -65,7 +65,7 @@ class Run:
 
     def stage_problems(self, index: int) -> list[Problem]:
         """Return the problems of an rl stage: its own data, or the problems that the previous stage has kept."""
-        source, state = self.data.rl_source(index), self.state
+        source, state = rl_source(self.recipe, index), self.state
         problems = self.data.training_problems("rl", source)
         if index == state.stage and state.problem_ids and (state.prepared or not self.recipe.stage[index].data):
             problems = by_ids(problems, state.problem_ids, source)
@@ -73,7 +73,9 @@ class Run:
 
     def probe_problems(self) -> list[Problem]:
         """The problems on which diversity is measured before every stage."""
-        return by_ids(self.data.all_rl_problems(), self.state.probe_ids, "the recipe's data")
+        sources = [stage.data for stage in self.recipe.stage if isinstance(stage, RlStage) and stage.data]
+        problems = [problem for source in sources for problem in self.data.training_problems("rl", source)]
+        return by_ids(problems, self.state.probe_ids, "the recipe's data")
 
     def sampling(self, stage: RlStage, temperature: float, draw: int) -> Sampling:
         """Training samples the policy itself: no top-k, no top-p, logits / temperature."""
@@ -166,7 +168,7 @@ class Run:
         for sentence in new_alarms(self.metrics.steps) if row["kind"] == "rl" else ():
             self.processes.say(f"warning: step {state.step}: {sentence}")
         if row["nonfinite"]:
-            self.processes.say(f"warning: step {state.step}: the gradient is not finite; the weights were not updated")
+            self.processes.say(f"warning: step {state.step}: a loss or gradient is not finite; its step was not taken")
         if not row.get("skipped"):
             state.nonfinite_steps = (state.nonfinite_steps + 1) * row["nonfinite"]
         if row["nonfinite"] and state.nonfinite_steps >= settings.most_nonfinite_steps:
@@ -196,7 +198,7 @@ class Run:
         state, path = self.state, self.folder / f"nonfinite-step-{self.state.step}.pt"
         steps, state.nonfinite_steps = state.nonfinite_steps, 0  # a resumed run counts from 0
         if self.processes.is_main:
-            rows = [asdict(sequence) for sequence in self.nonfinite_batch]
+            rows = [vars(sequence) for sequence in self.nonfinite_batch]
             torch.save(
                 [{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in r.items()} for r in rows], path
             )

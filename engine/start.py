@@ -34,7 +34,7 @@ from lab.data_files import DATA_FILES, DataError, existing_file
 from lab.metrics import Metrics, read_metrics
 from lab.problems import Problem
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read, load_recipe
-from lab.run_data import RunData
+from lab.run_data import RunData, rl_source
 from lab.tracker import open_tracker, require_tracker
 from lab.variants import try_functions
 from model import ModelConfig, Transformer, extend_window, load_weights, read_config, resolve_folder
@@ -119,9 +119,9 @@ def guard_data(run: Run) -> None:
 def leave_out_long_prompts(run: Run) -> None:
     """Exclude prompts that an rl stage does not allow, where on_bad_row = "skip"; from all stages with that data."""
     for index, stage in enumerate(run.recipe.stage):
-        if isinstance(stage, SftStage) or how_to_read(run.recipe, run.data.rl_source(index))[0] != "skip":
+        if isinstance(stage, SftStage) or how_to_read(run.recipe, rl_source(run.recipe, index))[0] != "skip":
             continue
-        source = run.data.rl_source(index)
+        source = rl_source(run.recipe, index)
         long = run.worker.too_long(run.data.training_problems("rl", source), stage.max_prompt_tokens, source)
         run.data.excluded.setdefault(("rl", source), set()).update(long)
 

@@ -8,6 +8,7 @@ import csv
 import difflib
 import gzip
 import json
+import pickle
 import re
 import sys
 import zlib
@@ -128,7 +129,7 @@ def too_large(path: Path) -> DataError:
 
 
 def parquet_rows(path: Path, choose: Callable[[list[str]], dict] | None) -> Iterator[tuple[int, dict]]:
-    """Yield the numbered rows of a parquet file, after a look at what they unpack to."""
+    """Yield the numbered rows of a parquet file, until they unpack to more than MOST_BYTES."""
     import pyarrow
     import pyarrow.parquet
 
@@ -145,44 +146,20 @@ def parquet_rows(path: Path, choose: Callable[[list[str]], dict] | None) -> Iter
             sizes = [group.column(c).total_uncompressed_size for group in groups for c in columns]
             if max([file.metadata.num_rows, *values]) > MOST_ROWS or sum(sizes) > MOST_BYTES:
                 raise too_large(path)
-            # a text that many rows share is stored, and counted so far, once
-            texts = [leaf.path for leaf in map(file.schema.column, columns) if leaf.physical_type == "BYTE_ARRAY"]
-            with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as shared:
-                try:
-                    require_bounded(path, shared.iter_batches(columns=names))
-                except pyarrow.ArrowNotImplementedError:  # a nested text with a dictionary in each row group
-                    size = MOST_BYTES // max(1, *sizes)  # rows of which each may be as long as all that is stored
-                    require_bounded(path, file.iter_batches(max(1, min(size, 1024)), columns=names))
-            rows = (row for batch in file.iter_batches(batch_size=1024, columns=names) for row in batch.to_pylist())
-            yield from enumerate(rows, start=1)
+            # a text that many rows share is stored once: each row of a batch may be as long as all that is stored
+            size, number, left = MOST_BYTES // max([1, *sizes]), 0, MOST_BYTES
+            for batch in file.iter_batches(max(1, min(size, 1024)), columns=names):
+                rows = batch.to_pylist()
+                left -= len(pickle.dumps(rows))  # each text as often as it occurs
+                if left < 0:
+                    raise too_large(path)
+                yield from enumerate(rows, start=number + 1)
+                number += len(rows)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{path} is not a readable parquet file ({reason}); download it again (git lfs pull in a cloned one)."
         ) from error
-
-
-def require_bounded(path: Path, batches: Iterable) -> None:
-    """Raise DataError if the texts of Arrow batches, unpacked, exceed MOST_BYTES."""
-    unpacked = 0
-    for batch in batches:
-        unpacked += sum(map(unpacked_bytes, batch.columns))
-        if unpacked > MOST_BYTES:
-            raise too_large(path)
-
-
-def unpacked_bytes(column) -> int:
-    """Return the bytes of an Arrow array's values, each counted as often as it occurs."""
-    import pyarrow
-    import pyarrow.compute
-
-    if pyarrow.types.is_dictionary(column.type):
-        lengths = pyarrow.compute.binary_length(column.dictionary)
-        return pyarrow.compute.sum(lengths.take(column.indices).cast("int64")).as_py() or 0
-    if pyarrow.types.is_nested(column.type):
-        inner = column.flatten()  # a struct's fields, or a list's entries
-        return sum(map(unpacked_bytes, inner if isinstance(inner, list) else [inner]))
-    return column.nbytes
 
 
 def lines_of(path: Path) -> Iterator[bytes]:

@@ -31,6 +31,7 @@ from lab.responses import Recorder, read_groups, read_settings, response_file, w
 from lab.scores import Evaluation, compare, moved_problems, print_evaluation, summarise
 from reward import last_boxed
 from rollout import Sampling
+from yarn import Yarn
 
 DECODING = ("top_k", "top_p", "max_tokens", "yarn", "instruction")
 LENGTH_BUDGETS = 16  # points of the curve of accuracy against length
@@ -67,7 +68,8 @@ def start_session(arguments: argparse.Namespace) -> Session:
         for name, place in find_data(arguments.data, arguments.folder).items()
     }
     worker, sampling, identity = load_worker(arguments, sets, "the finished responses are kept", yarn=arguments.yarn)
-    original = getattr(worker.model.config.rope.scaling, "original_max_position_embeddings", None)
+    scaling = worker.model.config.rope.scaling
+    original = scaling.original_max_position_embeddings if isinstance(scaling, Yarn) else None
     trained = arguments.trained_length or original or arguments.max_tokens
     # everything that decides the responses and their metrics; a folder holds one such evaluation
     settings = {
@@ -114,11 +116,8 @@ def open_folder(out: Path | None, settings: dict, sets: dict[str, list[Problem]]
 
 def target_diversity(given: str, name: str, settings: dict) -> Diversity:
     """Return the diversity to match: a number, a training run's, or an earlier evaluation's, per problem."""
-    try:
+    with suppress(ValueError):
         score = float(given)
-    except ValueError:
-        pass
-    else:
         if not 0 < score <= 1:
             raise DataError(f"--match {given}: distinct-4 is above 0 and at most 1")
         return score
@@ -208,7 +207,7 @@ def evaluate_sets(session: Session) -> Results:
         points = range(1, LENGTH_BUDGETS + 1)
         budgets = sorted({max(1, round(arguments.max_tokens * i / LENGTH_BUDGETS)) for i in points})
         settings = {"no YaRN": model.config}
-        if arguments.yarn is not None:
+        if isinstance(model.config.rope.scaling, Yarn):  # by --yarn, or the model's own
             # same positions without scaling: rotary angles have no limit, only positions that were never trained
             settings = {"no YaRN": replace(model.config, rope=replace(model.config.rope, scaling=None))}
             settings["YaRN"] = model.config
@@ -224,24 +223,14 @@ def evaluate_sets(session: Session) -> Results:
             results.figures[setting].append(replace(found, tokens_per_s=speed, peak_memory_gib=memory))
             results.groups[setting][name] = groups
             if budgets:
-                points = length_curve(problems, groups, budgets, recorder.worker.grader)
-                results.curves["length"].setdefault(name, {})[setting] = [asdict(point) for point in points]
+                curve = length_curve(problems, groups, budgets, recorder.worker.grader)
+                results.curves["length"].setdefault(name, {})[setting] = curve
     return results
-
-
-@dataclass(frozen=True)
-class LengthPoint:
-    """Accuracy, with its 95% interval, when every response is cut at `budget` tokens."""
-
-    budget: int
-    accuracy: float
-    low: float
-    high: float
 
 
 def length_curve(
     problems: Sequence[Problem], groups: Sequence[Sequence[Response]], budgets: Sequence[int], grader: Grader
-) -> list[LengthPoint]:
+) -> list[dict]:
     """Compute accuracy against the token budget from one sampling, by cutting the responses and grading them again."""
     curve = []
     for budget in budgets:
@@ -261,7 +250,8 @@ def length_curve(
         for (i, j, _), grade in zip(boxed, grades, strict=True):
             right[i, j] = grade.right
         means = right.mean(1)
-        curve.append(LengthPoint(budget, float(np.mean(means)), *interval(means)))
+        low, high = interval(means)
+        curve.append(dict(budget=budget, accuracy=float(np.mean(means)), low=low, high=high))
     return curve
 
 
@@ -322,14 +312,10 @@ def regrade(arguments: argparse.Namespace) -> None:
     with Grader(arguments.workers, thinking=settings["thinking"], reward=reward) as grader:
         for name in settings["data"]:
             problems, stored = read_groups(run, name, settings["n"], bool(reward))
-            tickets = [
-                [grader.submit(r.text, problem.answers, problem.row) for r in group]
-                for problem, group in zip(problems, stored, strict=True)
-            ]
-            groups = []
-            for group, own in zip(stored, tickets, strict=True):
-                graded = zip(group, grader.collect(own), strict=True)
-                groups.append([replace(r, verdict=grade.verdict, answer=grade.answer) for r, grade in graded])
+            pairs = zip(problems, stored, strict=True)
+            grades = iter(grader.grade([(r.text, p.answers, p.row) for p, group in pairs for r in group]))
+            regraded = ([(r, next(grades)) for r in group] for group in stored)
+            groups = [[replace(r, verdict=g.verdict, answer=g.answer) for r, g in group] for group in regraded]
             before, after = ([r.verdict for r in chain(*some)] for some in (stored, groups))
             moves = Counter((old, new) for old, new in zip(before, after, strict=True) if old != new)
             changed = ", ".join(f"{count} {old} -> {new}" for (old, new), count in sorted(moves.items()))

@@ -40,7 +40,7 @@ GLOSSARY = (
           "problem"),
     Entry("substituted", "rl", "groups without a signal, replaced by informative groups of the batch"),
     Entry("skipped", "rl", "1 if the update was skipped because too few groups were informative"),
-    Entry("nonfinite", STEPS, "1 if the gradient was not finite and the weights were not changed"),
+    Entry("nonfinite", STEPS, "1 if a loss or gradient was not finite, whose optimizer step was not taken"),
     Entry("optimizer_steps", "rl", "optimizer steps on the batch: 1, unless the stage's variant makes more; then "
           "loss, grad_norm, ratio_mean and the clip shares are means over them, and logprob_diff_* are of the first"),
     Entry("loss", STEPS, "rl: token-mean clipped surrogate, in value near 0 on policy, since a group's advantages sum "
@@ -52,7 +52,7 @@ GLOSSARY = (
           "rounding in float32, more in bfloat16"),
     Entry("clip_low_share clip_high_share dual_clip_share", "rl", "share of tokens that each clip bound affects: 0 if "
           "everything is on-policy"),
-    Entry("tokens", "sft rl eval filter temperature", "sampled response tokens, or tokens of the solutions trained on"),
+    Entry("tokens", "sft rl eval filter temperature", "of sampled responses; of sft, of prompts and solutions"),
     Entry("problems", "rl eval", "problems in the stage's training set, or in the evaluation's set"),
     Entry("epoch", "rl", "passes over the stage's training set"),
     Entry("problems_hash tokens_hash", "rl", "hashes of the step's problem ids and sampled tokens: equal if two runs "

@@ -25,6 +25,7 @@ from lab.metrics import read_metrics
 from lab.plan_memory import GIB, Shape, StagePlan, longest_sequence, plan_stages, size_cache, stage_sampling
 from lab.problems import prompt_text, read_problems
 from lab.recipe import Recipe, RecipeError, RlStage, SftStage, how_to_read
+from lab.run_data import rl_source
 from model import ModelError, parse_config, read_config
 from rollout import cache_bytes_per_token
 
@@ -194,21 +195,16 @@ def mean_prompt(model: str, data: str, instruction: str, thinking: bool | str = 
     return round(sum(lengths) / max(1, len(lengths)))
 
 
-def stage_data(recipe: Recipe, index: int) -> str:
-    """Return the data of an rl stage: its own, or else that of the nearest earlier rl stage with data."""
-    return next(s.data for s in reversed(recipe.stage[: index + 1]) if isinstance(s, RlStage) and s.data)
-
-
 def stage_prompt(recipe: Recipe, index: int) -> int:
     """Return the mean tokens of the prompts of an rl stage, 0 if unknown."""
-    data = stage_data(recipe, index)
+    data = rl_source(recipe, index)
     return mean_prompt(recipe.model, data, recipe.instruction, recipe.thinking, *how_to_read(recipe, data))
 
 
 def uncounted(recipe: Recipe) -> list[str]:
     """Return the data left out of the hours: sampled for pass rates or evaluations, of unknown size."""
     filtered = [i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage) and stage.filter_before]
-    data = dict.fromkeys([*(stage_data(recipe, i) for i in filtered), recipe.eval.data, recipe.final.data])
+    data = dict.fromkeys([*(rl_source(recipe, i) for i in filtered), recipe.eval.data, recipe.final.data])
     return [name for name in data if name and not count_problems(name, *how_to_read(recipe, name))]
 
 
@@ -235,7 +231,7 @@ def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
         if isinstance(stage, SftStage):
             yield Job(f"stage {index}, a step", stage.steps, update=update)
             continue
-        data = stage_data(recipe, index)
+        data = rl_source(recipe, index)
         if stage.filter_before and (problems := count_problems(data, *how_to_read(recipe, data))):
             work = sample(problems, stage.group_size, stage.max_response_tokens)
             yield Job(f"stage {index}, pass rates of {problems:,} problems", 1, work)
@@ -426,7 +422,7 @@ def show_plan(recipe: Recipe, machine: Machine, run: Path | None = None) -> bool
     show_cost(shape, recipe, machine, run)
     first = next((i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage)), None)
     if first is not None:
-        rates, data = run and run / f"pass-rates-{first}.jsonl", stage_data(recipe, first)
+        rates, data = run and run / f"pass-rates-{first}.jsonl", rl_source(recipe, first)
         history = History.load(rates) if rates and rates.exists() else History()
         ids = list(history.by_problem) or [""] * count_problems(data, *how_to_read(recipe, data))
         print(f"\npremises of {premises.expect(recipe, first, history, ids, shape.config.rope)}")

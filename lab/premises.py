@@ -150,7 +150,7 @@ def expect(recipe: Recipe, index: int | None, history: History, ids: list[str], 
         off = {"skipped": not stage.substitute, "rescued": not stage.rescue}
         found.predicted = {key: value for key, value in found.predicted.items() if not off.get(key)}
     else:
-        figure, once = f"{planned:.1f} visits a problem", planned <= 1 or None
+        figure, once = (f"{planned:.1f} visits a problem", planned <= 1 or None) if ids else ("problems unknown", None)
         found.add("rescue", figure, once, "hardly a problem comes twice", stage.rescue)
         found.add("filter, substitution, drop", "", None)
     updates = stage.variant.optimizer_steps

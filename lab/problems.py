@@ -415,8 +415,5 @@ def duplicated(problems: Iterable[Problem], seen: dict[str, Problem] | None = No
 
 def benchmark_copies(train: Iterable[Problem], benchmark: Iterable[Problem]) -> list[tuple[Problem, Problem]]:
     """Return (training problem, first benchmark problem) for each pair with the same normalised text."""
-    held_out: dict[str, Problem] = {}
-    for problem in benchmark:
-        held_out.setdefault(normalised(problem.text), problem)
-    pairs = [(problem, held_out.get(normalised(problem.text))) for problem in train]
-    return [(problem, copy) for problem, copy in pairs if copy is not None]
+    held_out = {normalised(problem.text): problem for problem in reversed([*benchmark])}  # the first of each text
+    return [(problem, held_out[text]) for problem in train if (text := normalised(problem.text)) in held_out]

@@ -10,16 +10,18 @@ from pathlib import Path
 
 from lab.benchmarks import find_data
 from lab.data_files import DataError
-from lab.problems import Columns, Problem, benchmark_copies, duplicated, has_chats, read_chats, read_problems
+from lab.problems import Problem, benchmark_copies, duplicated, has_chats, read_chats, read_problems
 from lab.recipe import Recipe, RlStage, SftStage, how_to_read
 
 PAIRS_NAMED = 3  # copies named in messages and metrics
 
 
-@cache
-def problems_of(path: str, on_bad_row: str, rewarded: bool, columns: Columns) -> list[Problem]:
-    """Read a file or hub dataset once per process."""
-    return read_problems(path, on_bad_row, rewarded, columns)
+problems_of = cache(read_problems)  # a file or hub dataset, once per process
+
+
+def rl_source(recipe: Recipe, index: int) -> str:
+    """Return the data of an rl stage: its own, or of the last rl stage before it that has some."""
+    return next(s.data for s in recipe.stage[index::-1] if isinstance(s, RlStage) and s.data)
 
 
 @dataclass
@@ -44,15 +46,6 @@ class RunData:
         """Return a source's problems without those that the guard excludes."""
         excluded = self.excluded.get((kind, source), ())
         return [problem for problem in self.problems(source) if problem.id not in excluded]
-
-    def rl_source(self, index: int) -> str:
-        """Return the data of an rl stage: its own, or of the last rl stage before it that has some."""
-        return next(s.data for s in self.recipe.stage[index::-1] if isinstance(s, RlStage) and s.data)
-
-    def all_rl_problems(self) -> list[Problem]:
-        """Return the problems of all rl stages."""
-        sources = [stage.data for stage in self.recipe.stage if isinstance(stage, RlStage) and stage.data]
-        return [problem for source in sources for problem in self.training_problems("rl", source)]
 
     def worked_examples(self, stage: SftStage) -> Iterator[tuple[str, list[dict] | Problem, str]]:
         """Yield the examples of an sft stage: a name for errors, the prompt as a chat or a problem, the reply.
@@ -85,11 +78,18 @@ class RunData:
                 source, "keep", columns=how_to_read(self.recipe, source)[2]
             )  # a comparison needs no answer
         seen: dict[str, dict[str, Problem]] = {"sft": {}, "rl": {}}
+        texts: dict[str, str] = {}  # by id, of all rl stages: histories and sinks know a problem by its id alone
         for index, stage in enumerate(self.recipe.stage):
             place = stage.kind, stage.data
             if not stage.data or place in self.excluded:
                 continue
             asked, learned = self._texts(stage)
+            for problem in asked if isinstance(stage, RlStage) else ():
+                if texts.setdefault(problem.id, problem.text) != problem.text:
+                    raise DataError(
+                        f"{stage.data}: {problem.id} is another problem than in an earlier stage's data: rename one of "
+                        "the files, whose names begin their problems' ids"
+                    )
             found = {
                 "duplicates": (guard.duplicates, "repeat an earlier one's text", duplicated(learned, seen[stage.kind])),
                 "contamination": (guard.contamination, "are a benchmark's", benchmark_copies(asked, benchmark)),

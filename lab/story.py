@@ -53,7 +53,7 @@ def measured(evaluations: Sequence[dict]) -> list[dict]:
 
 
 def change(a: dict, b: dict) -> str:
-    """Return the difference of two accuracies in points; its 95% interval is paired by problem, where both have them."""
+    """Return the difference of two accuracies in points, with a 95% interval paired by problem where both have them."""
     means_a, means_b = (dict(row.get("by_problem") or ()) for row in (a, b))
     told = f"{100 * (b['avg'] - a['avg']):+.1f} points"
     if means_a and means_a.keys() == means_b.keys():

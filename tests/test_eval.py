@@ -403,6 +403,13 @@ def test_the_interval_of_the_start_widens_with_noise():
     assert many.start_high - many.start_low < 0.11 < few.start_high - few.start_low
 
 
+def test_zones_have_no_interval_where_the_problems_measured_throughout_are_never_solved():
+    never, late = (0.0,) * 4, (0.0,) * 4 + (1.0,) * 4  # one temperature ended its measurement after four problems
+    points = [TemperaturePoint(1.0, 0.5, 0.5, 8, accuracies=late), TemperaturePoint(1.1, 0.0, 0.5, 4, accuracies=never)]
+    zones = find_zones(points)
+    assert zones.start is not None and zones.start_low is None and zones.start_high is None
+
+
 def test_a_curve_of_zeros_has_no_zones():
     with pytest.raises(ValueError, match="accuracy is 0 at every temperature"):
         find_zones(curve([0.0, 0.0]))

@@ -478,8 +478,18 @@ def test_the_length_curve_of_known_responses():
     ]
     with Grader() as grader:
         curve = length_curve(problems, groups, [30, 60, 90, 100], grader)
-    assert [point.accuracy for point in curve] == [0.5, 0.75, 0.5, 0.5]
-    assert (curve[1].low, curve[1].high) == interval([1.0, 0.5])
+    assert [point["accuracy"] for point in curve] == [0.5, 0.75, 0.5, 0.5]
+    assert (curve[1]["low"], curve[1]["high"]) == interval([1.0, 0.5])
+
+
+def test_a_model_with_yarn_of_its_own_is_compared_without_it(command, small_world, tmp_path):
+    """It was sampled with YaRN under the name "no YaRN"."""
+    scaled = tmp_path / "scaled"
+    words = [sys.executable, "model.py", small_world / "model", scaled, "--yarn", "1.5", "--original-window", "96"]
+    subprocess.run([*map(str, words)], check=True, cwd=ROOT, capture_output=True)
+    command("-n", 1, "--max-tokens", 8, "--limit", 2, "--curve", "length", model=scaled)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["length"]["held-out"]) == ["no YaRN", "YaRN"]
 
 
 def test_cuts_count_the_characters_of_the_first_tokens(command, small_world, tmp_path):

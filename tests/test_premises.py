@@ -246,6 +246,11 @@ def test_the_pairs_that_yarn_leaves_alone_are_those_of_the_recipe(rope, window, 
     assert rows_of(found)["YaRN"] == (f"leaves {kept} pairs as they are", verdict)  # RECIPE section 9
 
 
+def test_nothing_is_said_of_problems_whose_number_is_unknown():
+    rows = rows_of(premises.expect(recipe_of(stage_of()), None, History(), []))
+    assert rows["rescue"] == ("problems unknown", "pass rates decide: data_filter.py estimate")
+
+
 def test_another_temperature_than_the_stages_is_named():
     history = file_of([4] * 24)
     assert "measured at" not in foreseen(recipe_of(stage_of()), history).title

@@ -168,6 +168,28 @@ def test_a_stage_says_what_its_pass_rates_imply_and_then_what_was_seen(finished)
     assert cells["filter"].startswith(f"drops {filters['before stage 1']['dropped']} of 32, ")
 
 
+def test_a_visit_keeps_the_lengths_of_its_rollouts(finished):
+    """Without them, what a later stage's limit will cut was foretold from the problems that no step had visited."""
+    newest = max((finished[0] / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    packed = torch.load(newest / "run.pt", weights_only=True)
+    trained = [visit for visit in packed["history"]["visits"] if visit[1] % 1 == 0]
+    assert trained and all(len(rewards) == len(lengths) and sum(lengths) == tokens
+                           for _, _, _, rewards, tokens, lengths in trained)  # fmt: skip
+
+
+def test_a_steps_seconds_leave_out_the_evaluation_before_it(last_stage, monkeypatch):
+    passed, clock = [0.0], time.perf_counter
+
+    def evaluated(*_, **__):
+        passed[0] += 1000.0
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock() + passed[0])
+    monkeypatch.setattr(train, "held_out_evaluation", evaluated)
+    assert main(monkeypatch, "--resume", last_stage, "--set", "eval.every_steps=1", "--set", "final.data=") is None
+    steps = [row for row in metrics(last_stage) if row["kind"] == "rl" and row["step"] > 156]
+    assert passed[0] >= 1000 and len(steps) == 2 and all(row["seconds"] < 1000 for row in steps)
+
+
 DIVERSITY = {  # of the model before each stage, by temperature
     1: {1.0: 0.40},
     2: {1.0: 0.30, 1.05: 0.38, 1.1: 0.46, 1.15: 0.5},
@@ -754,6 +776,17 @@ def test_exclusions_are_recorded_once_and_are_the_same_on_every_process(guarded)
     assert guarded(*rules).data.excluded == run.data.excluded and metrics(run.folder) == record  # resumed
     assert len(metrics(guarded(rules[0]).folder)) == 6  # resumed with another guard: recorded too
     assert ids(guarded(rules[1]), 1) == ["one/0", "one/1", "one/2"]
+
+
+def test_one_id_for_two_problems_is_refused(guarded, tmp_path):
+    """Files of one name in two folders: a rollout kept for one problem was put into the group of the other."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "one.jsonl").write_text('{"id": 0, "problem": "What is z?", "answer": "1"}\n')
+    with pytest.raises(DataError, match=r"b/one.jsonl: one/0 is another problem than in an earlier stage's data: rename"):
+        guarded(f"stage.2.data={tmp_path / 'b' / 'one.jsonl'}")
+    (tmp_path / "c").mkdir()
+    shutil.copy(tmp_path / "one.jsonl", tmp_path / "c" / "one.jsonl")  # the same problems may come again
+    assert ids(guarded(f"stage.2.data={tmp_path / 'c' / 'one.jsonl'}"), 2)[0] == "one/0"
 
 
 def test_a_run_does_not_resume_without_problems_that_it_needs(guarded):
