@@ -13,6 +13,7 @@ from torch import nn
 
 from engine.adapter import Lora, add_lora
 from engine.huggingface import SHARD_BYTES
+from lab.machine import RESPONSE_SHARE
 from lab.recipe import Recipe, RlStage, SftStage
 from model import LOGIT_CHUNK_BYTES, ModelConfig, Transformer
 from rollout import DRAW_BLOCK, LARGEST_PREFILL, cache_bytes_per_token, free_cache_tokens
@@ -248,6 +249,10 @@ def plan_stage(shape: Shape, recipe: Recipe, index: int, processes: int) -> Stag
     host |= moments if recipe.offload_optimizer else {}
     if recipe.offload_activations and recipe.recompute_activations:
         host |= {"layer inputs": shape.layers * tokens * shape.width * b}
+    if any(isinstance(later, RlStage) and later.rescue for later in recipe.stage[index:]):
+        seen = (stage for stage in recipe.stage[: index + 1] if isinstance(stage, RlStage))
+        kept = sum(stage.steps * stage.batch_problems * stage.max_response_tokens for stage in seen)
+        host |= {"right responses for rescue, at most": kept * RESPONSE_SHARE * 8}  # each token with its log-prob
     held = resident | {"gradients, float32": share * 4} | found[peak] | cuda
     return StagePlan(f"stage {index}: {title}", sampling, held, peak, host, problem)
 

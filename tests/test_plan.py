@@ -392,6 +392,16 @@ def test_too_little_host_memory_is_said_beforehand(capsys, monkeypatch):
     assert "needs 47 GiB of host memory, this machine has 32" in lines(capsys, LORA_24GB, full, memory=80)[1]
 
 
+def test_the_responses_that_rescue_keeps_are_in_host_memory():
+    """One of each problem visited, until the last stage that rescues; each token with its log-prob."""
+    shape, name = Shape(bench.published("Qwen/Qwen3-4B", 2)), "right responses for rescue, at most"
+    stages = [f"stage.{i}.{key}" for i in (0, 1) for key in ("rescue=true", "steps=10", "batch_problems=100")]
+    stages += ["stage.0.max_response_tokens=1000", "stage.1.max_response_tokens=2000", "stage.2.rescue=false"]
+    plans = plan_stages(shape, load_recipe(ROOT / "recipes" / "polaris-7b.toml", stages), 8)
+    first = 10 * 100 * 400 * 8
+    assert [found.host.get(name) for found in plans] == [first, first + 10 * 100 * 800 * 8, None, None]
+
+
 def test_prompts_have_the_length_of_local_data(capsys, small_world):
     model = small_world / "model"
     settings = [f'model="{model}"', f'stage.0.data="{small_world / "train.jsonl"}"', 'instruction=""']
