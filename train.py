@@ -103,7 +103,7 @@ def sft_stage(run: Run, index: int, stage: SftStage) -> None:
     state, sequences = run.state, run.sft_sequences[index]
     run.processes.say(f"stage {index}: sft on {len(sequences):,} solutions, {stage.steps} steps")
     run.begin_steps(stage)
-    while run.steps_left(stage):
+    while state.steps_left(stage):
         begun = time.perf_counter()
         batch = sft_batch(sequences, stage.batch_sequences, state.stage_step, [run.recipe.seed, index])
         rate = learning_rate(stage, state.stage_step)
@@ -132,7 +132,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         f"stage {index}: rl on {len(problems):,} problems, {stage.steps} steps of {stage.batch_problems} x "
         f"{stage.group_size}, temperature {state.temperature:g}, {stage.max_response_tokens:,} tokens"
     )
-    while run.steps_left(stage):
+    while state.steps_left(stage):
         if recipe.eval.every_steps and state.stage_step and state.stage_step % recipe.eval.every_steps == 0:
             held_out_evaluation(run, index, f"after step {state.step}", within_stage=True)
         begun = time.perf_counter()

@@ -18,6 +18,7 @@ would run code from a pickle in two places, `.metadata` and the values that are 
 
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -47,6 +48,7 @@ from engine.errors import UserError
 from engine.files import atomic_file, checksum, file_checksums, sync_folder, write_atomically
 from grpo import Sinks
 from lab.metrics import FILES
+from lab.recipe import RlStage, SftStage
 from model import Transformer
 from rollout import Rollout
 
@@ -78,6 +80,14 @@ class RunState:
     history: History = field(default_factory=History)
     sinks: Sinks = field(default_factory=Sinks)
     metrics_position: list[int] = field(default_factory=lambda: [0, 0])  # lines of metrics.jsonl and rollouts.jsonl
+
+    def steps_left(self, stage: SftStage | RlStage) -> int:
+        """Return the steps until the stage ends: by count or, at its mean tokens per step, by token budget."""
+        left = stage.steps - self.stage_step
+        if isinstance(stage, RlStage) and stage.generated_tokens and self.stage_tokens:
+            tokens_left = max(0, stage.generated_tokens - self.stage_tokens)
+            left = min(left, math.ceil(tokens_left * self.stage_step / self.stage_tokens))
+        return max(0, left)
 
 
 # ------------------------------------------------------------------------------------------------------- saving

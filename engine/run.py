@@ -8,7 +8,6 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -111,10 +110,6 @@ class Run:
             for group in self.optimizer.param_groups:  # the recipe's values override the checkpoint's
                 group |= {"betas": betas, "weight_decay": stage.weight_decay}
 
-    def steps_left(self, stage: SftStage | RlStage) -> int:
-        """Return the steps until the stage ends."""
-        return steps_left(stage, self.state)
-
     def update(
         self,
         sequences: list[TrainingSequence],
@@ -159,7 +154,7 @@ class Run:
         state.step, state.stage_step = state.step + 1, state.stage_step + 1
         row = self.record(index, row)
         state.metrics_position = list(self.metrics.position)
-        left = self.steps_left(stage)
+        left = self.state.steps_left(stage)
         first = state.stage_step == self.stage_first_step + 1
         if first:
             self.processes.say(console_header(row))
@@ -189,7 +184,7 @@ class Run:
 
         now, done = time.perf_counter(), self.state.stage_step - self.stage_first_step
         later = [other for other in self.recipe.stage[index + 1 :] if type(other) is type(stage)]
-        steps = self.steps_left(stage) + sum(other.steps * batch(other) / batch(stage) for other in later)
+        steps = self.state.steps_left(stage) + sum(other.steps * batch(other) / batch(stage) for other in later)
         seconds = (now - self.steps_began) / done * steps + (self.steps_began - self.stage_began) * len(later)
         return "> " * (len(later) < len(self.recipe.stage) - index - 1) + format_eta(seconds)
 
@@ -281,12 +276,3 @@ class Run:
         self.metrics.close()
         if self.lock is not None:
             os.close(self.lock)
-
-
-def steps_left(stage: SftStage | RlStage, state: RunState) -> int:
-    """Return the steps until a stage ends: by count or, at its mean tokens per step, by token budget."""
-    left = stage.steps - state.stage_step
-    if isinstance(stage, RlStage) and stage.generated_tokens and state.stage_tokens:
-        tokens_left = max(0, stage.generated_tokens - state.stage_tokens)
-        left = min(left, ceil(tokens_left * state.stage_step / state.stage_tokens))
-    return max(0, left)

@@ -20,7 +20,6 @@ from engine import distributed
 from engine.checkpoint import read_state
 from engine.files import write_atomically
 from engine.fingerprint import require_same
-from engine.run import steps_left
 from lab import charts, premises
 from lab.benchmarks import text_table
 from lab.command import load_worker, run_command
@@ -94,7 +93,7 @@ def drop_command(arguments: argparse.Namespace) -> None:
     if found is None:
         raise DataError(f"{run} has no checkpoint yet, so it has no history; resume it first.")
     state = found[1]
-    ended = [k for k, s in stages.items() if k < state.stage or (k == state.stage and not steps_left(s, state))]
+    ended = [k for k, s in stages.items() if k < state.stage or (k == state.stage and not state.steps_left(s))]
     if arguments.stage is None and not ended:
         raise DataError(f"{run} has not ended an rl stage yet; resume it first, or name a begun one with --stage.")
     index = max(ended) if arguments.stage is None else arguments.stage

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.checkpoint import RunState
 from engine.run import Run
 from lab import console
 from lab.recipe import RlStage, SftStage
@@ -126,9 +127,9 @@ def test_missing_and_non_finite_metrics_raise_no_alarm():
 
 def test_eta_counts_the_stages_to_come(monkeypatch):
     sft, small, large = SftStage(steps=10), RlStage(steps=10, batch_problems=4), RlStage(steps=20, batch_problems=8)
-    state = SimpleNamespace(step=12, stage_step=4, stage_tokens=0)
+    state = RunState(step=12, stage_step=4)
     run = SimpleNamespace(recipe=SimpleNamespace(stage=(sft, small, large)), state=state, stage_first_step=2)
-    run.stage_began, run.steps_began, run.steps_left = 100.0, 130.0, lambda stage: stage.steps - state.stage_step
+    run.stage_began, run.steps_began = 100.0, 130.0
     monkeypatch.setattr("time.perf_counter", lambda: 136.0)  # 3 s for each of two steps, after 30 s of preparation
     assert Run.eta(run, 1, small) == console.format_eta(6 * 3 + 30 + 20 * 2 * 3)
     assert Run.eta(run, 2, large) == console.format_eta(16 * 3)
