@@ -91,9 +91,9 @@ class History:
         visits = [v for v in self.visits(problem_id) if stage is None or v.stage <= stage]
         return mean_reward(v for v in visits if v.stage == visits[-1].stage)
 
-    def response_tokens(self, problem_id: str) -> float | None:
-        """Return the mean response length of the latest visit, or None without a visit."""
-        visits = self.visits(problem_id)
+    def response_tokens(self, problem_id: str, stage: int, step: int) -> float | None:
+        """Return the mean response length of the latest visit before a step, which may be repeated; None without."""
+        visits = [visit for visit in self.visits(problem_id) if (visit.stage, visit.step) < (stage, step)]
         return visits[-1].tokens / len(visits[-1].rewards) if visits else None
 
     def state_dict(self) -> dict:

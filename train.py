@@ -140,7 +140,7 @@ def rl_stage(run: Run, index: int, stage: RlStage) -> None:
         # sample and grade: a group of rollouts of each problem of the batch
         batch = order.batch(state.position)
         sampling = run.sampling(stage, state.temperature, draw=state.step)
-        lengths = [state.history.response_tokens(problem.id) for problem in batch]
+        lengths = [state.history.response_tokens(problem.id, index, state.step) for problem in batch]
         attempts, work = run.worker.attempt(batch, stage.group_size, sampling, expected_tokens=lengths)
         groups = make_groups(recipe, batch, attempts)
         row = rows.describe_groups(groups, attempts, work)  # of the original rewards: before rescue and substitution

@@ -272,7 +272,9 @@ PICKLED = {
     )
 }  # fmt: skip
 PICKLED |= {("torch.serialization", "_get_layout"): lambda name: torch.strided}
-PICKLED |= {("pathlib", kind): os.path.join for kind in ("PosixPath", "WindowsPath")}
+PICKLED |= {  # Python 3.13 pickles a path under another name
+    (module, kind): os.path.join for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "WindowsPath")
+}
 
 
 class MetadataUnpickler(pickle.Unpickler):

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from engine.errors import UserError, sentence
+from engine.memory import out_of_memory
 from engine.terminal import is_main_process, printable
 
 # ranks sample responses of very different length, and the first to finish waits for the last
@@ -118,7 +119,10 @@ def start() -> Processes:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device, store, rank, world_size = torch.device("cpu"), dist.HashStore(), 0, 1
     if cuda:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
+        local_rank, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= cards:
+            raise DeviceError(f"process {local_rank} has no GPU, there are {cards}: start at most {cards} per machine")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         if torch.cuda.get_device_capability(device) < (8, 0):
             raise DeviceError(
@@ -138,7 +142,8 @@ def start() -> Processes:
         note_place("starting up", collective=False)
     if launched and not cuda:  # torchrun gives each process one thread; share the cores instead
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+        torch.set_num_threads(max(1, cores // local_ranks))
     return Processes(
         device=device,
         compute_dtype=torch.bfloat16 if cuda else torch.float32,
@@ -285,6 +290,9 @@ def report_error(error: BaseException, program: str, then: str = "repeat the com
     """
     if _watch is not None and _lost_contact(error):
         error = RankError(_missing_ranks(str(error)))
+    elif out_of_memory(error):
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        error = UserError(f"out of memory ({reason}): --plan says what fits; smaller are LoRA and offload_optimizer")
     correctable, text = isinstance(error, (UserError, ImportError, OSError)), f"{program}: {sentence(error, then)}"
     if _watch is None:
         if not correctable:
@@ -327,6 +335,7 @@ def stop_status() -> int:
     return 128 + (_signal or signal.SIGINT)
 
 
+ONE_STOP_SECONDS = 3.0  # within which several signals are one request
 SAY_AFTER = "import select, sys; select.select([int(sys.argv[1])], [], [], 30)[0] and print(sys.argv[2])"
 
 
@@ -347,7 +356,9 @@ class Interrupted(BaseException):
 class StopRequest:
     """A request to save and exit, made by SIGINT, SIGTERM or SIGHUP; a second signal stops the process at once.
 
-    While `starting`, when there is nothing to save, the first signal raises Interrupted.
+    While `starting`, when there is nothing to save, the first signal raises Interrupted. A machine that shuts down, a
+    terminal that closes and torchrun send several signals for one stop: what follows at once counts only if it is
+    SIGINT, of a person.
     """
 
     def __init__(self, saved: str = "the last complete step is being saved", starting: bool = False) -> None:
@@ -361,8 +372,11 @@ class StopRequest:
     def _note(self, number: int, frame: object) -> None:
         global _signal
         if self.asked:
-            end_by_signal(number)
-        self.asked = _signal = number
+            if number == signal.SIGINT or time.monotonic() > self.asked_at + ONE_STOP_SECONDS:
+                end_by_signal(number)
+            return
+        self.asked, self.asked_at = number, time.monotonic()
+        _signal = number
         if self.starting:
             raise Interrupted
         if error_reported():  # torchrun is ending the other ranks after one that failed

@@ -214,9 +214,11 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
             default = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0  # in the paper and in transformers
             attention_factor, attn_factor = keys.pop("attention_factor", None), keys.pop("attn_factor", None)
             if attention_factor is None and attn_factor is not None:
-                attention_factor = attn_factor
+                off = float(attn_factor) == 1.0
+                attention_factor = 1.0 if off else attn_factor * default
+                meant = "attention_factor, as POLARIS meant it" if off else f"a factor on the paper's {default:.4f}"
                 notes.append(
-                    f'YaRN: "attn_factor": {attn_factor} is read as attention_factor, as POLARIS meant it '
+                    f'YaRN: "attn_factor": {attn_factor} is read as {meant} '
                     f"(transformers ignores the key and applies {default:.4f})"
                 )
             elif attention_factor is None:

@@ -9,6 +9,8 @@ rollout.Decode has the same in plain PyTorch: the reference. TRITON_INTERPRET=1 
 """
 
 import math
+import sys
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,8 +28,23 @@ WARPS, STAGES = 4, 3
 
 
 def has_paged_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether decode steps use the kernel: on CUDA in half precision."""
-    return device.type == "cuda" and dtype != torch.float32 and triton is not None
+    """Return whether decode steps use the kernel: on CUDA in half precision, where Triton can build it."""
+    return device.type == "cuda" and dtype != torch.float32 and triton is not None and _builds(device)
+
+
+@cache
+def _builds(device: torch.device) -> bool:
+    """Whether the kernels run on a device; Triton builds their launcher with a C compiler and Python's headers."""
+    try:
+        q, page = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for shape in ((1, 1, 64), (1, 16, 1, 64)))
+        table, lengths = (torch.full(shape, n, device=device) for shape, n in (((1, 1), 0), ((1,), 1)))
+        paged_attention(q, page, page, table, lengths)
+    except Exception as error:  # of Triton, its compilers or the driver
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cure = "install a C compiler and Python's headers"
+        print(f"warning: decoding is slower, Triton cannot build its kernel ({reason}): {cure}", file=sys.stderr)
+        return False
+    return True
 
 
 def paged_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, thinking: bool | str = "auto")
     """Render a prompt and a reply to find how a template begins and ends a response, and what thinking = "auto" is.
 
     A template with a switch decides by its default. Without one, a model thinks if its prompts leave <think> open, or
-    if its template or a special token has </think>. A plain added token proves nothing: Qwen3-Instruct has it as well.
+    if its template drops the thinking of a reply, or a special token is </think>. A plain added token proves nothing:
+    Qwen3-Instruct has it as well; nor does a template that only writes thinking as it finds it.
     """
     default, on, off = (render(tokenizer, [QUESTION], thinking=state) for state in (None, True, False))
     special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -129,7 +130,8 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, thinking: bool | str = "auto")
         auto = tag == THINK
         found = f"the template {'opens' if auto else 'closes'} the thinking block in every prompt"
     elif END_THINK in str(tokenizer.chat_template):
-        auto, found = True, f"the template reads {END_THINK}"
+        auto = not _keeps_thinking(tokenizer) or END_THINK in special.values()
+        found = f"the template {'drops' if auto else 'only copies'} the thinking of a reply"
     else:
         auto = END_THINK in special.values()
         found = f"{END_THINK} is a special token" if auto else f"no template or special token has {END_THINK}"
@@ -143,6 +145,14 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, thinking: bool | str = "auto")
         account += f"; {tokenizer.convert_ids_to_tokens(end)} ends a turn"
     hidden = frozenset({token for token, text in special.items() if text not in (THINK, END_THINK)} | {end})
     return Chat(tokenizer, chosen, tag, end, hidden, account)
+
+
+def _keeps_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a rendered chat still has the thinking of its last reply."""
+    reply = {"role": "assistant", "content": f"{THINK}\nhalf\n{END_THINK}\n\nwhole"}
+    with suppress(ModelError):  # of a template that renders prompts alone
+        return "half" in render(tokenizer, [QUESTION, reply], False)
+    return False
 
 
 def _last_tag(prompt: str) -> str:

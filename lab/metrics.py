@@ -73,9 +73,9 @@ class Metrics:
 
     def close(self) -> None:
         """Close both files, and the tracker."""
-        if self.enabled:
-            self.rows.close()
-            self.rollouts.close()
+        for file in (self.rows, self.rollouts) if self.enabled else ():
+            with suppress(OSError):  # of a full disk, which was said when a row could not be written
+                file.close()
         if self.tracker:
             self.tracker.close()
 

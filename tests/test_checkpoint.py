@@ -3,6 +3,7 @@
 import builtins
 import errno
 import io
+import io
 import json
 import operator
 import os
@@ -89,6 +90,12 @@ def state_of(step):
 
 def save(processes, folder, step, kept=2, parts=None):
     return checkpoints.save_checkpoint(folder, *(parts or trained(processes, 0)), state_of(step), processes, kept)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # the second in Python 3.13
+def test_a_path_in_a_checkpoint_is_read_whatever_python_calls_it(module):
+    written = f"c{module}\nPosixPath\n(S'runs'\nS'tiny'\ntR.".encode()
+    assert checkpoints.MetadataUnpickler(io.BytesIO(written)).load() == "runs/tiny"
 
 
 def test_the_state_of_a_run_comes_back_exactly(processes, tmp_path):

@@ -48,6 +48,15 @@ def test_pass_rate_weighs_rollouts():
         history.append(Visit("a", 0, 4, ()))
 
 
+def test_a_step_that_is_repeated_knows_the_lengths_that_it_knew_the_first_time():
+    """Guards: a step whose update was abandoned dealt its problems otherwise, and its log-probs were rounded otherwise."""
+    history = History()
+    history.append(Visit("p", 0, 3, (1.0, 0.0), 40))
+    assert history.response_tokens("p", 0, 3) is None and history.response_tokens("p", 0, 4) == 20
+    history.append(Visit("p", 1, 9, (1.0, 0.0), 60))
+    assert [history.response_tokens("p", *when) for when in ((1, 9), (1, 10))] == [20, 30]
+
+
 def test_a_replayed_step_is_not_counted_twice():
     history = history_of(("a", 0, 3, solved(2)), ("a", 0, 4, solved(8)), ("a", 0, 3, solved(2)))
     assert history.pass_rate("a") == 10 / 16 and len(history.visits("a")) == 2

@@ -104,10 +104,16 @@ def test_a_single_process_reports_a_user_error_as_a_sentence_and_raises_any_othe
         distributed.report_error(KeyError("a bug"), "train.py")
 
 
+def test_memory_that_runs_out_outside_of_training_is_a_sentence():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert distributed.report_error(error, "eval.py").startswith("eval.py: out of memory (CUDA out of memory. Tried to")
+
+
 def on_a_gpu(monkeypatch, capability):
     """Make torch report a GPU; return the devices that are set."""
     used = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 2080 Ti")
@@ -119,6 +125,13 @@ def test_a_gpu_older_than_ampere_is_refused_with_its_name(monkeypatch):
     with pytest.raises(distributed.DeviceError, match="^NVIDIA GeForce RTX 2080 Ti: .*CUDA_VISIBLE_DEVICES=") as caught:
         distributed.start()
     assert "\n" not in str(caught.value) and not dist.is_initialized()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    on_a_gpu(monkeypatch, (8, 0))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(distributed.DeviceError, match="process 1 has no GPU, there are 1: start at most 1 per machine"):
+        distributed.start()
 
 
 def test_without_torchrun_the_first_gpu_is_used_with_float32_sums(monkeypatch):
@@ -210,6 +223,21 @@ def test_the_last_sentence_comes_after_what_the_launcher_prints_at_its_end(tmp_p
             words = [sys.executable, "-c", distributed.SAY_AFTER, str(ended), "resume with this"]
             subprocess.run(words, stdout=screen, check=True, timeout=20, pass_fds=[ended])
     assert (tmp_path / "screen").read_text() == "its traceback\nresume with this\n"
+
+
+def test_several_signals_of_one_stop_are_one_request(stop, monkeypatch):
+    """Guards: a session that ends sends SIGTERM and SIGHUP at once, torchrun forwards SIGTERM again: nothing was saved."""
+    ended, now = [], [100.0]
+    monkeypatch.setattr(distributed, "end_by_signal", ended.append)
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
+    asked = stop()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+        signal.raise_signal(number)
+    assert ended == [] and asked.asked == signal.SIGTERM and distributed.stop_status() == 143
+    signal.raise_signal(signal.SIGINT)  # a person at the keyboard
+    now[0] += distributed.ONE_STOP_SECONDS + 0.1
+    signal.raise_signal(signal.SIGTERM)
+    assert ended == [signal.SIGINT, signal.SIGTERM]
 
 
 def test_nohup_is_respected_and_a_start_is_abandoned_at_once(stop):

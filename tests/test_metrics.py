@@ -76,6 +76,16 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     assert metrics.position == [1, 0]
 
 
+def test_closing_on_a_full_disk_raises_nothing(tmp_path):
+    """Guards: the row left in the buffer was written again at the end, and a traceback hid the sentence."""
+    metrics = record.Metrics(tmp_path)
+    metrics.rows = open("/dev/full", "w")
+    with pytest.raises(OSError):
+        metrics.write(dict(kind="sft", step=1, stage=0))
+    metrics.close()
+    assert metrics.rollouts.closed
+
+
 def test_other_ranks_write_nothing(tmp_path):
     metrics = record.Metrics(tmp_path / "run", enabled=False)
     metrics.write(dict(kind="sft", step=1, stage=0))

@@ -81,6 +81,14 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(kernel.paged_attention(q[row], keys, values, table[row], lengths[row]), together[row])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel can be built")
+def test_where_triton_cannot_build_the_kernel_the_plain_path_serves(capsys):
+    """Guards: without a C compiler the first decoded token ended in a traceback."""
+    assert not kernel.has_paged_attention(torch.device("cuda"), torch.bfloat16)
+    assert "warning: decoding is slower, Triton cannot build its kernel (" in capsys.readouterr().err
+    assert not kernel.has_paged_attention(torch.device("cpu"), torch.bfloat16)
+
+
 def test_queries_may_be_a_view():
     """q comes as a slice of a fused projection's output."""
     q, keys, values, table, lengths = make_rows([40, 20], 4, 2, 16, 16)

@@ -90,6 +90,9 @@ def tokenizer_of(template, tags=""):
         ("smollm3", "", True, ""),
         ("closes", "", False, "</think>"),
         (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), "", True, ""),
+        # Unsloth's for Qwen3-Instruct writes the thinking of a reply as it finds it
+        (CHATML.replace("m.content", "m.content.split('</think>') | join('</think>')"), "", False, ""),
+        (CHATML.replace("m.content", "m.content.split('</think>') | join('</think>')"), "special", True, ""),
     ],
 )
 def test_auto_is_what_the_template_does_by_itself(template, tags, thinking, tag):

@@ -200,6 +200,14 @@ def test_attn_factor_alone_is_read_as_attention_factor_with_a_note():
     assert theirs.attention_scaling == pytest.approx(1.0405, abs=1e-4)
 
 
+def test_another_attn_factor_multiplies_the_papers_value():
+    """DeepSeek-R1-0528-Qwen3-8B: 1 / (0.1 ln 4 + 1), which switches the attention temperature off."""
+    published = YARN | {"factor": 4.0, "attn_factor": 0.8782488562869419}
+    rope, notes = rope_from_config({"rope_scaling": published}, 128)
+    assert rope.scaling.attention_factor == pytest.approx(1.0, abs=1e-12)
+    assert len(notes) == 1 and "a factor on the paper's 1.1386" in notes[0]
+
+
 def test_attention_factor_wins_over_attn_factor():
     keys = YARN | {"attention_factor": 1.1, "attn_factor": 1.0}
     rope, notes = rope_from_config({"rope_scaling": keys}, 128)
