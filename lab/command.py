@@ -24,10 +24,15 @@ from yarn import describe_ramp
 
 
 def take_settings(arguments: argparse.Namespace, folder: Path, use: str) -> None:
-    """Set what the command line leaves out: as the model's run has it for this use, else to the defaults."""
+    """Set what the command line leaves out: as the model's run has it for this use, else to the defaults.
+
+    Where a curve sets the temperatures, the one of `arguments` stays None.
+    """
     held = remembered(folder, use)
     default = {"n": 8, "temperature": 1.4, "top_k": 20 if use == "evaluation" else 0, "max_tokens": 8192}
     default |= {"instruction": INSTRUCTION, "thinking": "auto"}
+    if getattr(arguments, "temperatures", None):
+        del default["temperature"]
     missing = [name for name in default if getattr(arguments, name) is None]
     vars(arguments).update({name: held.get(name, default[name]) for name in missing})
     if taken := [f"{name} = {held[name]!r}" for name in missing if name in held]:
@@ -64,8 +69,9 @@ def load_worker(
     chat = read_chat(load_tokenizer(tokenizer_from, model), thinking)
     processes.say(chat.account)
     grader.thinking = chat.thinking
+    temperature = arguments.temperatures[0] if arguments.temperature is None else arguments.temperature  # of a curve
     sampling = Sampling(
-        arguments.temperature, arguments.max_tokens, stop_tokens(chat, model, tokenizer_from), arguments.seed,
+        temperature, arguments.max_tokens, stop_tokens(chat, model, tokenizer_from), arguments.seed,
         draw, arguments.top_k, arguments.top_p,
     )  # fmt: skip
     stop = StopRequest(stopping) if stopping else None

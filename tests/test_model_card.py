@@ -165,6 +165,18 @@ def test_eval_samples_as_the_run_did_and_the_command_line_overrides(command, cap
     assert "from runs/sums/stage-0/nanopolaris.json: temperature = 0.5, max_tokens = 9\n" in capsys.readouterr().err
 
 
+def test_a_curve_does_not_take_the_temperature_that_it_sets(command, run, capsys):
+    """Guards: with a remembered temperature of 0 it asked for -n 1, and refused --temperature 1 as well."""
+    held = {"evaluation": {"temperature": 0, "n": 1, "max_tokens": 4}}
+    (run / "stage-0" / "nanopolaris.json").write_text(json.dumps(held))
+    command("eval.py runs/sums/stage-0 --data held-out.jsonl --limit 2 --curve temperature 0.6:1.0:0.2 -n 4")
+    assert "nanopolaris.json: max_tokens = 4\n" in capsys.readouterr().err
+    assert (settings("")["n"], settings("")["temperature"]) == (4, None)
+    assert "<dt>temperature</dt>" not in Path("runs/eval/report.html").read_text()
+    points = json.loads(Path("runs/eval/results.json").read_text())["temperature"]["held-out"]["points"]
+    assert [point["temperature"] for point in points] == [0.6, 0.8, 1.0]
+
+
 def test_evaluations_are_numbered_and_the_same_command_goes_on(command, capsys):
     """Guards: `--match runs/eval` and `--curve`, as documented, failed, since all wrote to runs/eval."""
     first = "eval.py runs/sums/stage-0 --data held-out.jsonl"
