@@ -122,6 +122,8 @@ def training_arguments(doc: str | None) -> argparse.Namespace:
         parser.error("put the recipe before --resume, which takes the folder of a run")
     if isinstance(arguments.resume, Path) and arguments.plan:
         parser.error("--plan takes a recipe, such as RUN/recipe.toml, not --resume RUN")
+    if isinstance(arguments.resume, Path) and arguments.recipe is not parser.get_default("recipe"):
+        parser.error(f"--resume RUN has a recipe of its own: leave out {arguments.recipe}; --set changes a value")
     arguments.set += [f"seed={','.join(arguments.seeds)}"] * bool(arguments.seeds)
     sweeps = any(len(override_values(override.partition("=")[2])) > 1 for override in arguments.set)
     if arguments.nproc_per_node and not sweeps:

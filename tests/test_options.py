@@ -92,6 +92,7 @@ def test_data_filter_refuses_bad_arguments(monkeypatch, capsys, words, sentence)
         ("train.py", "--set stage.1.temprature=1", 1, "did you mean temperature?"),
         ("train.py", "--resume recipes/tiny.toml", 2, "put the recipe before --resume"),
         ("train.py", "--plan --resume runs/a", 2, "--plan takes a recipe"),
+        ("train.py", "no.toml --resume runs/a", 2, "leave out no.toml; --set changes a value"),
         ("train.py", "--plan --seeds 0 1", 1, "2 values are a sweep, which --plan and --resume RUN do not take"),
         ("train.py", "--nproc-per-node 2", 2, "--nproc-per-node is of a sweep"),
         ("eval.py", "--help", 0, "How good is a model?"),
