@@ -58,8 +58,6 @@ class Session:
 
 def start_session(arguments: argparse.Namespace) -> Session:
     """Read the data and load the model; raise every foreseeable error before sampling."""
-    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
-        raise DataError(f"{arguments.out} is not a folder; give another --out")
     on_bad_row = "skip" if arguments.skip_bad_rows else "keep"
     sets = {
         name: read_problems(
@@ -309,7 +307,8 @@ def regrade(arguments: argparse.Namespace) -> None:
         raise DataError(f"{out} already exists; give another --out")
     sets, results = {}, Results()
     reward = (settings.get("reward") or "") if arguments.reward is None else arguments.reward
-    with Grader(arguments.workers, thinking=settings["thinking"], reward=reward) as grader:
+    thinking = settings["thinking"] if arguments.thinking is None else arguments.thinking == "true"
+    with Grader(arguments.workers, thinking=thinking, reward=reward) as grader:
         for name in settings["data"]:
             problems, stored = read_groups(run, name, settings["n"], bool(reward))
             pairs = zip(problems, stored, strict=True)
@@ -326,14 +325,17 @@ def regrade(arguments: argparse.Namespace) -> None:
             results.figures[""].append(found)
     identity = settings["identity"] | {"reward function": function_identity(reward)}
     out = out or new_folder(Path("runs"), "eval")
-    open_folder(out, settings | {"reward": reward, "identity": identity}, sets)
+    open_folder(out, settings | {"thinking": thinking, "reward": reward, "identity": identity}, sets)
     for name, groups in results.groups[""].items():
         write_responses(response_file(out, name), chain(*groups))
     write_results(out, settings["model"], sets, results)
 
 
-def compare_runs(folders: Sequence[Path]) -> None:
-    """Compare evaluations with the first, paired by problem, for each set in both; print it and write compare.html."""
+def compare_runs(folders: Sequence[Path], out: Path | None) -> None:
+    """Compare evaluations with the first, paired by problem, for each set in both; print it and write compare.html.
+
+    The page is in the folder `out`, or else beside the first evaluation.
+    """
     a, *others = folders
     then, rows, moved = read_settings(a), [["set", *PAIRED]], [["problem", "set", "A", "B", "text"]]
     notes = [f"A is {a}, B is {' or '.join(map(str, others))}; {PAIRED_NOTE}"]
@@ -357,7 +359,9 @@ def compare_runs(folders: Sequence[Path]) -> None:
             for key in moved_problems(*right):
                 counts = (f"{sum(of[key])} of {len(of[key])}" for of in right)
                 moved.append([key, label, *counts, shorten(texts[key], MOST_TEXT, placeholder=" …")])
-    path, noise = a.resolve().parent / "compare.html", MOVED_NOTE if moved[1:] else "No problem moved beyond noise"
+    path = (out or a.resolve().parent) / "compare.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = MOVED_NOTE if moved[1:] else "No problem moved beyond noise"
     parts = [("Paired by problem", notes, rows, []), ("Problems that moved", [noise], moved, [])]
     print(*notes, sep="\n")
     print(f"{noise}\n{text_table([row[:-1] for row in moved])}\n" if moved[1:] else f"{noise}\n")
@@ -367,8 +371,10 @@ def compare_runs(folders: Sequence[Path]) -> None:
 
 def command(arguments: argparse.Namespace) -> None:
     """Run the command that the arguments select."""
+    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
+        raise DataError(f"{arguments.out} is not a folder; give another --out")
     if arguments.compare:
-        compare_runs(arguments.compare)
+        compare_runs(arguments.compare, arguments.out)
     elif arguments.regrade:
         regrade(arguments)
     else:

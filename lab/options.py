@@ -34,6 +34,7 @@ def user_path(text: str) -> Path:
     return Path(expanduser(text))
 
 
+TAKEN = {"compare": ("out",), "regrade": ("out", "thinking", "reward", "workers", "most_failed_share")}
 COUNT, SHARE = bounded(int, 1), bounded(float, 0, 1)
 
 
@@ -190,6 +191,7 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
             parser.error("--compare and --regrade read folders of results: give no model and no --data")
         if arguments.compare and len(arguments.compare) < 2:
             parser.error("--compare takes at least two folders of results")
+        refuse_ignored(parser, arguments, "regrade" if arguments.regrade else "compare")
         return arguments
     if not arguments.model or not arguments.data:
         parser.error("a model and at least one --data are required")
@@ -209,6 +211,17 @@ def evaluation_arguments(doc: str | None) -> argparse.Namespace:
     if arguments.temperature == 0 and (arguments.n or 0) > 1:
         parser.error("at temperature 0 all responses to a problem are equal: use -n 1")
     return arguments
+
+
+def refuse_ignored(parser: argparse.ArgumentParser, arguments: argparse.Namespace, command: str) -> None:
+    """Refuse the options that --compare or --regrade would ignore."""
+    given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+    if ignored := [name for name in given if name not in (command, *TAKEN[command])]:
+        flags = {name: f"--{name}".replace("_", "-") for name in vars(arguments)} | {"n": "-n"}
+        unused, taken = (", ".join(flags[name] for name in names) for names in (ignored, TAKEN[command]))
+        parser.error(f"leave out {unused}, which --{command} does not use; it takes only {taken}")
+    if arguments.thinking == "auto":
+        parser.error("--regrade has no template to decide --thinking auto: give true or false")
 
 
 def temperatures_of(text: str) -> list[float]:

@@ -571,6 +571,29 @@ def test_regrade_grades_stored_responses_again(command, tmp_path, monkeypatch, c
         main(evaluation_arguments(None))
 
 
+def test_regrade_takes_thinking_and_compare_a_folder(command, tmp_path, monkeypatch):
+    command("-n", 2, "--max-tokens", 4, "--thinking", "true")
+    path = tmp_path / "out" / "responses" / "held-out.jsonl"
+    problems = read_problems(tmp_path / "out" / "problems" / "held-out.jsonl")
+    answers = {problem.id: rf"\boxed{{{problem.answers[0]}}}" for problem in problems}
+    rows = [Response(**asdict(r) | {"text": answers[r.problem_id]}) for r in responses.read_responses(path)]
+    responses.write_responses(path, rows)  # no </think> before a box
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
+        main(evaluation_arguments(None))
+
+    call("--regrade", tmp_path / "out", "--out", tmp_path / "as-it-was")
+    call("--regrade", tmp_path / "out", "--out", tmp_path / "new", "--no-thinking")
+    assert {row["verdict"] for row in read_out(tmp_path / "as-it-was")[1]} == {"no answer"}
+    assert {row["verdict"] for row in read_out(tmp_path / "new")[1]} == {"right"}
+    assert json.loads((tmp_path / "new" / "settings.json").read_text())["thinking"] is False
+    call("--compare", tmp_path / "as-it-was", tmp_path / "new", "--out", tmp_path / "pages")
+    assert (tmp_path / "pages" / "compare.html").exists() and not (tmp_path / "compare.html").exists()
+    with pytest.raises(SystemExit, match="settings.json is not a folder; give another --out"):
+        call("--compare", tmp_path / "out", tmp_path / "new", "--out", tmp_path / "out" / "settings.json")
+
+
 def test_broken_or_unfinished_folders_are_refused(command, tmp_path, monkeypatch):
     command("-n", 2, "--max-tokens", 4)
     path = tmp_path / "out" / "responses" / "held-out.jsonl"

@@ -43,6 +43,10 @@ ROOT = Path(__file__).resolve().parent.parent
         ("m --data d --beta-fast 2", "--beta-fast requires --yarn"),
         ("m --data d --compare a b", "give no model and no --data"),
         ("--compare a", "--compare takes at least two folders"),
+        ("--compare a b --top-k 1", "leave out --top-k, which --compare does not use; it takes only --out"),
+        ("--compare a b --regrade c", "leave out --compare, which --regrade does not use"),
+        ("--regrade a -n 1 --limit 3", "leave out -n, --limit, which --regrade does not use; it takes only --out, --thinking"),
+        ("--regrade a --thinking auto", "--regrade has no template to decide --thinking auto: give true or false"),
         ("m --data d --curve length --match 0.5", "--curve and --match exclude each other"),
     ],
 )
