@@ -183,11 +183,12 @@ def k_chart(found: Evaluation) -> Drawn:
     lines = {
         title: [(float(k), e.value, e.low, e.high) for k, e in figures.items()]
         for title, figures in (("pass@k", found.pass_at), ("maj@k", found.maj_at))
+        if figures
     }
     caption = (
         "Bands: 95% intervals, problems being the sampling unit. A tied vote counts by its share of right answers."
     )
-    return accuracy_chart("pass@k and maj@k", "k", caption, lines)
+    return accuracy_chart(" and ".join(lines), "k", caption, lines)
 
 
 def length_chart(found: Evaluation) -> Drawn:

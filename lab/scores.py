@@ -72,7 +72,7 @@ class Evaluation:
     low: float  # 95% interval of avg, clustered by problem
     high: float
     pass_at: dict[str, Estimate]  # by k, powers of two up to n, and n
-    maj_at: dict[str, Estimate]
+    maj_at: dict[str, Estimate]  # empty if the right responses have no answer, as a reward function may need none
     by_type: dict[str, GroupAccuracy]
     by_difficulty: dict[str, GroupAccuracy]
     by_length: list[LengthBand]
@@ -231,6 +231,7 @@ def summarise(
     correct = np.array([[r.correct for r in group] for group in groups])  # (P, n)
     votes, vote_is_right = count_votes(groups)
     right, means = correct.sum(1), correct.mean(1)
+    has_majority = vote_is_right.shape[1] > 0 or not correct.any()
     pass_figures, majority_figures = {}, {}
     for k in sorted({2**i for i in range(n.bit_length())} | {n}):
         pass_half = majority_half = None
@@ -238,7 +239,8 @@ def summarise(
             pass_half = pass_half_width(right, n, k)
             majority_half = majority_half_width(votes, vote_is_right, k) or pass_half_width(right, n, 1)
         pass_figures[str(k)] = with_intervals(pass_at(right, n, k), pass_half)
-        majority_figures[str(k)] = with_intervals(majority(votes, vote_is_right, k), majority_half)
+        if has_majority:
+            majority_figures[str(k)] = with_intervals(majority(votes, vote_is_right, k), majority_half)
     low, high = interval(means)
     everything = list(itertools.chain(*groups))
     return Evaluation(

@@ -10,6 +10,7 @@ import pytest
 from eval import Response, interval, pass_at
 from lab import scores
 from lab.data_files import DataError
+from lab.eval_page import k_chart, k_table
 from lab.problems import Problem
 from lab.scores import (
     accuracy_by,
@@ -232,6 +233,17 @@ def test_metrics_of_known_responses():
     assert found.verdicts == {"right": 3, "wrong": 2, "no answer": 1, "timed out": 1, "grader failed": 1}
     assert found.unanswerable == 1 and found.tokens_per_s is None
     assert found.pass_at["2"].resampled_low < found.pass_at["2"].value < found.pass_at["2"].resampled_high
+
+
+def test_rewards_that_read_no_box_have_no_majority():
+    """Guards: maj@k was 0.0 beside a pass@k of 1. Without a right response it is 0 and said to be."""
+    for verdict, ks in (("right", []), ("no answer", ["1", "2"])):
+        groups = [[response("p", i, verdict, None) for i in range(2)]]
+        found = summarise("set", [Problem("p", "?", ("1",))], groups, 1.0, 9)
+        assert list(found.maj_at) == ks and list(found.pass_at) == ["1", "2"]
+        shown = [row[0] for row in k_table(found)]
+        assert shown == ["", "pass@1", "pass@2", *(f"maj@{k}" for k in ks)]
+        assert k_chart(found)[0] == "pass@k" + " and maj@k" * bool(ks)
 
 
 def test_one_response_each_has_no_resampling_interval_and_no_diversity():
