@@ -90,13 +90,14 @@ def start_session(arguments: argparse.Namespace) -> Session:
 def open_folder(out: Path | None, settings: dict, sets: dict[str, list[Problem]]) -> Path:
     """Create a folder, or reopen one of the same evaluation; only -n and the places of model and reward may differ.
 
-    Without `out` it is the one of runs/eval, runs/eval-2, ... with the same evaluation, or else a new one.
+    Without `out` it is the one of runs/eval, runs/eval-2, ... with the same evaluation and no larger n, else a new one.
     """
     wanted = {name: value for name, value in settings.items() if name not in ("n", "model", "reward")}
     for earlier in () if out else (Path("runs/eval"), *Path("runs").glob("eval-[0-9]*")):
         with suppress(DataError):
-            require_same(earlier, read_settings(earlier), wanted)
-            out = out or earlier
+            require_same(earlier, held := read_settings(earlier), wanted)
+            if held["n"] <= settings["n"]:  # else its results would be replaced by those of fewer responses
+                out = out or earlier
     out = out or new_folder(Path("runs"), "eval")
     if (out / "settings.json").exists():
         require_same(out, read_settings(out), wanted)

@@ -196,6 +196,18 @@ def test_evaluations_are_numbered_and_the_same_command_goes_on(command, capsys):
     assert sorted(path.name for path in Path("runs").glob("eval*"))[-1] == "eval-4"
 
 
+def test_fewer_samples_do_not_replace_the_results_of_more(command, capsys):
+    first = "eval.py runs/sums/stage-0 --data held-out.jsonl --limit 2"
+    command(f"{first} -n 2")
+    before = Path("runs/eval/results.json").read_bytes()
+    command(f"{first} -n 1")
+    assert Path("runs/eval/results.json").read_bytes() == before and settings("-2")["n"] == 1
+    command(f"{first} -n 1")
+    command(f"{first} -n 3")
+    assert capsys.readouterr().out.count("resuming in runs/eval\n") == 1
+    assert sorted(path.name for path in Path("runs").glob("eval*")) == ["eval", "eval-2"]
+
+
 def test_estimate_samples_as_training_did(command):
     command("data_filter.py estimate runs/sums/stage-0 train.jsonl --out rates.jsonl")
     held = History.load(Path("rates.jsonl")).settings
