@@ -59,12 +59,11 @@ class Session:
 def start_session(arguments: argparse.Namespace) -> Session:
     """Read the data and load the model; raise every foreseeable error before sampling."""
     on_bad_row = "skip" if arguments.skip_bad_rows else "keep"
-    sets = {
-        name: read_problems(
-            place, on_bad_row, bool(arguments.reward), Columns() if name in BENCHMARKS else arguments.columns
-        )[: arguments.limit]
-        for name, place in find_data(arguments.data, arguments.folder).items()
-    }
+    sets = {}
+    for name, place in find_data(arguments.data, arguments.folder).items():
+        is_known = name in BENCHMARKS and name in arguments.data  # not a file that has a benchmark's name
+        columns = Columns() if is_known else arguments.columns
+        sets[name] = read_problems(place, on_bad_row, bool(arguments.reward), columns)[: arguments.limit]
     worker, sampling, identity = load_worker(arguments, sets, "the finished responses are kept", yarn=arguments.yarn)
     scaling = worker.model.config.rope.scaling
     original = scaling.original_max_position_embeddings if isinstance(scaling, Yarn) else None

@@ -149,6 +149,15 @@ def test_an_unknown_benchmark_and_an_unknown_schema(command, tmp_path, monkeypat
         main(evaluation_arguments(None))
 
 
+def test_columns_are_also_of_a_file_with_the_name_of_a_benchmark(command, tmp_path):
+    file, options = tmp_path / "math500.jsonl", ["-n", 1, "--max-tokens", 4, "--columns", "problem=Q,answer=A"]
+    file.write_text('{"Q": "1+1=", "A": "2"}\n')
+    results, _ = command(*options, "--data", file, data=(), out="file")
+    assert results["evaluations"][0]["unanswerable"] == 0
+    file.write_text('{"problem": "1+1=", "answer": "2"}\n')
+    command(*options, "--data", "math500", "--folder", tmp_path, data=(), out="known")
+
+
 def test_a_problem_without_an_answer_counts_as_wrong_unless_skipped(command, small_world, tmp_path, capsys):
     rows = [{"problem": "1+1=", "answer": ""}, {"problem": "1+2=", "answer": "3"}]
     (small_world / "gap.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
