@@ -135,21 +135,25 @@ def _problems(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
 
 def _temperatures(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:
     labels = {steps[0]["stage"]: label for label, steps in rl.items()}
-    told, short, target = f"The temperature {_course(rl, 'temperature')}", [], None
-    for row in rows:
-        if row["kind"] == "temperature" and number(row.get("target_distinct4")) and row.get("curve"):
-            target, first, last = row["target_distinct4"], row["curve"][0], row["curve"][-1]
-            got = min(row["curve"], key=lambda point: abs(point["temperature"] - row["chosen"]))["distinct4"] or 0.0
-            if got < target:
-                short.append(
-                    f"{labels.get(row['stage'], 'the next stage')} began with {got:.3f}, as the search ended at "
-                    f"{last['temperature']:g}, where accuracy was {share(last['accuracy'])}, not "
-                    f"{share(first['accuracy'])}"
-                )
-    if target is None:
+    searches = [
+        row for row in rows if row["kind"] == "temperature" and number(row.get("target_distinct4")) and row.get("curve")
+    ]
+    targets = list(dict.fromkeys(f"{row['target_distinct4']:.3f}" for row in searches))
+    told, short = f"The temperature {_course(rl, 'temperature')}", []
+    for row in searches:
+        target, first, last = row["target_distinct4"], row["curve"][0], row["curve"][-1]
+        got = min(row["curve"], key=lambda point: abs(point["temperature"] - row["chosen"]))["distinct4"] or 0.0
+        if got < target:
+            of = f" of {target:.3f}" * (len(targets) > 1)
+            short.append(
+                f"{labels.get(row['stage'], 'the next stage')} began with {got:.3f}{of}, as the search ended at "
+                f"{last['temperature']:g}, where accuracy was {share(last['accuracy'])}, not "
+                f"{share(first['accuracy'])}"
+            )
+    if not searches:
         return f"{told}." if "–" not in told else ""
     missed = f"; it could not all be restored: {'; '.join(short)}" if short else ", and every search restored it"
-    return f"{told}, to restore a distinct-4 of {target:.3f}{missed}."
+    return f"{told}, to restore a distinct-4 of {_listed(targets)}{missed}."
 
 
 def _falls(rows: Sequence[dict], rl: dict[str, list[dict]]) -> str:

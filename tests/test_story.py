@@ -84,6 +84,15 @@ def test_a_search_that_could_not_restore_the_diversity_says_where_it_ended():
     assert told([rl(1, 0), rl(2, 1)], "The temperature") == "The temperature was 1."
 
 
+def test_each_search_names_its_own_target():
+    """Guards: of a search for the previous stage's diversity that fell short, the target of the last one was told."""
+    failed = search(1, 1.2, {1.0: (0.6, 0.2), 1.2: (0.5, 0.3), 1.4: (0.3, 0.5)})
+    restored = search(2, 1.2, {1.2: (0.5, 0.31)}, 0.3)
+    rows = [rl(1, 0), failed, rl(2, 1, temperature=1.2), restored, rl(3, 2, temperature=1.2)]
+    sentence = told(rows, "The temperature")
+    assert "to restore a distinct-4 of 0.400 and 0.300; it could not all be restored: RL 2 began with 0.300 of 0.400, as" in sentence
+
+
 def test_a_fall_of_the_reward_names_what_changed_between_the_stages():
     changed = dict(reward_mean=0.3, temperature=1.2, problems=40)
     rows = [rl(1, 0), search(1, 1.2, {1.0: (0.6, 0.2), 1.2: (0.5, 0.41)}), rl(2, 1, **changed), rl(3, 2, **changed)]
