@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -53,17 +53,22 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     Instruction and thinking, where it leaves them out, are those that its model was trained with.
     """
     if not isinstance(arguments.resume, Path):
-        recipe = load_recipe(arguments.recipe, arguments.set)
-        held = {} if recipe.model.startswith("world/") else remembered(resolve_folder(recipe.model))
-        taken = load_recipe(arguments.recipe, arguments.set, held)
-        if taken != recipe:
+        taken = with_remembered(arguments.recipe, arguments.set)
+        if taken != load_recipe(arguments.recipe, arguments.set):
             settings = f"instruction = {taken.instruction!r}, thinking = {taken.thinking!r}"
-            note(f"{recipe.model} was trained with {settings}: taken, unless the recipe has its own")
+            note(f"{taken.model} was trained with {settings}: taken, unless the recipe has its own")
         return taken
     path = arguments.resume / "recipe.toml"
     if not path.is_file():
         raise RecipeError(f"{arguments.resume} is not a run: it has no recipe.toml; give a folder made by train.py")
     return load_recipe(path, arguments.set)
+
+
+def with_remembered(path: Path, overrides: Sequence[str]) -> Recipe:
+    """Read a recipe file; instruction and thinking that it leaves out are those that its model was trained with."""
+    model = load_recipe(path, overrides).model
+    held = {} if model.startswith("world/") else remembered(resolve_folder(model))
+    return load_recipe(path, overrides, held)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 
 from engine.fingerprint import differences, flat_keys
+from engine.run_folder import with_remembered
 from lab.benchmarks import text_table
 from lab.compare_page import write_comparison
 from lab.recipe import RecipeError, literal, load_recipe, override_values, to_toml
@@ -55,13 +56,15 @@ def run_sweep(arguments: argparse.Namespace) -> str | int:
     sweep = list(combinations(arguments.set))
     if len({name for name, _, _ in sweep}) < len(sweep):
         raise RecipeError(f"two runs of the sweep have one name: {', '.join(name for name, _, _ in sweep)}")
-    recipes = [load_recipe(arguments.recipe, own) for _, _, own in sweep]  # all mistakes before the first run
+    for _, _, own in sweep:  # all mistakes before the first run
+        load_recipe(arguments.recipe, own)
     title = load_recipe(arguments.recipe).name
     folder = arguments.out / f"{title}-sweep"
-    for recipe in recipes:
-        if done := finished_run(folder, recipe.name):
+    for name, _, own in sweep:
+        if done := finished_run(folder, name):
             then = (done / "recipe.toml").read_text(encoding="utf-8")
-            changed = differences({"recipe": then}, {"recipe": to_toml(recipe)})
+            now = to_toml(with_remembered(arguments.recipe, own))  # as the run reads it
+            changed = differences({"recipe": then}, {"recipe": now})
             if changed and not arguments.resume_anyway:
                 raise RecipeError(f"{done} differs from this sweep: {'; '.join(changed)}: give another --out")
     command = [sys.executable]

@@ -73,6 +73,20 @@ def test_a_finished_run_of_another_recipe_is_not_taken(arguments):
         sweep.run_sweep(arguments)
 
 
+def test_finished_runs_from_a_trained_model_are_taken(arguments, tmp_path, capfd):
+    """Guards: their recipe.toml has the instruction that the model was trained with, which the recipe leaves out."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "nanopolaris.json").write_text('{"instruction": "Box it."}')
+    as_trained = "import to_toml; from engine.run_folder import with_remembered as load_recipe"
+    (tmp_path / "train.py").write_text(TRAIN.replace("import load_recipe, to_toml", as_trained))
+    lines = arguments.recipe.read_text().splitlines(keepends=True)
+    arguments.recipe = tmp_path / "r.toml"
+    arguments.recipe.write_text("".join(line for line in lines if not line.startswith("instruction")))
+    arguments.set = ["seed=0,1", f"model={tmp_path / 'model'}"]
+    assert sweep.run_sweep(arguments) == sweep.run_sweep(arguments) == 0
+    assert capfd.readouterr().out.count(": has finished") == 2
+
+
 def test_mistakes_are_found_before_the_first_run(arguments, monkeypatch):
     arguments.set = ["stage.rl.temperature=1,-1"]
     with pytest.raises(RecipeError, match="stage.1.temperature must be above 0"):
