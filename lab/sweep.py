@@ -40,7 +40,8 @@ def combinations(overrides: Sequence[str]) -> Iterator[tuple[str, str, list[str]
             if override in keys:
                 words.append(f"{names[override]}={value if isinstance(value, str) else literal(value)}")
         name = re.sub(r"[^\w.,=+-]+", "_", ",".join(words))
-        yield name, re.sub(r"(^|,)seed=\d+$", "", name), [*given, f"name={literal(name)}"]
+        setting = ",".join(part for part in name.split(",") if not re.fullmatch(r"seed=\d+", part))
+        yield name, setting, [*given, f"name={literal(name)}"]
 
 
 def finished_run(folder: Path, name: str) -> Path | None:

@@ -107,6 +107,8 @@ def test_names_say_as_much_of_a_key_as_they_must():
     overrides = ['instruction="a,b"', "stage.1.variant.loss=gspo,cispo", "seed=1,2"]
     name, setting, overrides = next(sweep.combinations(overrides))
     assert (name, setting) == ("loss=gspo,seed=1", "loss=gspo")
+    for values in (["seed=0,1", "stage.1.steps=3,4"], ["stage.1.steps=3,4", "seed=0,1"]):
+        assert [setting for _, setting, _ in sweep.combinations(values)].count("steps=3") == 2
     assert overrides == ['instruction="a,b"', 'stage.1.variant.loss="gspo"', "seed=1", 'name="loss=gspo,seed=1"']
 
 
