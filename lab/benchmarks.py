@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from lab.data_files import DATA_FILES, HUB_ID, DataError, data_name
+from lab.data_files import DATA_FILES, HUB_ID, NOT_DATA, DataError, data_name
 from lab.scores import Evaluation
 
 
@@ -53,7 +53,8 @@ def find_data(sources: Sequence[str], folder: Path | None = None) -> dict[str, s
         if source in BENCHMARKS:
             paths = [_local_file(source, folder) or BENCHMARKS[source].hub_id]
         elif path.is_dir():
-            paths = sorted(file for file in path.iterdir() if file.name.endswith(DATA_FILES))
+            data = [file for file in path.iterdir() if file.name.endswith(DATA_FILES)]
+            paths = sorted(file for file in data if not file.name.endswith(NOT_DATA))
             if not paths and not any(file.name.endswith(DATA_FILES) for file in path.rglob("*")):
                 raise DataError(f"{path} has no {', '.join(DATA_FILES)} file; give a file or a benchmark")
             if not paths or any(re.search(r"-\d+-of-\d+\.", file.name) for file in paths):

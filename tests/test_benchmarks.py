@@ -96,4 +96,6 @@ def test_a_folder_of_shards_is_one_data_set(tmp_path):
     touch(tmp_path, "set/data/train-00000-of-00002.parquet", "set/data/train-00001-of-00002.parquet")
     assert find_data([str(tmp_path / "set")]) == {"set": str(tmp_path / "set")}
     assert find_data([str(tmp_path / "set" / "data")]) == {"data": str(tmp_path / "set" / "data")}
+    touch(tmp_path, "set/dataset_infos.json")  # beside the data/ of a cloned hub data set
+    assert find_data([str(tmp_path / "set")]) == {"set": str(tmp_path / "set")}
     assert find_data([f"{tmp_path / 'set'}:test"]) == {"set": f"{tmp_path / 'set'}:test"}
