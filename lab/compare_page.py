@@ -78,9 +78,10 @@ def write_comparison(groups: dict[str, list[Path]]) -> tuple[Path, list[list[str
 
 
 def evaluations(run: Record, name: str) -> list[dict]:
-    """Return the evaluations of this name on the problems of the last one."""
+    """Return the evaluations of this name on the most problems: within a stage they may be of the first few."""
     named = [row for row in run.rows if row["of"].startswith(f"{name}, ")]
-    return [row for row in named if row["of"] == named[-1]["of"]]
+    most = max((row["problems"] for row in named), default=0)
+    return [row for row in named if row["problems"] == most]
 
 
 def runs_table(records: dict[str, list[Record]]) -> list[list[str]]:

@@ -84,6 +84,13 @@ def test_runs_of_an_older_version_and_runs_that_have_just_begun_are_shown(tmp_pa
     assert ["held-out", "begun", *"–" * 8] in table_rows(path.read_text())
 
 
+def test_an_unfinished_run_is_shown_by_its_evaluations_of_all_problems(tmp_path):
+    a = write_run(tmp_path / "a")
+    lines = (a / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (a / "metrics.jsonl").write_text("".join(lines[:-1]))  # it ends with an evaluation of one problem of two
+    assert write_comparison({"a": [a]})[1][1][4:] == ["25.0", "25.0", "0.0 to 100.0"]
+
+
 @pytest.mark.parametrize("x", ["step", "tokens of training"])
 def test_curves_lie_over_each_other(tmp_path, x):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", tokens=300)
