@@ -237,7 +237,9 @@ def summarise(
         pass_half = majority_half = None
         if n > 1:
             pass_half = pass_half_width(right, n, k)
-            majority_half = majority_half_width(votes, vote_is_right, k) or pass_half_width(right, n, 1)
+            majority_half = majority_half_width(votes, vote_is_right, k)
+            if majority_half < 1e-9:  # votes never differ, but for the rounding of means
+                majority_half = pass_half_width(right, n, 1)
         pass_figures[str(k)] = with_intervals(pass_at(right, n, k), pass_half)
         if has_majority:
             majority_figures[str(k)] = with_intervals(majority(votes, vote_is_right, k), majority_half)

@@ -246,6 +246,13 @@ def test_rewards_that_read_no_box_have_no_majority():
         assert k_chart(found)[0] == "pass@k" + " and maj@k" * bool(ks)
 
 
+def test_equal_votes_have_a_resampled_interval_of_the_majority():
+    """Guards: the mean of three problems is rounded, and the spread of 400 such means was 1e-16, not 0."""
+    groups = [[response(str(p), i, "right" if p else "wrong", "1") for i in range(4)] for p in range(3)]
+    found = summarise("set", [Problem(str(p), "?", ("1",)) for p in range(3)], groups, 1.0, 9).maj_at["2"]
+    assert found.value == pytest.approx(2 / 3) and found.resampled_low < 0.6 < 0.7 < found.resampled_high
+
+
 def test_one_response_each_has_no_resampling_interval_and_no_diversity():
     found = summarise("short", [Problem("p", "?", ("1",))], [[response("p", 0, "wrong", "2", "one two three")]], 1.0, 9)
     assert found.distinct4 is None and (found.low, found.high) == (0.0, 1.0)
