@@ -301,8 +301,6 @@ def regrade(arguments: argparse.Namespace) -> None:
     """Grade the stored responses of an evaluation again and write a new evaluation."""
     run, out = arguments.regrade, arguments.out
     settings = read_settings(run)
-    if settings["curve"] or settings["match"]:
-        raise DataError(f"{run} is a curve; --regrade takes an evaluation made without --curve and --match")
     if out and out.exists():
         raise DataError(f"{out} already exists; give another --out")
     sets, results = {}, Results()

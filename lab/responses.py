@@ -59,6 +59,10 @@ def parts_of(path: Path) -> list[Path]:
 
 def read_groups(folder: Path, name: str, n: int, rewarded: bool = False) -> tuple[list[Problem], list[list[Response]]]:
     """Read the problems of a finished set and the first n responses to each. Raises DataError if any is missing."""
+    settings = read_settings(folder)
+    if settings.get("curve") or settings.get("match"):
+        what = "--regrade takes an evaluation made without --curve and --match, as do --compare and --match"
+        raise DataError(f"{folder} is a curve; {what}")
     path = response_file(folder, name)
     problems = read_problems(folder / "problems" / f"{file_name(name)}.jsonl", "keep", rewarded)
     groups = group_by_problem(problems, read_responses(path) if path.exists() else [], n)

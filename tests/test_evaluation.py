@@ -467,6 +467,11 @@ def test_an_interrupted_curve_resumes_and_ends_the_same(command, tmp_path, monke
     with pytest.raises(SystemExit, match="is a curve; --regrade takes an evaluation"):
         monkeypatch.setattr("sys.argv", ["eval.py", "--regrade", str(tmp_path / "cut"), "--out", str(tmp_path / "no")])
         main(evaluation_arguments(None))
+    with pytest.raises(SystemExit, match="is a curve; .* as do --compare and --match"):
+        monkeypatch.setattr("sys.argv", ["eval.py", "--compare", str(tmp_path / "cut"), str(tmp_path / "whole")])
+        main(evaluation_arguments(None))
+    with pytest.raises(SystemExit, match="is a curve; .* as do --compare and --match"):
+        command(*options[:6], "--match", tmp_path / "cut", out="matched")
 
 
 def test_the_length_curve_of_known_responses():
