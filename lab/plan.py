@@ -217,17 +217,25 @@ def with_mean_prompt(recipe: Recipe, index: int) -> SftStage | RlStage:
     return replace(stage, max_prompt_tokens=min(mean or stage.max_prompt_tokens, stage.max_prompt_tokens))
 
 
+def steps_of(stage: SftStage | RlStage, update: Work) -> int:
+    """Return the steps of a stage, which may end earlier by its budget of generated tokens."""
+    if isinstance(stage, SftStage) or not stage.generated_tokens:
+        return stage.steps
+    return min(stage.steps, math.ceil(stage.generated_tokens / update.tokens))
+
+
 def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
     """Yield the parts of a run: steps, pass rates, diversity searches and evaluations."""
     stages = [with_mean_prompt(recipe, index) for index in range(len(recipe.stage))]
+    updates = [update_work(shape, recipe, stage, machine) for stage in stages]
+    stages = [replace(stage, steps=steps_of(stage, work)) for stage, work in zip(stages, updates, strict=True)]
     rl = [stage for stage in stages if isinstance(stage, RlStage)]
     prompt = max((stage.max_prompt_tokens for stage in rl), default=1024)
 
     def sample(problems: int, samples: int, limit: int) -> Work:
         return sampling_work(shape, recipe, problems, samples, prompt, limit, machine)
 
-    for index, stage in enumerate(stages):
-        update = update_work(shape, recipe, stage, machine)
+    for index, (stage, update) in enumerate(zip(stages, updates, strict=True)):
         if isinstance(stage, SftStage):
             yield Job(f"stage {index}, a step", stage.steps, update=update)
             continue
@@ -241,12 +249,12 @@ def jobs(shape: Shape, recipe: Recipe, machine: Machine) -> Iterator[Job]:
         work = sample(recipe.search.problems, recipe.search.samples, rl[0].max_response_tokens)
         yield Job("diversity before a stage", len(rl), work)
     held, final = recipe.eval, recipe.final
-    if problems := count_problems(held.data, *how_to_read(recipe, held.data)):
-        problems = min(problems, held.problems or problems)
+    if known := count_problems(held.data, *how_to_read(recipe, held.data)):
+        problems = min(known, held.problems or known)
         work = sample(problems, held.samples, held.max_response_tokens)
         yield Job("evaluation, around the stages", len(rl) + 1, work)
         if held.every_steps:
-            problems = held.problems_within_stage or problems
+            problems = min(known, held.problems_within_stage or problems)
             within = sum((stage.steps - 1) // held.every_steps for stage in rl)
             yield Job("evaluation, within them", within, sample(problems, held.samples, held.max_response_tokens))
     if problems := count_problems(final.data, *how_to_read(recipe, final.data)):

@@ -282,6 +282,25 @@ def test_problems_of_a_local_file_are_counted_and_unknown_data_is_named(capsys, 
         assert held_out.sampling.tokens == pytest.approx(asked * 8 * 0.4 * 16_384)
 
 
+def test_a_plan_counts_no_more_than_the_budget_and_the_data_allow():
+    recipe = load_recipe(ROOT / "recipes" / "consumer-24gb.toml", ["eval.every_steps=1"])
+    shape = plan.find_shape(recipe.model)[0]
+
+    def job(recipe, what):
+        return next(job for job in plan.jobs(shape, recipe, machine()) if job.what.startswith(what))
+
+    step, first = job(recipe, "stage 0, a step"), recipe.stage[0]
+    for tokens, steps in ((int(2.5 * step.update.tokens), 3), (10**12, first.steps)):
+        stages = (replace(first, generated_tokens=tokens), *recipe.stage[1:])
+        budget = replace(recipe, stage=stages)
+        assert job(budget, "stage 0, a step").times == steps
+        fewer = first.steps - steps
+        assert job(budget, "evaluation, within").times == job(recipe, "evaluation, within").times - fewer
+    for first, within, asked in ((0, 5000, 30), (10, 5000, 30), (10, 20, 20), (10, 0, 10)):  # of AIME24
+        some = replace(recipe, eval=replace(recipe.eval, problems=first, problems_within_stage=within))
+        assert job(some, "evaluation, within").sampling.tokens == pytest.approx(asked * 8 * 0.4 * 16_384)
+
+
 def test_the_options_describe_a_machine():
     assert options_of() == cards.CARDS[24.0]
     assert options_of("--device", "80gb", "--gpus", "8") == replace(cards.CARDS[80.0], gpus=8)
