@@ -174,20 +174,27 @@ def difficulty_groups(problems: Sequence[Problem]) -> list[str]:
     """Return a label for each problem: its difficulty, or the quartile if there are many values; "" without one."""
     figures = [problem.difficulty for problem in problems if problem.difficulty is not None]
     if len(set(figures)) <= MOST_DIFFICULTIES:
-        return ["" if p.difficulty is None else f"{p.difficulty:g}" for p in problems]
+        return ["" if p.difficulty is None else f"{p.difficulty:,g}" for p in problems]
     edges = np.quantile(figures, [0, 0.25, 0.5, 0.75, 1])
-    labels = [f"{low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)]
+    labels = [f"{low:,g} to {high:,g}" for low, high in itertools.pairwise(edges)]
     return ["" if p.difficulty is None else labels[np.searchsorted(edges[1:4], p.difficulty)] for p in problems]
 
 
-def accuracy_by(labels: Sequence[str], means: Sequence[float]) -> dict[str, GroupAccuracy]:
-    """Return the accuracy of the problems with each non-empty label, in the order of the labels' leading numbers."""
+def accuracy_by(
+    labels: Sequence[str], means: Sequence[float], places: Sequence[float | None] = ()
+) -> dict[str, GroupAccuracy]:
+    """Return the accuracy of the problems with each non-empty label.
+
+    They are in the order of the problems' places, or else of the labels' leading numbers.
+    """
     grouped: dict[str, list[float]] = defaultdict(list)
     for label, mean in zip(labels, means, strict=True):
         if label:
             grouped[label].append(float(mean))
 
     def order(label: str) -> tuple[float, str]:
+        if places:
+            return places[labels.index(label)], label
         number = re.match(r"-?[0-9]+(?:\.[0-9]+)?", label)
         return (float(number[0]) if number else math.inf), label
 
@@ -256,7 +263,7 @@ def summarise(
         pass_at=pass_figures,
         maj_at=majority_figures,
         by_type=accuracy_by([problem.type for problem in problems], means),
-        by_difficulty=accuracy_by(difficulty_groups(problems), means),
+        by_difficulty=accuracy_by(difficulty_groups(problems), means, [problem.difficulty for problem in problems]),
         by_length=length_bands(groups, trained_length),
         length_mean=float(np.mean([response.tokens for response in everything])),
         truncated_share=float(np.mean([response.finish_reason == "length" for response in everything])),

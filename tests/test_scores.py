@@ -167,6 +167,20 @@ def test_difficulties_are_labels_or_quartiles():
     assert (grouped["b"].low, grouped["b"].high) == interval([1.0, 0.0])
 
 
+@pytest.mark.parametrize("low, high, step, labels", [
+    (800, 1600, 7, ["800 to 999.5", "999.5 to 1,199", "1,199 to 1,398.5", "1,398.5 to 1,598"]),
+    (1161, 1165, 0.25, ["1,161 to 1,161.94", "1,161.94 to 1,162.88", "1,162.88 to 1,163.81", "1,163.81 to 1,164.75"]),
+])  # fmt: skip
+def test_quartiles_of_large_difficulties_are_told_apart_and_in_order(low, high, step, labels):
+    """Guards: of Elo ratings "1.16e+03 to 1.16e+03" several times, as one group, before "800 to 999"."""
+    problems = [Problem(str(d), "?", ("1",), difficulty=d) for d in np.arange(low, high, step)[::-1]]
+    found = summarise("set", problems, [[response(p.id, 0, "right", "1")] for p in problems], 1.0, 9)
+    assert list(found.by_difficulty) == labels
+    few = [Problem(str(d), "?", ("1",), difficulty=d) for d in (1000, 900, 1e6)]
+    found = summarise("set", few, [[response(p.id, 0, "right", "1")] for p in few], 1.0, 9)
+    assert list(found.by_difficulty) == ["900", "1,000", "1e+06"]
+
+
 def test_accuracy_by_length_of_known_responses():
     groups = [
         [response("a", 0, "right", "1", tokens=10), response("a", 1, "wrong", "2", tokens=30)],
