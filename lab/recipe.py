@@ -489,7 +489,7 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(f"world.hidden_size must be a multiple of 32, not {recipe.world.hidden_size}")
     users = [(f"stage.{i}", stage) for i, stage in enumerate(recipe.stage)]
     for where, user in (*users, ("eval", recipe.eval), ("final", recipe.final)):
-        if (user.on_bad_row, user.columns) != how_to_read(recipe, user.data)[::2]:
+        if user.data and (user.on_bad_row, user.columns) != how_to_read(recipe, user.data)[::2]:
             raise RecipeError(f"{where}: columns and on_bad_row must be the same wherever {user.data!r} is read")
     first_rl = next((i for i, stage in enumerate(recipe.stage) if isinstance(stage, RlStage)), None)
     for i, stage in enumerate(recipe.stage):

@@ -609,3 +609,5 @@ def test_columns_stand_beside_data_and_are_the_same_wherever_it_is_read(tmp_path
     assert "on_bad_row must be one of" in refusal(tmp_path, text.replace('"skip"', '"drop"'))
     said = refusal(tmp_path, text.replace("held-out.jsonl", "problems.jsonl"))
     assert "must be the same wherever 'problems.jsonl' is read" in said
+    # a stage without data goes on with the problems before it, and nothing is read for the final evaluation
+    assert load(tmp_path, SMALL, ["stage.*.on_bad_row=skip"]).stage[-1].on_bad_row == "skip"
