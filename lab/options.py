@@ -90,7 +90,7 @@ def model_options(n: int | None = None, top_k: int = 20, greedy: bool = True) ->
     add("--thinking", choices=("auto", "true", "false"), help=f"{what} {own}, else auto)")
     add("--no-thinking", dest="thinking", action="store_const", const="false", help="--thinking false")
     add("--instruction", help=f"appended to problems that do not contain it {own}, else {INSTRUCTION!r})")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add("--seed", type=bounded(int, 0), default=0, help="of the sampling")
     add("--rows", type=COUNT, default=64, help="sequences decoded at once")
     add("--cache-tokens", type=COUNT, help="of all sequences together (default: what the rows need, if memory allows)")
     add("--reward", metavar="FILE.py:NAME", help="call NAME(text, row) instead of comparing answers")
@@ -274,7 +274,7 @@ def difficulty_arguments(doc: str | None) -> argparse.Namespace:
     add("--drop-at", type=SHARE, default=1.0, help="drop pass rates of at least this")
     add("--keep-above", type=SHARE, default=0.0, help="drop pass rates below this")
     add("--max-unsolved-share", type=SHARE, help="of the kept problems: drop other unsolved ones at random")
-    add("--seed", type=int, default=0, help="for that draw")
+    add("--seed", type=bounded(int, 0), default=0, help="for that draw")
 
     what, example = "Drop the problems that a run has learned.", "runs/tiny train.jsonl next.jsonl"
     add = new_command("drop", what, example, reading, batch)
