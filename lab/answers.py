@@ -14,8 +14,9 @@ The policy:
      nothing; `1/3 \approx 0.33` is 1/3, `5 \approx 6` nothing. One equation is another if it is a multiple of
      it, or gives its value under another name.
   5. `x<3` is `(-\infty,3)` and `\{x \mid x<3\}`, whatever the variable; an inequality earns no number.
-  6. A unit, a degree sign, a base (`52_8`) may be left out on either side. Where both state one it must be the
-     same word, in any case and number; none is converted (cm is not centimeters). A bare letter is a variable.
+  6. A unit, a currency or degree sign, a base (`52_8`) may be left out on either side. Where both state one it
+     must be the same word, in any case and number; none is converted (cm is not centimeters). A bare letter is a
+     variable.
   7. Words (of two letters or more) match as text, in any case. A choice (`A`) may be followed by its text.
   8. What is typed counts as what it stands for: `pi/2`, `sqrt(2)`, `2^10`, `exp(1)`, `x²`, `√2`. But a box has
      braces: `\boxed 5` holds no answer, because TeX would box one digit of `\boxed 55`.
@@ -27,6 +28,7 @@ The policy:
 
 import itertools
 import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -53,11 +55,29 @@ TEXT = re.compile(r"\\text\{([^{}]*)\}")
 SYNONYMS = r"""- −, \times ×, \cdot ·, \div ÷, \sqrt √, \pi π, \infty ∞, \cup ∪, \approx ≈, \pm ±,
 \le ≤ <= \leq \leqslant, \ge ≥ >= \geq \geqslant, \ne ≠ != \neq \not=, < \lt, > \gt, | \vert \lvert \rvert,
 ( \langle, ) \rangle, \frac \dfrac \tfrac \cfrac, \binom \dbinom \tbinom, \emptyset \varnothing \{\} ∅,
-° ^{\circ} ^\circ \degree, \% percent \text{percent}, pm p.m., am a.m."""
+° ^{\circ} ^\circ \degree, \triangle △, \angle ∠, \% percent \text{percent}, pm p.m., am a.m."""
 SYNONYMS = [(other, name) for name, *others in map(str.split, SYNONYMS.split(",")) for other in others]
 SYNONYMS = {other: name + " " * (name[-1].isalpha() > other[-1].isalpha()) for other, name in SYNONYMS}
 SYNONYM = "|".join(re.escape(other) + "(?![A-Za-z])" * other[-1].isalpha() for other in SYNONYMS)
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+# full-width forms but digits (no number is in another script's) and ～ (a range, where ~ is a space), fractions of one
+# character, other spaces and punctuation
+TYPED = {code: chr(code - 0xFEE0) for code in range(ord("！"), ord("～")) if not chr(code).isdigit()}
+for character in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒":
+    above, below = unicodedata.normalize("NFKC", character).split("⁄")
+    TYPED[ord(character)] = rf"\frac{{{above}}}{{{below}}}"
+TYPED |= str.maketrans("\u00a0\u2009\u202f\u3000。￡￥", "    .£¥")
+TYPED |= str.maketrans({"，": ", ", "、": ", ", "℃": "°C", "℉": "°F"})
+CIRCLED, CURRENCY = "[①-⑳]", "[¢-¥₠-⃀]"
+NOT_ASCII = {
+    rf"(?<={CIRCLED}) ?(?={CIRCLED})": ",",  # R ①③
+    CIRCLED: lambda circled: unicodedata.normalize("NFKC", circled[0]),
+    "[₀-₉]+": lambda lowered: f"_{{{lowered[0].translate(SUBSCRIPTS)}}}",  # R a₁
+    rf"(?<!\d)(?<!\d )({CURRENCY}) ?(\d(?:[\d., ]*\d)?)": r"\2\1",  # R £5
+    r"(?<=[A-Za-z\d})]) ?度": "°",  # R 90度
+}
+NOT_ASCII = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in NOT_ASCII.items()]
 FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log|exp|sqrt|pi|infty"  # that are typed as words
 UPRIGHT = r"(?:text|math)(?:rm|bf|it|sf|tt|normal)?|mbox|boldsymbol|bm|bold|underline"
 TOKEN = r"\d|[A-Za-z]|\\(?!sqrt)[A-Za-z]+"
@@ -99,7 +119,8 @@ TIDY = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in
 
 def tidy(text: str) -> str:
     """The same answer with its typesetting removed: math delimiters, spacing, sized brackets, synonyms."""
-    for pattern, replacement in TIDY:
+    text = text.translate(TYPED)
+    for pattern, replacement in TIDY if text.isascii() else NOT_ASCII + TIDY:
         text = pattern.sub(replacement, text).strip()
     return text
 
@@ -156,7 +177,7 @@ UPRIGHT_UNIT = r"\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?"
 COMMON_UNIT = r"(?:st|nd|rd|th|(?i:[ap]m)|[ckm]m|[km]g|ft|in|hrs?|min|sec|mph)"  # may follow a number without a space
 UNIT = re.compile(
     rf"(?<![°'])(?: ?{UPRIGHT_UNIT}(?: ?(?:/|\\cdot)? ?{UPRIGHT_UNIT})*+| ?°(?: ?[CF]| ?\\text\{{[CF]\}})?|''?)$"
-    rf"|(?<=\d)_(?:\d|\{{\d\d?\}})$|(?<!%)\\?%$"
+    rf"|(?<=[A-Za-z\d}})]) ?(?:{CURRENCY}|元)$|(?<=\d)_(?:\d|\{{\d\d?\}})$|(?<!%)\\?%$"
     rf"|(?<=[\d}}])(?P<word>(?: [A-Za-z]{{3,}}| ?{COMMON_UNIT})(?:[ /][A-Za-z]+)*+(?:\^\{{?\d\}}?)?)$"
 )
 NO_UNIT = frozenset(
