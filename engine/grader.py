@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the code
 CACHED_VERDICTS = 20_000  # one per pair of golds and answer
 ATTEMPTS = 3  # at an answer whose workers are killed: by the system for its memory, or by the answer
 START_LIMIT_S = 60.0  # for a worker to import math-verify, or a reward function's file
+MAX_SHOWN = 200  # characters of golds in an error
 LEAST_FAILURES = 5  # fewer grader failures than this never stop a run
 
 
@@ -113,7 +114,7 @@ class Grader:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, not {workers}")
         self.reward, self.given = read_function(reward), reward
-        self.failures: dict[str, str] = {}  # of the reward function: the first of each verdict, as a sentence
+        self.failures: dict[str, str] = {}  # of the reward function, or at a gold: the first of each verdict
         self.time_limit_s, self.memory_limit_bytes, self.thinking = time_limit_s, memory_limit_bytes, thinking
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._tickets, self._results = itertools.count(), {}
@@ -154,7 +155,7 @@ class Grader:
             verdict = "no answer" if job["text"] is None else None
         else:
             verdict, golds = ("no answer", []) if answer is None else text_verdict(answer, answers)
-            job = {"text": tidy(answer), "row": golds} if verdict is None else {}
+            job = {"text": tidy(answer), "row": golds, "golds": list(answers)} if verdict is None else {}
         result, ticket = Future(), next(self._tickets)
         if verdict is None:
             self._jobs.put((ticket, job, result))
@@ -250,6 +251,9 @@ class Grader:
             if reply.get("exceeded"):
                 raise TimeoutError
             if reply.get("id") == ticket and "error" in reply:
+                if not self.reward:  # no answer's fault
+                    golds = " or ".join(question["golds"])[:MAX_SHOWN]
+                    self.failures.setdefault("grader failed", f"the gold {golds}: {reply['error']}")
                 return self._failure(reply["error"])
             if reply.get("id") == ticket and "score" in reply:
                 score = float(reply["score"])
@@ -282,10 +286,13 @@ def check_grader(
     own = verdicts.get("reward failed", 0)
     failed, graded = own + verdicts.get("grader failed", 0), sum(verdicts.values())
     if failed >= LEAST_FAILURES and failed > most_failed_share * graded:
+        why = (failures or {}).get("reward failed" if own else "grader failed", "")
         advice = "check that math-verify imports and that its workers have enough memory"
         if own:
-            first = f" (first: {failures['reward failed']})" if failures and "reward failed" in failures else ""
-            advice = f"let the function return 0.0 where a response is at fault{first}"
+            advice = "let the function return 0.0 where a response is at fault"
+        elif why:
+            advice = "fix the rows whose gold cannot be read, or leave them out of the data"
+        advice += f" (first: {why})" * bool(why)
         raise GraderError(
             f"the {'reward function' if own else 'grader'} failed on {failed} of {graded} answers "
             f"({failed / graded:.1%}, more than the {most_failed_share:.1%} allowed): {advice}, or allow a larger "

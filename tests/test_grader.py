@@ -277,6 +277,15 @@ def test_the_grader_may_fail_on_a_set_share_of_answers_and_a_few_failures_never_
     assert "\n" not in str(raised.value)
 
 
+def test_the_error_of_many_failures_names_the_first_gold_that_cannot_be_read():
+    with Grader() as grader:
+        grades = grader.grade([(boxed(str(i)), ["5～10"]) for i in range(8)] + [(boxed("1+x"), ["x+1"])])
+        assert [grade.verdict for grade in grades] == ["grader failed"] * 8 + ["right"]
+        with pytest.raises(GraderError, match="fix the rows whose gold cannot be read.*first: the gold 5～10") as raised:
+            check_grader({"grader failed": 8, "right": 120}, 0.02, grader.failures)
+    assert "imports" not in str(raised.value) and "memory" not in str(raised.value)
+
+
 def nested(entry, depth):
     return r"\{" * depth + entry + r"\}" * depth
 
