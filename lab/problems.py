@@ -63,6 +63,7 @@ WORKED = ("solution", "solutions")  # end with the answer, or are the answer
 NOT_SHOWN = ("choices", "options", "context", "passage", "body", "input")  # may hold a part of the problem
 LONGEST_ANSWER = 15  # words of a solution that is an answer alone
 NOT_ANSWERS = ("proof", "notfound")  # what NuminaMath-1.5 has in place of an answer
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", re.ASCII)
 OTHER_FORMS = re.compile(r"Answer:|####|<answer>")  # where the answers of DAPO, GSM8K and R1-Zero stand
 LOOKED_AT = 1000  # rows that decide how a file's answers are written
 
@@ -278,7 +279,9 @@ def final_answer(text: str, worked: bool) -> str:
     if (box := last_boxed(text, thinking=False)) is not None:
         return box
     _, mark, end = text.rpartition("####")
-    return end.replace(",", "") if mark else "" if worked else text
+    if not mark:
+        return "" if worked else text
+    return end.replace(",", "") if THOUSANDS.fullmatch(end.strip()) else end  # another comma separates answers
 
 
 def as_text(value) -> str:

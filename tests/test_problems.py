@@ -41,6 +41,14 @@ def test_gsm8k_answer_loses_its_thousands_separators_and_the_solution_its_calcul
     assert read.solution == "He has 40*27 = 1,080 left.\nThe final answer is \\boxed{1080}."
 
 
+@pytest.mark.parametrize(
+    "end, answer", [("2, 3", "2, 3"), ("(1,200)", "(1,200)"), ("1,234,567.5", "1234567.5"), ("-1,000", "-1000"), ("5", "5")]
+)
+def test_only_thousands_separators_leave_an_answer_behind_its_mark(tmp_path, end, answer):
+    (read,) = read_problems(write_rows(tmp_path / "s.jsonl", [{"question": "q", "answer": f"so\n#### {end}"}]))
+    assert read.answers == (answer,)
+
+
 def verl(content, truth, extra):
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
     return {"prompt": prompt, "reward_model": {"ground_truth": truth}, "extra_info": extra}
