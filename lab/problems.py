@@ -72,7 +72,11 @@ LOOKED_AT = 1000  # rows that decide how a file's answers are written
 
 
 def read_problems(
-    source: str | Path, on_bad_row: str = "stop", rewarded: bool = False, columns: Columns = Columns()
+    source: str | Path,
+    on_bad_row: str = "stop",
+    rewarded: bool = False,
+    columns: Columns = Columns(),
+    solved: bool = False,
 ) -> list[Problem]:
     """Read a local file or folder, or a Hugging Face dataset; ":split" may follow a folder and "owner/name".
 
@@ -81,13 +85,14 @@ def read_problems(
     the same id and text only the first is kept, and the count is printed; problems with one text and different answers
     count as without an answer. Ids begin with the file's stem (the folder's, the dataset's name), so that sources can
     be mixed. `rewarded` is for a reward function: rows are kept whole, and need no answer. `columns` names columns that
-    KNOWN_COLUMNS lacks. Raises DataError.
+    KNOWN_COLUMNS lacks. `solved` is for fine-tuning: rows need a worked solution, but no answer, and several solutions
+    of one problem are all kept. Raises DataError.
     """
     if on_bad_row not in ("stop", "skip", "keep"):
         raise DataError(f'on_bad_row is {on_bad_row!r}; it must be "stop", "skip" or "keep".')
     stem, files = find_files(source)
-    rows = chain.from_iterable(read_file(file, stem, on_bad_row, rewarded, columns) for file in files)
-    problems, repeated, disputed = settle(rows, stem, on_bad_row == "keep", rewarded)
+    rows = chain.from_iterable(read_file(file, stem, on_bad_row, rewarded, columns, solved) for file in files)
+    problems, repeated, disputed = settle(rows, stem, on_bad_row == "keep", rewarded, solved)
     if repeated:
         print(f"{source}: left out {len(repeated)} duplicate rows (first: {repeated[0]})", file=sys.stderr)
     if disputed:
@@ -131,19 +136,24 @@ def has_chats(source: str | Path) -> bool:
     return isinstance(row, dict) and "messages" in row
 
 
-def read_file(path: Path, stem: str, on_bad_row: str, rewarded: bool, columns: Columns) -> Iterator[Problem]:
+def read_file(
+    path: Path, stem: str, on_bad_row: str, rewarded: bool, columns: Columns, solved: bool
+) -> Iterator[Problem]:
     """Yield the usable rows of one file; the id is "stem/own id", or "" in a row without one."""
-    rows = rows_of(path, None if rewarded else lambda names: find_columns(names, columns, path))
+    rows = rows_of(path, None if rewarded else lambda names: find_columns(names, columns, path, solved))
     head = list(islice(rows, LOOKED_AT))
     if not head:
         raise DataError(f"{path} holds no rows; add at least one problem.")
     names = dict.fromkeys(name for _, row in head if isinstance(row, dict) for name in row)
-    found = find_columns(list(names), columns, path, rewarded) if names else dict.fromkeys(KNOWN_COLUMNS, ())
+    found = find_columns(list(names), columns, path, rewarded or solved) if names else dict.fromkeys(KNOWN_COLUMNS, ())
     worked = is_worked(found["answer"], [row for _, row in head if isinstance(row, dict)])
+    worked |= solved and found["answer"][:1] == found["solution"][:1]  # even a short solution is no answer
     own = found["problem"][:1] == ("problem",) and found["answer"][:1] == ("answers",)
     usable, bad, examples = 0, Counter(), []
     for number, row in chain(head, rows):
         problem, reason = problem_of(row, found, worked) if isinstance(row, dict) else (None, row)
+        if problem and solved and problem.text.strip():
+            reason = "" if problem.solution else "has no worked solution"
         if problem and rewarded:
             problem, reason = replace(problem, row=row.get(WHOLE_ROW, row)), reason * (not problem.text.strip())
         kept = not reason or (on_bad_row == "keep" and problem is not None and problem.text.strip())
@@ -178,18 +188,18 @@ def read_file(path: Path, stem: str, on_bad_row: str, rewarded: bool, columns: C
 
 
 def find_columns(
-    names: Sequence[str], columns: Columns, path: Path, rewarded: bool = False
+    names: Sequence[str], columns: Columns, path: Path, unanswered: bool = False
 ) -> dict[str, tuple[str, ...]]:
     """Return which of a file's columns hold each field of Columns, best first.
 
-    Raises DataError with the file's columns if none holds the problem or, unless `rewarded`, the answer.
+    Raises DataError with the file's columns if none holds the problem or, unless `unanswered`, the answer.
     """
     held = {re.sub(r"[\W_]+", "_", name.strip().casefold()): name for name in reversed(names)}
     found = {}
     for name, known in KNOWN_COLUMNS.items():
         given, paths = getattr(columns, name), [column.partition(".") for column in known]
         found[name] = (given,) if given else tuple(held[a] + dot + b for a, dot, b in paths if a in held)
-    missing = [name for name in ("problem", "answer")[: 2 - rewarded] if not found[name]]
+    missing = [name for name in ("problem", "answer")[: 2 - unanswered] if not found[name]]
     missing += [name for name in filter(None, vars(columns).values()) if not {name, name.partition(".")[0]} & {*names}]
     if missing:
         shown = ", ".join(name if name.isprintable() else repr(name) for name in names)[:MAX_SHOWN] or "none"
@@ -321,19 +331,24 @@ def as_number(value) -> float | None:
 
 
 def settle(
-    problems: Iterable[Problem], stem: str, keep: bool, rewarded: bool
+    problems: Iterable[Problem], stem: str, keep: bool, rewarded: bool, solved: bool = False
 ) -> tuple[list[Problem], list[str], list[tuple[Problem, Problem]]]:
     """Return problems with unique ids, the ids of duplicates left out, and pairs of one text with different answers.
 
     A hash of the text replaces an id that is missing or that several texts share. A disputed text is left out, or one
-    of it is kept without an answer; a reward function needs none, so that it disputes nothing.
+    of it is kept without an answer; a reward function and fine-tuning need none, so that they dispute nothing. For
+    fine-tuning (`solved`) rows are duplicates only with the same solution.
     """
+
+    def key_of(problem: Problem) -> int:
+        return text_key(f"{problem.text}\n{problem.solution}" if solved else problem.text)
+
     of_text: dict[int, list[Problem]] = {}  # with distinct ids
     order, copies, disputed = [], [], {}
     for problem in problems:
-        same = of_text.setdefault(key := text_key(problem.text), [])
+        same = of_text.setdefault(key := key_of(problem), [])
         if (
-            not rewarded
+            not (rewarded or solved)
             and same
             and problem.answers
             and same[0].answers
@@ -349,10 +364,10 @@ def settle(
 
     def with_id(problem: Problem) -> Problem:
         shared = not problem.id or count[problem.id] > 1
-        return replace(problem, id=f"{stem}/{text_key(problem.text):016x}") if shared else problem
+        return replace(problem, id=f"{stem}/{key_of(problem):016x}") if shared else problem
 
     for problem in order:
-        dispute = disputed and disputed.get(text_key(problem.text))
+        dispute = disputed and disputed.get(key_of(problem))
         if dispute and not (keep and dispute[0] is problem):
             continue
         problem = with_id(replace(problem, answers=()) if dispute else problem)

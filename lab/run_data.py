@@ -38,14 +38,18 @@ class RunData:
         """Return world/... as a path in the run's folder, and anything else (a file or a hub dataset) unchanged."""
         return str(self.folder / source) if source.startswith("world/") else source
 
-    def problems(self, source: str) -> list[Problem]:
-        """Return all problems of a source."""
-        return problems_of(self.path(source), *how_to_read(self.recipe, source))
+    def problems(self, source: str, kind: str = "") -> list[Problem]:
+        """Return all problems of a source as a kind of stage reads it; by default sft if no other reads it."""
+        on_bad_row, rewarded, columns = how_to_read(self.recipe, source)
+        users = [user for user in (*self.recipe.stage, self.recipe.eval, self.recipe.final) if user.data == source]
+        if kind == "sft" or (not kind and users and all(isinstance(user, SftStage) for user in users)):
+            return problems_of(self.path(source), on_bad_row, False, columns, True)
+        return problems_of(self.path(source), on_bad_row, rewarded, columns)
 
     def training_problems(self, kind: str, source: str) -> list[Problem]:
         """Return a source's problems without those that the guard excludes."""
         excluded = self.excluded.get((kind, source), ())
-        return [problem for problem in self.problems(source) if problem.id not in excluded]
+        return [problem for problem in self.problems(source, kind) if problem.id not in excluded]
 
     def worked_examples(self, stage: SftStage) -> Iterator[tuple[str, list[dict] | Problem, str]]:
         """Yield the examples of an sft stage: a name for errors, the prompt as a chat or a problem, the reply.
@@ -117,7 +121,7 @@ class RunData:
             chats = [(f"row {number}", messages) for number, messages in enumerate(read_chats(path), 1)]
             asked = [Problem(name, m["content"], ()) for name, chat in chats for m in chat if m["role"] == "user"]
             return asked, [Problem(name, "\n".join(m["content"] for m in chat), ()) for name, chat in chats]
-        asked = self.problems(stage.data)
+        asked = self.problems(stage.data, stage.kind)
         return asked, asked if isinstance(stage, RlStage) else [replace(p, text=p.text + p.solution) for p in asked]
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from lab import data_files
 from lab.data_files import DataError
 from lab.problems import Columns, INSTRUCTION, Problem, asks_otherwise, benchmark_copies, duplicated, prompt_text, read_problems, write_problems
+from lab.recipe import load_recipe
+from lab.run_data import RunData
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="shared/data is not available")
@@ -158,6 +161,34 @@ def test_one_text_under_two_ids_is_found_within_and_across_files():
     assert duplicated(first, seen) == [(first[2], first[0])]
     assert duplicated(later, seen) == [(later[0], first[1])]  # the same id again is the same problem
     assert duplicated(later) == []
+
+
+def test_fine_tuning_keeps_every_solution_of_a_problem_and_needs_no_answer(tmp_path):
+    solutions = ["We add: \\boxed{4}.", "Two pairs.\nSo it is 4.", "2 + 2 = 4", "Count up.", "Count up."]
+    rows = [{"problem": "2 + 2?", "solution": solution} for solution in solutions]
+    for kind in ({}, {"id": 7}):
+        read = read_problems(write_rows(tmp_path / "s.jsonl", [kind | row for row in rows]), solved=True)
+        assert [p.solution for p in read] == solutions[:4] and len({p.id for p in read}) == 4
+        assert [p.answers for p in read] == [("4",), (), (), ()]
+    short = write_rows(tmp_path / "short.jsonl", [rows[2], {"problem": "q", "solution": " "}])
+    assert [p.solution for p in read_problems(short, "skip", solved=True)] == ["2 + 2 = 4"]
+    with pytest.raises(DataError, match="row 2 has no worked solution"):
+        read_problems(short, solved=True)
+    generated = write_rows(tmp_path / "g.jsonl", [{"problem": "p", "generated_solution": "So."}])
+    assert [p.solution for p in read_problems(generated, solved=True)] == ["So."]
+
+
+def test_only_an_sft_stage_reads_worked_solutions_without_answers(tmp_path):
+    path = write_rows(tmp_path / "s.jsonl", [{"problem": "2 + 2?", "solution": s} for s in ("2 + 2 = 4", "Count up.")])
+    stage = f"[[stage]]\nkind = '%s'\ndata = '{path}'\nsteps = 1\n"
+    (tmp_path / "r.toml").write_text("name = 'r'\nmodel = 'm'\n" + stage % "sft" + stage % "rl")
+    recipe = load_recipe(tmp_path / "r.toml")
+    data = RunData(recipe, tmp_path)
+    assert [reply for _, _, reply in data.worked_examples(recipe.stage[0])] == ["2 + 2 = 4", "Count up."]
+    with pytest.raises(DataError, match="different answers"):
+        data.training_problems("rl", str(path))
+    alone = replace(recipe, stage=recipe.stage[:1])
+    assert len(RunData(alone, tmp_path).problems(str(path))) == 2
 
 
 # ---- bad input -----------------------------------------------------------------------------------
