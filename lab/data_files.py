@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from engine.errors import UserError, first_names
@@ -24,6 +25,7 @@ MOST_ROWS = 10_000_000  # of a file, and entries of its lists
 MOST_BYTES = 4 << 30  # of a file, and of its texts once unpacked
 BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
 TOO_LARGE = "holds a number of too many digits, or too deep a nesting"
+PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages")  # in any case
 HUB_ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(:(?P<split>[\w./-]+))?")
 
 
@@ -229,15 +231,23 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
         else:
             row = checked_row(row, "\\u" in text)
         inner = None if begun else wrapped_rows(row)
+        if inner and len([*islice((other for other in lines_of(path) if other.strip(BLANK)), 2)]) > 1:
+            inner = None  # the first of several rows
         yield from enumerate((checked_row(row, "\\u" in text) for row in inner), 1) if inner else [(number, row)]
         begun = True
 
 
 def wrapped_rows(found: object) -> list | None:
-    """Return the rows of {"data": [...]}: of an object's only list of objects that are not a chat's messages."""
-    values = found.values() if isinstance(found, dict) else ()
+    """Return the rows of {"data": [...]}: the only list of objects in an object that is itself no problem or chat."""
+    values = found.values() if isinstance(found, dict) and not has_problem(found) else ()
     lists = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return lists[0] if len(lists) == 1 and not {"role", "from", "type"} & lists[0][0].keys() else None
+    is_chat = len(lists) == 1 and {"role", "from", "type"} & lists[0][0].keys() and not has_problem(lists[0][0])
+    return lists[0] if len(lists) == 1 and not is_chat else None
+
+
+def has_problem(row: dict) -> bool:
+    """Return whether a row has a column that is known to hold a problem."""
+    return any(name.strip().casefold() in PROBLEM_COLUMNS for name in row)
 
 
 def checked_row(row: object, escaped: bool) -> dict | str:

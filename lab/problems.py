@@ -17,7 +17,7 @@ from pathlib import Path
 from engine.errors import first_names
 from engine.files import write_atomically
 from lab.answers import text_verdict
-from lab.data_files import DataError, find_files, rows_of
+from lab.data_files import PROBLEM_COLUMNS, DataError, find_files, rows_of
 from reward import BOX, last_boxed
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
@@ -51,7 +51,7 @@ class Columns:
 
 
 KNOWN_COLUMNS = {  # in any case; the first one present counts
-    "problem": ("problem", "question", "prompt", "messages"),
+    "problem": PROBLEM_COLUMNS,
     "answer": ("answers", "reward_model", "ground_truth", "final_answer", "expected_answer", "answer",
                "solution", "solutions"),
     "solution": ("solution", "generated_solution"),

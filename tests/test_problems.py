@@ -628,6 +628,22 @@ def test_gzip_csv_and_wrapped_files_are_read(tmp_path):
         read_problems(tmp_path / "bad.csv")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["tests", "generations", "options"])
+def test_a_list_of_objects_within_a_problem_holds_no_rows(tmp_path, name, count):
+    rows = [good(n) | {name: [{"input": "1", "output": "2"}]} for n in range(count)]
+    assert [p.text for p in read_problems(write_rows(tmp_path / "s.jsonl", rows))] == ["p0", "p1"][:count]
+    named = [{"Q": f"p{n}", "A": "1", name: [{"input": "1"}]} for n in range(2)]
+    read = read_problems(write_rows(tmp_path / "t.jsonl", named), columns=Columns(problem="Q", answer="A"))
+    assert [p.text for p in read] == ["p0", "p1"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_wrapped_problems_may_have_a_type(tmp_path, indent):
+    (tmp_path / "s.json").write_text(json.dumps({"data": [good(1) | {"type": "Algebra"}]}, indent=indent))
+    assert [(p.text, p.type) for p in read_problems(tmp_path / "s.json")] == [("p1", "Algebra")]
+
+
 def test_a_packed_file_that_unpacks_to_a_huge_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(data_files, "MOST_BYTES", 1 << 20)
     with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
