@@ -387,8 +387,8 @@ def text_key(text: str) -> int:
 
 
 def agree(answers: Sequence[str], others: Sequence[str]) -> bool:
-    """Return whether two ground truths share an answer, as texts or as numbers."""
-    return any(text_verdict(answer, others)[0] == "right" for answer in answers)
+    """Return whether two ground truths may share an answer: whether their texts do not say that none is another."""
+    return any(text_verdict(answer, others)[0] != "wrong" for answer in answers)
 
 
 def write_problems(problems: Iterable[Problem], path: str | Path) -> None:

@@ -179,12 +179,12 @@ def test_fine_tuning_keeps_every_solution_of_a_problem_and_needs_no_answer(tmp_p
 
 
 def test_only_an_sft_stage_reads_worked_solutions_without_answers(tmp_path):
-    path = write_rows(tmp_path / "s.jsonl", [{"problem": "2 + 2?", "solution": s} for s in ("2 + 2 = 4", "Count up.")])
+    path = write_rows(tmp_path / "s.jsonl", [{"problem": "2 + 2?", "solution": s} for s in ("5", "4")])
     stage = f"[[stage]]\nkind = '%s'\ndata = '{path}'\nsteps = 1\n"
     (tmp_path / "r.toml").write_text("name = 'r'\nmodel = 'm'\n" + stage % "sft" + stage % "rl")
     recipe = load_recipe(tmp_path / "r.toml")
     data = RunData(recipe, tmp_path)
-    assert [reply for _, _, reply in data.worked_examples(recipe.stage[0])] == ["2 + 2 = 4", "Count up."]
+    assert [reply for _, _, reply in data.worked_examples(recipe.stage[0])] == ["5", "4"]
     with pytest.raises(DataError, match="different answers"):
         data.training_problems("rl", str(path))
     alone = replace(recipe, stage=recipe.stage[:1])
@@ -605,6 +605,14 @@ def test_different_answers_are_no_duplicates(tmp_path, capsys):
     assert "left out 2 problems with different answers" in said and "has 7 and" in said and "s/5 has 2" in said
     assert "left out 1 duplicate rows" in said
     assert [(p.text, p.answers) for p in read_problems(path, "keep")] == [("p", ()), ("q", (r"\frac12",)), ("r", ())]
+
+
+def test_answers_that_only_mathematics_can_compare_are_not_called_different(tmp_path, capsys):
+    rows = [{"problem": "p", "answer": a} for a in (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}")]
+    (read,) = read_problems(write_rows(tmp_path / "s.jsonl", rows))
+    assert read.answers == (r"\frac{\sqrt{2}}{2}",)
+    said = capsys.readouterr().err
+    assert "left out 1 duplicate rows" in said and "different answers" not in said
 
 
 def test_gzip_csv_and_wrapped_files_are_read(tmp_path):
