@@ -343,23 +343,33 @@ def settle(
     def key_of(problem: Problem) -> int:
         return text_key(f"{problem.text}\n{problem.solution}" if solved else problem.text)
 
+    def is_copy(problem: Problem, other: Problem) -> bool:
+        return other.id == problem.id and verdict_of(other.answers, problem.answers) == "right"
+
     of_text: dict[int, list[Problem]] = {}  # with distinct ids
-    order, copies, disputed = [], [], {}
+    alike: dict[int, list[Problem]] = {}  # the first of each text, by the hash of the normalised text
+    order, copies, disputed, judged = [], [], {}, not (rewarded or solved)
     for problem in problems:
         same = of_text.setdefault(key := key_of(problem), [])
+        others = alike.setdefault(hash(normalised(problem.text)), []) if judged and not same else []
         if (
-            not (rewarded or solved)
+            judged
             and same
             and problem.answers
             and same[0].answers
-            and not agree(same[0].answers, problem.answers)
+            and verdict_of(same[0].answers, problem.answers) == "wrong"
         ):
             disputed.setdefault(key, (same[0], problem))
-        elif any(other.id == problem.id for other in same):
+            continue
+        if any(other.id == problem.id for other in same):
+            copies.append(problem)
+            continue
+        if any(is_copy(problem, other) for other in others):  # in other lines or letter case, with the same answer
             copies.append(problem)
         else:
-            same.append(problem)
             order.append(problem)
+        same.append(problem)
+        others.append(problem)
     count, settled = Counter(problem.id for problem in order), {}
 
     def with_id(problem: Problem) -> Problem:
@@ -382,13 +392,17 @@ def settle(
 
 
 def text_key(text: str) -> int:
-    """Return 64 bits that copies of a text share."""
-    return int.from_bytes(hashlib.sha256(normalised(text).encode()).digest()[:8])
+    """Return 64 bits that copies of a text share, whatever their spaces; other lines or letter case: another text."""
+    text = text.replace(INSTRUCTION, "").replace("$", "").strip()
+    text = "\n".join(" ".join(line.split()) for line in text.split("\n"))
+    text = re.sub(r" (?:(?!\w)|(?<!\w ))", "", text)  # x + 1 is x+1, but 1 2 is not 12
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
-def agree(answers: Sequence[str], others: Sequence[str]) -> bool:
-    """Return whether two ground truths may share an answer: whether their texts do not say that none is another."""
-    return any(text_verdict(answer, others)[0] != "wrong" for answer in answers)
+def verdict_of(answers: Sequence[str], others: Sequence[str]) -> str | None:
+    """Return "right" if two ground truths share an answer, "wrong" if not, None if their texts alone do not tell."""
+    verdicts = {text_verdict(answer, others)[0] for answer in answers}
+    return "right" if "right" in verdicts else None if None in verdicts else "wrong"
 
 
 def write_problems(problems: Iterable[Problem], path: str | Path) -> None:

@@ -596,7 +596,7 @@ def test_choices_beside_a_question_are_not_dropped_silently(tmp_path, capsys):
 
 
 def test_different_answers_are_no_duplicates(tmp_path, capsys):
-    rows = [{"problem": "p", "answer": "7"}, {"problem": "P ", "answer": "8"}, {"problem": "q", "answer": r"\frac12"},
+    rows = [{"problem": "p", "answer": "7"}, {"problem": "p ", "answer": "8"}, {"problem": "q", "answer": r"\frac12"},
             {"problem": "q", "answer": r"\frac{1}{2}"}, {"id": 4, "problem": "r", "answer": "1"},
             {"id": 5, "problem": "r", "answer": "2"}]  # fmt: skip
     path = write_rows(tmp_path / "s.jsonl", rows)
@@ -613,6 +613,16 @@ def test_answers_that_only_mathematics_can_compare_are_not_called_different(tmp_
     assert read.answers == (r"\frac{\sqrt{2}}{2}",)
     said = capsys.readouterr().err
     assert "left out 1 duplicate rows" in said and "different answers" not in said
+
+
+def test_problems_that_differ_in_lines_or_letter_case_are_different(tmp_path, capsys):
+    texts = ["Grid:\n1 2\n3 4", "Grid:\n1 2 3 4", "Grid:\n1 2\n34", "Count the letters S.", "Count the letters s."]
+    rows = [{"problem": text, "answer": str(n)} for n, text in enumerate(texts)]
+    read = read_problems(write_rows(tmp_path / "s.jsonl", rows))
+    assert [p.text for p in read] == texts and len({p.id for p in read}) == 5 and not capsys.readouterr().err
+    assert read_problems(write_rows(tmp_path / "s.jsonl", rows[::-1]))[::-1] == read
+    copies = [{"problem": text, "answer": "1"} for text in ("Find x. ", "find  X.", "Find x.", "Find x.\n")]
+    assert [p.text for p in read_problems(write_rows(tmp_path / "c.jsonl", copies))] == ["Find x. "]
 
 
 def test_gzip_csv_and_wrapped_files_are_read(tmp_path):
