@@ -13,7 +13,6 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -189,10 +188,18 @@ def decoded(path: Path, data: bytes, start: int = 0) -> str:
         raise DataError(f"{path} is not UTF-8 text (at byte {where}); convert it to UTF-8.") from error
 
 
+def decoded_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file of UTF-8 text."""
+    start = 0
+    for line in lines_of(path):
+        yield decoded(path, line, start)
+        start += len(line)
+
+
 def csv_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
     """Yield the rows of a table with commas, whose first line names the columns."""
     csv.field_size_limit(MOST_BYTES)
-    reader = csv.DictReader(map(partial(decoded, path), lines_of(path)), strict=True)
+    reader = csv.DictReader(decoded_lines(path), strict=True)
     try:
         for number, row in enumerate(reader, start=1):
             yield number, "has more fields than the first line has" if None in row else row

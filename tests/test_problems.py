@@ -509,6 +509,12 @@ def test_bytes_that_are_no_utf8_are_counted_from_the_start_of_the_file(tmp_path)
     path.write_bytes(b'{"problem": "a", "answer": "1"}\n{"problem": "' + "ü".encode("latin-1") + b'"}\n')
     with pytest.raises(DataError, match="not UTF-8 text .at byte 45"):
         read_problems(path)
+    table = tmp_path / "latin.csv"
+    table.write_bytes(b"problem,answer\np1,1\np" + "ü".encode("latin-1") + b",2\n")
+    with pytest.raises(DataError, match="not UTF-8 text .at byte 21"):
+        read_problems(table)
+    table.write_bytes(b"\xef\xbb\xbfproblem,answer\np1,1\n")
+    assert [p.text for p in read_problems(table)] == ["p1"]
 
 
 def test_nested_texts_in_several_row_groups_are_read(tmp_path):
