@@ -107,7 +107,7 @@ def read_problems(
 def read_chats(source: str | Path) -> list[list[dict]]:
     """Read fine-tuning chats: rows whose `messages` have a role and a content, and end with the assistant's.
 
-    Raises DataError with the row's number. `has_chats` says whether a file holds chats.
+    Raises DataError with the row's number. `has_chats` says whether a source holds chats.
     """
     chats = []
     for path, number, row in ((file, *row) for file in find_files(source)[1] for row in rows_of(file)):
@@ -130,10 +130,17 @@ def message_text(content: object) -> str | None:
 
 
 def has_chats(source: str | Path) -> bool:
-    """Return whether the first row of a local file or folder has `messages`."""
-    path = Path(str(source).partition(":")[0])
-    _, row = next(rows_of(find_files(source)[1][0]), (0, {})) if path.exists() else (0, {})
-    return isinstance(row, dict) and "messages" in row
+    """Return whether the first row of a file, folder or hub dataset has `messages` that are no prompt of an answer."""
+
+    def needed(names: Iterable[str]) -> dict[str, list[str]]:
+        return {"chat": [name for name in names if name == "messages" or name.casefold() in KNOWN_COLUMNS["answer"]]}
+
+    _, row = next(rows_of(find_files(source)[1][0], needed), (0, {}))
+    if not isinstance(row, dict) or "messages" not in row:
+        return False
+    last = row["messages"][-1] if isinstance(row["messages"], list) and row["messages"] else None
+    is_prompt = isinstance(last, dict) and last.get("role") == "user"
+    return not (is_prompt and value_in(row, set(needed(row)["chat"]) - {"messages"}) is not None)
 
 
 def read_file(

@@ -13,7 +13,7 @@ import pytest
 
 from lab import data_files
 from lab.data_files import DataError
-from lab.problems import Columns, INSTRUCTION, Problem, asks_otherwise, benchmark_copies, duplicated, prompt_text, read_problems, write_problems
+from lab.problems import Columns, INSTRUCTION, Problem, asks_otherwise, benchmark_copies, duplicated, has_chats, prompt_text, read_chats, read_problems, write_problems
 from lab.recipe import load_recipe
 from lab.run_data import RunData
 
@@ -313,6 +313,9 @@ def test_unreadable_files_are_reported(tmp_path):
 # ---- the hub -------------------------------------------------------------------------------------
 
 
+CHAT = [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}]
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Replace the hub with local files; returns the list of requested file names."""
@@ -322,6 +325,8 @@ def hub(tmp_path, monkeypatch):
         "data/train-00000-of-00002.jsonl": [{**good(1), "id": "a"}, {**good(2), "id": "b"}],
         "data/train-00001-of-00002.jsonl": [{**good(3), "id": "b"}],
         "data/test-00000-of-00001.jsonl": [{**good(4), "id": "t"}],
+        "data/turns-00000-of-00001.jsonl": [{"messages": CHAT}],
+        "data/verify-00000-of-00001.jsonl": [{"messages": CHAT[:1], "ground_truth": "7"}],
     }
     requested = []
 
@@ -395,6 +400,19 @@ def test_contamination_ignores_instruction_case_and_spacing():
     copy = problem("c", "find x+1.")
     assert benchmark_copies(train, [problem("d"), copy, problem("e", "find x+1.")]) == [(train[0], copy)]
     assert benchmark_copies(train, train) == list(zip(train, train, strict=True))  # training data that is the benchmark
+
+
+def test_chats_of_the_hub_are_read_like_those_of_a_file(hub):
+    assert has_chats("owner/set:turns") and read_chats("owner/set:turns") == [CHAT]
+    assert not has_chats("owner/set:test")
+    assert not has_chats("owner/set:verify") and read_problems("owner/set:verify")[0].answers == ("7",)
+
+
+def test_a_parquet_file_without_messages_holds_no_chats(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for rows, chats in ([{"problem": "p"}], False), ([{"problem": "p", "answer": "1"}], False), ([{"messages": CHAT}], True):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "s.parquet")
+        assert has_chats(tmp_path / "s.parquet") == chats
 
 
 # ---- real files, real sizes ----------------------------------------------------------------------
