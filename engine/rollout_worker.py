@@ -208,9 +208,9 @@ class RolloutWorker:
         failures = {verdict: text for own in reversed(all_failures) for verdict, text in own.items()}
         for verdict, text in failures.items():
             if ("", verdict) not in self.warned:
-                self.processes.say(
-                    f"warning: reward function, first response {verdict.removeprefix('reward ')}: {text}"
-                )
+                whose = f"reward function, first response {verdict.removeprefix('reward ')}"
+                whose = "grader, first gold that cannot be read" if verdict == "grader failed" else whose
+                self.processes.say(f"warning: {whose}: {text}")
             self.warned.add(("", verdict))
         check_grader(sum(all_verdicts, Counter()), self.most_failed_share, failures)
         self.warn(sum(all_seen, Counter()), sampling, label)
