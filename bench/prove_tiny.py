@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.files import write_atomically  # noqa: E402
 from lab.metrics import read_metrics  # noqa: E402
+from lab.story import change  # noqa: E402
 
 
 def held_out(rows: list[dict]) -> list[dict]:
@@ -84,15 +85,15 @@ BEGIN, END = "<!-- default run: written by python bench/prove_tiny.py RUN ... --
 
 def update_readme(folders: list[Path]) -> None:
     """Rewrite the README's block on the default run, and its picture, from these runs."""
-    lines = ["| run | after fine-tuning, avg@8 | after RL, avg@8 | gain | never / always solved before RL | dropped "
-             "| temperatures | groups without a signal | rescued | overwritten groups |"]  # fmt: skip
+    lines = ["| run | after fine-tuning, avg@8 | after RL, avg@8 | gain, paired by problem | never / always solved before "
+             "RL | dropped | temperatures | groups without a signal | rescued | overwritten groups |"]  # fmt: skip
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for folder in folders:
         rows = read_metrics(folder)
         (first, *_, last), rl = held_out(rows), [row for row in rows if row["kind"] == "rl"]
         (solved, dropped, silent), chosen = premises(rows), temperatures(rows)
         rescued, overwritten = (sum(row[key] for row in rl) for key in ("rescued", "substituted"))
-        gain = f"{100 * (last['avg'] - first['avg']):+.1f}"
+        gain = change(first, last).replace(" points (95% ", " (").replace(", paired by problem", "")
         groups = sum(row["groups"] for row in rl)
         cells = [folder.name, interval(first), interval(last), gain, solved, dropped, chosen, silent, rescued,
                  f"{overwritten} of {groups}"]  # fmt: skip
