@@ -86,7 +86,8 @@ BEGIN, END = "<!-- default run: written by python bench/prove_tiny.py RUN ... --
 def update_readme(folders: list[Path]) -> None:
     """Rewrite the README's block on the default run, and its picture, from these runs."""
     lines = ["| run | after fine-tuning, avg@8 | after RL, avg@8 | gain, paired by problem | never / always solved "
-             "before RL | dropped | temperatures | groups without a signal | rescued | overwritten groups |"]  # fmt: skip
+             "before RL | dropped | temperatures | groups without a signal | rescued "
+             "| overwritten groups |"]  # fmt: skip
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for folder in folders:
         rows = read_metrics(folder)
