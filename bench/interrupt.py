@@ -258,8 +258,9 @@ def stopped(
         end(process, number)
         in_order = finish(process, -number)
         slowest = max(slowest, time.monotonic() - begun)
-        marked = any(out.glob("*/resume-me")) or any(out.glob("*/finished"))
-        if not in_order or not marked:
+        if any(out.glob("*/finished")):  # too late to stop it
+            return slowest, in_order or process.wait(MOST_SECONDS) == 0
+        if not in_order or not any(out.glob("*/resume-me")):
             return slowest, False
     return slowest, finish(start(out))
 
