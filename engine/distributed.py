@@ -290,9 +290,9 @@ def report_error(error: BaseException, program: str, then: str = "repeat the com
     """
     if _watch is not None and _lost_contact(error):
         error = RankError(_missing_ranks(str(error)))
-    elif out_of_memory(error):
+    elif out_of_memory(error) and not isinstance(error, UserError):  # which says more, and may have such a context
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        error = UserError(f"out of memory ({reason}): --plan says what fits; smaller are LoRA and offload_optimizer")
+        error = UserError(f"out of memory ({reason}): see what fits with --plan; LoRA and offload_optimizer need less")
     correctable, text = isinstance(error, (UserError, ImportError, OSError)), f"{program}: {sentence(error, then)}"
     if _watch is None:
         if not correctable:
@@ -357,14 +357,15 @@ class StopRequest:
     """A request to save and exit, made by SIGINT, SIGTERM or SIGHUP; a second signal stops the process at once.
 
     While `starting`, when there is nothing to save, the first signal raises Interrupted. A machine that shuts down, a
-    terminal that closes and torchrun send several signals for one stop: what follows at once counts only if it is
-    SIGINT, of a person.
+    terminal that closes and torchrun send several signals for one stop, so a second one within ONE_STOP_SECONDS counts
+    only if it is SIGINT, which a person sends.
     """
 
     def __init__(self, saved: str = "the last complete step is being saved", starting: bool = False) -> None:
         global _signal
         _signal = 0
         self.asked, self.saved, self.starting = 0, saved, starting  # `asked`: the signal's number
+        self.asked_at = 0.0  # by the monotonic clock
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self._note)

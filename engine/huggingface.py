@@ -215,7 +215,7 @@ def rope_from_config(config: dict, head_dim: int) -> tuple[Rope, list[str]]:
             attention_factor, attn_factor = keys.pop("attention_factor", None), keys.pop("attn_factor", None)
             if attention_factor is None and attn_factor is not None:
                 off = float(attn_factor) == 1.0
-                attention_factor = 1.0 if off else attn_factor * default
+                attention_factor = 1.0 if off else float(attn_factor) * default
                 meant = "attention_factor, as POLARIS meant it" if off else f"a factor on the paper's {default:.4f}"
                 notes.append(
                     f'YaRN: "attn_factor": {attn_factor} is read as {meant} '

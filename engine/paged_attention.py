@@ -29,11 +29,11 @@ WARPS, STAGES = 4, 3
 
 def has_paged_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether decode steps use the kernel: on CUDA in half precision, where Triton can build it."""
-    return device.type == "cuda" and dtype != torch.float32 and triton is not None and _builds(device)
+    return device.type == "cuda" and dtype != torch.float32 and triton is not None and _kernel_builds(device)
 
 
 @cache
-def _builds(device: torch.device) -> bool:
+def _kernel_builds(device: torch.device) -> bool:
     """Whether the kernels run on a device; Triton builds their launcher with a C compiler and Python's headers."""
     try:
         q, page = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for shape in ((1, 1, 64), (1, 16, 1, 64)))
@@ -42,7 +42,7 @@ def _builds(device: torch.device) -> bool:
     except Exception as error:  # of Triton, its compilers or the driver
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         cure = "install a C compiler and Python's headers"
-        print(f"warning: decoding is slower, Triton cannot build its kernel ({reason}): {cure}", file=sys.stderr)
+        print(f"warning: decoding is slower, as Triton cannot build its kernel ({reason}): {cure}", file=sys.stderr)
         return False
     return True
 

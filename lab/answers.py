@@ -61,7 +61,7 @@ SYNONYMS = {other: name + " " * (name[-1].isalpha() > other[-1].isalpha()) for o
 SYNONYM = "|".join(re.escape(other) + "(?![A-Za-z])" * other[-1].isalpha() for other in SYNONYMS)
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-# full-width forms but digits (no number is in another script's) and ～ (a range, where ~ is a space), fractions of one
+# full-width forms (but digits, which are no number here, and ～, a range, where ~ would be a space), fractions of one
 # character, other spaces and punctuation
 TYPED = {code: chr(code - 0xFEE0) for code in range(ord("！"), ord("～")) if not chr(code).isdigit()}
 for character in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒":

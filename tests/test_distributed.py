@@ -107,6 +107,11 @@ def test_a_single_process_reports_a_user_error_as_a_sentence_and_raises_any_othe
 def test_memory_that_runs_out_outside_of_training_is_a_sentence():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     assert distributed.report_error(error, "eval.py").startswith("eval.py: out of memory (CUDA out of memory. Tried to")
+    try:
+        raise DataError("this says what to change") from error
+    except DataError as better:
+        better.__context__ = error
+        assert distributed.report_error(better, "eval.py") == "eval.py: this says what to change"
 
 
 def on_a_gpu(monkeypatch, capability):

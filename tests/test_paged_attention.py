@@ -85,7 +85,7 @@ def test_a_row_does_not_depend_on_the_others():
 def test_where_triton_cannot_build_the_kernel_the_plain_path_serves(capsys):
     """Guards: without a C compiler the first decoded token ended in a traceback."""
     assert not kernel.has_paged_attention(torch.device("cuda"), torch.bfloat16)
-    assert "warning: decoding is slower, Triton cannot build its kernel (" in capsys.readouterr().err
+    assert "warning: decoding is slower, as Triton cannot build its kernel (" in capsys.readouterr().err
     assert not kernel.has_paged_attention(torch.device("cpu"), torch.bfloat16)
 
 
